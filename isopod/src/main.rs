@@ -1,0 +1,2 @@
+//! The `isopod` binary.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The `isopod-runtime` binary.
+fn main() {}
