@@ -1,0 +1,65 @@
+//! Requests that are not plain reads and writes of stored objects: token requests, access reviews, bindings, evictions,
+//! logs, exec, proxies.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use isopod_api::{gvk::Gvr, status::Status};
+use serde_json::Value;
+
+use crate::{authn::UserInfo, objects::Objects};
+
+/// The body type of every response.
+pub type Body = http_body_util::combinators::BoxBody<Bytes, std::io::Error>;
+
+/// A create of something that is answered, not stored as such (TokenReview, SubjectAccessReview, serviceaccounts/token,
+/// pods/binding, pods/eviction). Body decoding, defaulting and admission are done; the answer is the object returned.
+pub trait Create: Send + Sync {
+    /// Answers the request.
+    fn create<'a>(&'a self, request: CreateRequest<'a>) -> BoxFuture<'a, Result<Value, Status>>;
+}
+
+/// Input of [`Create`].
+pub struct CreateRequest<'a> {
+    /// Resource.
+    pub gvr: &'a Gvr,
+    /// Namespace or empty.
+    pub namespace: &'a str,
+    /// Name of the parent object for subresources.
+    pub name: &'a str,
+    /// Who asks.
+    pub user: &'a UserInfo,
+    /// The decoded body.
+    pub object: Value,
+    /// dryRun=All.
+    pub dry_run: bool,
+    /// The cluster.
+    pub objects: Arc<dyn Objects>,
+}
+
+/// A raw connection to something (log, exec, attach, portforward, proxy): gets the HTTP request, answers it itself.
+pub trait Connect: Send + Sync {
+    /// Answers the request; upgrades are taken from its extensions.
+    fn connect<'a>(&'a self, request: ConnectRequest) -> BoxFuture<'a, Result<http::Response<Body>, Status>>;
+}
+
+/// Input of [`Connect`].
+pub struct ConnectRequest {
+    /// Resource.
+    pub gvr: Gvr,
+    /// Subresource.
+    pub subresource: String,
+    /// Namespace or empty.
+    pub namespace: String,
+    /// Name of the parent object.
+    pub name: String,
+    /// Path behind `proxy/`, with a leading slash.
+    pub path: String,
+    /// Who asks.
+    pub user: UserInfo,
+    /// The request.
+    pub request: http::Request<hyper::body::Incoming>,
+    /// The cluster.
+    pub objects: Arc<dyn Objects>,
+}
