@@ -1,1 +1,3 @@
 //! isopod agent.
+
+pub mod server;
