@@ -1,1 +1,21 @@
-//! isopod apiserver.
+//! The API server: HTTP, authentication, authorization, admission, the resource registry and its watch cache.
+//!
+//! A request comes in through the server, is authenticated ([`authn`]), authorized ([`authz`]) and routed to the
+//! [`registry`] (reads and writes of stored objects), to discovery or to one of the [`endpoints`]. Reads are answered
+//! from the [`cache`]; writes go through admission and the kind's [`registry::strategy::Strategy`] to the store, whose
+//! committed events feed the cache before the write is acknowledged.
+
+pub mod admission;
+pub mod alloc;
+pub mod authn;
+pub mod authz;
+pub mod bootstrap;
+pub mod cache;
+pub mod config;
+pub mod endpoints;
+pub mod kinds;
+pub mod objects;
+pub mod registry;
+pub mod validation;
+
+pub use config::{Config, Error};

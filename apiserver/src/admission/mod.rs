@@ -1,7 +1,10 @@
 //! Admission: upstream's default plugins, in upstream's order.
 
 use futures::future::BoxFuture;
-use isopod_api::{gvk::{Gvk, Gvr}, status::Status};
+use isopod_api::{
+    gvk::{Gvk, Gvr},
+    status::Status,
+};
 use serde_json::Value;
 
 use crate::{authn::UserInfo, objects::Objects};
@@ -63,4 +66,9 @@ pub trait Plugin: Send + Sync {
     fn validate<'a>(&'a self, _request: &'a mut Request<'_>) -> BoxFuture<'a, Result<(), Status>> {
         Box::pin(async { Ok(()) })
     }
+}
+
+/// The plugins in upstream's order.
+pub fn plugins(_config: &crate::Config) -> Vec<Box<dyn Plugin>> {
+    Vec::new()
 }

@@ -14,3 +14,49 @@ pub struct UserInfo {
     /// Extra keys such as `authentication.kubernetes.io/pod-name`.
     pub extra: BTreeMap<String, Vec<String>>,
 }
+
+pub mod serviceaccount;
+
+/// Group of everybody who proved an identity.
+pub const ALL_AUTHENTICATED: &str = "system:authenticated";
+/// Group of everybody else.
+pub const ALL_UNAUTHENTICATED: &str = "system:unauthenticated";
+/// User name of everybody else.
+pub const ANONYMOUS: &str = "system:anonymous";
+
+impl UserInfo {
+    /// The API server itself.
+    pub fn system() -> Self {
+        Self {
+            name: "system:apiserver".into(),
+            groups: vec!["system:masters".into(), ALL_AUTHENTICATED.into()],
+            ..Self::default()
+        }
+    }
+
+    /// Nobody.
+    pub fn anonymous() -> Self {
+        Self { name: ANONYMOUS.into(), groups: vec![ALL_UNAUTHENTICATED.into()], ..Self::default() }
+    }
+
+    /// Whether the user is in a group.
+    pub fn in_group(&self, group: &str) -> bool {
+        self.groups.iter().any(|g| g == group)
+    }
+}
+
+/// An authenticated token: who, and for which of the asked audiences.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TokenIdentity {
+    /// Who, without `system:authenticated` (the chain adds it).
+    pub user: UserInfo,
+    /// Audiences of the token that were asked for.
+    pub audiences: Vec<String>,
+}
+
+/// Checks bearer tokens; synchronous, from caches. A chain asks one after the other.
+pub trait TokenAuthenticator: Send + Sync {
+    /// `Ok(None)`: not a token of this kind, ask the next. `Err`: of this kind but invalid. `audiences` empty: the API
+    /// server's own.
+    fn authenticate(&self, token: &str, audiences: &[String]) -> Result<Option<TokenIdentity>, String>;
+}

@@ -63,3 +63,30 @@ pub struct ConnectRequest {
     /// The cluster.
     pub objects: Arc<dyn Objects>,
 }
+
+/// What endpoints are made from.
+#[derive(Clone)]
+pub struct Services {
+    /// The server's configuration.
+    pub config: Arc<crate::Config>,
+    /// The cluster.
+    pub objects: Arc<dyn Objects>,
+    /// Who may do what.
+    pub authorizer: Arc<dyn crate::authz::Authorizer>,
+    /// The whole token chain (static tokens, service accounts).
+    pub tokens: Arc<dyn crate::authn::TokenAuthenticator>,
+}
+
+/// All endpoints by group, version, resource and subresource (`""` for the resource itself).
+#[derive(Default)]
+pub struct Endpoints {
+    /// Creates that are answered.
+    pub creates: std::collections::HashMap<(Gvr, String), Arc<dyn Create>>,
+    /// Raw connections.
+    pub connects: std::collections::HashMap<(Gvr, String), Arc<dyn Connect>>,
+}
+
+/// Builds the endpoints.
+pub fn endpoints(_services: &Services) -> Endpoints {
+    Endpoints::default()
+}

@@ -1,0 +1,4 @@
+//! Reads and writes of stored objects: one generic path, a small strategy per kind.
+
+pub mod strategy;
+pub mod table;
