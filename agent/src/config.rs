@@ -1,0 +1,532 @@
+//! What the agent is told: its own [`Config`] and the `KubeletConfiguration` v1beta1 file people already know.
+//!
+//! Every upstream field is either honoured or refused by name; a word that upstream does not know is an error too.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::paths::Paths;
+
+/// Everything the agent needs to run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Layout on this machine.
+    pub paths: Paths,
+    /// The node's name.
+    pub node_name: String,
+    /// The node's address; found when not given.
+    pub node_ip: Option<IpAddr>,
+    /// Further labels at registration.
+    pub labels: BTreeMap<String, String>,
+    /// Kubeconfig of the API server. A file that does not exist yet means standalone until it appears.
+    pub kubeconfig: Option<PathBuf>,
+    /// The `isopod-runtime` executable.
+    pub runtime_binary: PathBuf,
+    /// The configuration file's content.
+    pub kubelet: KubeletConfiguration,
+    /// Serving certificate of port 10250, PEM; a missing one is self-signed by the server.
+    pub serving_cert: PathBuf,
+    /// Its key.
+    pub serving_key: PathBuf,
+    /// CA whose client certificates the server accepts.
+    pub client_ca: PathBuf,
+    /// Assemble the control plane's image from this executable.
+    pub control_plane_image: bool,
+}
+
+/// The subset of `kubelet.config.k8s.io/v1beta1 KubeletConfiguration` that is honoured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct KubeletConfiguration {
+    /// Directory (or file) of static pod manifests.
+    pub static_pod_path: Option<PathBuf>,
+    /// Static pod range of a standalone node.
+    #[serde(rename = "podCIDR")]
+    pub pod_cidr: Option<ipnet::IpNet>,
+    /// Addresses of the cluster's DNS.
+    #[serde(rename = "clusterDNS")]
+    pub cluster_dns: Vec<IpAddr>,
+    /// Domain of the cluster.
+    pub cluster_domain: String,
+    /// Most pods on this node.
+    pub max_pods: u32,
+    /// Most pods per core, 0 is no limit.
+    pub pods_per_core: u32,
+    /// Port of the node API.
+    pub port: u16,
+    /// Its address.
+    pub address: IpAddr,
+    /// Whether the node API is served at all.
+    pub enable_server: bool,
+    /// exec, attach, logs and port-forward on the node API.
+    pub enable_debugging_handlers: bool,
+    /// Local health port, 0 is off.
+    pub healthz_port: u16,
+    /// Its address.
+    pub healthz_bind_address: IpAddr,
+    /// Hard eviction thresholds by signal.
+    pub eviction_hard: BTreeMap<String, String>,
+    /// Soft eviction thresholds by signal.
+    pub eviction_soft: BTreeMap<String, String>,
+    /// How long a soft threshold must hold, by signal.
+    pub eviction_soft_grace_period: BTreeMap<String, String>,
+    /// How long pressure must be gone before a condition turns.
+    #[serde(with = "go_duration")]
+    pub eviction_pressure_transition_period: Duration,
+    /// Longest grace given to a softly evicted pod, seconds.
+    pub eviction_max_pod_grace_period: i64,
+    /// Least reclaimed by an eviction, by signal.
+    pub eviction_minimum_reclaim: BTreeMap<String, String>,
+    /// Taken from capacity for Kubernetes' own daemons.
+    pub kube_reserved: BTreeMap<String, String>,
+    /// Taken from capacity for the system.
+    pub system_reserved: BTreeMap<String, String>,
+    /// Which groups limits are put on: `pods` or nothing.
+    pub enforce_node_allocatable: Vec<String>,
+    /// Size at which a container's log is rotated.
+    pub container_log_max_size: String,
+    /// Log files kept per container.
+    pub container_log_max_files: u32,
+    /// Pulls per second, 0 is no limit.
+    #[serde(rename = "registryPullQPS")]
+    pub registry_pull_qps: i32,
+    /// Burst of pulls.
+    pub registry_burst: i32,
+    /// One pull at a time.
+    pub serialize_image_pulls: bool,
+    /// Pulls at one time.
+    pub max_parallel_image_pulls: Option<u32>,
+    /// Events per second, 0 is no limit.
+    #[serde(rename = "eventRecordQPS")]
+    pub event_record_qps: i32,
+    /// Burst of events.
+    pub event_burst: i32,
+    /// Refuse to start on a machine with swap.
+    pub fail_swap_on: bool,
+    /// Refuse to start with cgroup v1.
+    pub fail_cgroup_v1: bool,
+    /// CPU limits are enforced by quota.
+    #[serde(rename = "cpuCFSQuota")]
+    pub cpu_cfs_quota: bool,
+    /// Period of the quota.
+    #[serde(rename = "cpuCFSQuotaPeriod", with = "go_duration")]
+    pub cpu_cfs_quota_period: Duration,
+    /// PIDs per pod, -1 is no limit.
+    pub pod_pids_limit: i64,
+    /// Host resolver configuration pods inherit.
+    pub resolv_conf: PathBuf,
+    /// RuntimeDefault seccomp where a pod asks for none.
+    pub seccomp_default: bool,
+    /// Sysctls allowed beyond the safe set (`kernel.msg*`).
+    pub allowed_unsafe_sysctls: Vec<String>,
+    /// Images told in the node's status, -1 is all.
+    pub node_status_max_images: i32,
+    /// Seconds of the node's lease.
+    pub node_lease_duration_seconds: i32,
+    /// How often a changed node status is written.
+    #[serde(with = "go_duration")]
+    pub node_status_update_frequency: Duration,
+    /// How often an unchanged node status is written.
+    #[serde(with = "go_duration")]
+    pub node_status_report_frequency: Duration,
+    /// Least age of an unused image before it is collected.
+    #[serde(rename = "imageMinimumGCAge", with = "go_duration")]
+    pub image_minimum_gc_age: Duration,
+    /// Disk use, percent, at which images are collected.
+    #[serde(rename = "imageGCHighThresholdPercent")]
+    pub image_gc_high_threshold_percent: u8,
+    /// Disk use, percent, down to which images are collected.
+    #[serde(rename = "imageGCLowThresholdPercent")]
+    pub image_gc_low_threshold_percent: u8,
+    /// Back-off of crashing containers.
+    pub crash_loop_back_off: CrashLoopBackOff,
+    /// Whether the node object is created by the agent.
+    pub register_node: bool,
+    /// Taints at registration.
+    pub register_with_taints: Vec<k8s_openapi::api::core::v1::Taint>,
+    /// `spec.providerID` at registration.
+    #[serde(rename = "providerID")]
+    pub provider_id: Option<String>,
+    /// Idle time after which exec, attach and port-forward streams are closed.
+    #[serde(with = "go_duration")]
+    pub streaming_connection_idle_timeout: Duration,
+    /// Serving certificate.
+    pub tls_cert_file: Option<PathBuf>,
+    /// Serving key.
+    pub tls_private_key_file: Option<PathBuf>,
+    /// Who may call the node API.
+    pub authentication: Authentication,
+    /// What callers may do.
+    pub authorization: Authorization,
+    /// Name of the cgroup driver: only `cgroupfs`.
+    pub cgroup_driver: String,
+}
+
+/// `crashLoopBackOff`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct CrashLoopBackOff {
+    /// Longest wait between restarts.
+    #[serde(with = "go_duration")]
+    pub max_container_restart_period: Duration,
+}
+
+impl Default for CrashLoopBackOff {
+    fn default() -> Self {
+        Self { max_container_restart_period: Duration::from_secs(300) }
+    }
+}
+
+/// `authentication`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Authentication {
+    /// Client certificates.
+    pub x509: X509Authentication,
+    /// Token reviews.
+    pub webhook: Webhook,
+    /// Callers without credentials.
+    pub anonymous: Anonymous,
+}
+
+/// `authentication.x509`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct X509Authentication {
+    /// CA bundle.
+    #[serde(rename = "clientCAFile")]
+    pub client_ca_file: Option<PathBuf>,
+}
+
+/// `authentication.webhook`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Webhook {
+    /// Ask the API server to review bearer tokens.
+    pub enabled: bool,
+    /// How long an answer is kept.
+    #[serde(rename = "cacheTTL", with = "go_duration")]
+    pub cache_ttl: Duration,
+}
+
+impl Default for Webhook {
+    fn default() -> Self {
+        Self { enabled: true, cache_ttl: Duration::from_secs(120) }
+    }
+}
+
+/// `authentication.anonymous`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Anonymous {
+    /// Let them in as `system:anonymous`.
+    pub enabled: bool,
+}
+
+/// `authorization`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Authorization {
+    /// `Webhook` or `AlwaysAllow`.
+    pub mode: String,
+}
+
+impl Default for Authorization {
+    fn default() -> Self {
+        Self { mode: "Webhook".into() }
+    }
+}
+
+impl Default for KubeletConfiguration {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        let hard = [
+            ("memory.available", "100Mi"),
+            ("nodefs.available", "10%"),
+            ("nodefs.inodesFree", "5%"),
+            ("imagefs.available", "15%"),
+            ("imagefs.inodesFree", "5%"),
+        ];
+        Self {
+            static_pod_path: None,
+            pod_cidr: None,
+            cluster_dns: vec![IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10))],
+            cluster_domain: "cluster.local".into(),
+            max_pods: 110,
+            pods_per_core: 0,
+            port: 10250,
+            address: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            enable_server: true,
+            enable_debugging_handlers: true,
+            healthz_port: 10248,
+            healthz_bind_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            eviction_hard: hard.map(|(k, v)| (k.into(), v.into())).into(),
+            eviction_soft: BTreeMap::new(),
+            eviction_soft_grace_period: BTreeMap::new(),
+            eviction_pressure_transition_period: seconds(300),
+            eviction_max_pod_grace_period: 0,
+            eviction_minimum_reclaim: BTreeMap::new(),
+            kube_reserved: BTreeMap::new(),
+            system_reserved: BTreeMap::new(),
+            enforce_node_allocatable: vec!["pods".into()],
+            container_log_max_size: "10Mi".into(),
+            container_log_max_files: 5,
+            registry_pull_qps: 5,
+            registry_burst: 10,
+            serialize_image_pulls: false,
+            max_parallel_image_pulls: None,
+            event_record_qps: 50,
+            event_burst: 100,
+            fail_swap_on: false,
+            fail_cgroup_v1: false,
+            cpu_cfs_quota: true,
+            cpu_cfs_quota_period: Duration::from_millis(100),
+            pod_pids_limit: -1,
+            resolv_conf: "/etc/resolv.conf".into(),
+            seccomp_default: false,
+            allowed_unsafe_sysctls: Vec::new(),
+            node_status_max_images: 50,
+            node_lease_duration_seconds: 40,
+            node_status_update_frequency: seconds(10),
+            node_status_report_frequency: seconds(300),
+            image_minimum_gc_age: seconds(120),
+            image_gc_high_threshold_percent: 85,
+            image_gc_low_threshold_percent: 80,
+            crash_loop_back_off: CrashLoopBackOff::default(),
+            register_node: true,
+            register_with_taints: Vec::new(),
+            provider_id: None,
+            streaming_connection_idle_timeout: seconds(4 * 3600),
+            tls_cert_file: None,
+            tls_private_key_file: None,
+            authentication: Authentication::default(),
+            authorization: Authorization::default(),
+            cgroup_driver: "cgroupfs".into(),
+        }
+    }
+}
+
+/// Why a configuration file was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It says something that is not understood or not supported.
+    #[error("{path}: {message}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        message: String,
+    },
+}
+
+/// Upstream's fields that are recognized but not honoured.
+const REFUSED: &str = "podLogsDir syncFrequency fileCheckFrequency httpCheckFrequency staticPodURL staticPodURLHeader \
+ readOnlyPort tlsCipherSuites tlsCurvePreferences tlsMinVersion rotateCertificates serverTLSBootstrap \
+ imagePullCredentialsVerificationPolicy preloadedImagesVerificationAllowlist enableContentionProfiling oomScoreAdj \
+ imageMaximumGCAge volumeStatsAggPeriod kubeletCgroups systemCgroups cgroupRoot cgroupsPerQOS cpuManagerPolicy \
+ singleProcessOOMKill cpuManagerPolicyOptions cpuManagerReconcilePeriod memoryManagerPolicy topologyManagerPolicy \
+ topologyManagerScope topologyManagerPolicyOptions qosReserved runtimeRequestTimeout hairpinMode runOnce maxOpenFiles \
+ contentType kubeAPIQPS kubeAPIBurst mergeDefaultEvictionSettings enableControllerAttachDetach protectKernelDefaults \
+ makeIPTablesUtilChains iptablesMasqueradeBit iptablesDropBit featureGates memorySwap containerLogMaxWorkers \
+ containerLogMonitorInterval configMapAndSecretChangeDetectionStrategy reservedSystemCPUs showHiddenMetricsForVersion \
+ systemReservedCgroup kubeReservedCgroup volumePluginDir kernelMemcgNotification logging enableSystemLogHandler \
+ enableSystemLogQuery shutdownGracePeriod shutdownGracePeriodCriticalPods shutdownGracePeriodByPodPriority \
+ reservedMemory enableProfilingHandler enableDebugFlagsHandler memoryThrottlingFactor memoryReservationPolicy tracing \
+ localStorageCapacityIsolation containerRuntimeEndpoint imageServiceEndpoint userNamespaces";
+
+impl KubeletConfiguration {
+    /// Reads the file at `path`; an absent file is the default configuration.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => {
+                Self::parse(&text).map_err(|message| ConfigError::Invalid { path: path.to_path_buf(), message })
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read { path: path.to_path_buf(), source }),
+        }
+    }
+
+    /// Parses the file's text (YAML or JSON).
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut value: serde_json::Value = serde_yaml_ng::from_str(text).map_err(|e| e.to_string())?;
+        let Some(map) = value.as_object_mut() else { return Err("not a KubeletConfiguration".into()) };
+        for (key, want) in [("apiVersion", "kubelet.config.k8s.io/v1beta1"), ("kind", "KubeletConfiguration")] {
+            match map.remove(key) {
+                Some(serde_json::Value::String(s)) if s == want => {}
+                Some(other) => return Err(format!("{key} is {other}, want {want:?}")),
+                None => return Err(format!("{key} is missing, want {want:?}")),
+            }
+        }
+        let known = serde_json::to_value(Self::default()).map_err(|e| e.to_string())?;
+        for key in map.keys() {
+            if known.get(key).is_none() {
+                return Err(if REFUSED.split_whitespace().any(|r| r == key) {
+                    format!("field {key:?} of KubeletConfiguration is not supported by isopod: remove it")
+                } else {
+                    format!("unknown field {key:?} in KubeletConfiguration")
+                });
+            }
+        }
+        let parsed: Self = serde_json::from_value(value).map_err(|e| e.to_string())?;
+        parsed.check()?;
+        Ok(parsed)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.cgroup_driver != "cgroupfs" {
+            return Err(format!("cgroupDriver {:?} is not supported by isopod, want \"cgroupfs\"", self.cgroup_driver));
+        }
+        if !matches!(self.authorization.mode.as_str(), "Webhook" | "AlwaysAllow") {
+            return Err(format!("authorization.mode {:?}: want Webhook or AlwaysAllow", self.authorization.mode));
+        }
+        if self.container_log_max_files < 2 {
+            return Err("containerLogMaxFiles must be greater than 1".into());
+        }
+        let quantities = self.kube_reserved.iter().chain(&self.system_reserved);
+        for (name, q) in quantities {
+            isopod_quantity(q).ok_or_else(|| format!("reserved {name}: {q:?} is not a quantity"))?;
+        }
+        isopod_quantity(&self.container_log_max_size)
+            .ok_or_else(|| format!("containerLogMaxSize {:?} is not a quantity", self.container_log_max_size))?;
+        for (signal, v) in self.eviction_hard.iter().chain(&self.eviction_soft) {
+            if !matches!(
+                signal.as_str(),
+                "memory.available"
+                    | "nodefs.available"
+                    | "nodefs.inodesFree"
+                    | "imagefs.available"
+                    | "imagefs.inodesFree"
+                    | "containerfs.available"
+                    | "containerfs.inodesFree"
+                    | "allocatableMemory.available"
+                    | "pid.available"
+            ) {
+                return Err(format!("unknown eviction signal {signal:?}"));
+            }
+            let percent = v.strip_suffix('%').and_then(|p| p.parse::<f64>().ok());
+            if percent.is_none() && isopod_quantity(v).is_none() {
+                return Err(format!("eviction threshold {signal}: {v:?} is neither a quantity nor a percentage"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn isopod_quantity(text: &str) -> Option<i128> {
+    crate::quantity::milli(text)
+}
+
+/// Parses Go's duration format (`1h30m`, `100ms`, `0`).
+pub fn parse_duration(text: &str) -> Option<Duration> {
+    if text == "0" {
+        return Some(Duration::ZERO);
+    }
+    let mut rest = text;
+    let mut total = 0f64;
+    if rest.is_empty() {
+        return None;
+    }
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let number: f64 = rest[..digits].parse().ok()?;
+        rest = &rest[digits..];
+        let unit = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
+        total += number
+            * match &rest[..unit] {
+                "h" => 3600.0,
+                "m" => 60.0,
+                "s" => 1.0,
+                "ms" => 1e-3,
+                "us" | "µs" => 1e-6,
+                "ns" => 1e-9,
+                _ => return None,
+            };
+        rest = &rest[unit..];
+    }
+    Some(Duration::from_secs_f64(total))
+}
+
+/// Formats as Go does, to the millisecond (`1m30s`, `1.5s`, `250ms`).
+pub fn format_duration(d: Duration) -> String {
+    if d.is_zero() {
+        return "0s".into();
+    }
+    if d < Duration::from_secs(1) {
+        let ms = d.as_millis();
+        return if ms == 0 { format!("{}µs", d.as_micros()) } else { format!("{ms}ms") };
+    }
+    let (s, ms) = (d.as_secs(), d.subsec_millis());
+    let (h, m, s) = (s / 3600, s / 60 % 60, s % 60);
+    let fraction = if ms == 0 { String::new() } else { format!(".{ms:03}").trim_end_matches('0').to_string() };
+    match (h, m) {
+        (0, 0) => format!("{s}{fraction}s"),
+        (0, _) => format!("{m}m{s}{fraction}s"),
+        _ => format!("{h}h{m}m{s}{fraction}s"),
+    }
+}
+
+mod go_duration {
+    use super::*;
+
+    pub(super) fn serialize<S: serde::Serializer>(d: &Duration, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&format_duration(*d))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(d)?;
+        parse_duration(&text).ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n";
+
+    #[test]
+    fn fields_are_honoured_or_refused_by_name() {
+        let c = KubeletConfiguration::parse(&format!(
+            "{HEAD}maxPods: 7\nclusterDNS: [10.0.0.9]\npodCIDR: 10.1.0.0/24\ncpuCFSQuotaPeriod: 50ms\n"
+        ))
+        .unwrap();
+        assert_eq!(c.max_pods, 7);
+        assert_eq!(c.cluster_dns, ["10.0.0.9".parse::<IpAddr>().unwrap()]);
+        assert_eq!(c.cpu_cfs_quota_period, Duration::from_millis(50));
+        for (line, want) in [
+            ("cgroupRoot: /x", "field \"cgroupRoot\" of KubeletConfiguration is not supported by isopod: remove it"),
+            ("maxpods: 3", "unknown field \"maxpods\" in KubeletConfiguration"),
+            ("evictionHard: {foo: 1Gi}", "unknown eviction signal \"foo\""),
+        ] {
+            assert_eq!(KubeletConfiguration::parse(&format!("{HEAD}{line}\n")).unwrap_err(), want);
+        }
+        assert!(
+            KubeletConfiguration::parse("kind: KubeletConfiguration\n").unwrap_err().contains("apiVersion is missing")
+        );
+    }
+
+    #[test]
+    fn durations_round_trip() {
+        for t in ["1h30m0s", "1.5s", "100ms", "5m0s", "0s", "2s"] {
+            assert_eq!(format_duration(parse_duration(t).unwrap()), t);
+        }
+        for bad in ["", "5", "x", "5q"] {
+            assert_eq!(parse_duration(bad), None, "{bad}");
+        }
+    }
+}
