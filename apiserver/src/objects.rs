@@ -22,6 +22,11 @@ pub trait Objects: Send + Sync {
     /// A number that changes whenever an object of the resource does: key for derived caches.
     fn generation(&self, gvr: &Gvr) -> u64;
 
+    /// The allocator of service addresses and node ports of this API server.
+    fn services(&self) -> Option<&crate::alloc::ServiceAllocator> {
+        None
+    }
+
     /// Creates through the whole write path (defaults, validation) but without admission and authorization.
     fn create<'a>(&'a self, gvr: &'a Gvr, namespace: &'a str, obj: Value) -> BoxFuture<'a, Result<Value, Status>>;
 

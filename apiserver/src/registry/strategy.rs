@@ -4,7 +4,7 @@
 //! [`Strategy::default`] -> mutating admission -> prepare -> validate -> validating admission -> commit. Everything here is
 //! synchronous and pure but for [`Context`], which reads the watch cache.
 
-use isopod_api::{field::ErrorList, gvk::Gvr};
+use isopod_api::{field::ErrorList, gvk::Gvr, status::Status};
 use serde_json::Value;
 
 use crate::{authn::UserInfo, objects::Objects};
@@ -42,6 +42,9 @@ pub struct Column {
     pub description: String,
 }
 
+/// Something a write holds while it is in flight (see [`Strategy::reserve`]); dropping it lets go.
+pub type Reservation = Option<Box<dyn std::any::Any + Send>>;
+
 /// The behaviour of one kind. Every method has the generic behaviour as its default.
 pub trait Strategy: Send + Sync {
     /// Defaults that depend on other fields, beyond the schema's constants. Idempotent.
@@ -55,7 +58,14 @@ pub trait Strategy: Send + Sync {
     /// status subresource.
     fn prepare_for_update(&self, _cx: &Context<'_>, _new: &mut Value, _old: &Value) {}
 
-    /// Validation of a new object; metadata is validated generically.
+    /// Takes what the write needs from outside the object (service addresses, node ports) and fills it in. Runs right
+    /// before validation. The generic code holds the answer until the write is acknowledged or has failed, then drops it.
+    fn reserve(&self, _cx: &Context<'_>, _new: &mut Value, _old: Option<&Value>) -> Result<Reservation, Status> {
+        Ok(None)
+    }
+
+    /// Validation of a new object; metadata is validated generically (`validation::meta::{create, update}`) and its
+    /// errors come first.
     fn validate(&self, _cx: &Context<'_>, _obj: &Value) -> ErrorList {
         ErrorList::new()
     }
@@ -98,6 +108,11 @@ pub trait Strategy: Send + Sync {
     /// Cells of a table row, in the order of the columns of `columns()`.
     fn cells(&self, obj: &Value, now: jiff::Timestamp) -> Vec<Value> {
         crate::registry::table::default_cells(obj, now)
+    }
+
+    /// Conditions of a table row (pods that ran to their end).
+    fn row_conditions(&self, _obj: &Value) -> Vec<Value> {
+        Vec::new()
     }
 }
 
