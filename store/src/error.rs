@@ -59,6 +59,12 @@ pub enum Error {
         /// The stored one, 0 for absent.
         found: u64,
     },
+    /// The batch could not be written; nothing of it was.
+    #[error("cannot write to the store: {reason}")]
+    Write {
+        /// The whole chain of what went wrong.
+        reason: String,
+    },
     /// The store is shut down or its writer failed.
     #[error("the store is closed")]
     Closed,

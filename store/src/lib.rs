@@ -1,5 +1,15 @@
 //! Revisioned key-value store: commit (compare-and-swap batch), range, watch. Opaque bytes: knows nothing of Kubernetes.
+//!
+//! [`Engine`] is the wall; [`Embedded`] is the engine in one SQLite file. Every committed batch gets one revision;
+//! revisions never go back, also not after a crash. A [`Sink`] sees the events of every commit in order, before the commit
+//! is acknowledged.
 
+#![forbid(unsafe_code)]
+
+mod embedded;
+mod engine;
 mod error;
 
+pub use embedded::{Embedded, FILE_NAME};
+pub use engine::{Batch, Change, Durability, Engine, Entry, Event, Expect, Op, Pending, Range, Revision, Sink, Tag};
 pub use error::Error;
