@@ -4,6 +4,7 @@
 //! containers, status, events. Every loop observes, plans purely and applies idempotently.
 
 pub mod config;
+pub mod images;
 pub mod network;
 pub mod paths;
 pub mod quantity;

@@ -3,10 +3,22 @@
 //! [`ImageService`] is the seam between pods and images: a reference goes in, unpacked layers and the image's
 //! configuration come out.
 
+mod archive;
+mod assemble;
+mod credentials;
+mod error;
+mod hosts;
+mod pull;
+mod service;
+mod store;
+mod unpack;
+
 use std::{collections::BTreeMap, path::Path, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
 use oci_spec::image::ImageConfiguration;
+
+pub use service::LocalImages;
 
 /// When to contact the registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

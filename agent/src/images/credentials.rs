@@ -1,0 +1,156 @@
+//! Registry credentials in Docker's config.json form, from imagePullSecrets and from the node.
+
+use std::{collections::BTreeMap, path::Path};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use oci_client::{Reference, secrets};
+use serde::Deserialize;
+
+use super::{DockerConfig, RegistryAuth, error::Error};
+
+#[derive(Deserialize)]
+struct File {
+    #[serde(default)]
+    auths: BTreeMap<String, Entry>,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(default)]
+    username: String,
+    #[serde(default)]
+    password: String,
+    #[serde(default)]
+    auth: String,
+    #[serde(default, rename = "identitytoken")]
+    identity_token: Option<String>,
+}
+
+impl DockerConfig {
+    /// Parses `.dockerconfigjson` (an object with `auths`).
+    pub fn parse(text: &[u8]) -> Result<Self, serde_json::Error> {
+        let file: File = serde_json::from_slice(text)?;
+        Ok(Self::from_entries(file.auths))
+    }
+
+    /// Parses the older `.dockercfg` (the map itself).
+    pub fn parse_legacy(text: &[u8]) -> Result<Self, serde_json::Error> {
+        Ok(Self::from_entries(serde_json::from_slice(text)?))
+    }
+
+    fn from_entries(entries: BTreeMap<String, Entry>) -> Self {
+        Self { auths: entries.into_iter().map(|(key, entry)| (key, entry.into())).collect() }
+    }
+
+    /// Credentials for a repository, the most specific entry first.
+    fn matches(&self, host: &str, repository: &str) -> Vec<(usize, secrets::RegistryAuth)> {
+        let mut found: Vec<_> = self
+            .auths
+            .iter()
+            .filter(|(key, _)| key_matches(key, host, repository))
+            .map(|(key, entry)| {
+                (key.len(), secrets::RegistryAuth::Basic(entry.username.clone(), entry.password.clone()))
+            })
+            .collect();
+        found.sort_by_key(|(length, _)| std::cmp::Reverse(*length));
+        found
+    }
+}
+
+impl From<Entry> for RegistryAuth {
+    fn from(entry: Entry) -> Self {
+        let mut auth =
+            Self { username: entry.username, password: entry.password, identity_token: entry.identity_token };
+        let decoded = STANDARD.decode(entry.auth.trim()).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+        if let (true, Some((user, password))) =
+            (auth.username.is_empty(), decoded.as_deref().and_then(|plain| plain.split_once(':')))
+        {
+            auth.username = user.to_owned();
+            auth.password = password.trim_end_matches('\0').to_owned();
+        }
+        auth
+    }
+}
+
+/// Reads the node's own file; absent is empty.
+pub(super) fn read(path: &Path) -> Result<DockerConfig, Error> {
+    let fail = |why: String| Error::Config { path: path.to_owned(), why };
+    match std::fs::read(path) {
+        Ok(text) => DockerConfig::parse(&text).map_err(|error| fail(error.to_string())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(DockerConfig::default()),
+        Err(error) => Err(fail(error.to_string())),
+    }
+}
+
+/// Everything to try for an image, in order: pull secrets, the node's file, then anonymously.
+pub(super) fn candidates(
+    reference: &Reference,
+    secrets: &[DockerConfig],
+    node: &DockerConfig,
+) -> Vec<secrets::RegistryAuth> {
+    let mut all = Vec::new();
+    for config in secrets.iter().chain([node]) {
+        all.extend(config.matches(reference.registry(), reference.repository()).into_iter().map(|(_, auth)| auth));
+    }
+    if all.is_empty() {
+        all.push(secrets::RegistryAuth::Anonymous);
+    }
+    all
+}
+
+/// Whether a key of `auths` (`https://host[:port][/path]`, `*.host`) covers a repository.
+fn key_matches(key: &str, host: &str, repository: &str) -> bool {
+    let key = key.trim_start_matches("https://").trim_start_matches("http://");
+    let (key_host, path) = key.split_once('/').unwrap_or((key, ""));
+    let path = path.trim_matches('/');
+    let docker_hub = |h: &str| matches!(h, "docker.io" | "index.docker.io" | "registry-1.docker.io");
+    let host_matches = key_host == host || (docker_hub(key_host) && docker_hub(host)) || glob_host(key_host, host);
+    let path_matches = matches!(path, "" | "v1" | "v2")
+        || repository == path
+        || repository.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
+    host_matches && path_matches
+}
+
+/// `*` stands for one label of a host name.
+fn glob_host(pattern: &str, host: &str) -> bool {
+    if !pattern.contains('*') {
+        return false;
+    }
+    let (pattern, host): (Vec<_>, Vec<_>) = (pattern.split('.').collect(), host.split('.').collect());
+    pattern.len() == host.len() && pattern.iter().zip(&host).all(|(p, h)| *p == "*" || p == h)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use oci_client::secrets::RegistryAuth;
+
+    #[test]
+    fn most_specific_entry_wins() {
+        let config = DockerConfig::parse(
+            br#"{"auths":{"https://r.example:5000":{"username":"a","password":"1"},
+                 "r.example:5000/team":{"auth":"Yjoy"}, "other":{"auth":"Yzoz"}}}"#,
+        )
+        .unwrap();
+        let reference: Reference = "r.example:5000/team/app:1".parse().unwrap();
+        let found = candidates(&reference, &[config], &DockerConfig::default());
+        assert_eq!(
+            found,
+            vec![RegistryAuth::Basic("b".into(), "2".into()), RegistryAuth::Basic("a".into(), "1".into())]
+        );
+    }
+
+    #[test]
+    fn without_an_entry_the_pull_is_anonymous() {
+        let reference: Reference = "busybox".parse().unwrap();
+        assert_eq!(candidates(&reference, &[], &DockerConfig::default()), vec![RegistryAuth::Anonymous]);
+    }
+
+    #[test]
+    fn keys_cover_hosts_and_paths() {
+        assert!(key_matches("https://index.docker.io/v1/", "docker.io", "library/busybox"));
+        assert!(key_matches("*.example.com", "r.example.com", "x"));
+        assert!(!key_matches("*.example.com", "a.r.example.com", "x"));
+        assert!(!key_matches("r/team", "r", "teammate/app"));
+    }
+}

@@ -1,0 +1,151 @@
+//! Where a registry's content is fetched from: containerd's `certs.d/HOST/hosts.toml`.
+//!
+//! Supported: `server`, and per `[host."URL"]` `capabilities` (pull/resolve), `ca`, `skip_verify`. Without a file the
+//! registry itself is asked over HTTPS, and one on a loopback address also over HTTP, as other tools do.
+//! <https://github.com/containerd/containerd/blob/main/docs/hosts.md>
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+use super::error::Error;
+
+/// One place to fetch from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Endpoint {
+    /// `host[:port]`.
+    pub(super) host: String,
+    /// HTTP instead of HTTPS.
+    pub(super) plain: bool,
+    /// Do not verify its certificate.
+    pub(super) skip_verify: bool,
+    /// PEM files of authorities to trust for it.
+    pub(super) ca: Vec<PathBuf>,
+}
+
+#[derive(Deserialize, Default)]
+struct HostsFile {
+    server: Option<String>,
+    #[serde(default)]
+    host: toml::Table,
+    #[serde(flatten)]
+    defaults: HostTable,
+}
+
+#[derive(Deserialize, Default, Clone)]
+struct HostTable {
+    #[serde(default)]
+    capabilities: Option<Vec<String>>,
+    #[serde(default)]
+    skip_verify: bool,
+    #[serde(default)]
+    ca: Option<OneOrMany>,
+}
+
+#[derive(Deserialize, Clone)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(PathBuf),
+    Many(Vec<PathBuf>),
+}
+
+/// The endpoints of a registry, in the order to try.
+pub(super) fn endpoints(dir: &Path, registry: &str) -> Result<Vec<Endpoint>, Error> {
+    for name in [registry.to_owned(), registry.replace(':', "_"), "_default".to_owned()] {
+        let path = dir.join(name).join("hosts.toml");
+        match std::fs::read_to_string(&path) {
+            Ok(text) => return parse(&text, &path, registry),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::Config { path, why: error.to_string() }),
+        }
+    }
+    let real = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+    let https = Endpoint { host: real.to_owned(), plain: false, skip_verify: false, ca: Vec::new() };
+    let mut all = vec![https.clone()];
+    if is_loopback(registry) {
+        all.push(Endpoint { plain: true, ..https });
+    }
+    Ok(all)
+}
+
+fn is_loopback(registry: &str) -> bool {
+    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
+    host == "localhost"
+        || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+fn parse(text: &str, path: &Path, registry: &str) -> Result<Vec<Endpoint>, Error> {
+    let fail = |why: String| Error::Config { path: path.to_owned(), why };
+    let file: HostsFile = toml::from_str(text).map_err(|error| fail(error.to_string().trim().to_owned()))?;
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let mut all = Vec::new();
+    // toml::Table keeps the file's order (feature preserve_order), which is the order to try.
+    for (url, table) in file.host {
+        let table: HostTable = table.try_into().map_err(|error| fail(format!("host \"{url}\": {error}")))?;
+        if table.capabilities.as_ref().is_some_and(|list| !list.iter().any(|c| c == "pull")) {
+            continue;
+        }
+        all.push(endpoint(&url, &table, dir).ok_or_else(|| fail(format!("host \"{url}\": not an http(s) URL")))?);
+    }
+    let default = format!("https://{registry}");
+    let server = file.server.as_deref().unwrap_or(&default);
+    all.push(
+        endpoint(server, &file.defaults, dir)
+            .ok_or_else(|| fail(format!("server \"{server}\": not an http(s) URL")))?,
+    );
+    let mut seen = BTreeMap::new();
+    all.retain(|endpoint| seen.insert((endpoint.host.clone(), endpoint.plain), ()).is_none());
+    Ok(all)
+}
+
+fn endpoint(url: &str, table: &HostTable, dir: &Path) -> Option<Endpoint> {
+    let (plain, rest) = match url.split_once("://") {
+        Some(("http", rest)) => (true, rest),
+        Some(("https", rest)) => (false, rest),
+        None => (false, url),
+        Some(_) => return None,
+    };
+    let host = rest.split('/').next().filter(|host| !host.is_empty())?;
+    let ca = match table.ca.clone() {
+        None => Vec::new(),
+        Some(OneOrMany::One(path)) => vec![path],
+        Some(OneOrMany::Many(paths)) => paths,
+    };
+    Some(Endpoint {
+        host: host.to_owned(),
+        plain,
+        skip_verify: table.skip_verify,
+        ca: ca.into_iter().map(|path| dir.join(path)).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mirrors_come_first_and_the_server_last() {
+        let text = "server = \"https://r.example\"\n[host.\"http://10.0.0.1:5000\"]\ncapabilities = [\"pull\", \"resolve\"]\n\
+                    [host.\"https://push.example\"]\ncapabilities = [\"push\"]\n[host.\"https://m.example\"]\nca = \"ca.pem\"\n";
+        let all = parse(text, Path::new("/c/r.example/hosts.toml"), "r.example").unwrap();
+        let hosts: Vec<_> = all.iter().map(|e| (e.host.as_str(), e.plain)).collect();
+        assert_eq!(hosts, [("10.0.0.1:5000", true), ("m.example", false), ("r.example", false)]);
+        assert_eq!(all[1].ca, [Path::new("/c/r.example/ca.pem")]);
+    }
+
+    #[test]
+    fn only_loopback_registries_may_be_plain_without_being_told() {
+        let none = Path::new("/nonexistent");
+        assert_eq!(endpoints(none, "127.0.0.1:5000").unwrap().len(), 2);
+        assert_eq!(endpoints(none, "10.0.0.1:5000").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_bad_file_is_one_error_with_its_path() {
+        let error = parse("server = 5", Path::new("/c/x/hosts.toml"), "x").unwrap_err().to_string();
+        assert!(error.starts_with("/c/x/hosts.toml: "), "{error}");
+    }
+}

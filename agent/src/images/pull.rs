@@ -1,0 +1,274 @@
+//! Pulls one image from a registry.
+//!
+//! Manifest (an index is resolved to this machine's platform), configuration, then the layers that are not here yet:
+//! each is downloaded to a scratch file, its digest verified, unpacked, and its diff id compared with the
+//! configuration's. <https://github.com/opencontainers/distribution-spec/blob/main/spec.md>
+
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use oci_client::{
+    Client, Reference, RegistryOperation,
+    client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
+    errors::{OciDistributionError, OciErrorCode},
+    manifest::{ImageIndexEntry, OciDescriptor, OciImageManifest, OciManifest},
+    secrets::RegistryAuth,
+};
+use tokio::io::AsyncWriteExt;
+
+use super::{
+    DockerConfig, ImageHandle, Pulled, credentials,
+    error::{Error, chain, store_error},
+    hosts::{self, Endpoint},
+    service::{Inner, PARALLEL_DOWNLOADS, blocking},
+    store::{self, Digest, Image},
+    unpack,
+};
+
+/// Configurations larger than this are refused.
+const MAX_CONFIG: i64 = 8 << 20;
+
+/// Pulls `reference`; tries every endpoint of its registry and every matching credential until one works.
+pub(super) async fn pull(
+    inner: &Arc<Inner>,
+    name: &str,
+    reference: &Reference,
+    secrets: &[DockerConfig],
+) -> Result<ImageHandle, Error> {
+    let endpoints = hosts::endpoints(&inner.hosts_dir, reference.registry())?;
+    let node = credentials::read(&inner.node_credentials)?;
+    let credentials = credentials::candidates(reference, secrets, &node);
+    let mut failure = None;
+    for endpoint in &endpoints {
+        let client = client(endpoint)?;
+        let there = at(endpoint, reference);
+        for auth in &credentials {
+            match pull_from(inner, name, reference, &there, &client, auth).await {
+                Ok(image) => return Ok(image),
+                // What a registry sent was wrong, or this disk failed: another source does not mend that.
+                Err(error @ (Error::Store { .. } | Error::Digest { .. } | Error::Layer { .. })) => {
+                    return Err(error);
+                }
+                Err(error) => failure = Some(error),
+            }
+        }
+    }
+    Err(failure.unwrap_or_else(|| Error::Pull { name: name.to_owned(), why: "no endpoint to ask".to_owned() }))
+}
+
+/// The same image at an endpoint.
+fn at(endpoint: &Endpoint, reference: &Reference) -> Reference {
+    let (host, repository) = (endpoint.host.clone(), reference.repository().to_owned());
+    match (reference.digest(), reference.tag()) {
+        (Some(digest), _) => Reference::with_digest(host, repository, digest.to_owned()),
+        (None, tag) => Reference::with_tag(host, repository, tag.unwrap_or("latest").to_owned()),
+    }
+}
+
+fn client(endpoint: &Endpoint) -> Result<Client, Error> {
+    let mut certificates = Vec::new();
+    for path in &endpoint.ca {
+        let data = std::fs::read(path).map_err(|e| Error::Config { path: path.clone(), why: e.to_string() })?;
+        certificates.push(Certificate { encoding: CertificateEncoding::Pem, data });
+    }
+    let config = ClientConfig {
+        protocol: if endpoint.plain { ClientProtocol::Http } else { ClientProtocol::Https },
+        accept_invalid_certificates: endpoint.skip_verify,
+        tls_certs_only: certificates,
+        platform_resolver: None,
+        connect_timeout: Some(Duration::from_secs(10)),
+        read_timeout: Some(Duration::from_secs(60)),
+        user_agent: concat!("isopod/", env!("CARGO_PKG_VERSION")),
+        ..ClientConfig::default()
+    };
+    Client::try_from(config)
+        .map_err(|error| Error::Pull { name: endpoint.host.clone(), why: format!("TLS set-up: {}", chain(&error)) })
+}
+
+async fn pull_from(
+    inner: &Arc<Inner>,
+    name: &str,
+    reference: &Reference,
+    there: &Reference,
+    client: &Client,
+    auth: &RegistryAuth,
+) -> Result<ImageHandle, Error> {
+    let started = Instant::now();
+    let fail = |error: OciDistributionError| classify(name, error);
+    client.auth(there, auth, RegistryOperation::Pull).await.map_err(fail)?;
+    let (manifest, digest) = client.pull_manifest(there, auth).await.map_err(fail)?;
+    let (manifest, digest) = match manifest {
+        OciManifest::Image(manifest) => (manifest, digest),
+        OciManifest::ImageIndex(index) => {
+            let entry = platform(&index.manifests).ok_or_else(|| Error::Pull {
+                name: name.to_owned(),
+                why: format!("no match for platform linux/{} in manifest", architecture()),
+            })?;
+            let whole = there.clone_with_digest(entry.digest.clone());
+            let (manifest, _) = client.pull_image_manifest(&whole, auth).await.map_err(fail)?;
+            (manifest, digest)
+        }
+    };
+    let repo_digest = format!("{}/{}@{digest}", reference.registry(), reference.repository());
+    let image = fetch(inner, name, there, client, &manifest).await?;
+    let Fetched { config_digest, config_bytes, diff_ids, bytes } = image;
+    let image = Image {
+        config: config_digest,
+        size: inner.store.size_of(&diff_ids),
+        layers: diff_ids,
+        repo_digests: BTreeSet::from([repo_digest.clone()]),
+    };
+    let task = {
+        let (inner, image, names) = (inner.clone(), image.clone(), vec![reference.whole(), repo_digest]);
+        move || inner.store.add_image(&names, image, &config_bytes)
+    };
+    blocking(task).await?;
+    let took = started.elapsed();
+    inner.store.handle(&reference.whole(), &image, Some(Pulled { took, including_waiting: took, size: bytes }))
+}
+
+struct Fetched {
+    config_digest: Digest,
+    config_bytes: Vec<u8>,
+    diff_ids: Vec<Digest>,
+    bytes: u64,
+}
+
+async fn fetch(
+    inner: &Arc<Inner>,
+    name: &str,
+    there: &Reference,
+    client: &Client,
+    manifest: &OciImageManifest,
+) -> Result<Fetched, Error> {
+    let broken = |why: String| Error::Pull { name: name.to_owned(), why };
+    if manifest.config.size > MAX_CONFIG {
+        return Err(broken(format!("configuration of {} bytes is too large", manifest.config.size)));
+    }
+    let config_digest = Digest::try_from(manifest.config.digest.clone()).map_err(broken)?;
+    let mut config_bytes = Vec::new();
+    client.pull_blob(there, &manifest.config, &mut config_bytes).await.map_err(|error| classify(name, error))?;
+    check(&format!("configuration of {name}"), &config_digest, &Digest::of(&config_bytes))?;
+    let config = store::parse_config(&config_bytes).map_err(broken)?;
+    let diff_ids = store::diff_ids(&config).map_err(broken)?;
+    if diff_ids.len() != manifest.layers.len() {
+        let (layers, ids) = (manifest.layers.len(), diff_ids.len());
+        return Err(broken(format!("manifest has {layers} layers, configuration {ids} diff ids")));
+    }
+    let pairs: Vec<(OciDescriptor, Digest)> = manifest.layers.iter().cloned().zip(diff_ids.iter().cloned()).collect();
+    let bytes = stream::iter(pairs)
+        .map(|(layer, diff_id)| fetch_layer(inner, name, there, client, layer, diff_id))
+        .buffer_unordered(PARALLEL_DOWNLOADS)
+        .try_fold(0, |sum, bytes| async move { Ok(sum + bytes) })
+        .await?;
+    Ok(Fetched { config_digest, config_bytes, diff_ids, bytes })
+}
+
+/// A scratch file that is gone when this is.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Gone already when it was moved into place; the next start removes what stays.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+async fn fetch_layer(
+    inner: &Arc<Inner>,
+    name: &str,
+    there: &Reference,
+    client: &Client,
+    layer: OciDescriptor,
+    diff_id: Digest,
+) -> Result<u64, Error> {
+    if inner.store.has_layer(&diff_id) {
+        return Ok(0);
+    }
+    let Ok(_slot) = inner.downloads.acquire().await else { return Ok(0) };
+    let scratch = Scratch(inner.store.scratch("blob"));
+    let mut file = tokio::fs::File::create(&scratch.0).await.map_err(store_error("create", &scratch.0))?;
+    client.pull_blob(there, &layer, &mut file).await.map_err(|error| classify(name, error))?;
+    file.flush().await.map_err(store_error("write", &scratch.0))?;
+    drop(file);
+    let inner = inner.clone();
+    let bytes = u64::try_from(layer.size).unwrap_or_default();
+    blocking(move || {
+        let file = std::fs::File::open(&scratch.0).map_err(store_error("open", &scratch.0))?;
+        add_layer(&inner.store, file, &layer.digest, &diff_id)
+    })
+    .await?;
+    Ok(bytes)
+}
+
+/// Unpacks a verified layer blob and puts it in place, provided that its content is what the configuration says.
+pub(super) fn add_layer(
+    store: &store::Store,
+    reader: impl std::io::Read,
+    blob: &str,
+    diff_id: &Digest,
+) -> Result<(), Error> {
+    let dir = store.scratch("layer");
+    std::fs::create_dir(&dir).map_err(store_error("create", &dir))?;
+    let result = unpack::unpack(reader, &dir)
+        .map_err(|why| Error::Layer { digest: blob.to_owned(), why })
+        .and_then(|unpacked| check(&format!("layer {blob}"), diff_id, &unpacked.diff_id).map(|()| unpacked.size))
+        .and_then(|size| store.add_layer(diff_id, &dir, size));
+    if result.is_err() {
+        // What stays is removed at the next start.
+        let _ = std::fs::remove_dir_all(&dir);
+    }
+    result
+}
+
+pub(super) fn check(what: &str, expected: &Digest, actual: &Digest) -> Result<(), Error> {
+    if expected == actual {
+        return Ok(());
+    }
+    Err(Error::Digest { what: what.to_owned(), expected: expected.to_string(), actual: actual.to_string() })
+}
+
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+/// This machine's entry of an image index: no variant or the plainest one first.
+fn platform(entries: &[ImageIndexEntry]) -> Option<&ImageIndexEntry> {
+    let matches = entries.iter().filter(|entry| {
+        entry
+            .platform
+            .as_ref()
+            .is_some_and(|p| p.os.to_string() == "linux" && p.architecture.to_string() == architecture())
+    });
+    let variant =
+        |entry: &&ImageIndexEntry| entry.platform.as_ref().and_then(|p| p.variant.clone()).unwrap_or_default();
+    matches.min_by_key(variant).or_else(|| entries.iter().find(|entry| entry.platform.is_none()))
+}
+
+fn classify(name: &str, error: OciDistributionError) -> Error {
+    let name = name.to_owned();
+    match &error {
+        OciDistributionError::ImageManifestNotFoundError(_) => Error::NotFound { name },
+        OciDistributionError::RegistryError { envelope, .. } => match envelope.errors.first().map(|e| &e.code) {
+            Some(OciErrorCode::ManifestUnknown | OciErrorCode::NameUnknown | OciErrorCode::NotFound) => {
+                Error::NotFound { name }
+            }
+            Some(OciErrorCode::Unauthorized | OciErrorCode::Denied) => Error::Denied { name, why: chain(&error) },
+            _ => Error::Pull { name, why: chain(&error) },
+        },
+        OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
+            Error::Denied { name, why: chain(&error) }
+        }
+        OciDistributionError::ServerError { code: 404, .. } => Error::NotFound { name },
+        _ => Error::Pull { name, why: chain(&error) },
+    }
+}

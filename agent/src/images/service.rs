@@ -1,0 +1,155 @@
+//! The image service of a node: [`ImageService`] over the store, the registries and the archive directory.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use futures::{FutureExt, future::BoxFuture};
+use oci_client::Reference;
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+use super::{
+    DockerConfig, ImageError, ImageHandle, ImageInfo, ImageService, Progress, PullPolicy, PullProgress, archive,
+    assemble, error::Error, pull, store,
+};
+
+/// Most layers downloaded at once on a node.
+pub(super) const PARALLEL_DOWNLOADS: usize = 6;
+
+/// Images on this machine's disk. Cheap to clone.
+#[derive(Clone)]
+pub struct LocalImages {
+    inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub(super) store: store::Store,
+    /// `etc/isopod/certs.d`: containerd's hosts.toml per registry.
+    pub(super) hosts_dir: PathBuf,
+    /// Docker config.json with the node's own credentials; may be absent.
+    pub(super) node_credentials: PathBuf,
+    pub(super) downloads: Semaphore,
+    /// One pull per image name at a time; later callers find its result in the store.
+    pulls: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    in_use: Mutex<BTreeSet<String>>,
+}
+
+/// Parses an image name with Docker's defaults (`docker.io/library/`, `:latest`).
+pub(super) fn parse_reference(name: &str) -> Result<Reference, Error> {
+    name.parse().map_err(|why| Error::InvalidName { name: name.to_owned(), why: format!("{why}") })
+}
+
+impl LocalImages {
+    /// Opens (and makes, when absent) the store at `root`; leftovers of an earlier crash are removed.
+    pub fn open(root: &Path, hosts_dir: PathBuf, node_credentials: PathBuf) -> Result<Self, ImageError> {
+        let store = store::Store::open(root)?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                store,
+                hosts_dir,
+                node_credentials,
+                downloads: Semaphore::new(PARALLEL_DOWNLOADS),
+                pulls: Mutex::new(HashMap::new()),
+                in_use: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Makes the image `name` whose only content is the executable at `path`, as `/FILE_NAME` and as entrypoint.
+    pub async fn assemble(&self, name: &str, path: &Path, file_name: &str) -> Result<ImageHandle, ImageError> {
+        let (inner, name, path) = (self.inner.clone(), name.to_owned(), path.to_owned());
+        let file_name = file_name.to_owned();
+        Ok(blocking(move || assemble::assemble(&inner.store, &name, &path, &file_name)).await?)
+    }
+
+    /// Forgets all names of an image that no container uses and frees layers that no other image has. Bytes freed.
+    pub fn remove(&self, id: &str) -> Result<u64, ImageError> {
+        if self.inner.in_use.lock().contains(id) {
+            return Ok(0);
+        }
+        Ok(self.inner.store.remove(id)?)
+    }
+
+    async fn ensure_image(
+        &self,
+        name: &str,
+        policy: PullPolicy,
+        secrets: Vec<DockerConfig>,
+        progress: Progress,
+    ) -> Result<ImageHandle, Error> {
+        let asked = Instant::now();
+        let reference = parse_reference(name)?;
+        let present = self.inner.store.lookup(&reference.whole())?;
+        match (policy, present) {
+            (PullPolicy::IfNotPresent | PullPolicy::Never, Some(image)) => return Ok(image),
+            (PullPolicy::Never, None) => return Err(Error::NeverPull(name.to_owned())),
+            _ => {}
+        }
+        progress(PullProgress::Pulling);
+        let turn = {
+            let mut pulls = self.inner.pulls.lock();
+            pulls.retain(|_, turn| Arc::strong_count(turn) > 1);
+            pulls.entry(reference.whole()).or_default().clone()
+        };
+        let _turn = turn.lock().await;
+        if policy == PullPolicy::IfNotPresent
+            && let Some(image) = self.inner.store.lookup(&reference.whole())?
+        {
+            return Ok(image);
+        }
+        let mut image = pull::pull(&self.inner, name, &reference, &secrets).await?;
+        if let Some(pulled) = &mut image.pulled {
+            pulled.including_waiting = asked.elapsed();
+        }
+        Ok(image)
+    }
+}
+
+/// Runs blocking work off the async threads; a panic in it goes on here.
+pub(super) async fn blocking<T: Send + 'static>(
+    task: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::task::spawn_blocking(task).await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+impl ImageService for LocalImages {
+    fn ensure<'a>(
+        &'a self,
+        image: &'a str,
+        policy: PullPolicy,
+        pull_secrets: Vec<DockerConfig>,
+        progress: Progress,
+    ) -> BoxFuture<'a, Result<ImageHandle, ImageError>> {
+        async move { Ok(self.ensure_image(image, policy, pull_secrets, progress).await?) }.boxed()
+    }
+
+    fn in_use(&self, ids: Vec<String>) {
+        *self.inner.in_use.lock() = ids.into_iter().collect();
+    }
+
+    fn list(&self) -> Vec<ImageInfo> {
+        self.inner.store.list()
+    }
+
+    fn load_archives<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<(), ImageError>> {
+        let (inner, dir) = (self.inner.clone(), dir.to_owned());
+        async move {
+            let outcomes = blocking(move || Ok(archive::load_directory(&inner.store, &dir))).await?;
+            for (path, outcome) in outcomes {
+                match outcome {
+                    Ok(names) => tracing::info!(path = %path.display(), ?names, "image archive loaded"),
+                    Err(error) => tracing::error!(path = %path.display(), "{}", ImageError::from(error)),
+                }
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+}

@@ -1,0 +1,373 @@
+//! The content store: image configurations, unpacked layers, and the index of names.
+//!
+//! ```text
+//! ROOT/index.json              names -> images; replaced atomically
+//! ROOT/configs/sha256/HEX      image configurations, named by their digest
+//! ROOT/layers/HEX/             one unpacked layer, named by its diff id (digest of the uncompressed tar)
+//! ROOT/tmp/                    work in progress; removed at start
+//! ```
+//!
+//! Order of a write: layer directories, then the configuration, then the index, each moved into place complete and after
+//! the file system was synced. A name in the index therefore always leads to a whole image. Compressed blobs are not
+//! kept: the layers are what containers need.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use oci_spec::image::ImageConfiguration;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    ImageHandle, ImageInfo, Pulled,
+    error::{Error, store_error},
+};
+
+/// A `sha256:HEX` digest, known to be well-formed (so that it is safe in a path).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(super) struct Digest(String);
+
+impl Digest {
+    /// Of some bytes.
+    pub(super) fn of(bytes: &[u8]) -> Self {
+        Self::from_hash(Sha256::digest(bytes).as_slice())
+    }
+
+    /// From a finished hash.
+    pub(super) fn from_hash(hash: &[u8]) -> Self {
+        use std::fmt::Write;
+        let mut hex = String::with_capacity(64);
+        for byte in hash {
+            // Writing to a String cannot fail.
+            let _ = write!(hex, "{byte:02x}");
+        }
+        Self(hex)
+    }
+
+    pub(super) fn hex(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Display for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "sha256:{}", self.0)
+    }
+}
+
+impl TryFrom<String> for Digest {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.strip_prefix("sha256:") {
+            Some(hex) if hex.len() == 64 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) => {
+                Ok(Self(hex.to_owned()))
+            }
+            _ => Err(format!("\"{text}\" is not a sha256 digest")),
+        }
+    }
+}
+
+impl From<Digest> for String {
+    fn from(digest: Digest) -> String {
+        digest.to_string()
+    }
+}
+
+/// A complete image, ready to be given a name.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Image {
+    /// Digest of the configuration: the image id.
+    pub(super) config: Digest,
+    /// Diff ids, lowest layer first.
+    pub(super) layers: Vec<Digest>,
+    /// Bytes of all unpacked layers.
+    pub(super) size: u64,
+    /// `repo@sha256:...` names under which it came.
+    #[serde(default)]
+    pub(super) repo_digests: BTreeSet<String>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Index {
+    /// By full name (`docker.io/library/busybox:1`), also by `repo@digest`.
+    images: BTreeMap<String, Image>,
+    /// Bytes per unpacked layer.
+    layers: BTreeMap<String, u64>,
+    /// Archives already loaded: path -> (size, modification time in ns).
+    archives: BTreeMap<PathBuf, (u64, i128)>,
+}
+
+pub(super) struct Store {
+    root: PathBuf,
+    index: Mutex<Index>,
+    configs: Mutex<BTreeMap<String, Arc<ImageConfiguration>>>,
+}
+
+impl Store {
+    pub(super) fn open(root: &Path) -> Result<Self, Error> {
+        let tmp = root.join("tmp");
+        if tmp.exists() {
+            fs::remove_dir_all(&tmp).map_err(store_error("remove", &tmp))?;
+        }
+        for dir in [&tmp, &root.join("configs/sha256"), &root.join("layers")] {
+            fs::create_dir_all(dir).map_err(store_error("create", dir))?;
+        }
+        let path = root.join("index.json");
+        let index = match fs::read(&path) {
+            Ok(text) => match serde_json::from_slice(&text) {
+                Ok(index) => index,
+                Err(error) => {
+                    let aside = root.join("index.json.unreadable");
+                    fs::rename(&path, &aside).map_err(store_error("rename", &path))?;
+                    tracing::error!(path = %path.display(), kept = %aside.display(), %error,
+                        "image index is unreadable; images will be fetched again");
+                    Index::default()
+                }
+            },
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Index::default(),
+            Err(error) => return Err(store_error("read", &path)(error)),
+        };
+        Ok(Self { root: root.to_owned(), index: Mutex::new(index), configs: Mutex::default() })
+    }
+
+    /// A new empty file or directory name under `tmp/`.
+    pub(super) fn scratch(&self, prefix: &str) -> PathBuf {
+        self.root.join("tmp").join(format!("{prefix}-{}", uuid::Uuid::new_v4()))
+    }
+
+    pub(super) fn layer_dir(&self, diff_id: &Digest) -> PathBuf {
+        self.root.join("layers").join(diff_id.hex())
+    }
+
+    pub(super) fn has_layer(&self, diff_id: &Digest) -> bool {
+        self.index.lock().layers.contains_key(diff_id.hex()) && self.layer_dir(diff_id).is_dir()
+    }
+
+    /// Moves a completely unpacked layer into place.
+    pub(super) fn add_layer(&self, diff_id: &Digest, unpacked: &Path, size: u64) -> Result<(), Error> {
+        let to = self.layer_dir(diff_id);
+        sync_file_system(unpacked)?;
+        let mut index = self.index.lock();
+        if to.exists() {
+            // Either an equal layer finished meanwhile, or one from before a lost index: both are whole.
+            fs::remove_dir_all(unpacked).map_err(store_error("remove", unpacked))?;
+        } else {
+            fs::rename(unpacked, &to).map_err(store_error("rename", &to))?;
+        }
+        index.layers.insert(diff_id.hex().to_owned(), size);
+        Ok(())
+    }
+
+    /// Bytes of the layers that an image made of them has.
+    pub(super) fn size_of(&self, layers: &[Digest]) -> u64 {
+        let index = self.index.lock();
+        layers.iter().filter_map(|layer| index.layers.get(layer.hex())).sum()
+    }
+
+    /// Gives a complete image its names. The configuration's bytes are stored under their digest.
+    pub(super) fn add_image(&self, names: &[String], image: Image, config: &[u8]) -> Result<(), Error> {
+        let path = self.config_path(&image.config);
+        if !path.exists() {
+            self.write_atomic(&path, config)?;
+        }
+        let mut index = self.index.lock();
+        for name in names {
+            index.images.insert(name.clone(), image.clone());
+        }
+        self.save(&index)
+    }
+
+    fn config_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join("configs/sha256").join(digest.hex())
+    }
+
+    fn save(&self, index: &Index) -> Result<(), Error> {
+        // BTreeMaps with string keys always serialize.
+        let text = serde_json::to_vec(index).unwrap_or_default();
+        self.write_atomic(&self.root.join("index.json"), &text)
+    }
+
+    fn write_atomic(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+        let scratch = self.scratch("file");
+        let mut file = fs::File::create(&scratch).map_err(store_error("create", &scratch))?;
+        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(store_error("write", &scratch))?;
+        fs::rename(&scratch, path).map_err(store_error("rename", path))?;
+        let dir = path.parent().unwrap_or(&self.root);
+        fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(store_error("sync", dir))
+    }
+
+    /// The image under a full name, when every part of it is there.
+    pub(super) fn lookup(&self, name: &str) -> Result<Option<ImageHandle>, Error> {
+        let Some(image) = self.index.lock().images.get(name).cloned() else { return Ok(None) };
+        self.handle(name, &image, None).map(Some)
+    }
+
+    pub(super) fn handle(&self, name: &str, image: &Image, pulled: Option<Pulled>) -> Result<ImageHandle, Error> {
+        let config = self.config(&image.config)?;
+        Ok(ImageHandle {
+            id: image.config.to_string(),
+            digest_reference: image.repo_digests.first().cloned().unwrap_or_else(|| image.config.to_string()),
+            reference: name.to_owned(),
+            config,
+            layers: image.layers.iter().rev().map(|layer| self.layer_dir(layer)).collect(),
+            pulled,
+        })
+    }
+
+    fn config(&self, digest: &Digest) -> Result<Arc<ImageConfiguration>, Error> {
+        if let Some(config) = self.configs.lock().get(digest.hex()) {
+            return Ok(config.clone());
+        }
+        let path = self.config_path(digest);
+        let bytes = fs::read(&path).map_err(store_error("read", &path))?;
+        let config = Arc::new(parse_config(&bytes).map_err(|why| Error::Config { path, why })?);
+        self.configs.lock().insert(digest.hex().to_owned(), config.clone());
+        Ok(config)
+    }
+
+    pub(super) fn archive_is_loaded(&self, path: &Path, size: u64, modified: i128) -> bool {
+        self.index.lock().archives.get(path) == Some(&(size, modified))
+    }
+
+    pub(super) fn archive_loaded(&self, path: &Path, size: u64, modified: i128) -> Result<(), Error> {
+        let mut index = self.index.lock();
+        index.archives.insert(path.to_owned(), (size, modified));
+        self.save(&index)
+    }
+
+    pub(super) fn list(&self) -> Vec<ImageInfo> {
+        let index = self.index.lock();
+        let mut by_id: BTreeMap<&str, ImageInfo> = BTreeMap::new();
+        for (name, image) in &index.images {
+            let summary = by_id.entry(image.config.hex()).or_insert_with(|| ImageInfo {
+                id: image.config.to_string(),
+                names: image.repo_digests.iter().cloned().collect(),
+                size: image.size,
+            });
+            if !summary.names.contains(name) {
+                summary.names.push(name.clone());
+            }
+        }
+        let mut all: Vec<_> = by_id.into_values().collect();
+        all.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.names.cmp(&b.names)));
+        all
+    }
+
+    pub(super) fn remove(&self, id: &str) -> Result<u64, Error> {
+        let started = Instant::now();
+        let mut index = self.index.lock();
+        index.images.retain(|_, image| image.config.to_string() != id);
+        let used: BTreeSet<_> =
+            index.images.values().flat_map(|image| image.layers.iter().map(|l| l.hex().to_owned())).collect();
+        let unused: Vec<_> = index.layers.keys().filter(|layer| !used.contains(*layer)).cloned().collect();
+        let mut freed = 0;
+        for layer in &unused {
+            freed += index.layers.remove(layer).unwrap_or_default();
+        }
+        index.archives.clear();
+        self.save(&index)?;
+        for layer in unused {
+            let (from, to) = (self.root.join("layers").join(&layer), self.scratch("removed"));
+            match fs::rename(&from, &to) {
+                Ok(()) => fs::remove_dir_all(&to).map_err(store_error("remove", &to))?,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(store_error("rename", &from)(error)),
+            }
+        }
+        tracing::debug!(id, freed, elapsed = ?started.elapsed(), "image removed");
+        Ok(freed)
+    }
+}
+
+/// Parses an image configuration and checks what later code relies on.
+pub(super) fn parse_config(bytes: &[u8]) -> Result<ImageConfiguration, String> {
+    serde_json::from_slice(bytes).map_err(|error| format!("image configuration: {error}"))
+}
+
+/// Diff ids of a configuration, lowest layer first.
+pub(super) fn diff_ids(config: &ImageConfiguration) -> Result<Vec<Digest>, String> {
+    config.rootfs().diff_ids().iter().map(|id| Digest::try_from(id.clone())).collect()
+}
+
+fn sync_file_system(path: &Path) -> Result<(), Error> {
+    let dir = fs::File::open(path).map_err(store_error("open", path))?;
+    rustix::fs::syncfs(&dir).map_err(|error| store_error("sync", path)(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(store: &Store, name: &str, layer: &str) -> Image {
+        let diff_id = Digest::of(layer.as_bytes());
+        let dir = store.scratch("layer");
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("file"), layer).unwrap();
+        store.add_layer(&diff_id, &dir, 10).unwrap();
+        let config = format!(
+            r#"{{"architecture":"amd64","os":"linux","author":"{name}","rootfs":{{"type":"layers","diff_ids":["{diff_id}"]}}}}"#
+        );
+        let image = Image {
+            config: Digest::of(config.as_bytes()),
+            layers: vec![diff_id],
+            size: 10,
+            repo_digests: BTreeSet::new(),
+        };
+        store.add_image(&[name.to_owned()], image.clone(), config.as_bytes()).unwrap();
+        image
+    }
+
+    #[test]
+    fn images_survive_a_restart_and_leftovers_do_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        image(&store, "a:1", "one");
+        let half = store.scratch("layer");
+        fs::create_dir(&half).unwrap();
+        drop(store);
+        let store = Store::open(dir.path()).unwrap();
+        assert!(!half.exists());
+        let handle = store.lookup("a:1").unwrap().unwrap();
+        assert_eq!(fs::read_to_string(handle.layers[0].join("file")).unwrap(), "one");
+        assert!(store.lookup("b:1").unwrap().is_none());
+    }
+
+    #[test]
+    fn removal_frees_only_layers_nobody_else_uses() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let a = image(&store, "a:1", "shared");
+        image(&store, "b:1", "shared");
+        assert_eq!(store.remove(&a.config.to_string()).unwrap(), 0);
+        let b = store.lookup("b:1").unwrap().unwrap();
+        assert!(b.layers[0].exists());
+        assert_eq!(store.remove(&b.id).unwrap(), 10);
+        assert!(!b.layers[0].exists());
+    }
+
+    #[test]
+    fn a_half_written_index_is_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("index.json"), "{\"images\":{").unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        assert!(store.list().is_empty());
+        assert!(dir.path().join("index.json.unreadable").exists());
+    }
+
+    #[test]
+    fn digests_are_checked() {
+        assert!(Digest::try_from(format!("sha256:{}", "a".repeat(64))).is_ok());
+        for bad in ["sha256:../../etc", "md5:00", &format!("sha256:{}", "A".repeat(64))] {
+            assert!(Digest::try_from(bad.to_owned()).is_err(), "{bad}");
+        }
+    }
+}
