@@ -49,7 +49,7 @@ impl DockerConfig {
             .iter()
             .filter(|(key, _)| key_matches(key, host, repository))
             .map(|(key, entry)| {
-                (key.len(), secrets::RegistryAuth::Basic(entry.username.clone(), entry.password.clone()))
+                (bare(key).len(), secrets::RegistryAuth::Basic(entry.username.clone(), entry.password.clone()))
             })
             .collect();
         found.sort_by_key(|(length, _)| std::cmp::Reverse(*length));
@@ -98,9 +98,14 @@ pub(super) fn candidates(
     all
 }
 
+/// A key of `auths` without its scheme.
+fn bare(key: &str) -> &str {
+    key.trim_start_matches("https://").trim_start_matches("http://")
+}
+
 /// Whether a key of `auths` (`https://host[:port][/path]`, `*.host`) covers a repository.
 fn key_matches(key: &str, host: &str, repository: &str) -> bool {
-    let key = key.trim_start_matches("https://").trim_start_matches("http://");
+    let key = bare(key);
     let (key_host, path) = key.split_once('/').unwrap_or((key, ""));
     let path = path.trim_matches('/');
     let docker_hub = |h: &str| matches!(h, "docker.io" | "index.docker.io" | "registry-1.docker.io");

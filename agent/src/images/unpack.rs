@@ -295,10 +295,14 @@ fn link_target(entry: &tar::Entry<'_, impl Read>) -> Result<PathBuf, String> {
 
 fn attributes(entry: &mut tar::Entry<'_, impl Read>) -> Result<Attributes, String> {
     let header = entry.header();
-    let number = |value: std::io::Result<u64>, what: &str| {
-        value.ok().and_then(|v| u32::try_from(v).ok()).ok_or_else(|| format!("bad {what}"))
+    // An empty field is zero to every other reader of tar files.
+    let number = |value: std::io::Result<u64>, field: &[u8], what: &str| match value {
+        Ok(value) => u32::try_from(value).map_err(|_| format!("{what} {value} is too large")),
+        Err(_) if field.iter().all(|byte| matches!(byte, 0 | b' ')) => Ok(0),
+        Err(error) => Err(format!("{what}: {error}")),
     };
-    let (uid, gid) = (number(header.uid(), "uid")?, number(header.gid(), "gid")?);
+    let fields = header.as_old();
+    let (uid, gid) = (number(header.uid(), &fields.uid, "uid")?, number(header.gid(), &fields.gid, "gid")?);
     let mode = Mode::from_raw_mode(header.mode().map_err(|error| format!("mode: {error}"))? & 0o7777);
     let seconds = i64::try_from(header.mtime().unwrap_or_default()).unwrap_or_default();
     let time = Timespec { tv_sec: seconds, tv_nsec: 0 };
