@@ -1,1 +1,18 @@
-//! isopod api.
+//! Everything isopod's components and its API server agree on: names, errors, selectors, quantities, resource tables, the
+//! schema engine, patches, server-side apply and the wire formats. Pure functions over [`serde_json::Value`]; no I/O.
+//!
+//! Where to look:
+//! - [`gvk`], [`resources`]: what kinds exist and how they are addressed.
+//! - [`status`], [`field`]: errors with upstream's exact texts.
+//! - [`meta`]: object metadata of a `Value`.
+//! - [`names`], [`selector`], [`quantity`], [`text`]: the small grammars.
+
+pub mod field;
+pub mod gvk;
+pub mod meta;
+pub mod names;
+pub mod quantity;
+pub mod resources;
+pub mod selector;
+pub mod status;
+pub mod text;
