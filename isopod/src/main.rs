@@ -1,2 +1,29 @@
-//! The `isopod` binary.
-fn main() {}
+//! The `isopod` binary: one executable for a node and its control plane.
+
+mod bootstrap;
+mod cli;
+mod commands;
+mod error;
+mod kubeconfig;
+mod lock;
+mod logging;
+mod manifests;
+mod node;
+mod pki;
+mod preflight;
+mod progress;
+
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    match cli::parse().and_then(cli::run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("isopod: {error:#}");
+            error::exit_code(&error)
+        }
+    }
+}

@@ -1,0 +1,45 @@
+# isopod: `make up` runs a cluster on this machine, `make test` passes the tests. See README.md.
+
+TARGET   := x86_64-unknown-linux-gnu
+RELEASE  := target/$(TARGET)/release
+PREFIX   ?= /usr/local
+PACKAGES := build-essential nftables iproute2 busybox-static tini procps curl jq conntrack kmod util-linux \
+            docker-registry apache2-utils skopeo crun runc podman containernetworking-plugins
+ROOT_DIR ?= /
+
+.PHONY: up test check bench install uninstall build deps test-deps
+
+build:
+	cargo build --release --bins
+
+# A cluster on this machine, in the foreground: Ctrl-C leaves pods running, `isopod down` stops everything.
+up: deps build
+	$(RELEASE)/isopod --root-dir $(ROOT_DIR) up
+
+# What a node needs besides the executables.
+deps:
+	@command -v nft >/dev/null && command -v cc >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends build-essential nftables; }
+
+test-deps:
+	@dpkg -s $(PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; }
+	@cargo nextest --version >/dev/null 2>&1 || cargo install --locked cargo-nextest
+
+# Everything, unattended: lints, unit tests, kernel tests and end-to-end tests on virtual hosts. Needs root.
+test: test-deps check
+	cargo build --workspace --bins
+	cargo nextest run --workspace --no-fail-fast
+
+check: deps
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+bench: test-deps build
+	tests/bench
+
+install: build
+	install -D -m 755 $(RELEASE)/isopod $(DESTDIR)$(PREFIX)/bin/isopod
+	install -D -m 755 $(RELEASE)/isopod-runtime $(DESTDIR)$(PREFIX)/bin/isopod-runtime
+	install -D -m 644 systemd/isopod.service $(DESTDIR)/etc/systemd/system/isopod.service
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/isopod $(DESTDIR)$(PREFIX)/bin/isopod-runtime $(DESTDIR)/etc/systemd/system/isopod.service

@@ -1,0 +1,92 @@
+//! The command line: what there is to say, and which command it goes to.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use isopod_agent::Paths;
+
+use crate::{commands, error::Usage};
+
+/// A Kubernetes node and its control plane in one program.
+#[derive(Parser)]
+#[command(name = "isopod", version, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    /// Where etc/isopod, var/lib/isopod, var/log and run/isopod are; several nodes can live on one machine.
+    #[arg(long, global = true, value_name = "DIR", default_value = "/")]
+    root_dir: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a cluster on this machine and stay in the foreground; Ctrl-C leaves pods running.
+    Up(commands::up::Args),
+    /// Stop the node and every pod on it; data stays.
+    Down,
+    /// Stop everything and remove all data, mounts, links, cgroups and nft tables of this root.
+    Reset(commands::reset::Args),
+    /// Print an administrator's kubeconfig with embedded certificates.
+    Kubeconfig,
+    /// Run the node agent (what the systemd service runs).
+    Agent(commands::agent::Args),
+    /// Join this machine to a cluster as a node.
+    Join(commands::join::Args),
+    /// Print the command that joins another machine.
+    Token(commands::token::Args),
+    /// Run the API server (used by its static pod).
+    Apiserver(commands::apiserver::Args),
+    /// Run the scheduler (used by its static pod).
+    Scheduler(commands::scheduler::Args),
+    /// Run the controllers (used by their static pod).
+    ControllerManager(commands::controller_manager::Args),
+    /// Print the version.
+    Version,
+}
+
+/// Parses the command line; help and version end the process as clap does.
+pub(crate) fn parse() -> Result<Cli> {
+    match Cli::try_parse() {
+        Ok(cli) => Ok(cli),
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) => {
+            let text = error.to_string();
+            let text = text.trim_start_matches("error: ").trim_end();
+            Err(Usage(text.to_owned()).into())
+        }
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(cli: Cli) -> Result<()> {
+    let paths = Paths::new(&cli.root_dir);
+    // One TLS provider for the whole process; a second call is the only way this fails.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    match cli.command {
+        Command::Up(args) => commands::up::run(&paths, args),
+        Command::Down => commands::down::run(&paths),
+        Command::Reset(args) => commands::reset::run(&paths, &args),
+        Command::Kubeconfig => commands::kubeconfig::run(&paths),
+        Command::Agent(args) => commands::agent::run(&paths, args),
+        Command::Join(args) => commands::join::run(&paths, args),
+        Command::Token(args) => commands::token::run(&paths, &args),
+        Command::Apiserver(args) => commands::apiserver::run(args),
+        Command::Scheduler(args) => commands::scheduler::run(args),
+        Command::ControllerManager(args) => commands::controller_manager::run(args),
+        Command::Version => {
+            println!("isopod {} (Kubernetes v1.36.2)", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,153 @@
+//! `isopod agent`: the node agent, with the service proxy and DNS beside it.
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result, anyhow};
+use isopod_agent::{KubeletConfiguration, Paths};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    bootstrap,
+    error::Usage,
+    lock, manifests,
+    node::{Options, Settings},
+    preflight,
+};
+
+/// Options of the agent.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    node: Options,
+    /// kubeconfig of the node [default: etc/isopod/agent.conf]; without the file the agent runs static pods only.
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// KubeletConfiguration [default: etc/isopod/config.yaml]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Labels for the node, key=value.
+    #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',')]
+    node_labels: Vec<String>,
+}
+
+/// A node ready to run.
+pub(crate) struct Node {
+    agent: isopod_agent::Config,
+    proxy: isopod_netproxy::Config,
+    kubeconfig: PathBuf,
+}
+
+pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
+    crate::logging::to_stderr();
+    let settings = Settings::resolve(&paths.etc().join("cluster.yaml"), args.node)?;
+    let lock = lock::take(&paths.run())?;
+    let runtime = preflight::check(paths, &[("the agent", "--agent-port", settings.agent_port)])?;
+    let node = Node::new(paths, &settings, runtime, args.config, args.kubeconfig, &args.node_labels)?;
+    let result = super::serve(2, |stop| async {
+        // Fails only without a service manager to tell.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        node.run(stop).await
+    });
+    drop(lock);
+    result
+}
+
+impl Node {
+    /// Reads the agent's configuration and puts everything together.
+    pub(crate) fn new(
+        paths: &Paths,
+        settings: &Settings,
+        runtime_binary: PathBuf,
+        config: Option<PathBuf>,
+        kubeconfig: Option<PathBuf>,
+        labels: &[String],
+    ) -> Result<Self> {
+        let config_path = config.unwrap_or_else(|| paths.config());
+        let mut kubelet = if config_path.exists() {
+            KubeletConfiguration::load(&config_path).map_err(|error| Usage(error.to_string()))?
+        } else {
+            KubeletConfiguration::default()
+        };
+        kubelet.port = settings.agent_port;
+        let cluster_domain = kubelet.cluster_domain.clone();
+        let cluster_dns = kubelet.cluster_dns.first().copied().or(settings.dns_ip());
+        let cluster_dns = cluster_dns.ok_or_else(|| anyhow!("service CIDR {} has no room for DNS", settings.service_cidr))?;
+        let labels: Result<BTreeMap<String, String>> = labels
+            .iter()
+            .map(|label| {
+                let (key, value) = label
+                    .split_once('=')
+                    .ok_or_else(|| Usage(format!("--node-labels: \"{label}\" is not KEY=VALUE")))?;
+                Ok((key.to_owned(), value.to_owned()))
+            })
+            .collect();
+        let kubeconfig = kubeconfig.unwrap_or_else(|| paths.kubeconfig("agent"));
+        let control_plane = paths.pki().join("ca.key").exists();
+        let mut labels = labels?;
+        if control_plane {
+            labels.insert("node-role.kubernetes.io/control-plane".to_owned(), String::new());
+        }
+        let resolv_conf = kubelet.resolv_conf.clone();
+        Ok(Self {
+            agent: isopod_agent::Config {
+                paths: paths.clone(),
+                node_name: settings.node_name.clone(),
+                node_ip: Some(settings.node_ip),
+                labels,
+                kubeconfig: Some(kubeconfig.clone()),
+                runtime_binary,
+                kubelet,
+                serving_cert: paths.pki().join("kubelet.crt"),
+                serving_key: paths.pki().join("kubelet.key"),
+                client_ca: paths.pki().join("ca.crt"),
+                control_plane_image: control_plane.then(|| manifests::IMAGE.to_owned()),
+            },
+            proxy: isopod_netproxy::Config {
+                node_name: settings.node_name.clone(),
+                node_ips: vec![settings.node_ip],
+                table: paths.instance(),
+                bridge: paths.bridge(),
+                cluster_cidr: settings.pod_cidr,
+                service_cidr: settings.service_cidr,
+                cluster_dns,
+                cluster_domain,
+                upstream_resolv_conf: resolv_conf,
+            },
+            kubeconfig,
+        })
+    }
+
+    /// Runs agent and proxy until asked to stop; pods stay.
+    pub(crate) async fn run(self, stop: CancellationToken) -> Result<()> {
+        let proxy = tokio::spawn(run_proxy(self.proxy, self.kubeconfig, stop.clone()));
+        let result = isopod_agent::run(self.agent, stop.clone()).await.context("agent");
+        stop.cancel();
+        let proxy = proxy.await.context("proxy task")?;
+        result.and(proxy)
+    }
+}
+
+/// The proxy needs an identity to watch services with: on a node that has not joined anything yet it waits for one.
+async fn run_proxy(config: isopod_netproxy::Config, kubeconfig: PathBuf, stop: CancellationToken) -> Result<()> {
+    let wait = isopod_agent::wait_for_file(&kubeconfig);
+    // Cancel-safe: nothing has been started yet.
+    tokio::select! {
+        () = stop.cancelled() => return Ok(()),
+        result = wait => result.with_context(|| format!("wait for {}", kubeconfig.display()))?,
+    }
+    let mut pause = Duration::from_millis(200);
+    loop {
+        let client = super::client(&kubeconfig).await?;
+        match isopod_netproxy::run(client, config.clone(), stop.clone()).await {
+            Ok(()) => return Ok(()),
+            Err(_) if stop.is_cancelled() => return Ok(()),
+            Err(error) => {
+                tracing::error!(error = %bootstrap::chain(&error), "service proxy failed; starting it again");
+                tokio::select! {
+                    () = stop.cancelled() => return Ok(()),
+                    () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(30)),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! `isopod apiserver`.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+
+use crate::error::Usage;
+
+/// Options of the API server.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Address to listen on.
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED))]
+    bind_address: IpAddr,
+    /// Port to listen on.
+    #[arg(long, default_value_t = 6443)]
+    port: u16,
+    /// Address that other machines and pods reach this server by.
+    #[arg(long)]
+    advertise_address: IpAddr,
+    /// Addresses of services.
+    #[arg(long, default_value = "10.96.0.0/16", value_name = "CIDR")]
+    service_cidr: IpNet,
+    /// Node ports, FIRST-LAST.
+    #[arg(long, default_value = "30000-32767")]
+    service_node_port_range: String,
+    /// Directory with certificates under kubeadm's names.
+    #[arg(long, default_value = "/etc/isopod/pki", value_name = "DIR")]
+    pki: PathBuf,
+    /// Directory of the database.
+    #[arg(long, default_value = "/var/lib/isopod/server", value_name = "DIR")]
+    data_dir: PathBuf,
+    /// File with static tokens: token,user,uid,"group1,group2".
+    #[arg(long, value_name = "FILE")]
+    token_auth_file: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: Args) -> Result<()> {
+    crate::logging::to_stderr();
+    let range = || -> Option<(u16, u16)> {
+        let (first, last) = args.service_node_port_range.split_once('-')?;
+        Some((first.parse().ok()?, last.parse().ok()?))
+    };
+    let node_ports = range()
+        .filter(|(first, last)| first <= last)
+        .ok_or_else(|| Usage(format!("--service-node-port-range: \"{}\" is not FIRST-LAST", args.service_node_port_range)))?;
+    let pki = |name: &str| args.pki.join(name);
+    let config = isopod_apiserver::Config {
+        bind: SocketAddr::from((args.bind_address, args.port)),
+        advertise: args.advertise_address,
+        tls_cert: pki("apiserver.crt"),
+        tls_key: pki("apiserver.key"),
+        client_ca: pki("ca.crt"),
+        sa_key: pki("sa.key"),
+        sa_pub: pki("sa.pub"),
+        issuer: "https://kubernetes.default.svc.cluster.local".to_owned(),
+        service_cidr: args.service_cidr,
+        node_ports,
+        data_dir: args.data_dir,
+        kubelet_ca: pki("ca.crt"),
+        kubelet_client_cert: pki("apiserver-kubelet-client.crt"),
+        kubelet_client_key: pki("apiserver-kubelet-client.key"),
+        requestheader_ca: Some(pki("front-proxy-ca.crt")),
+        token_file: args.token_auth_file,
+    };
+    super::serve(2, |stop| async { isopod_apiserver::run(config, stop).await.context("API server") })
+}

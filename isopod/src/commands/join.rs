@@ -1,0 +1,124 @@
+//! `isopod join`: makes this machine a node of an existing cluster.
+//!
+//! Two certificates are asked for with CertificateSigningRequests, as kubelet's bootstrap does: the node's client identity
+//! with the token's account, then the serving certificate with that identity. What is written is what `isopod agent`
+//! needs; nothing is started.
+
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, anyhow, bail};
+use futures::{StreamExt, TryStreamExt};
+use isopod_agent::Paths;
+use k8s_openapi::{
+    ByteString,
+    api::certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec},
+};
+use kube::{
+    Api, Client, Config,
+    api::{ObjectMeta, PostParams},
+    config::AuthInfo,
+    runtime::watcher,
+};
+use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SanType};
+
+use super::token::Token;
+use crate::{
+    bootstrap,
+    error::Usage,
+    kubeconfig,
+    node::{Options, Settings},
+    pki::{self, Signed},
+};
+
+/// How long to wait for a certificate: an administrator may have to approve it.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(300);
+
+/// Options of `join`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// What `isopod token` printed.
+    token: String,
+    #[command(flatten)]
+    node: Options,
+}
+
+pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
+    let token = Token::decode(&args.token)
+        .ok_or_else(|| Usage("the token is damaged: copy the whole line that `isopod token` printed".to_owned()))?;
+    let cluster = paths.etc().join("cluster.yaml");
+    if paths.pki().join("ca.key").exists() {
+        bail!("this root has a control plane of its own: `isopod reset --yes` first, or use another --root-dir");
+    }
+    let mut settings = Settings::resolve(&cluster, args.node)?;
+    (settings.pod_cidr, settings.service_cidr) = (token.pod_cidr, token.service_cidr);
+    super::serve(1, |_| async {
+        tokio::time::timeout(PATIENCE, join(paths, &settings, &token))
+            .await
+            .unwrap_or_else(|_| bail!("no certificate after {} s: is the controller manager running?", PATIENCE.as_secs()))
+    })?;
+    settings.remember(&cluster)?;
+    bootstrap::agent_configuration(paths, &settings)?;
+    eprintln!("isopod: joined {} as node {}; start it with `isopod agent`", token.server, settings.node_name);
+    Ok(())
+}
+
+async fn join(paths: &Paths, settings: &Settings, token: &Token) -> Result<()> {
+    std::fs::create_dir_all(paths.pki()).with_context(|| format!("create {}", paths.pki().display()))?;
+    pki::write_private(&paths.pki().join("ca.crt"), token.ca.as_bytes())?;
+    let node = format!("system:node:{}", settings.node_name);
+    let auth = AuthInfo { token: Some(token.bearer.clone().into()), ..AuthInfo::default() };
+    let bootstrap = client(token, auth).await?;
+    let identity = certificate(bootstrap, "kubernetes.io/kube-apiserver-client-kubelet", &node, &[], "client auth").await?;
+    let path = paths.kubeconfig("agent");
+    kubeconfig::write(&path, &kubeconfig::render(&token.server, &token.ca, &node, &identity)?)?;
+    let own = super::client(&path).await?;
+    let addresses = [settings.node_ip, IpAddr::from([127, 0, 0, 1])];
+    let mut names = vec![SanType::DnsName(settings.node_name.clone().try_into().context("node name")?)];
+    names.extend(addresses.map(SanType::IpAddress));
+    let serving = certificate(own, "kubernetes.io/kubelet-serving", &node, &names, "server auth").await?;
+    pki::write_private(&paths.pki().join("kubelet.key"), serving.key.as_bytes())?;
+    pki::write_private(&paths.pki().join("kubelet.crt"), serving.cert.as_bytes())
+}
+
+async fn client(token: &Token, auth: AuthInfo) -> Result<Client> {
+    let mut config = Config::new(token.server.parse().context("server URL in the token")?);
+    let (_, pem) = x509_parser::pem::parse_x509_pem(token.ca.as_bytes()).map_err(|e| anyhow!("CA in the token: {e}"))?;
+    config.root_cert = Some(vec![pem.contents]);
+    config.auth_info = auth;
+    Client::try_from(config).context("client for the API server")
+}
+
+/// Asks for a certificate and waits until it is signed.
+async fn certificate(client: Client, signer: &str, user: &str, names: &[SanType], usage: &str) -> Result<Signed> {
+    let key = KeyPair::generate().context("generate key")?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
+    params.distinguished_name.push(DnType::CommonName, user);
+    params.subject_alt_names = names.to_vec();
+    let request = params.serialize_request(&key).context("make certificate request")?;
+    let requests: Api<CertificateSigningRequest> = Api::all(client);
+    let object = CertificateSigningRequest {
+        metadata: ObjectMeta { generate_name: Some("csr-".to_owned()), ..ObjectMeta::default() },
+        spec: CertificateSigningRequestSpec {
+            request: ByteString(request.pem().context("encode certificate request")?.into_bytes()),
+            signer_name: signer.to_owned(),
+            usages: Some(vec!["digital signature".to_owned(), usage.to_owned()]),
+            ..CertificateSigningRequestSpec::default()
+        },
+        status: None,
+    };
+    let created = requests.create(&PostParams::default(), &object).await.context("create CertificateSigningRequest")?;
+    let name = created.metadata.name.unwrap_or_default();
+    let mut events = watcher::watch_object(requests, &name).boxed();
+    while let Some(event) = events.try_next().await.with_context(|| format!("watch CertificateSigningRequest {name}"))? {
+        let Some(status) = event.and_then(|object| object.status) else { continue };
+        if let Some(denied) = status.conditions.iter().flatten().find(|c| c.type_ == "Denied" || c.type_ == "Failed") {
+            bail!("CertificateSigningRequest {name}: {}: {}", denied.type_, denied.message.clone().unwrap_or_default());
+        }
+        if let Some(ByteString(cert)) = status.certificate {
+            return Ok(Signed { cert: String::from_utf8(cert).context("certificate")?, key: key.serialize_pem() });
+        }
+    }
+    bail!("watch of CertificateSigningRequest {name} ended")
+}

@@ -1,0 +1,66 @@
+//! One file per subcommand.
+
+pub(crate) mod agent;
+pub(crate) mod apiserver;
+pub(crate) mod controller_manager;
+pub(crate) mod down;
+pub(crate) mod join;
+pub(crate) mod kubeconfig;
+pub(crate) mod reset;
+pub(crate) mod scheduler;
+pub(crate) mod token;
+pub(crate) mod up;
+
+use std::{future::Future, path::Path};
+
+use anyhow::{Context, Result};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Runs a component on a runtime of `threads` workers until it ends or SIGINT/SIGTERM asks it to.
+pub(crate) fn serve<F>(threads: usize, component: impl FnOnce(CancellationToken) -> F) -> Result<()>
+where
+    F: Future<Output = Result<()>>,
+{
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .max_blocking_threads(16)
+        .thread_keep_alive(std::time::Duration::from_secs(2))
+        .enable_all()
+        .build()
+        .context("start runtime")?;
+    let result = runtime.block_on(async {
+        let stop = CancellationToken::new();
+        cancel_on_signal(&stop)?;
+        component(stop).await
+    });
+    // Blocking work left behind (a DNS look-up, say) must not hold the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result
+}
+
+/// Cancels the token at the first SIGINT or SIGTERM.
+fn cancel_on_signal(stop: &CancellationToken) -> Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("handle SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("handle SIGTERM")?;
+    let stop = stop.clone();
+    tokio::spawn(async move {
+        // Both arms are cancel-safe: a signal not yet received stays pending.
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        stop.cancel();
+    });
+    Ok(())
+}
+
+/// A client for the identity in a kubeconfig file.
+pub(crate) async fn client(path: &Path) -> Result<kube::Client> {
+    let text = || format!("kubeconfig {}", path.display());
+    let file = kube::config::Kubeconfig::read_from(path).with_context(text)?;
+    let config = kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default())
+        .await
+        .with_context(text)?;
+    kube::Client::try_from(config).with_context(text)
+}

@@ -1,0 +1,142 @@
+//! `isopod up`: from nothing to a Ready node, in the foreground.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use futures::{StreamExt, TryStreamExt};
+use isopod_agent::Paths;
+use k8s_openapi::api::core::v1::Node as NodeObject;
+use kube::{Api, runtime::watcher};
+use tokio_util::sync::CancellationToken;
+
+use super::agent::Node;
+use crate::{
+    bootstrap, lock,
+    node::{Options, Settings},
+    preflight,
+    progress::{Progress, seconds},
+};
+
+/// How long a start may take before it is called failed.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Options of `up`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    node: Options,
+}
+
+pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
+    let mut progress = Progress::new();
+    progress.begin("preflight");
+    let cluster = paths.etc().join("cluster.yaml");
+    let settings = Settings::resolve(&cluster, args.node)?;
+    let lock = lock::take(&paths.run())?;
+    let mut ports = vec![("the agent", "--agent-port", settings.agent_port)];
+    if !control_plane_runs(paths) {
+        ports.push(("the API server", "--api-port", settings.api_port));
+    }
+    let runtime = preflight::check(paths, &ports)?;
+    settings.remember(&cluster)?;
+    let log = paths.root().join("var/log/isopod/agent.log");
+    crate::logging::to_file(&log)?;
+    progress.done("preflight");
+    progress.begin("certificates, kubeconfigs, manifests");
+    bootstrap::identities(paths, &settings)?;
+    bootstrap::agent_configuration(paths, &settings)?;
+    bootstrap::manifests(paths, &settings)?;
+    progress.done("certificates, kubeconfigs, manifests");
+    let node = Node::new(paths, &settings, runtime, None, None, &[])?;
+    let result = super::serve(2, |stop| async {
+        let watch = tokio::spawn(report(progress, paths.clone(), settings, stop.clone(), log.display().to_string()));
+        let result = node.run(stop.clone()).await;
+        stop.cancel();
+        watch.await.context("progress task")?.and(result)
+    });
+    if result.is_ok() {
+        eprintln!("\nisopod: the agent has stopped; pods keep running. `isopod up` takes them over again, `isopod down` stops them.");
+    }
+    drop(lock);
+    result
+}
+
+/// Whether pods of an earlier run are still there, the API server among them.
+fn control_plane_runs(paths: &Paths) -> bool {
+    std::fs::read_dir(paths.run_pods()).is_ok_and(|mut pods| pods.next().is_some())
+}
+
+/// Tells how the start goes until the node is Ready, then what to try.
+async fn report(
+    mut progress: Progress,
+    paths: Paths,
+    settings: Settings,
+    stop: CancellationToken,
+    log: String,
+) -> Result<()> {
+    let ready = async {
+        progress.begin("API server");
+        let client = super::client(&paths.kubeconfig("admin")).await?;
+        wait_for_api(&client).await;
+        progress.done("API server answers");
+        progress.begin("node");
+        wait_for_node(client, &settings.node_name).await?;
+        progress.done(&format!("node {} is Ready", settings.node_name));
+        let total = progress.finish();
+        let root = if paths.root() == std::path::Path::new("/") {
+            String::new()
+        } else {
+            format!(" --root-dir {}", paths.root().display())
+        };
+        eprintln!(
+            "\nReady in {}. Logs: {log}\n\n  isopod{root} kubeconfig > kubeconfig; export KUBECONFIG=$PWD/kubeconfig\n  \
+             kubectl get nodes\n  kubectl get pods -A -o wide\n\nkubeconfig: {}\n\
+             Ctrl-C stops the agent and leaves pods running; `isopod{root} down` stops everything.",
+            seconds(total),
+            paths.kubeconfig("admin").display()
+        );
+        Ok(())
+    };
+    // Cancel-safe: waiting changes nothing.
+    tokio::select! {
+        () = stop.cancelled() => Ok(()),
+        result = tokio::time::timeout(PATIENCE, ready) => match result {
+            Ok(result) => result,
+            Err(_) => {
+                stop.cancel();
+                bail!("the node is not Ready after {} s; see {log} and {}", PATIENCE.as_secs(), paths.logs().display())
+            }
+        },
+    }
+}
+
+/// Waits until the API server answers /readyz. A server that is not there yet cannot be watched: this one wait retries.
+async fn wait_for_api(client: &kube::Client) {
+    loop {
+        let request = http::Request::get("/readyz").body(Vec::new());
+        if let Ok(request) = request
+            && client.request_text(request).await.is_ok()
+        {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn wait_for_node(client: kube::Client, name: &str) -> Result<()> {
+    let nodes: Api<NodeObject> = Api::all(client);
+    let mut events = watcher::watch_object(nodes, name).boxed();
+    loop {
+        match events.try_next().await {
+            Ok(Some(Some(node))) if is_ready(&node) => return Ok(()),
+            Ok(Some(_)) => {}
+            Ok(None) => bail!("watch of node {name} ended"),
+            Err(error) => tracing::debug!(%error, "watch of the node"),
+        }
+    }
+}
+
+fn is_ready(node: &NodeObject) -> bool {
+    let conditions = node.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+}
