@@ -5,6 +5,7 @@
 //! - [`gvk`], [`resources`]: what kinds exist and how they are addressed.
 //! - [`status`], [`field`]: errors with upstream's exact texts.
 //! - [`meta`]: object metadata of a `Value`.
+//! - [`schema`], [`yaml`]: decoding, pruning, defaulting.
 //! - [`names`], [`selector`], [`quantity`], [`text`]: the small grammars.
 
 pub mod field;
@@ -13,6 +14,8 @@ pub mod meta;
 pub mod names;
 pub mod quantity;
 pub mod resources;
+pub mod schema;
 pub mod selector;
 pub mod status;
 pub mod text;
+pub mod yaml;
