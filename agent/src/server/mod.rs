@@ -4,11 +4,40 @@
 //! built from what [`Host`] tells of the pods on this node. It never changes a pod and keeps no state of its own: everything
 //! it knows of pods comes through [`Host`], which the pod machinery implements.
 
-use std::{os::fd::OwnedFd, path::PathBuf, sync::Arc};
+mod http;
+mod logs;
+mod netns;
+mod portforward;
+mod remote;
+mod stream;
+mod summary;
+#[cfg(test)]
+mod tests;
+mod tls;
 
+use std::{convert::Infallible, net::SocketAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
+
+use ::http::Request;
 use futures::future::BoxFuture;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
 use serde_json::Value;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use self::tls::Identity;
+pub use self::{
+    netns::{Error as NetNsError, connect_loopback},
+    tls::Error as TlsError,
+};
 
 /// A pod as a client names it. Static pods are found by their name with the node's suffix.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -153,5 +182,126 @@ pub trait Host: Send + Sync + 'static {
     /// `Err` with the reason when the node machinery is not well, for /healthz.
     fn healthy(&self) -> Result<(), String> {
         Ok(())
+    }
+}
+
+/// The process's metrics, shared by everyone who registers some.
+pub type Metrics = Arc<parking_lot::Mutex<prometheus_client::registry::Registry>>;
+
+/// How the server runs.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where it listens, usually port 10250 of all addresses.
+    pub bind: SocketAddr,
+    /// Its certificate (PEM).
+    pub cert: PathBuf,
+    /// Its key (PEM).
+    pub key: PathBuf,
+    /// The CA of its clients (PEM).
+    pub client_ca: PathBuf,
+}
+
+/// Why the server cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Certificates.
+    #[error("TLS of the node server")]
+    Tls(#[from] TlsError),
+    /// The address.
+    #[error("listen on {address}: {source}")]
+    Bind {
+        /// What was tried.
+        address: SocketAddr,
+        /// Cause.
+        source: std::io::Error,
+    },
+}
+
+/// How long connections may take to finish after the stop.
+const DRAIN: Duration = Duration::from_secs(2);
+/// How long a client may take for the TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// A server that has its port but does not answer yet.
+pub struct Bound {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+}
+
+impl Bound {
+    /// Takes the port and reads the certificates.
+    pub async fn new(config: &Config) -> Result<Self, Error> {
+        let tls = tls::server_config(&config.cert, &config.key, &config.client_ca)?;
+        let listener =
+            TcpListener::bind(config.bind).await.map_err(|source| Error::Bind { address: config.bind, source })?;
+        Ok(Self { listener, acceptor: TlsAcceptor::from(tls) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Answers until `stop`, then gives connections a moment to finish.
+    pub async fn serve(self, host: Arc<dyn Host>, metrics: Metrics, stop: CancellationToken) {
+        let server = http::Server { host, metrics };
+        let mut connections = JoinSet::new();
+        loop {
+            // Cancel-safe: accept loses no connection, and a join set keeps what is not reaped.
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+                () = stop.cancelled() => break,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    let connection = connection(server.clone(), self.acceptor.clone(), stream, stop.clone());
+                    connections.spawn(connection);
+                }
+                Err(error) => {
+                    // Out of descriptors, most likely: a pause lets some be closed.
+                    tracing::warn!(%error, "accept");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+        let drained = async { while connections.join_next().await.is_some() {} };
+        if tokio::time::timeout(DRAIN, drained).await.is_err() {
+            tracing::debug!("connections were still open at the stop");
+        }
+    }
+}
+
+async fn connection(server: http::Server, acceptor: TlsAcceptor, stream: TcpStream, stop: CancellationToken) {
+    // Small answers must not wait for each other; a socket that cannot be told so works all the same.
+    let _ = stream.set_nodelay(true);
+    let tls = match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
+        Ok(Ok(tls)) => tls,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "TLS handshake");
+            return;
+        }
+        Err(_) => return,
+    };
+    let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let identity = Arc::new(certificate.and_then(|der| Identity::from_certificate(der)));
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (server, identity) = (server.clone(), identity.clone());
+        async move { Ok::<_, Infallible>(server.handle(Option::as_ref(&identity), request).await) }
+    });
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).max_buf_size(64 << 10);
+    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(250);
+    let served = builder.serve_connection_with_upgrades(TokioIo::new(tls), service);
+    tokio::pin!(served);
+    let result = tokio::select! {
+        result = served.as_mut() => result,
+        () = stop.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, "connection");
     }
 }

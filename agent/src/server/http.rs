@@ -1,0 +1,345 @@
+//! Requests to the node: routing, parameters, answers.
+
+use std::{convert::Infallible, io, sync::Arc};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::BoxBody};
+use hyper::body::{Frame, Incoming};
+use serde_json::{Value, json};
+use tokio::{io::AsyncReadExt, sync::mpsc};
+
+use super::{
+    AttachRequest, ExecRequest, Host, HostError, Metrics, PodRef, Stdio,
+    logs::{self, truth},
+    portforward, remote,
+    stream::{fd::FdStream, upgrade},
+    summary,
+    tls::Identity,
+};
+
+/// The body of every response.
+pub(crate) type Body = BoxBody<Bytes, io::Error>;
+
+/// Largest output /run collects.
+const MAX_RUN_OUTPUT: u64 = 16 << 20;
+
+fn full(data: impl Into<Bytes>) -> Body {
+    Full::new(data.into()).map_err(|never: Infallible| match never {}).boxed()
+}
+
+fn empty() -> Body {
+    Empty::new().map_err(|never: Infallible| match never {}).boxed()
+}
+
+fn text(status: StatusCode, content: impl Into<Bytes>) -> Response<Body> {
+    let mut response = Response::new(full(content));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+fn json_response(value: &Value) -> Response<Body> {
+    let mut response = Response::new(full(value.to_string()));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+impl HostError {
+    fn response(&self) -> Response<Body> {
+        let status = match self {
+            HostError::NotFound(_) => StatusCode::NOT_FOUND,
+            HostError::BadRequest(_) => StatusCode::BAD_REQUEST,
+            HostError::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        text(status, format!("{self}\n"))
+    }
+}
+
+/// What every request needs.
+#[derive(Clone)]
+pub(crate) struct Server {
+    pub(crate) host: Arc<dyn Host>,
+    pub(crate) metrics: Metrics,
+}
+
+/// A request's path, cut up, and its decoded query.
+struct Parts {
+    path: Vec<String>,
+    query: Vec<(String, String)>,
+}
+
+impl Parts {
+    fn of<B>(request: &Request<B>) -> Self {
+        let decode = |text: &str| percent_decode(text);
+        let path = request.uri().path().split('/').filter(|s| !s.is_empty()).map(decode).collect();
+        let query = request.uri().query().unwrap_or_default();
+        let query = query.split('&').filter(|pair| !pair.is_empty()).map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (percent_decode(&name.replace('+', " ")), percent_decode(&value.replace('+', " ")))
+        });
+        Self { path, query: query.collect() }
+    }
+
+    fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        self.query.iter().filter(move |(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    fn flag(&self, names: [&str; 2]) -> bool {
+        self.query.iter().any(|(n, v)| names.contains(&n.as_str()) && truth(v))
+    }
+
+    fn stdio(&self) -> Stdio {
+        let tty = self.flag(["tty", "tty"]);
+        Stdio {
+            stdin: self.flag(["input", "stdin"]),
+            stdout: self.flag(["output", "stdout"]),
+            stderr: self.flag(["error", "stderr"]) && !tty,
+            tty,
+        }
+    }
+}
+
+fn percent_decode(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut i = 0;
+    while i < bytes.len() {
+        let hex = (bytes[i] == b'%').then(|| text.get(i + 1..i + 3)).flatten();
+        if let Some(byte) = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            out.push(byte);
+            i += 3;
+        } else {
+            out.push(bytes[i]);
+            i += 1;
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+fn pod(namespace: &str, name: &str, uid: Option<&str>) -> PodRef {
+    PodRef { namespace: namespace.to_owned(), name: name.to_owned(), uid: uid.map(str::to_owned) }
+}
+
+impl Server {
+    /// Answers one request of `identity` (`None`: no certificate).
+    pub(crate) async fn handle(&self, identity: Option<&Identity>, request: Request<Incoming>) -> Response<Body> {
+        let parts = Parts::of(&request);
+        let path: Vec<&str> = parts.path.iter().map(String::as_str).collect();
+        if matches!(path.as_slice(), ["healthz", ..]) {
+            return self.healthz();
+        }
+        match identity {
+            None => return text(StatusCode::UNAUTHORIZED, "Unauthorized"),
+            Some(identity) if !identity.trusted() => {
+                let message = format!("Forbidden (user={}, verb={}, resource=nodes)", identity.user, request.method());
+                return text(StatusCode::FORBIDDEN, message);
+            }
+            Some(_) => {}
+        }
+        let reading = matches!(*request.method(), Method::GET | Method::HEAD);
+        match path.as_slice() {
+            ["pods"] | ["runningpods"] if reading => self.pods(),
+            ["configz"] if reading => json_response(&json!({ "kubeletconfig": self.host.configuration() })),
+            ["metrics"] if reading => self.metrics(),
+            ["metrics", "resource"] if reading => {
+                text(StatusCode::OK, summary::resource_metrics(&self.host.stats().await))
+            }
+            ["metrics", "probes" | "slis"] if reading => text(StatusCode::OK, ""),
+            ["metrics", "cadvisor"] if reading => {
+                text(StatusCode::OK, summary::container_metrics(&self.host.stats().await))
+            }
+            ["stats", "summary"] if reading => json_response(&self.host.stats().await),
+            ["containerLogs", namespace, name, container] if reading => {
+                self.logs(&pod(namespace, name, None), container, &parts).await
+            }
+            ["exec", namespace, name, container] => self.exec(pod(namespace, name, None), container, &parts, request),
+            ["exec", namespace, name, uid, container] => {
+                self.exec(pod(namespace, name, Some(uid)), container, &parts, request)
+            }
+            ["attach", namespace, name, container] => {
+                self.attach(pod(namespace, name, None), container, &parts, request)
+            }
+            ["attach", namespace, name, uid, container] => {
+                self.attach(pod(namespace, name, Some(uid)), container, &parts, request)
+            }
+            ["portForward", namespace, name] => self.port_forward(&pod(namespace, name, None), &parts, request),
+            ["portForward", namespace, name, uid] => {
+                self.port_forward(&pod(namespace, name, Some(uid)), &parts, request)
+            }
+            ["run", namespace, name, container] if *request.method() == Method::POST => {
+                self.run(pod(namespace, name, None), container, &parts).await
+            }
+            ["run", namespace, name, uid, container] if *request.method() == Method::POST => {
+                self.run(pod(namespace, name, Some(uid)), container, &parts).await
+            }
+            _ => text(StatusCode::NOT_FOUND, "404 page not found\n"),
+        }
+    }
+
+    fn healthz(&self) -> Response<Body> {
+        match self.host.healthy() {
+            Ok(()) => text(StatusCode::OK, "ok"),
+            Err(reason) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{reason}\n")),
+        }
+    }
+
+    fn pods(&self) -> Response<Body> {
+        let pods = self.host.pods();
+        let items: Vec<&Value> = pods.iter().map(|pod| &**pod).collect();
+        json_response(&json!({ "kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items }))
+    }
+
+    fn metrics(&self) -> Response<Body> {
+        let mut out = String::new();
+        if prometheus_client::encoding::text::encode(&mut out, &self.metrics.lock()).is_err() {
+            return text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be encoded\n");
+        }
+        let mut response = Response::new(full(out));
+        let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+        response.headers_mut().insert(header::CONTENT_TYPE, kind);
+        response
+    }
+
+    async fn logs(&self, pod: &PodRef, container: &str, parts: &Parts) -> Response<Body> {
+        let options = match logs::Options::parse(&parts.query, jiff::Timestamp::now()) {
+            Ok(options) => options,
+            Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+        };
+        let source = match self.host.log_source(pod, container, options.previous) {
+            Ok(source) => source,
+            Err(error) => return error.response(),
+        };
+        if let Err(error) = tokio::fs::metadata(&source.path).await {
+            let message = format!("failed to open log file {:?}: {error}\n", source.path);
+            return text(StatusCode::INTERNAL_SERVER_ERROR, message);
+        }
+        let (tx, mut rx) = mpsc::channel(4);
+        tokio::spawn(async move {
+            if let Err(error) = logs::reader::copy(source, options, tx.clone()).await {
+                tracing::warn!(%error, "container log");
+                let _ = tx.send(Err(io::Error::other(error))).await;
+            }
+        });
+        let stream = futures::stream::poll_fn(move |cx| rx.poll_recv(cx));
+        let mut response = Response::new(BodyExt::boxed(StreamBody::new(stream.map(|chunk| chunk.map(Frame::data)))));
+        let kind = HeaderValue::from_static("text/plain; charset=utf-8");
+        response.headers_mut().insert(header::CONTENT_TYPE, kind);
+        response
+    }
+
+    /// Checks that the pod is here and has the container, before any upgrade.
+    fn find(&self, pod: &PodRef, container: Option<&str>) -> Result<(), HostError> {
+        let pods = self.host.pods();
+        let found = pods.iter().find(|value| {
+            let metadata = &value["metadata"];
+            metadata["namespace"] == pod.namespace.as_str() && metadata["name"] == pod.name.as_str()
+        });
+        let Some(found) = found else { return Err(HostError::NotFound("pod does not exist".to_owned())) };
+        let Some(container) = container else { return Ok(()) };
+        let has =
+            |list: &str| found["spec"][list].as_array().is_some_and(|list| list.iter().any(|c| c["name"] == container));
+        if has("containers") || has("initContainers") || has("ephemeralContainers") {
+            return Ok(());
+        }
+        Err(HostError::NotFound(format!("container not found (\"{container}\")")))
+    }
+
+    fn exec(&self, pod: PodRef, container: &str, parts: &Parts, request: Request<Incoming>) -> Response<Body> {
+        let command: Vec<String> = parts.all("command").map(str::to_owned).collect();
+        if command.is_empty() {
+            return text(StatusCode::BAD_REQUEST, "you must specify a command\n");
+        }
+        let stdio = parts.stdio();
+        let exec = ExecRequest { pod: pod.clone(), container: container.to_owned(), command, stdio };
+        self.remote(&pod, container, stdio, remote::Action::Exec(exec), request)
+    }
+
+    fn attach(&self, pod: PodRef, container: &str, parts: &Parts, request: Request<Incoming>) -> Response<Body> {
+        let stdio = parts.stdio();
+        let attach = AttachRequest { pod: pod.clone(), container: container.to_owned(), stdio };
+        self.remote(&pod, container, stdio, remote::Action::Attach(attach), request)
+    }
+
+    fn remote(
+        &self,
+        pod: &PodRef,
+        container: &str,
+        stdio: Stdio,
+        action: remote::Action,
+        mut request: Request<Incoming>,
+    ) -> Response<Body> {
+        if !(stdio.stdin || stdio.stdout || stdio.stderr) {
+            return text(StatusCode::BAD_REQUEST, "you must specify at least 1 of stdin, stdout, stderr\n");
+        }
+        if let Err(error) = self.find(pod, Some(container)) {
+            return error.response();
+        }
+        match upgrade::grant(&mut request, remote::SPDY_PROTOCOLS, remote::WEBSOCKET_PROTOCOLS) {
+            Ok(mut grant) => {
+                let response = std::mem::take(&mut grant.response).map(|()| empty());
+                tokio::spawn(remote::serve(self.host.clone(), grant, action));
+                response
+            }
+            Err(refusal) => upgrade::refused(&refusal, remote::SPDY_PROTOCOLS).map(full),
+        }
+    }
+
+    fn port_forward(&self, pod: &PodRef, parts: &Parts, mut request: Request<Incoming>) -> Response<Body> {
+        let mut ports = Vec::new();
+        for port in parts.all("port").chain(parts.all("ports")).flat_map(|value| value.split(',')) {
+            match port.parse::<u16>() {
+                // Two channels per port, numbered in one byte, of which the last ones have other meanings.
+                Ok(port) if port > 0 && ports.len() < 64 => ports.push(port),
+                _ => return text(StatusCode::BAD_REQUEST, format!("invalid port {port:?}\n")),
+            }
+        }
+        let netns = match self.find(pod, None).and_then(|()| self.host.network_namespace(pod)) {
+            Ok(netns) => netns,
+            Err(error) => return error.response(),
+        };
+        match upgrade::grant(&mut request, portforward::SPDY_PROTOCOLS, portforward::WEBSOCKET_PROTOCOLS) {
+            Ok(mut grant) => {
+                let response = std::mem::take(&mut grant.response).map(|()| empty());
+                tokio::spawn(portforward::serve(netns, grant, ports));
+                response
+            }
+            Err(refusal) => upgrade::refused(&refusal, portforward::SPDY_PROTOCOLS).map(full),
+        }
+    }
+
+    /// Runs a command and answers with all it has written.
+    async fn run(&self, pod: PodRef, container: &str, parts: &Parts) -> Response<Body> {
+        let command: Vec<String> = parts.all("cmd").flat_map(str::split_whitespace).map(str::to_owned).collect();
+        if command.is_empty() {
+            return text(StatusCode::BAD_REQUEST, "you must specify a command\n");
+        }
+        if let Err(error) = self.find(&pod, Some(container)) {
+            return error.response();
+        }
+        let stdio = Stdio { stdin: false, stdout: true, stderr: true, tty: false };
+        let session = match self.host.exec(ExecRequest { pod, container: container.to_owned(), command, stdio }).await {
+            Ok(session) => session,
+            Err(error) => return error.response(),
+        };
+        let read = |fd: Option<std::os::fd::OwnedFd>| async move {
+            let mut out = Vec::new();
+            if let Some(fd) = fd {
+                FdStream::reader(fd)?.take(MAX_RUN_OUTPUT).read_to_end(&mut out).await?;
+            }
+            io::Result::Ok(out)
+        };
+        let (stdout, stderr, exit) = tokio::join!(read(session.stdout), read(session.stderr), session.exit);
+        let mut output = stdout.unwrap_or_default();
+        output.extend(stderr.unwrap_or_default());
+        match exit {
+            Ok(0) => text(StatusCode::OK, output),
+            Ok(code) => {
+                output.extend(format!("command exited with {code}\n").into_bytes());
+                text(StatusCode::INTERNAL_SERVER_ERROR, output)
+            }
+            Err(error) => error.response(),
+        }
+    }
+}

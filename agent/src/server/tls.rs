@@ -1,0 +1,98 @@
+//! TLS of the node's server: its certificate, the CA clients are checked against, and who a client is.
+
+use std::{fs::File, io::BufReader, path::PathBuf, sync::Arc};
+
+use rustls::{
+    RootCertStore, ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer},
+    server::WebPkiClientVerifier,
+};
+
+/// Why TLS cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file.
+    #[error("read {}: {source}", path.display())]
+    Read {
+        /// Its path.
+        path: PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
+    /// A key file without a key.
+    #[error("{}: no private key in it", path.display())]
+    NoKey {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Certificates that do not fit.
+    #[error("certificate or key refused")]
+    Refused(#[source] rustls::Error),
+    /// A CA that cannot be used.
+    #[error("client CA refused")]
+    ClientCa(#[source] rustls::server::VerifierBuilderError),
+}
+
+/// Who a client is by its certificate.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// Common name.
+    pub(crate) user: String,
+    /// Organizations.
+    pub(crate) groups: Vec<String>,
+}
+
+impl Identity {
+    /// Reads a verified certificate's subject.
+    pub(crate) fn from_certificate(der: &[u8]) -> Option<Self> {
+        let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
+        let subject = certificate.subject();
+        let user = subject.iter_common_name().next()?.as_str().ok()?.to_owned();
+        let groups = subject.iter_organization().filter_map(|o| o.as_str().ok().map(str::to_owned)).collect();
+        Some(Self { user, groups })
+    }
+
+    /// Only the API server and the cluster's administrators may use this server.
+    pub(crate) fn trusted(&self) -> bool {
+        self.user == "kube-apiserver-kubelet-client"
+            || self.groups.iter().any(|g| g == "system:masters" || g == "kubeadm:cluster-admins")
+    }
+}
+
+fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let error = |source| Error::Read { path: path.clone(), source };
+    let file = File::open(path).map_err(error)?;
+    rustls_pemfile::certs(&mut BufReader::new(file)).collect::<Result<_, _>>().map_err(error)
+}
+
+fn key(path: &PathBuf) -> Result<PrivateKeyDer<'static>, Error> {
+    let error = |source| Error::Read { path: path.clone(), source };
+    let file = File::open(path).map_err(error)?;
+    let key = rustls_pemfile::private_key(&mut BufReader::new(file)).map_err(error)?;
+    key.ok_or_else(|| Error::NoKey { path: path.clone() })
+}
+
+/// The server's TLS configuration. Clients without a certificate get in as far as /healthz.
+pub(crate) fn server_config(
+    cert: &PathBuf,
+    key_path: &PathBuf,
+    client_ca: &PathBuf,
+) -> Result<Arc<ServerConfig>, Error> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(client_ca)? {
+        roots.add(certificate).map_err(Error::Refused)?;
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .allow_unauthenticated()
+        .build()
+        .map_err(Error::ClientCa)?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(Error::Refused)?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(certificates(cert)?, key(key_path)?)
+        .map_err(Error::Refused)?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
