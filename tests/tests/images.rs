@@ -1,0 +1,58 @@
+//! Where images come from, and what is refused.
+
+use std::fs;
+
+use isopod_tests::{Cluster, Net, image::Image, registry::Registry};
+
+#[test]
+fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
+    let mut net = Net::new();
+    let registry_host = net.host("registry");
+    let registry = Registry::start(&registry_host, "user", "secret");
+    let archive = registry_host.disk().join("pulled.tar");
+    Image::busybox("pulled:1").file("marker", 0o644, b"from the registry").save(&archive);
+    registry.push(&archive, "team/pulled:1", "user", "secret");
+    Image::busybox("broken:1").file("marker", 0o644, b"will be damaged").save(&archive);
+    registry.push(&archive, "team/broken:1", "user", "secret");
+    let c = Cluster::start(&net.host("one"));
+    let address = registry.address();
+    let hosts = c.host.path(&format!("/etc/isopod/certs.d/{address}"));
+    fs::create_dir_all(&hosts).unwrap();
+    fs::write(hosts.join("hosts.toml"), format!("server = \"http://{address}\"\n")).unwrap();
+    let pod = |name: &str, image: &str, secret: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nspec:\n  restartPolicy: Never\n  imagePullSecrets: [{{name: {secret}}}]\n  \
+             containers: [{{name: c, image: '{address}/{image}', command: [cat, /marker]}}]\n"
+        )
+    };
+    c.k(&format!("create secret docker-registry good --docker-server={address} --docker-username=user --docker-password=secret"));
+    c.k(&format!("create secret docker-registry bad --docker-server={address} --docker-username=user --docker-password=wrong"));
+    c.apply(&pod("denied", "team/pulled:1", "bad"));
+    c.wait_field("pod denied", ".status.containerStatuses[0].state.waiting.reason", |r| {
+        r == "ErrImagePull" || r == "ImagePullBackOff"
+    });
+    c.apply(&pod("granted", "team/pulled:1", "good"));
+    c.wait_field("pod granted", ".status.phase", |phase| phase == "Succeeded");
+    assert_eq!(c.k("logs granted"), "from the registry");
+    let id = c.get("pod granted")["status"]["containerStatuses"][0]["imageID"].as_str().unwrap().to_owned();
+    assert!(id.contains("@sha256:"), "{id}");
+    // Damage the largest blob that the first image does not share: one byte in the middle of the layer.
+    registry_host.must(
+        "cd /var/lib/registry/docker/registry/v2; \
+         for link in repositories/team/broken/_layers/sha256/*; do d=${link##*/}; \
+           [ -d repositories/team/pulled/_layers/sha256/$d ] && continue; \
+           f=blobs/sha256/$(echo $d | cut -c1-2)/$d/data; \
+           [ $(stat -c %s $f) -gt 100000 ] && printf X | dd of=$f bs=1 seek=50000 conv=notrunc 2>/dev/null; done; true",
+    );
+    c.apply(&pod("corrupt", "team/broken:1", "good"));
+    c.wait_field("pod corrupt", ".status.containerStatuses[0].state.waiting.message", |message| {
+        message.contains("digest") || message.contains("Back-off")
+    });
+    assert!(c.k("get events --field-selector reason=Failed").contains("digest"));
+    assert_eq!(c.host.must("ls /var/lib/isopod/image-store/tmp | wc -l").trim(), "0");
+    c.apply(&pod("missing", "team/none:1", "good"));
+    c.wait_field("pod missing", ".status.containerStatuses[0].state.waiting.reason", |r| {
+        r == "ErrImagePull" || r == "ImagePullBackOff"
+    });
+    assert!(c.k("get events").contains("not found"));
+}

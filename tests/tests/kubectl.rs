@@ -1,0 +1,106 @@
+//! An unmodified kubectl, doing what people do with it.
+
+use isopod_tests::{Cluster, Net, eventually};
+
+#[test]
+fn a_deployment_from_create_to_delete() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    c.k("create deployment web --image=web:1 --replicas=3 --port=8080");
+    assert!(c.k("rollout status deployment/web --timeout=60s").contains("successfully rolled out"));
+    c.k("expose deployment web --port=80 --target-port=8080");
+    let wide = c.k("get pods -l app=web -o wide");
+    assert_eq!(wide.lines().filter(|line| line.contains("Running")).count(), 3, "{wide}");
+    assert!(wide.contains("one"), "{wide}");
+    assert!(c.k("get deployment web -o yaml").contains("kind: Deployment"));
+    let described = c.k("describe deployment web");
+    assert!(described.contains("ScalingReplicaSet") && described.contains("3 available"), "{described}");
+    c.k("scale deployment web --replicas=5");
+    c.wait_field("deployment web", ".status.readyReplicas", |n| n == "5");
+    c.k("scale deployment web --replicas=2");
+    c.wait_field("deployment web", ".status.replicas", |n| n == "2");
+    c.k("set image deployment/web web=busybox:1");
+    c.k("rollout undo deployment/web");
+    assert!(c.k("rollout status deployment/web --timeout=60s").contains("successfully rolled out"));
+    assert!(c.k("rollout history deployment/web").contains("REVISION"));
+    assert_eq!(c.get("deployment web")["spec"]["template"]["spec"]["containers"][0]["image"], "web:1");
+    c.k("label deployment web tier=front");
+    assert!(c.k("get deployments -l tier=front -o name").contains("deployment.apps/web"));
+    c.k("annotate deployment web note=hello");
+    c.k(r#"patch deployment web -p '{"spec":{"minReadySeconds":1}}'"#);
+    assert_eq!(c.get("deployment web")["spec"]["minReadySeconds"], 1);
+    assert!(c.k("get events").contains("SuccessfulCreate"));
+    assert!(c.k("wait --for=condition=Available deployment/web --timeout=30s").contains("condition met"));
+    c.k("delete deployment web");
+    eventually("pods are gone", || {
+        let pods = c.k("get pods -l app=web -o name");
+        if pods.is_empty() { Ok(()) } else { Err(pods) }
+    });
+}
+
+#[test]
+fn pods_are_looked_into() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    c.k("run web --image=web:1 --port=8080");
+    c.wait_ready("web");
+    assert!(c.k("logs web").contains("started web"));
+    let followed = c.kubectl("logs -f web & pid=$!; sleep 1; kill $pid; wait");
+    assert!(followed.out.contains("started web"), "{followed:?}");
+    assert_eq!(c.k("exec web -- hostname").trim(), "web");
+    assert_eq!(c.kubectl("exec web -- sh -c 'exit 7'").code, 7);
+    assert_eq!(c.k("exec -i web -- cat < /etc/hostname"), c.host.must("cat /etc/hostname"));
+    let terminal = c.host.must(
+        "export KUBECONFIG=/etc/isopod/kubeconfig; script -qec 'kubectl exec -it web -- tty' /dev/null < /dev/null",
+    );
+    assert!(terminal.contains("/dev/"), "{terminal}");
+    c.host.must("echo content > /tmp/file-for-pod");
+    c.k("cp /tmp/file-for-pod web:/tmp/there");
+    assert_eq!(c.k("exec web -- cat /tmp/there").trim(), "content");
+    c.k("cp web:/tmp/there /tmp/file-from-pod");
+    assert_eq!(c.host.must("cat /tmp/file-from-pod; rm /tmp/file-from-pod /tmp/file-for-pod").trim(), "content");
+    let forwarded = c.host.must(
+        "export KUBECONFIG=/etc/isopod/kubeconfig; kubectl port-forward pod/web 18080:8080 > /dev/null & pid=$!; \
+         for i in $(seq 100); do curl -s http://127.0.0.1:18080/ && break; sleep 0.1; done; kill $pid",
+    );
+    assert_eq!(forwarded.trim(), "web");
+    let ran = c.k("run once --image=busybox:1 --rm -i --restart=Never -- echo from-the-pod");
+    assert!(ran.contains("from-the-pod"), "{ran}");
+    let attached = c.k("run reader --image=busybox:1 --rm -i --restart=Never -- cat < /etc/hostname");
+    assert!(attached.contains(c.host.must("cat /etc/hostname").trim()), "{attached}");
+    let described = c.k("describe pod web");
+    for event in ["Scheduled", "Pulled", "Created", "Started"] {
+        assert!(described.contains(event), "{event}: {described}");
+    }
+}
+
+#[test]
+fn the_api_explains_itself() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    let resources = c.k("api-resources");
+    for kind in ["Pod", "Deployment", "StatefulSet", "EndpointSlice", "NetworkPolicy", "ClusterRole"] {
+        assert!(resources.contains(kind), "{kind}: {resources}");
+    }
+    assert!(c.k("api-versions").contains("apps/v1"));
+    assert!(c.k("explain pod.spec.containers").contains("FIELD"));
+    assert_eq!(c.k("auth can-i create pods").trim(), "yes");
+    assert_eq!(c.kubectl("auth can-i create pods --as=nobody").out.trim(), "no");
+    let manifest = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: one}\ndata: {a: b}\n---\n\
+                    apiVersion: v1\nkind: Secret\nmetadata: {name: two}\nstringData: {c: d}\n---\n\
+                    apiVersion: v1\nkind: Namespace\nmetadata: {name: three}\n";
+    let applied = c.apply(manifest);
+    assert_eq!(applied.lines().count(), 3, "{applied}");
+    assert!(c.apply(manifest).lines().all(|line| line.ends_with("unchanged")));
+    std::fs::write(c.host.path("/etc/isopod/changed.yaml"), manifest.replace("a: b", "a: changed")).unwrap();
+    let diff = c.kubectl("diff -f /etc/isopod/changed.yaml");
+    assert_eq!(diff.code, 1, "{diff:?}");
+    assert!(diff.out.contains("+  a: changed"), "{diff:?}");
+    c.k("apply --server-side --force-conflicts -f /etc/isopod/changed.yaml");
+    assert_eq!(c.get("configmap one")["data"]["a"], "changed");
+    let unknown = c.kubectl("create -f - <<'E'\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: bad}\nnonsense: 1\nE");
+    assert_ne!(unknown.code, 0);
+    assert!(unknown.err.contains("unknown field \"nonsense\""), "{unknown:?}");
+    c.k("delete namespace three --timeout=30s");
+    assert!(c.kubectl("get namespace three").err.contains("NotFound"));
+}

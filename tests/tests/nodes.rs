@@ -1,0 +1,45 @@
+//! Two machines, one cluster.
+
+use std::{fs, process::Stdio};
+
+use isopod_tests::{Cluster, Net, eventually, host::binaries};
+
+#[test]
+fn two_nodes_share_pods_and_services() {
+    let mut net = Net::new();
+    let (one, two) = (net.host("one"), net.host("two"));
+    let c = Cluster::start(&one);
+    Cluster::install_images(&two);
+    let join = c.isopod(&["token"]).ok().unwrap();
+    let token = join.trim().strip_prefix("isopod join ").unwrap();
+    let isopod = binaries().join("isopod");
+    two.run(isopod.to_str().unwrap(), &["join", token]).ok().unwrap();
+    let log = fs::File::create(two.disk().join("agent.out")).unwrap();
+    let mut agent =
+        two.command(isopod.to_str().unwrap()).arg("agent").stdin(Stdio::null()).stderr(log).spawn().unwrap();
+    c.wait_field("node two", ".status.conditions[?(@.type==\"Ready\")].status", |s| s == "True");
+    for node in ["one", "two"] {
+        c.apply(&format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: web-{node}, labels: {{app: web}}}}\nspec:\n  nodeName: {node}\n  \
+             containers: [{{name: c, image: 'web:1'}}]\n"
+        ));
+    }
+    c.wait_ready("web-one");
+    c.wait_ready("web-two");
+    c.k("expose pod web-one --name=web --port=80 --target-port=8080 --selector=app=web");
+    for (from, to) in [("web-one", "web-two"), ("web-two", "web-one")] {
+        let ip = c.get(&format!("pod {to}"))["status"]["podIP"].as_str().unwrap().to_owned();
+        eventually(&format!("{from} reaches {to}"), || {
+            let ran = c.kubectl(&format!("exec {from} -- wget -T 3 -q -O- http://{ip}:8080/"));
+            if ran.out.trim() == to { Ok(()) } else { Err(ran) }
+        });
+        eventually(&format!("the service reaches both from {from}"), || {
+            let ran = c.kubectl(&format!("exec {from} -- sh -c 'for i in $(seq 40); do wget -T 3 -q -O- http://web/; done'"));
+            if ran.out.contains("web-one") && ran.out.contains("web-two") { Ok(()) } else { Err(ran) }
+        });
+    }
+    assert_eq!(c.k("exec web-two -- hostname").trim(), "web-two");
+    assert!(c.k("logs web-two").contains("started web-two"));
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+}

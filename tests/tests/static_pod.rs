@@ -1,0 +1,59 @@
+//! Static pods need no API server.
+
+use std::{fs, process::Stdio};
+
+use isopod_tests::{Cluster, Net, eventually, host::binaries};
+
+const MANIFEST: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: alone}\nspec:\n  containers:\n  \
+                        - {name: c, image: 'busybox:1', command: [sh, -c, 'echo here; exec sleep 100000']}\n";
+
+#[test]
+fn a_static_pod_runs_alone_and_ends_with_its_file() {
+    let mut net = Net::new();
+    let host = net.host("one");
+    Cluster::install_images(&host);
+    fs::create_dir_all(host.path("/etc/isopod/manifests")).unwrap();
+    fs::write(host.path("/etc/isopod/manifests/alone.yaml"), MANIFEST).unwrap();
+    fs::write(
+        host.path("/etc/isopod/config.yaml"),
+        "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\npodCIDR: 10.244.9.0/24\n",
+    )
+    .unwrap();
+    host.must("mkdir -p /etc/isopod/pki && cd /etc/isopod/pki && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout kubelet.key -out kubelet.crt -subj /CN=one -days 1 2>/dev/null && cp kubelet.crt ca.crt");
+    let log = fs::File::create(host.disk().join("agent.out")).unwrap();
+    let mut agent = host
+        .command(binaries().join("isopod").to_str().unwrap())
+        .arg("agent")
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let running = || host.sh("pgrep -f 'sleep 10000[0]'");
+    eventually("the pod runs", || running().ok());
+    eventually("its log is there", || host.sh("cat /var/log/pods/default_alone-one_*/c/0.log | grep here").ok());
+    fs::remove_file(host.path("/etc/isopod/manifests/alone.yaml")).unwrap();
+    eventually("the pod is gone", || if running().code == 1 { Ok(()) } else { Err(running()) });
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+}
+
+#[test]
+fn mirror_pods_follow_static_pods() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    fs::write(c.host.path("/etc/isopod/manifests/alone.yaml"), MANIFEST).unwrap();
+    c.wait_ready("alone-one");
+    let pod = c.get("pod alone-one");
+    assert_eq!(pod["metadata"]["annotations"]["kubernetes.io/config.source"], "file");
+    assert_eq!(pod["metadata"]["ownerReferences"][0]["kind"], "Node");
+    assert!(c.k("logs alone-one").contains("here"));
+    let system = c.k("get pods -n kube-system");
+    for name in ["kube-apiserver-one", "kube-scheduler-one", "kube-controller-manager-one"] {
+        assert!(system.contains(name), "{system}");
+    }
+    fs::remove_file(c.host.path("/etc/isopod/manifests/alone.yaml")).unwrap();
+    eventually("the mirror pod is gone", || {
+        let ran = c.kubectl("get pod alone-one");
+        if ran.err.contains("NotFound") { Ok(()) } else { Err(ran) }
+    });
+}
