@@ -156,11 +156,14 @@ pub struct Error {
     pub kind: ErrorType,
     /// Where.
     pub field: String,
-    /// The offending value; null displays as `"null"`.
+    /// The offending value; null displays as `null`.
     pub bad_value: Value,
     /// Explanation, may be empty.
     pub detail: String,
 }
+
+/// Marks an error whose value is not shown.
+const OMITTED: &str = "\u{0}omitted";
 
 /// All problems of an object, in the order found.
 pub type ErrorList = Vec<Error>;
@@ -178,6 +181,11 @@ impl Error {
     /// A malformed value.
     pub fn invalid(path: &Path, value: impl BadValue, detail: impl Into<String>) -> Self {
         Self::new(ErrorType::Invalid, path, value.into_bad(), detail)
+    }
+
+    /// A malformed structure: no value is shown.
+    pub fn invalid_without_value(path: &Path, detail: impl Into<String>) -> Self {
+        Self::new(ErrorType::Invalid, path, Value::from(OMITTED), detail)
     }
 
     /// A value outside an enumeration; the supported ones are listed in the order given.
@@ -232,8 +240,8 @@ impl Error {
         use ErrorType::{Forbidden, Internal, Required, TooLong};
         let mut text = match (self.kind, &self.bad_value) {
             (Required | Forbidden | TooLong | Internal, _) => self.kind.to_string(),
+            (kind, Value::String(s)) if s == OMITTED => kind.to_string(),
             (kind, Value::String(s)) => format!("{kind}: {}", quote(s)),
-            (kind, Value::Null) => format!("{kind}: \"null\""),
             (kind, value) => format!("{kind}: {value}"),
         };
         if !self.detail.is_empty() {
@@ -271,7 +279,7 @@ mod tests {
                 Error::invalid(&spec.child("replicas"), -1, "must be >= 0"),
                 "spec.replicas: Invalid value: -1: must be >= 0",
             ),
-            (Error::invalid(&spec.key("a"), Value::Null, "x"), "spec[a]: Invalid value: \"null\": x"),
+            (Error::invalid(&spec.key("a"), Value::Null, "x"), "spec[a]: Invalid value: null: x"),
             (
                 Error::not_supported(&Path::new("dryRun"), json!(["Some"]), &["All"]),
                 "dryRun: Unsupported value: [\"Some\"]: supported values: \"All\"",
