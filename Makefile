@@ -34,7 +34,7 @@ check: deps
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
 bench: test-deps build
-	tests/bench
+	cargo run --release -p isopod-tests --bin bench
 
 install: build
 	install -D -m 755 $(RELEASE)/isopod $(DESTDIR)$(PREFIX)/bin/isopod

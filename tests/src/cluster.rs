@@ -8,11 +8,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{
-    Host, Ran, eventually, eventually_within,
-    host::binaries,
-    image::Image,
-};
+use crate::{Host, Ran, eventually, eventually_within, host::binaries, image::Image};
 
 /// `isopod up` on a host, with kubectl.
 pub struct Cluster {
@@ -46,7 +42,9 @@ impl Cluster {
         let file = fs::File::create(&log).unwrap();
         let isopod = binaries().join("isopod");
         let mut command = self.host.command(isopod.to_str().unwrap());
-        self.up = Some(command.arg("up").stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file).spawn().unwrap());
+        self.up = Some(
+            command.arg("up").stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file).spawn().unwrap(),
+        );
         eventually_within(Duration::from_secs(90), "isopod up", || {
             let text = fs::read_to_string(&log).unwrap();
             if text.contains("Ready in ") {

@@ -1,11 +1,6 @@
 //! Small images, built here: busybox with its applets, in docker-archive form.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::Path,
-    process::Command,
-};
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -91,8 +86,7 @@ impl Image {
             "history": [{"created_by": "tests"}],
         })
         .to_string();
-        let manifest =
-            json!([{"Config": "config.json", "RepoTags": [self.name], "Layers": ["layer.tar"]}]).to_string();
+        let manifest = json!([{"Config": "config.json", "RepoTags": [self.name], "Layers": ["layer.tar"]}]).to_string();
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).unwrap();
         }

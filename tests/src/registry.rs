@@ -21,9 +21,7 @@ impl Registry {
         fs::write(dir.join("config.yml"), config).unwrap();
         let child = host.spawn("registry.log", "docker-registry", &["serve", "/var/lib/registry/config.yml"]);
         let registry = Self { host: host.clone(), child };
-        eventually("registry answers", || {
-            registry.host.sh("curl -s -o /dev/null http://127.0.0.1:5000/v2/").ok()
-        });
+        eventually("registry answers", || registry.host.sh("curl -s -o /dev/null http://127.0.0.1:5000/v2/").ok());
         registry
     }
 

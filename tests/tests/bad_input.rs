@@ -18,7 +18,10 @@ fn a_machine_that_cannot_run_says_why() {
     let mut listener = host.command("sh").args(["-c", "exec busybox nc -l -p 6443"]).spawn().unwrap();
     eventually("the port is taken", || host.sh("ss -ltn | grep -q :6443").ok());
     let ran = up(&[]);
-    assert!(ran.code == 1 && ran.err.contains("port 6443") && ran.err.contains("--api-port") && one_line(&ran.err), "{ran:?}");
+    assert!(
+        ran.code == 1 && ran.err.contains("port 6443") && ran.err.contains("--api-port") && one_line(&ran.err),
+        "{ran:?}"
+    );
     listener.kill().unwrap();
     listener.wait().unwrap();
     host.sh("pkill -x busybox");
@@ -33,7 +36,11 @@ fn a_machine_that_cannot_run_says_why() {
     let ran = up(&[]);
     assert!(ran.code == 64 && ran.err.contains("cluster.yaml") && one_line(&ran.err), "{ran:?}");
     fs::remove_file(host.path("/etc/isopod/cluster.yaml")).unwrap();
-    fs::write(host.path("/etc/isopod/config.yaml"), "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nnonsense: 1\n").unwrap();
+    fs::write(
+        host.path("/etc/isopod/config.yaml"),
+        "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nnonsense: 1\n",
+    )
+    .unwrap();
     let ran = up(&[]);
     assert!(ran.code == 64 && ran.err.contains("config.yaml") && ran.err.contains("nonsense"), "{ran:?}");
     assert_eq!(host.sh("pgrep isopod").code, 1);

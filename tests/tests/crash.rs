@@ -30,9 +30,17 @@ fn agent_and_control_plane_die_and_nobody_notices() {
     let (pids, before) = (pod_pids(&c.host), restarts(&c));
     // Requests go on during everything that follows; each failure is a line.
     let log = c.host.disk().join("load.log");
-    let load_script = format!("while [ ! -e /run/stop-load ]; do curl -s -f -m 5 -o /dev/null http://{ip}/ && echo ok || echo FAILED; done");
-    let mut load =
-        c.host.command("sh").args(["-c", &load_script]).stdin(Stdio::null()).stdout(fs::File::create(&log).unwrap()).spawn().unwrap();
+    let load_script = format!(
+        "while [ ! -e /run/stop-load ]; do curl -s -f -m 5 -o /dev/null http://{ip}/ && echo ok || echo FAILED; done"
+    );
+    let mut load = c
+        .host
+        .command("sh")
+        .args(["-c", &load_script])
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
     for component in ["apiserver", "scheduler", "controller-manager"] {
         c.host.must(&format!("kill -9 $(pgrep -f '^/isopod {component}')"));
         eventually(&format!("{component} is back"), || {

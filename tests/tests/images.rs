@@ -25,8 +25,12 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
              containers: [{{name: c, image: '{address}/{image}', command: [cat, /marker]}}]\n"
         )
     };
-    c.k(&format!("create secret docker-registry good --docker-server={address} --docker-username=user --docker-password=secret"));
-    c.k(&format!("create secret docker-registry bad --docker-server={address} --docker-username=user --docker-password=wrong"));
+    c.k(&format!(
+        "create secret docker-registry good --docker-server={address} --docker-username=user --docker-password=secret"
+    ));
+    c.k(&format!(
+        "create secret docker-registry bad --docker-server={address} --docker-username=user --docker-password=wrong"
+    ));
     c.apply(&pod("denied", "team/pulled:1", "bad"));
     c.wait_field("pod denied", ".status.containerStatuses[0].state.waiting.reason", |r| {
         r == "ErrImagePull" || r == "ImagePullBackOff"

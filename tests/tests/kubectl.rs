@@ -98,7 +98,8 @@ fn the_api_explains_itself() {
     assert!(diff.out.contains("+  a: changed"), "{diff:?}");
     c.k("apply --server-side --force-conflicts -f /etc/isopod/changed.yaml");
     assert_eq!(c.get("configmap one")["data"]["a"], "changed");
-    let unknown = c.kubectl("create -f - <<'E'\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: bad}\nnonsense: 1\nE");
+    let unknown =
+        c.kubectl("create -f - <<'E'\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: bad}\nnonsense: 1\nE");
     assert_ne!(unknown.code, 0);
     assert!(unknown.err.contains("unknown field \"nonsense\""), "{unknown:?}");
     c.k("delete namespace three --timeout=30s");

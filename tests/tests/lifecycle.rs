@@ -62,7 +62,15 @@ fn configuration_reaches_containers() {
     );
     c.wait_ready("p");
     let env = c.k("exec p -- env");
-    for line in ["A=one", "B=one-two", "NODE=one", "CONF=value", "MEM=67108864", "S_password=hidden", "KUBERNETES_SERVICE_HOST=10.96.0.1"] {
+    for line in [
+        "A=one",
+        "B=one-two",
+        "NODE=one",
+        "CONF=value",
+        "MEM=67108864",
+        "S_password=hidden",
+        "KUBERNETES_SERVICE_HOST=10.96.0.1",
+    ] {
         assert!(env.lines().any(|l| l == line), "{line}: {env}");
     }
     assert_eq!(c.k("exec p -- cat /conf/key /all/password").trim(), "valuehidden");

@@ -34,7 +34,8 @@ fn two_nodes_share_pods_and_services() {
             if ran.out.trim() == to { Ok(()) } else { Err(ran) }
         });
         eventually(&format!("the service reaches both from {from}"), || {
-            let ran = c.kubectl(&format!("exec {from} -- sh -c 'for i in $(seq 40); do wget -T 3 -q -O- http://web/; done'"));
+            let ran =
+                c.kubectl(&format!("exec {from} -- sh -c 'for i in $(seq 40); do wget -T 3 -q -O- http://web/; done'"));
             if ran.out.contains("web-one") && ran.out.contains("web-two") { Ok(()) } else { Err(ran) }
         });
     }

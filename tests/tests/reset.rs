@@ -23,7 +23,8 @@ fn reset_leaves_nothing() {
     assert_eq!(ran.code, 0, "{ran:?}");
     c.wait_up();
     assert_eq!(before.diff(&Snapshot::take(&host)), Vec::<String>::new());
-    let left = host.must("find /etc/isopod /var/lib/isopod /var/log/pods -type f 2>/dev/null | grep -v images/ || true");
+    let left =
+        host.must("find /etc/isopod /var/lib/isopod /var/log/pods -type f 2>/dev/null | grep -v images/ || true");
     assert_eq!(left, "");
 }
 

@@ -1,6 +1,9 @@
 //! Services as pods and the node see them.
 
-use std::{collections::BTreeMap, time::{Duration, Instant}};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use isopod_tests::{Cluster, Net, eventually};
 
@@ -36,9 +39,8 @@ fn traffic_reaches_every_pod_from_everywhere() {
     let service = c.get("service web");
     let ip = service["spec"]["clusterIP"].as_str().unwrap();
     let node_port = service["spec"]["ports"][0]["nodePort"].as_i64().unwrap();
-    let from_pod = answers(&c.k(&format!(
-        "exec client -- sh -c 'for i in $(seq 90); do wget -q -O- http://{ip}/; done'"
-    )));
+    let from_pod =
+        answers(&c.k(&format!("exec client -- sh -c 'for i in $(seq 90); do wget -q -O- http://{ip}/; done'")));
     assert_eq!(from_pod.len(), 3, "{from_pod:?}");
     assert!(from_pod.values().all(|n| *n >= 10), "{from_pod:?}");
     let loop_ = |url: &str| c.host.must(&format!("for i in $(seq 60); do curl -s -m 5 {url}; done"));

@@ -1,0 +1,235 @@
+//! The client's side: runs on the host, speaks to its API server.
+
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
+use k8s_openapi::api::{
+    core::v1::{ConfigMap, Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use kube::{
+    Api, Client,
+    api::{DeleteParams, ListParams, PostParams, WatchEvent, WatchParams},
+};
+use serde_json::json;
+
+use crate::{row, times};
+
+pub(crate) fn run(args: &[String]) {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let client = Client::try_default().await.unwrap();
+        match args[0].as_str() {
+            "pods-one-by-one" => pods_one_by_one(client).await,
+            "pods-at-once" => pods_at_once(client, 50).await,
+            "creates" => creates().await,
+            "lists" => lists(client).await,
+            "services" => services(client).await,
+            other => panic!("unknown benchmark {other}"),
+        }
+    });
+}
+
+fn pod(name: &str) -> Pod {
+    serde_json::from_value(json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+        "spec": {"terminationGracePeriodSeconds": 0, "containers": [
+            {"name": "c", "image": "busybox:1", "imagePullPolicy": "IfNotPresent", "command": ["sleep", "100000"]}]},
+    }))
+    .unwrap()
+}
+
+fn ready(pod: &Pod) -> bool {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+}
+
+async fn pods_one_by_one(client: Client) {
+    let pods: Api<Pod> = Api::default_namespaced(client);
+    let mut all = Vec::new();
+    for n in 0..20 {
+        let name = format!("one-{n}");
+        let params = WatchParams::default().fields(&format!("metadata.name={name}"));
+        let version = pods.list_metadata(&ListParams::default().limit(1)).await.unwrap().metadata.resource_version;
+        let mut events = pods.watch(&params, &version.unwrap_or_default()).await.unwrap().boxed();
+        let started = Instant::now();
+        pods.create(&PostParams::default(), &pod(&name)).await.unwrap();
+        while let Some(event) = events.next().await {
+            if let Ok(WatchEvent::Modified(pod)) = event
+                && ready(&pod)
+            {
+                break;
+            }
+        }
+        all.push(started.elapsed());
+        pods.delete(&name, &DeleteParams::default().grace_period(0)).await.unwrap();
+    }
+    row("pod create -> Ready, one by one", &times(all));
+}
+
+async fn pods_at_once(client: Client, n: usize) {
+    let pods: Api<Pod> = Api::default_namespaced(client);
+    let version = pods.list_metadata(&ListParams::default().limit(1)).await.unwrap().metadata.resource_version;
+    let mut events = pods.watch(&WatchParams::default(), &version.unwrap_or_default()).await.unwrap().boxed();
+    let started = Instant::now();
+    let creates = (0..n).map(|i| {
+        let pods = pods.clone();
+        async move { pods.create(&PostParams::default(), &pod(&format!("many-{i}"))).await.map(|_| ()) }
+    });
+    join_all(creates).await.into_iter().collect::<Result<Vec<_>, _>>().unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    while seen.len() < n {
+        match events.next().await {
+            Some(Ok(WatchEvent::Added(pod) | WatchEvent::Modified(pod))) if ready(&pod) => {
+                let name = pod.metadata.name.unwrap_or_default();
+                if name.starts_with("many-") {
+                    seen.insert(name);
+                }
+            }
+            Some(_) => {}
+            None => panic!("the watch ended with {} of {n} pods ready", seen.len()),
+        }
+    }
+    row(&format!("{n} pods at once -> all Ready"), &format!("{:.2} s", started.elapsed().as_secs_f64()));
+}
+
+/// A client with a connection of its own: what an API server sees of that many programs.
+async fn own_client() -> Client {
+    Client::try_default().await.unwrap()
+}
+
+async fn creates() {
+    let data = "x".repeat(1024);
+    for clients in [1_usize, 16, 64] {
+        let total = if clients == 1 { 500 } else { 4000 };
+        let each = total / clients;
+        let ready = join_all((0..clients).map(|_| own_client())).await;
+        let started = Instant::now();
+        let work = ready.into_iter().enumerate().map(|(c, client)| {
+            let data = data.clone();
+            tokio::spawn(async move {
+                let maps: Api<ConfigMap> = Api::default_namespaced(client);
+                for i in 0..each {
+                    let map: ConfigMap = serde_json::from_value(
+                        json!({"metadata": {"name": format!("bench-{clients}-{c}-{i}")}, "data": {"x": data}}),
+                    )
+                    .unwrap();
+                    maps.create(&PostParams::default(), &map).await.unwrap();
+                }
+            })
+        });
+        for result in join_all(work).await {
+            result.unwrap();
+        }
+        let rate = (each * clients) as f64 / started.elapsed().as_secs_f64();
+        row(&format!("durable 1 KiB creates, {clients} clients"), &format!("{rate:.0} per second"));
+    }
+    let maps: Api<ConfigMap> = Api::default_namespaced(own_client().await);
+    maps.delete_collection(&DeleteParams::default(), &ListParams::default()).await.unwrap();
+}
+
+async fn lists(client: Client) {
+    let pods: Api<Pod> = Api::default_namespaced(client.clone());
+    let mut creating = FuturesUnordered::new();
+    for i in 0..5000 {
+        let pods = pods.clone();
+        // No such node: nobody runs them.
+        let mut pod = pod(&format!("listed-{i}"));
+        if let Some(spec) = &mut pod.spec {
+            spec.scheduling_gates =
+                Some(vec![k8s_openapi::api::core::v1::PodSchedulingGate { name: "bench/none".to_owned() }]);
+        }
+        creating.push(async move { pods.create(&PostParams::default(), &pod).await.map(|_| ()) });
+        if creating.len() >= 32 {
+            creating.next().await.unwrap().unwrap();
+        }
+    }
+    while let Some(result) = creating.next().await {
+        result.unwrap();
+    }
+    let mut all = Vec::new();
+    let mut size = 0;
+    for _ in 0..10 {
+        let request = http::Request::get("/api/v1/namespaces/default/pods").body(Vec::new()).unwrap();
+        let started = Instant::now();
+        size = client.request_text(request).await.unwrap().len();
+        all.push(started.elapsed());
+    }
+    row(&format!("list of 5,000 pods ({:.1} MB of JSON)", size as f64 / 1e6), &times(all));
+    let started = Instant::now();
+    let mut gets = 0;
+    let clients = join_all((0..16).map(|_| own_client())).await;
+    let work = clients.into_iter().map(|client| {
+        tokio::spawn(async move {
+            let mut n = 0;
+            while started.elapsed() < Duration::from_secs(3) {
+                let request = http::Request::get("/api/v1/namespaces/default/pods/listed-7").body(Vec::new()).unwrap();
+                client.request_text(request).await.unwrap();
+                n += 1;
+            }
+            n
+        })
+    });
+    for n in join_all(work).await {
+        gets += n.unwrap();
+    }
+    row(
+        "get of one object, 16 clients",
+        &format!("{:.0} per second", f64::from(gets) / started.elapsed().as_secs_f64()),
+    );
+    pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default()).await.unwrap();
+}
+
+async fn services(client: Client) {
+    let services: Api<Service> = Api::default_namespaced(client.clone());
+    let slices: Api<EndpointSlice> = Api::default_namespaced(client);
+    let mut made = 0;
+    for total in [1000, 10_000] {
+        let mut creating = FuturesUnordered::new();
+        while made < total {
+            let (services, slices, name) = (services.clone(), slices.clone(), format!("bench-{made}"));
+            made += 1;
+            creating.push(async move {
+                let service = json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}});
+                services.create(&PostParams::default(), &serde_json::from_value(service).unwrap()).await.unwrap();
+                let endpoints: Vec<_> = (0..10).map(|i| json!({"addresses": [format!("10.244.200.{}", i + 1)]})).collect();
+                let slice = json!({"metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}},
+                    "addressType": "IPv4", "endpoints": endpoints, "ports": [{"name": "", "port": 8080, "protocol": "TCP"}]});
+                slices.create(&PostParams::default(), &serde_json::from_value(slice).unwrap()).await.unwrap();
+            });
+            if creating.len() >= 32 {
+                creating.next().await;
+            }
+        }
+        while creating.next().await.is_some() {}
+        one_change(&services, &slices, total).await;
+    }
+}
+
+/// From the API server's answer to the element being in the kernel.
+async fn one_change(services: &Api<Service>, slices: &Api<EndpointSlice>, total: usize) {
+    let mut all = Vec::new();
+    for n in 0..10 {
+        let name = format!("change-{total}-{n}");
+        let slice = json!({"metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}}, "addressType": "IPv4",
+            "endpoints": [{"addresses": ["10.244.200.1"]}], "ports": [{"name": "", "port": 8080, "protocol": "TCP"}]});
+        slices.create(&PostParams::default(), &serde_json::from_value(slice).unwrap()).await.unwrap();
+        let service = json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}});
+        let made = services.create(&PostParams::default(), &serde_json::from_value(service).unwrap()).await.unwrap();
+        let started = Instant::now();
+        let address = made.spec.and_then(|spec| spec.cluster_ip).unwrap();
+        // A connection is refused at once (nobody listens at 10.244.200.1: unreachable) only when the rule is there;
+        // what is asked is the kernel's map.
+        loop {
+            let element = format!("get element ip isopod services {{ {address} . tcp . 80 }}");
+            let output = tokio::process::Command::new("nft").args(element.split(' ')).output().await.unwrap();
+            if output.status.success() {
+                break;
+            }
+            assert!(started.elapsed() < Duration::from_secs(20), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        all.push(started.elapsed());
+    }
+    row(&format!("one service more at {total} x 10, API to kernel"), &times(all));
+}

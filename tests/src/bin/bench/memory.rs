@@ -1,0 +1,68 @@
+//! Proportional set size and CPU time of isopod's processes, read from the host's /proc.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use isopod_tests::Cluster;
+
+use crate::row;
+
+/// PSS in KiB by process: `isopod up`, `isopod apiserver`, ..., `supervise`.
+fn pss(cluster: &Cluster) -> BTreeMap<String, Vec<u64>> {
+    let text = cluster.host.must(
+        "for p in /proc/[0-9]*; do e=$(readlink $p/exe 2>/dev/null); case $e in */isopod|*/isopod-runtime) ;; *) continue ;; esac; \
+         [ -s $p/smaps_rollup ] || continue; \
+         echo \"$(tr '\\0' ' ' < $p/cmdline | awk '{n=split($1,a,\"/\"); print a[n] \"-\" $2}') $(awk '/^Pss:/{print $2}' $p/smaps_rollup)\"; done",
+    );
+    let mut all: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    for line in text.lines() {
+        if let Some((name, kib)) = line.rsplit_once(' ') {
+            all.entry(name.to_owned()).or_default().push(kib.parse().unwrap_or_default());
+        }
+    }
+    all
+}
+
+fn mib(kib: u64) -> String {
+    format!("{:.1} MiB", kib as f64 / 1024.0)
+}
+
+pub(crate) fn idle(cluster: &Cluster) {
+    let all = pss(cluster);
+    for (name, sizes) in &all {
+        row(&format!("memory idle (PSS): {name} x{}", sizes.len()), &mib(sizes.iter().sum()));
+    }
+    row("memory idle (PSS): everything", &mib(all.values().flatten().sum()));
+}
+
+pub(crate) fn after_load(cluster: &Cluster) {
+    // Allocators give memory back within seconds of the load's end.
+    std::thread::sleep(Duration::from_secs(10));
+    row("memory after load (PSS): everything", &mib(pss(cluster).values().flatten().sum()));
+}
+
+pub(crate) fn per_pod(cluster: &Cluster) {
+    let all = pss(cluster);
+    let supervisors: Vec<u64> =
+        all.iter().filter(|(name, _)| name.contains("supervise")).flat_map(|(_, sizes)| sizes.clone()).collect();
+    if !supervisors.is_empty() {
+        let each = supervisors.iter().sum::<u64>() / supervisors.len() as u64;
+        row(&format!("memory per pod (PSS of its supervisor, {} pods)", supervisors.len()), &format!("{each} KiB"));
+    }
+}
+
+/// CPU ticks of all isopod processes.
+fn ticks(cluster: &Cluster) -> u64 {
+    let text = cluster.host.must(
+        "for p in /proc/[0-9]*; do e=$(readlink $p/exe 2>/dev/null); case $e in */isopod|*/isopod-runtime) awk '{print $14+$15}' $p/stat 2>/dev/null ;; esac; done",
+    );
+    text.lines().filter_map(|line| line.parse::<u64>().ok()).sum()
+}
+
+pub(crate) fn cpu(cluster: &Cluster, span: Duration) {
+    let before = ticks(cluster);
+    std::thread::sleep(span);
+    let used = ticks(cluster) - before;
+    // USER_HZ is 100 on every Linux.
+    let percent = used as f64 / 100.0 / span.as_secs_f64() * 100.0;
+    row(&format!("CPU idle over {} s, all processes", span.as_secs()), &format!("{percent:.2} % of a core"));
+}
