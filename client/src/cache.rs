@@ -298,9 +298,8 @@ mod tests {
     use parking_lot::Mutex;
 
     fn pod(name: &str, uid: &str, rv: &str, owner: Option<&str>) -> Pod {
-        let owner_references = owner.map(|uid| {
-            vec![OwnerReference { uid: uid.into(), controller: Some(true), ..OwnerReference::default() }]
-        });
+        let owner_references = owner
+            .map(|uid| vec![OwnerReference { uid: uid.into(), controller: Some(true), ..OwnerReference::default() }]);
         Pod {
             metadata: ObjectMeta {
                 name: Some(name.into()),

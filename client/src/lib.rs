@@ -9,9 +9,11 @@ pub mod cache;
 pub mod elect;
 pub mod merge;
 pub mod objects;
+pub mod quantity;
 pub mod queue;
 pub mod record;
 pub mod reflect;
+pub mod select;
 #[cfg(feature = "testing")]
 pub mod testing;
 

@@ -45,7 +45,15 @@ impl<T: k8s_openapi::Metadata<Ty = ObjectMeta>> HasMeta for T {
 
 /// A typed kind of the API.
 pub trait Object:
-    kube::Resource<DynamicType = ()> + HasMeta + Clone + Serialize + DeserializeOwned + std::fmt::Debug + Send + Sync + 'static
+    kube::Resource<DynamicType = ()>
+    + HasMeta
+    + Clone
+    + Serialize
+    + DeserializeOwned
+    + std::fmt::Debug
+    + Send
+    + Sync
+    + 'static
 {
 }
 

@@ -188,8 +188,13 @@ impl<K: QueueKey> State<K> {
 }
 
 /// Runs `count` workers until `stop`. `Ok(Some(delay))` runs the key again later, an error after its back-off.
-pub fn spawn_workers<K, F, Fut, E>(name: &'static str, queue: &Arc<Queue<K>>, count: usize, stop: &CancellationToken, work: F)
-where
+pub fn spawn_workers<K, F, Fut, E>(
+    name: &'static str,
+    queue: &Arc<Queue<K>>,
+    count: usize,
+    stop: &CancellationToken,
+    work: F,
+) where
     K: QueueKey,
     F: Fn(K) -> Fut + Clone + Send + Sync + 'static,
     Fut: Future<Output = Result<Option<Duration>, E>> + Send,

@@ -122,8 +122,7 @@ where
     let mut retry = RETRY_FIRST;
     loop {
         let timeout = rand::random_range(300..600);
-        let query =
-            format!("watch=true&allowWatchBookmarks=true&timeoutSeconds={timeout}&resourceVersion={revision}");
+        let query = format!("watch=true&allowWatchBookmarks=true&timeoutSeconds={timeout}&resourceVersion={revision}");
         let request = match request(source, &query, PARTIAL) {
             Ok(request) => request,
             Err(_) => return,
