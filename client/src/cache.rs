@@ -55,6 +55,7 @@ pub struct Cache<T> {
     handlers: RwLock<Vec<Handler<T>>>,
     trim: RwLock<Option<Trim<T>>>,
     synced: watch::Sender<bool>,
+    changes: watch::Sender<()>,
 }
 
 /// The owner that controls an object.
@@ -84,6 +85,7 @@ impl<T> Default for Cache<T> {
             handlers: RwLock::new(Vec::new()),
             trim: RwLock::new(None),
             synced: watch::Sender::new(false),
+            changes: watch::Sender::new(()),
         }
     }
 }
@@ -106,6 +108,11 @@ impl<T: HasMeta + Clone + Send + Sync + 'static> Cache<T> {
             handler(&Change::Added(&object));
         }
         handlers.push(Box::new(handler));
+    }
+
+    /// Wakes after every change; for those who wait for something and then leave.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
     }
 
     /// One object.
@@ -243,6 +250,7 @@ impl<T: HasMeta + Clone + Send + Sync + 'static> Cache<T> {
         for handler in self.handlers.read().iter() {
             handler(change);
         }
+        self.changes.send_replace(());
     }
 }
 
