@@ -1,0 +1,115 @@
+//! CronJobs.
+
+use isopod_api::field::ErrorList;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{cron, job_validation};
+use crate::{
+    registry::{
+        strategy::{Context, Strategy},
+        table,
+    },
+    validation::{At, Errs, pod_warnings},
+};
+
+/// `cronjobs`.
+pub(crate) struct CronJob;
+
+impl Strategy for CronJob {
+    fn default(&self, obj: &mut Value) {
+        super::template_defaults(obj, "/spec/jobTemplate/spec/template/spec");
+    }
+
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        obj["status"] = json!({});
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        spec(&mut e, &At::field(obj, "spec"), false);
+        let name = At::field(obj, "metadata").get("name");
+        if name.s().len() > 52 {
+            e.invalid(&name, "must be no more than 52 characters");
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        if cx.subresource != "status" {
+            spec(&mut e, &At::field(new, "spec"), old["spec"]["timeZone"] == new["spec"]["timeZone"]);
+        }
+        e.0
+    }
+
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        if cx.subresource == "status" {
+            return Vec::new();
+        }
+        let template = &obj["spec"]["jobTemplate"]["spec"]["template"];
+        pod_warnings::warnings(&At::field(obj, "spec").get("jobTemplate.spec.template.spec"), &template["metadata"])
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let spec = &obj["spec"];
+        let job_spec = &spec["jobTemplate"]["spec"];
+        let [names, images] = table::containers(&job_spec["template"]["spec"]);
+        let suspend = match spec["suspend"].as_bool() {
+            Some(true) => "True",
+            Some(false) => "False",
+            None => "<unset>",
+        };
+        let last = match &obj["status"]["lastScheduleTime"] {
+            Value::Null => "<none>".to_owned(),
+            time => table::since(time, now),
+        };
+        vec![
+            table::name(obj),
+            table::or(&spec["schedule"], ""),
+            table::or(&spec["timeZone"], "<none>"),
+            json!(suspend),
+            json!(table::count(&obj["status"]["active"])),
+            json!(last),
+            table::age(obj, now),
+            names,
+            images,
+            json!(table::selector(&job_spec["selector"])),
+        ]
+    }
+}
+
+fn spec(e: &mut Errs, at: &At<'_>, zone_unchanged: bool) {
+    let schedule = at.get("schedule");
+    if schedule.s().is_empty() {
+        e.required(&schedule, "");
+    } else {
+        if let Err(message) = cron::check(schedule.s()) {
+            e.invalid(&schedule, &message);
+        }
+        if schedule.s().contains("TZ") && cron::check(schedule.s()).is_ok() {
+            e.invalid(&schedule, "cannot use TZ or CRON_TZ in schedule, use timeZone field instead");
+        }
+    }
+    e.non_negative(&at.get("startingDeadlineSeconds"));
+    if !zone_unchanged {
+        time_zone(e, &at.get("timeZone"));
+    }
+    e.one_of_if_set(&at.get("concurrencyPolicy"), &["Allow", "Forbid", "Replace"]);
+    job_validation::cron_template(e, &at.get("jobTemplate"));
+    e.non_negative(&at.get("successfulJobsHistoryLimit"));
+    e.non_negative(&at.get("failedJobsHistoryLimit"));
+}
+
+fn time_zone(e: &mut Errs, at: &At<'_>) {
+    if !at.is_set() {
+        return;
+    }
+    if at.s().is_empty() {
+        e.invalid(at, "timeZone must be nil or non-empty string");
+    } else if at.s().eq_ignore_ascii_case("local") {
+        e.invalid(at, "timeZone must be an explicit time zone as defined in https://www.iana.org/time-zones");
+    } else if jiff::tz::TimeZone::get(at.s()).is_err() {
+        e.invalid(at, &format!("unknown time zone {}", at.s()));
+    }
+}

@@ -1,0 +1,145 @@
+//! DaemonSets.
+
+use isopod_api::field::ErrorList;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::pod_defaults;
+use crate::{
+    registry::{
+        strategy::{Context, Strategy},
+        table,
+    },
+    validation::{
+        At, Errs, at_most_100_percent, int_or_percent_value, pod_warnings, positive_int_or_percent, selector,
+        template::{always, labels_match, pod_template},
+    },
+};
+
+/// `daemonsets`.
+pub(crate) struct DaemonSet;
+
+impl Strategy for DaemonSet {
+    fn default(&self, obj: &mut Value) {
+        super::template_defaults(obj, "/spec/template/spec");
+        let strategy = &mut obj["spec"]["updateStrategy"];
+        if strategy["type"].as_str().unwrap_or_default().is_empty() {
+            strategy["type"] = json!("RollingUpdate");
+        }
+        if strategy["type"] == "RollingUpdate" {
+            if strategy["rollingUpdate"].is_null() {
+                strategy["rollingUpdate"] = json!({});
+            }
+            pod_defaults::set(&mut strategy["rollingUpdate"], "maxUnavailable", json!(1));
+            pod_defaults::set(&mut strategy["rollingUpdate"], "maxSurge", json!(0));
+        }
+        pod_defaults::drop_nulls(strategy);
+    }
+
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        obj["status"] = json!({"currentNumberScheduled": 0, "numberMisscheduled": 0, "desiredNumberScheduled": 0, "numberReady": 0});
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        spec(&mut e, &At::field(obj, "spec"));
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        if cx.subresource == "status" {
+            let status = At::field(new, "status");
+            for field in [
+                "currentNumberScheduled",
+                "numberMisscheduled",
+                "desiredNumberScheduled",
+                "numberReady",
+                "observedGeneration",
+                "updatedNumberScheduled",
+                "numberAvailable",
+                "numberUnavailable",
+                "collisionCount",
+            ] {
+                e.non_negative(&status.get(field));
+            }
+            return e.0;
+        }
+        let at = At::field(new, "spec");
+        spec(&mut e, &at);
+        e.immutable(&at.get("selector"), &old["spec"]["selector"]);
+        e.0
+    }
+
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        if cx.subresource == "status" {
+            return Vec::new();
+        }
+        pod_warnings::warnings(&At::field(obj, "spec").get("template.spec"), &obj["spec"]["template"]["metadata"])
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let (spec, status) = (&obj["spec"], &obj["status"]);
+        let [names, images] = table::containers(&spec["template"]["spec"]);
+        vec![
+            table::name(obj),
+            table::int(&status["desiredNumberScheduled"]),
+            table::int(&status["currentNumberScheduled"]),
+            table::int(&status["numberReady"]),
+            table::int(&status["updatedNumberScheduled"]),
+            table::int(&status["numberAvailable"]),
+            json!(table::labels(&spec["template"]["spec"]["nodeSelector"])),
+            table::age(obj, now),
+            names,
+            images,
+            json!(table::selector(&spec["selector"])),
+        ]
+    }
+}
+
+fn spec(e: &mut Errs, at: &At<'_>) {
+    let (selector_at, template) = (at.get("selector"), at.get("template"));
+    if !selector_at.is_set() {
+        e.required(&selector_at, "");
+    }
+    selector::label_selector(e, &selector_at);
+    let matched = selector::matches(selector_at.v, template.get("metadata.labels").v);
+    if selector_at.is_set() && matched == Some(false) {
+        labels_match(e, &template, false);
+    }
+    if selector_at.is_set() && selector::is_empty(&selector_at) {
+        e.invalid(&selector_at, "empty selector is invalid for daemonset");
+    }
+    pod_template(e, &template);
+    always(e, &template);
+    e.non_negative(&at.get("minReadySeconds"));
+    e.non_negative(&at.get("revisionHistoryLimit"));
+    let strategy = at.get("updateStrategy");
+    let (kind, rolling) = (strategy.get("type"), strategy.get("rollingUpdate"));
+    match kind.s() {
+        "OnDelete" => {}
+        "RollingUpdate" => rolling_update(e, &rolling),
+        _ => e.unsupported_as(
+            &strategy,
+            json!({"Type": kind.s(), "RollingUpdate": rolling.v}),
+            &["RollingUpdate", "OnDelete"],
+        ),
+    }
+}
+
+fn rolling_update(e: &mut Errs, at: &At<'_>) {
+    if !at.is_set() {
+        return e.required(at, "");
+    }
+    let (unavailable, surge) = (at.get("maxUnavailable"), at.get("maxSurge"));
+    positive_int_or_percent(e, &unavailable);
+    positive_int_or_percent(e, &surge);
+    at_most_100_percent(e, &unavailable);
+    at_most_100_percent(e, &surge);
+    let (u, s) = (int_or_percent_value(unavailable.v), int_or_percent_value(surge.v));
+    if u > 0 && s > 0 {
+        e.invalid(&surge, "may not be set when maxUnavailable is non-zero");
+    } else if u == 0 && s == 0 {
+        e.required(&unavailable, "cannot be 0 when maxSurge is 0");
+    }
+}

@@ -1,0 +1,243 @@
+//! Pods.
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{pod_defaults, pod_qos::qos_class, pod_table};
+use crate::{
+    registry::strategy::{Context, Strategy},
+    validation::{At, Errs, pod_spec::pod_spec, pod_update, pod_warnings},
+};
+use isopod_api::field::ErrorList;
+
+/// `pods`.
+pub(crate) struct Pod;
+
+impl Strategy for Pod {
+    fn default(&self, obj: &mut Value) {
+        if let Some(spec) = obj.get_mut("spec") {
+            pod_defaults::pod(spec);
+        }
+    }
+
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        let mut status = json!({"phase": "Pending", "qosClass": qos_class(&obj["spec"])});
+        if obj["spec"]["schedulingGates"].as_array().is_some_and(|g| !g.is_empty()) {
+            status["conditions"] = json!([{
+                "type": "PodScheduled", "status": "False", "lastProbeTime": null,
+                "lastTransitionTime": isopod_api::meta::now(), "reason": "SchedulingGated",
+                "message": "Scheduling is blocked due to non-empty scheduling gates",
+            }]);
+        }
+        obj["status"] = status;
+    }
+
+    fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {
+        match cx.subresource {
+            "" => {
+                new["status"] = old["status"].clone();
+                ungated(new, old);
+            }
+            "ephemeralcontainers" => keep_all_but(new, old, &["ephemeralContainers"]),
+            "resize" => new["status"] = old["status"].clone(),
+            "status" => {
+                let spec = old["spec"].clone();
+                new["spec"] = spec;
+                if new["status"]["qosClass"].as_str().unwrap_or_default().is_empty() {
+                    new["status"]["qosClass"] = old["status"]["qosClass"].clone();
+                }
+                pod_ips(new, old);
+            }
+            _ => {}
+        }
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let spec = At::field(obj, "spec");
+        metadata_and_spec(&mut e, &spec);
+        let ephemeral = spec.get("ephemeralContainers");
+        if ephemeral.len() > 0 {
+            e.forbidden(&ephemeral, "cannot be set on create");
+        }
+        if spec.get("schedulingGates").len() > 0 && !spec.get("nodeName").s().is_empty() {
+            e.forbidden(&spec.get("nodeName"), "cannot be set until all schedulingGates have been cleared");
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let (spec, old_spec) = (At::field(new, "spec"), At::field(old, "spec"));
+        match cx.subresource {
+            "status" => pod_update::status(&mut e, new, old),
+            "ephemeralcontainers" => {
+                metadata_and_spec(&mut e, &spec);
+                pod_update::ephemeral(&mut e, &spec.get("ephemeralContainers"), &old_spec.get("ephemeralContainers"));
+            }
+            "resize" => {
+                metadata_and_spec(&mut e, &spec);
+                pod_update::resize(&mut e, &spec, &old_spec, old);
+            }
+            _ => {
+                metadata_and_spec(&mut e, &spec);
+                pod_update::update(&mut e, &spec, &old_spec);
+            }
+        }
+        e.0
+    }
+
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        if cx.subresource == "status" || old.is_some_and(|old| old["spec"] == obj["spec"]) {
+            return Vec::new();
+        }
+        pod_warnings::warnings(&At::field(obj, "spec"), &obj["metadata"])
+    }
+
+    fn grace_period(&self, obj: &Value) -> Option<i64> {
+        let finished = matches!(obj["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
+        let unscheduled = obj["spec"]["nodeName"].as_str().unwrap_or_default().is_empty();
+        if finished || unscheduled {
+            return Some(0);
+        }
+        let seconds = obj["spec"]["terminationGracePeriodSeconds"].as_i64().unwrap_or(30);
+        Some(if seconds < 0 { 1 } else { seconds })
+    }
+
+    fn fields(&self, obj: &Value) -> Vec<(&'static str, String)> {
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        let (spec, status) = (&obj["spec"], &obj["status"]);
+        let ips: Vec<&str> =
+            status["podIPs"].as_array().into_iter().flatten().filter_map(|ip| ip["ip"].as_str()).collect();
+        vec![
+            ("spec.nodeName", text(&spec["nodeName"])),
+            ("spec.restartPolicy", text(&spec["restartPolicy"])),
+            ("spec.schedulerName", text(&spec["schedulerName"])),
+            ("spec.serviceAccountName", text(&spec["serviceAccountName"])),
+            ("spec.hostNetwork", (spec["hostNetwork"] == true).to_string()),
+            ("status.phase", text(&status["phase"])),
+            ("status.podIP", ips.first().copied().unwrap_or_default().to_owned()),
+            ("status.podIPs", ips.join(",")),
+            ("status.nominatedNodeName", text(&status["nominatedNodeName"])),
+        ]
+    }
+
+    fn field_names(&self) -> &'static [&'static str] {
+        &[
+            "spec.nodeName",
+            "spec.restartPolicy",
+            "spec.schedulerName",
+            "spec.serviceAccountName",
+            "spec.hostNetwork",
+            "status.phase",
+            "status.podIP",
+            "status.podIPs",
+            "status.nominatedNodeName",
+        ]
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        pod_table::cells(obj, now)
+    }
+
+    fn row_conditions(&self, obj: &Value) -> Vec<Value> {
+        let (reason, message) = match obj["status"]["phase"].as_str() {
+            Some("Succeeded") => ("Succeeded", "The pod has completed successfully."),
+            Some("Failed") => ("Failed", "The pod failed."),
+            _ => return Vec::new(),
+        };
+        vec![json!({"type": "Completed", "status": "True", "reason": reason, "message": message})]
+    }
+}
+
+fn metadata_and_spec(e: &mut Errs, spec: &At<'_>) {
+    pod_spec(e, spec, true);
+    if !spec.get("serviceAccountName").s().is_empty() {
+        return;
+    }
+    for volume in spec.get("volumes").items() {
+        for source in volume.get("projected.sources").items() {
+            let token = source.get("serviceAccountToken");
+            if token.is_set() {
+                e.forbidden(&token, "must not be specified when serviceAccountName is not set");
+            }
+        }
+    }
+}
+
+/// The condition of a gated pod goes when its last gate goes.
+fn ungated(new: &mut Value, old: &Value) {
+    let gates = |pod: &Value| pod["spec"]["schedulingGates"].as_array().map(Vec::len).unwrap_or_default();
+    if gates(old) == 0 || gates(new) > 0 {
+        return;
+    }
+    if let Some(conditions) = new["status"]["conditions"].as_array_mut() {
+        conditions.retain(|c| !(c["type"] == "PodScheduled" && c["reason"] == "SchedulingGated"));
+        if conditions.is_empty()
+            && let Some(status) = new["status"].as_object_mut()
+        {
+            status.remove("conditions");
+        }
+    }
+}
+
+/// Takes everything but some fields of the spec from the stored pod.
+fn keep_all_but(new: &mut Value, old: &Value, fields: &[&str]) {
+    let mut kept = old.clone();
+    for field in fields {
+        let value = new["spec"][*field].clone();
+        if let Some(spec) = kept["spec"].as_object_mut() {
+            if value.is_null() {
+                spec.remove(*field);
+            } else {
+                spec.insert((*field).to_owned(), value);
+            }
+        }
+    }
+    kept["metadata"]["resourceVersion"] = new["metadata"]["resourceVersion"].clone();
+    if let Some(managed) = new["metadata"].get("managedFields") {
+        kept["metadata"]["managedFields"] = managed.clone();
+    }
+    *new = kept;
+}
+
+/// podIP and podIPs say the same.
+fn pod_ips(new: &mut Value, old: &Value) {
+    let first = new["status"]["podIPs"][0]["ip"].clone();
+    let single = new["status"]["podIP"].clone();
+    let Some(status) = new["status"].as_object_mut() else { return };
+    if let (true, Some(ip)) = (first.is_null(), single.as_str()) {
+        if old["status"]["podIP"] == single && !old["status"]["podIPs"].is_null() && status.get("podIPs").is_none() {
+            status.remove("podIP");
+        } else if !ip.is_empty() {
+            status.insert("podIPs".to_owned(), json!([{ "ip": ip }]));
+        }
+    } else if !first.is_null() {
+        status.insert("podIP".to_owned(), first);
+    }
+    status.retain(|_, v| !v.is_null());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grace_periods() {
+        for (pod, want) in [
+            (json!({"spec": {"nodeName": "n", "terminationGracePeriodSeconds": 5}}), 5),
+            (json!({"spec": {"terminationGracePeriodSeconds": 5}}), 0),
+            (json!({"spec": {"nodeName": "n"}, "status": {"phase": "Failed"}}), 0),
+            (json!({"spec": {"nodeName": "n", "terminationGracePeriodSeconds": -1}}), 1),
+        ] {
+            assert_eq!(Pod.grace_period(&pod), Some(want), "{pod}");
+        }
+    }
+
+    #[test]
+    fn addresses_agree() {
+        let mut new = json!({"status": {"podIP": "10.0.0.1"}});
+        pod_ips(&mut new, &json!({"status": {}}));
+        assert_eq!(new["status"]["podIPs"], json!([{"ip": "10.0.0.1"}]));
+    }
+}

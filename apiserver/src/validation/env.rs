@@ -1,0 +1,237 @@
+//! Environment variables and the selectors that fill them.
+
+use isopod_api::names;
+
+use super::{At, Errs};
+
+/// Field paths of `fieldRef` in environment variables.
+const ENV_FIELDS: &[&str] = &[
+    "metadata.name",
+    "metadata.namespace",
+    "metadata.uid",
+    "spec.nodeName",
+    "spec.serviceAccountName",
+    "status.hostIP",
+    "status.hostIPs",
+    "status.podIP",
+    "status.podIPs",
+];
+
+/// Field paths of `fieldRef` in downward API volumes.
+pub(crate) const VOLUME_FIELDS: &[&str] =
+    &["metadata.annotations", "metadata.labels", "metadata.name", "metadata.namespace", "metadata.uid"];
+
+const CONVERTIBLE: &[&str] = &[
+    "metadata.annotations",
+    "metadata.labels",
+    "metadata.name",
+    "metadata.namespace",
+    "metadata.uid",
+    "spec.nodeName",
+    "spec.restartPolicy",
+    "spec.serviceAccountName",
+    "spec.schedulerName",
+    "status.phase",
+    "status.hostIP",
+    "status.hostIPs",
+    "status.podIP",
+    "status.podIPs",
+];
+
+const RESOURCE_FIELDS: &[&str] = &[
+    "limits.cpu",
+    "limits.ephemeral-storage",
+    "limits.memory",
+    "requests.cpu",
+    "requests.ephemeral-storage",
+    "requests.memory",
+];
+
+/// `env`.
+pub(crate) fn env(e: &mut Errs, list: &At<'_>) {
+    for at in list.items() {
+        let name = at.get("name");
+        if name.s().is_empty() {
+            e.required(&name, "");
+        } else {
+            e.messages(&name, names::env_var_name(name.s()));
+        }
+        value_from(e, &at);
+    }
+}
+
+fn value_from(e: &mut Errs, var: &At<'_>) {
+    let at = var.get("valueFrom");
+    if !at.is_set() {
+        return;
+    }
+    let mut sources = 0;
+    for kind in ["fieldRef", "resourceFieldRef", "configMapKeyRef", "secretKeyRef", "fileKeyRef"] {
+        let source = at.get(kind);
+        if !source.is_set() {
+            continue;
+        }
+        sources += 1;
+        match kind {
+            "fieldRef" => field_ref(e, &source, ENV_FIELDS),
+            "resourceFieldRef" => resource_field_ref(e, &source, false),
+            "fileKeyRef" => file_key(e, &source),
+            _ => key_selector(e, &source),
+        }
+    }
+    if sources == 0 {
+        e.invalid_as(
+            &at,
+            "",
+            "must specify one of: `fieldRef`, `resourceFieldRef`, `configMapKeyRef`, `secretKeyRef` or `fileKeyRef`",
+        );
+    } else if !var.get("value").s().is_empty() {
+        e.invalid_as(&at, "", "may not be specified when `value` is not empty");
+    } else if sources > 1 {
+        e.invalid_as(&at, "", "may not have more than one field specified at a time");
+    }
+}
+
+/// `fieldRef`; `allowed` are the paths without subscript.
+pub(crate) fn field_ref(e: &mut Errs, at: &At<'_>, allowed: &[&str]) {
+    let path = at.get("fieldPath");
+    if at.get("apiVersion").s().is_empty() {
+        return e.required(&at.get("apiVersion"), "");
+    }
+    if path.s().is_empty() {
+        return e.required(&path, "");
+    }
+    let (base, subscript) = match path.s().strip_suffix("']").and_then(|p| p.split_once("['")) {
+        Some((base, subscript)) => (base, Some(subscript)),
+        None => (path.s(), None),
+    };
+    if at.get("apiVersion").s() != "v1" {
+        let detail = format!("error converting fieldPath: unsupported pod version: {}", at.get("apiVersion").s());
+        return e.invalid(&path, &detail);
+    }
+    if !CONVERTIBLE.contains(&base) && base != "spec.host" {
+        return e.invalid(&path, &format!("error converting fieldPath: field label not supported: {}", path.s()));
+    }
+    match (base, subscript) {
+        ("metadata.annotations", Some(key)) => {
+            for message in names::qualified_name(&key.to_lowercase()) {
+                e.invalid_as(at, key, &message);
+            }
+        }
+        ("metadata.labels", Some(key)) => {
+            for message in names::qualified_name(key) {
+                e.invalid_as(at, key, &message);
+            }
+        }
+        (_, Some(_)) => e.invalid_as(at, base, "does not support subscript"),
+        (_, None) if !allowed.contains(&base) => e.unsupported_as(&path, base, allowed),
+        _ => {}
+    }
+}
+
+/// `resourceFieldRef`; volumes need the container's name.
+pub(crate) fn resource_field_ref(e: &mut Errs, at: &At<'_>, volume: bool) {
+    let (container, resource) = (at.get("containerName"), at.get("resource"));
+    if volume && container.s().is_empty() {
+        e.required(&container, "");
+    } else if resource.s().is_empty() {
+        e.required(&resource, "");
+    } else {
+        let huge = ["limits.hugepages-", "requests.hugepages-"].iter().any(|p| resource.s().starts_with(p));
+        if !RESOURCE_FIELDS.contains(&resource.s()) && !huge {
+            e.unsupported(&resource, RESOURCE_FIELDS);
+        }
+    }
+    divisor(e, at, resource.s());
+}
+
+fn divisor(e: &mut Errs, at: &At<'_>, resource: &str) {
+    let value = at.get("divisor");
+    let shown = value.s();
+    if shown.is_empty() || shown == "0" {
+        return;
+    }
+    let (allowed, what): (&[&str], &str) = match resource.split_once('.').map(|r| r.1) {
+        Some("cpu") => (&["1m", "1"], "cpu"),
+        Some(kind @ ("memory" | "ephemeral-storage")) => (
+            &["1", "1k", "1M", "1G", "1T", "1P", "1E", "1Ki", "1Mi", "1Gi", "1Ti", "1Pi", "1Ei"],
+            if kind == "memory" { "memory" } else { "ephemeral-storage" },
+        ),
+        _ => return,
+    };
+    if !allowed.contains(&shown) {
+        let mut sorted = allowed.to_vec();
+        sorted.sort_unstable();
+        let detail = format!("only divisor's values [{}] are supported with the {what} resource", sorted.join(" "));
+        e.invalid_as(&value, resource, &detail);
+    }
+}
+
+fn key_selector(e: &mut Errs, at: &At<'_>) {
+    e.dns_subdomain(&at.get("name"));
+    let key = at.get("key");
+    if key.s().is_empty() {
+        e.required(&key, "");
+    } else {
+        e.messages(&key, names::config_map_key(key.s()));
+    }
+}
+
+fn file_key(e: &mut Errs, at: &At<'_>) {
+    for field in ["volumeName", "path", "key"] {
+        let value = at.get(field);
+        if value.s().is_empty() {
+            e.required(&value, "");
+        }
+    }
+}
+
+/// `envFrom`.
+pub(crate) fn env_from(e: &mut Errs, list: &At<'_>) {
+    for at in list.items() {
+        let prefix = at.get("prefix");
+        if !prefix.s().is_empty() {
+            e.messages(&prefix, names::env_var_name(prefix.s()));
+        }
+        let mut sources = 0;
+        for kind in ["configMapRef", "secretRef"] {
+            let source = at.get(kind);
+            if source.is_set() {
+                sources += 1;
+                e.dns_subdomain(&source.get("name"));
+            }
+        }
+        if sources == 0 {
+            e.invalid_as(list, "", "must specify one of: `configMapRef` or `secretRef`");
+        } else if sources > 1 {
+            e.invalid_as(list, "", "may not have more than one field specified at a time");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn errors(env_list: serde_json::Value) -> Vec<String> {
+        let obj = json!({ "env": env_list });
+        let mut e = Errs::new();
+        env(&mut e, &At::field(&obj, "env"));
+        e.0.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn sources() {
+        assert!(errors(json!([{"name": "A", "value": "x"}])).is_empty());
+        assert!(errors(json!([{"name": "A", "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.labels['a']"}}}])).is_empty());
+        assert_eq!(
+            errors(
+                json!([{"name": "A", "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.phase"}}}])
+            )[0],
+            "env[0].valueFrom.fieldRef.fieldPath: Unsupported value: \"status.phase\": supported values: \"metadata.name\", \"metadata.namespace\", \"metadata.uid\", \"spec.nodeName\", \"spec.serviceAccountName\", \"status.hostIP\", \"status.hostIPs\", \"status.podIP\", \"status.podIPs\""
+        );
+        assert_eq!(errors(json!([{"name": "A", "valueFrom": {}}])).len(), 1);
+    }
+}

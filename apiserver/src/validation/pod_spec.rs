@@ -1,0 +1,213 @@
+//! The spec of a pod, as part of a pod or of a template.
+
+use isopod_api::names;
+
+use super::{At, Errs, container, resources, scheduling, security, volume};
+
+/// `spec` of a pod (`is_pod`) or of a template.
+pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
+    let volumes = volume::volumes(e, &spec.get("volumes"));
+    let claims = scheduling::claims(e, &spec.get("resourceClaims"));
+    let pod = container::Pod {
+        volumes,
+        claims,
+        grace: spec.get("terminationGracePeriodSeconds").int0(),
+        restart_policy: spec.get("restartPolicy").s(),
+        host_network: spec.get("hostNetwork").is_true(),
+        is_pod,
+    };
+    let regular = spec.get("containers");
+    container::containers(e, &regular, &pod);
+    container::init_containers(e, &spec.get("initContainers"), &regular, &pod);
+    container::ephemeral_containers(e, &spec.get("ephemeralContainers"), spec, &pod);
+    resources::pod_level(e, spec);
+    e.required_one_of(&spec.get("restartPolicy"), &["Always", "Never", "OnFailure"]);
+    e.required_one_of(&spec.get("dnsPolicy"), &["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"]);
+    super::meta::labels(e, &spec.get("nodeSelector"));
+    security::pod(e, spec);
+    scheduling::affinity(e, &spec.get("affinity"));
+    dns_config(e, spec);
+    for gate in spec.get("readinessGates").items() {
+        e.qualified_name(&gate.get("conditionType"));
+    }
+    scheduling::gates(e, &spec.get("schedulingGates"));
+    scheduling::topology_spread(e, &spec.get("topologySpreadConstraints"));
+    host_users(e, spec);
+    names_and_limits(e, spec);
+    let tolerations = spec.get("tolerations");
+    scheduling::tolerations(e, &tolerations);
+    host_aliases(e, &spec.get("hostAliases"));
+    class_names(e, spec);
+    e.one_of_if_set(&spec.get("preemptionPolicy"), &["PreemptLowerPriority", "Never"]);
+    let overhead = spec.get("overhead");
+    for (name, value) in overhead.entries() {
+        resources::container_resource_name(e, &value, name);
+        resources::quantity_value(e, &value, name);
+    }
+    let os = spec.get("os.name");
+    if spec.get("os").is_set() {
+        e.required_one_of(&os, &["linux", "windows"]);
+    }
+}
+
+fn names_and_limits(e: &mut Errs, spec: &At<'_>) {
+    for field in ["serviceAccountName", "nodeName"] {
+        let at = spec.get(field);
+        if !at.s().is_empty() {
+            e.dns_subdomain(&at);
+        }
+    }
+    let deadline = spec.get("activeDeadlineSeconds");
+    if deadline.int().is_some_and(|n| !(1..=i64::from(i32::MAX)).contains(&n)) {
+        e.invalid(&deadline, "must be between 1 and 2147483647, inclusive");
+    }
+    for field in ["hostname", "subdomain"] {
+        let at = spec.get(field);
+        if !at.s().is_empty() {
+            e.dns_label(&at);
+        }
+    }
+    let hostname = spec.get("hostnameOverride");
+    if hostname.is_set() {
+        if hostname.s().len() > 64 {
+            e.too_long(&hostname, 64);
+        }
+        e.dns_subdomain(&hostname);
+        if spec.get("setHostnameAsFQDN").is_true() {
+            e.forbidden(&hostname, "may not be set when setHostnameAsFQDN is true");
+        }
+    }
+}
+
+fn class_names(e: &mut Errs, spec: &At<'_>) {
+    for field in ["priorityClassName", "runtimeClassName"] {
+        let at = spec.get(field);
+        if at.is_set() && !(field == "priorityClassName" && at.s().is_empty()) {
+            e.dns_subdomain(&at);
+        }
+    }
+}
+
+fn host_users(e: &mut Errs, spec: &At<'_>) {
+    let at = spec.get("hostUsers");
+    if at.v.as_bool() != Some(false) {
+        return;
+    }
+    for field in ["hostNetwork", "hostPID", "hostIPC"] {
+        if spec.get(field).is_true() {
+            e.forbidden(&at, &format!("when `{field}` is true"));
+        }
+    }
+}
+
+fn dns_config(e: &mut Errs, spec: &At<'_>) {
+    let at = spec.get("dnsConfig");
+    let servers = at.get("nameservers");
+    if spec.get("dnsPolicy").s() == "None" {
+        if !at.is_set() {
+            return e.required(&at, "must provide `dnsConfig` when `dnsPolicy` is None");
+        }
+        if servers.len() == 0 {
+            return e.required(&servers, "must provide at least one DNS nameserver when `dnsPolicy` is None");
+        }
+    }
+    if !at.is_set() {
+        return;
+    }
+    if servers.len() > 3 {
+        e.invalid(&servers, "must not have more than 3 nameservers");
+    }
+    for server in servers.items() {
+        e.messages(&server, super::net::ip_messages(server.s()));
+    }
+    let searches = at.get("searches");
+    if searches.len() > 32 {
+        e.invalid(&searches, "must not have more than 32 search paths");
+    }
+    let total: usize = searches.strings().iter().map(|s| s.len() + 1).sum();
+    if total.saturating_sub(1) > 2048 {
+        e.invalid(&searches, "must not have more than 2048 characters (including spaces) in the search list");
+    }
+    for search in searches.items() {
+        let name = search.s().strip_suffix('.').unwrap_or(search.s());
+        if search.s() == "." {
+            continue;
+        }
+        for message in names::dns1123_subdomain_with_underscore(name) {
+            e.invalid(&search, &message);
+        }
+    }
+    for option in at.get("options").items() {
+        if option.get("name").s().is_empty() {
+            e.required(&At::new(at.get("options").path.index(0), option.v), "must not be empty");
+        }
+    }
+}
+
+fn host_aliases(e: &mut Errs, list: &At<'_>) {
+    for at in list.items() {
+        e.messages(&at.get("ip"), super::net::ip_messages(at.get("ip").s()));
+        for hostname in at.get("hostnames").items() {
+            e.messages(&At::new(at.get("hostnames").path, hostname.v), names::dns1123_subdomain(hostname.s()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn errors(spec: Value) -> Vec<String> {
+        let obj = json!({ "spec": spec });
+        let mut e = Errs::new();
+        pod_spec(&mut e, &At::field(&obj, "spec"), true);
+        e.0.iter().map(ToString::to_string).collect()
+    }
+
+    fn container() -> Value {
+        json!({"name": "c", "image": "i", "terminationMessagePolicy": "File", "imagePullPolicy": "Always"})
+    }
+
+    fn spec(mut more: Value) -> Value {
+        let mut spec = json!({"containers": [container()], "restartPolicy": "Always", "dnsPolicy": "ClusterFirst",
+            "terminationGracePeriodSeconds": 30});
+        for (key, value) in more.as_object_mut().into_iter().flatten() {
+            spec[key] = value.clone();
+        }
+        spec
+    }
+
+    #[test]
+    fn table() {
+        for (more, want) in [
+            (json!({}), ""),
+            (json!({"containers": []}), "spec.containers: Required value"),
+            (
+                json!({"restartPolicy": "X"}),
+                "spec.restartPolicy: Unsupported value: \"X\": supported values: \"Always\", \"Never\", \"OnFailure\"",
+            ),
+            (
+                json!({"dnsPolicy": "None"}),
+                "spec.dnsConfig: Required value: must provide `dnsConfig` when `dnsPolicy` is None",
+            ),
+            (
+                json!({"activeDeadlineSeconds": 0}),
+                "spec.activeDeadlineSeconds: Invalid value: 0: must be between 1 and 2147483647, inclusive",
+            ),
+            (json!({"hostUsers": false, "hostPID": true}), "spec.hostUsers: Forbidden: when `hostPID` is true"),
+            (
+                json!({"tolerations": [{"operator": "Equal"}]}),
+                "spec.tolerations[0].operator: Invalid value: \"Equal\": operator must be Exists when `key` is empty, which means \"match all values and all keys\"",
+            ),
+            (
+                json!({"topologySpreadConstraints": [{"maxSkew": 0, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]}),
+                "spec.topologySpreadConstraints[0].maxSkew: Invalid value: 0: must be greater than zero",
+            ),
+            (json!({"initContainers": [container()]}), "spec.initContainers[0].name: Duplicate value: \"c\""),
+        ] {
+            assert_eq!(errors(spec(more.clone())).join("|"), want, "{more}");
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! Resource names, quantities and requirements.
+
+use std::cmp::Ordering;
+
+use isopod_api::{names, quantity::Quantity};
+use serde_json::Value;
+
+use super::{At, Errs, NON_NEGATIVE};
+
+const STANDARD: &[&str] = &[
+    "cpu",
+    "memory",
+    "ephemeral-storage",
+    "requests.cpu",
+    "requests.memory",
+    "requests.ephemeral-storage",
+    "limits.cpu",
+    "limits.memory",
+    "limits.ephemeral-storage",
+    "pods",
+    "resourcequotas",
+    "services",
+    "replicationcontrollers",
+    "secrets",
+    "configmaps",
+    "persistentvolumeclaims",
+    "storage",
+    "requests.storage",
+    "services.nodeports",
+    "services.loadbalancers",
+];
+
+/// Quota resources beside `count/*`, `requests.*` of extended resources and storage classes.
+const QUOTA: &[&str] = &[
+    "cpu",
+    "memory",
+    "ephemeral-storage",
+    "requests.cpu",
+    "requests.memory",
+    "requests.storage",
+    "requests.ephemeral-storage",
+    "limits.cpu",
+    "limits.memory",
+    "limits.ephemeral-storage",
+    "pods",
+    "resourcequotas",
+    "services",
+    "replicationcontrollers",
+    "secrets",
+    "persistentvolumeclaims",
+    "configmaps",
+    "services.nodeports",
+    "services.loadbalancers",
+];
+
+const INTEGERS: &[&str] = &[
+    "pods",
+    "resourcequotas",
+    "services",
+    "replicationcontrollers",
+    "secrets",
+    "configmaps",
+    "persistentvolumeclaims",
+    "services.nodeports",
+    "services.loadbalancers",
+];
+
+/// The quantity of a value, if it is one.
+pub(crate) fn quantity(v: &Value) -> Option<Quantity> {
+    if v.is_null() { None } else { Quantity::from_json(v).ok() }
+}
+
+pub(crate) fn is_huge_page(name: &str) -> bool {
+    name.starts_with("hugepages-")
+}
+
+/// Resources of the system: without a domain, or of kubernetes.io.
+pub(crate) fn is_native(name: &str) -> bool {
+    !name.contains('/') || name.contains("kubernetes.io/")
+}
+
+/// `example.com/gpu`.
+pub(crate) fn is_extended(name: &str) -> bool {
+    !is_native(name) && !name.starts_with("requests.") && names::qualified_name(&format!("requests.{name}")).is_empty()
+}
+
+/// Whether requests may be lower than limits.
+pub(crate) fn overcommit_allowed(name: &str) -> bool {
+    is_native(name) && !is_huge_page(name)
+}
+
+/// A resource name anywhere: qualified, standard when it has no domain.
+pub(crate) fn resource_name(e: &mut Errs, at: &At<'_>, name: &str) {
+    let messages = names::qualified_name(name);
+    let broken = !messages.is_empty();
+    for message in messages {
+        e.invalid_as(at, name, &message);
+    }
+    if !broken
+        && !name.contains('/')
+        && !STANDARD.contains(&name)
+        && !is_huge_page(name)
+        && !name.starts_with("requests.hugepages-")
+    {
+        e.invalid_as(at, name, "must be a standard resource type or fully qualified");
+    }
+}
+
+/// A resource name in a quota.
+pub(crate) fn quota_resource_name(e: &mut Errs, at: &At<'_>, name: &str) {
+    resource_name(e, at, name);
+    let huge = is_huge_page(name) || name.starts_with("requests.hugepages-");
+    if !name.contains('/') && !QUOTA.contains(&name) && !huge {
+        e.invalid_as(at, name, "must be a standard resource for quota");
+    }
+}
+
+/// A resource name of a container.
+pub(crate) fn container_resource_name(e: &mut Errs, at: &At<'_>, name: &str) {
+    resource_name(e, at, name);
+    if !name.contains('/') {
+        if !["cpu", "memory", "ephemeral-storage"].contains(&name) && !is_huge_page(name) {
+            e.invalid_as(at, name, "must be a standard resource for containers");
+        }
+    } else if !is_native(name) && !is_extended(name) {
+        e.invalid_as(at, name, "doesn't follow extended resource name standard");
+    }
+}
+
+/// A non-negative quantity, an integer where the resource is counted.
+pub(crate) fn quantity_value(e: &mut Errs, at: &At<'_>, name: &str) {
+    let Some(value) = quantity(at.v) else { return };
+    non_negative_quantity(e, at);
+    if (INTEGERS.contains(&name) || is_extended(name)) && value.milli_value() % 1000 != 0 {
+        e.invalid_as(at, value.to_string(), "must be an integer");
+    }
+}
+
+/// A quantity of at least zero.
+pub(crate) fn non_negative_quantity(e: &mut Errs, at: &At<'_>) {
+    if let Some(value) = quantity(at.v)
+        && value.milli_value() < 0
+    {
+        e.invalid_as(at, value.to_string(), NON_NEGATIVE);
+    }
+}
+
+/// `resources` of a container.
+pub(crate) fn requirements(e: &mut Errs, at: &At<'_>, claims: &[&str]) {
+    pair(e, at, container_resource_name);
+    for (i, claim) in at.get("claims").items().into_iter().enumerate() {
+        let name = claim.get("name");
+        let earlier = at.get("claims").items();
+        if name.s().is_empty() {
+            e.required(&name, "");
+        } else if earlier[..i]
+            .iter()
+            .any(|c| c.get("name").s() == name.s() && c.get("request").s() == claim.get("request").s())
+        {
+            let shown = match claim.get("request").s() {
+                "" => name.s().to_owned(),
+                request => format!("{}/{request}", name.s()),
+            };
+            e.duplicate(&claim, shown);
+        } else if !claims.contains(&name.s()) {
+            e.not_found(&name, name.s());
+        }
+    }
+}
+
+fn pair(e: &mut Errs, at: &At<'_>, name_check: fn(&mut Errs, &At<'_>, &str)) {
+    let (limits, requests) = (at.get("limits"), at.get("requests"));
+    let mut huge = false;
+    let mut cpu_or_memory = false;
+    for (name, value) in limits.entries() {
+        name_check(e, &value, name);
+        quantity_value(e, &value, name);
+        huge_page(e, &value, name);
+        huge |= is_huge_page(name);
+        cpu_or_memory |= name == "cpu" || name == "memory";
+    }
+    for (name, value) in requests.entries() {
+        name_check(e, &value, name);
+        quantity_value(e, &value, name);
+        against_limit(e, &requests, &limits, name);
+        huge |= is_huge_page(name);
+        cpu_or_memory |= name == "cpu" || name == "memory";
+    }
+    if huge && !cpu_or_memory {
+        e.forbidden(at, "HugePages require cpu or memory");
+    }
+}
+
+fn against_limit(e: &mut Errs, requests: &At<'_>, limits: &At<'_>, name: &str) {
+    let (request, limit) = (quantity(requests.key(name).v), quantity(limits.key(name).v));
+    match (request, limit) {
+        (Some(request), Some(limit)) => {
+            let order = request.cmp(&limit);
+            if !overcommit_allowed(name) && order != Ordering::Equal {
+                e.invalid_as(requests, request.to_string(), &format!("must be equal to {name} limit of {limit}"));
+            } else if order == Ordering::Greater {
+                e.invalid_as(
+                    requests,
+                    request.to_string(),
+                    &format!("must be less than or equal to {name} limit of {limit}"),
+                );
+            }
+        }
+        (Some(_), None) if !overcommit_allowed(name) => {
+            e.required(limits, "Limit must be set for non overcommitable resources");
+        }
+        _ => {}
+    }
+}
+
+fn huge_page(e: &mut Errs, at: &At<'_>, name: &str) {
+    let (Some(size), Some(value)) =
+        (name.strip_prefix("hugepages-").and_then(|s| s.parse::<Quantity>().ok()), quantity(at.v))
+    else {
+        return;
+    };
+    if size.value() > 0 && value.value() % size.value() != 0 {
+        let detail = format!("{value} is not positive integer multiple of {}", name.trim_start_matches("hugepages-"));
+        e.invalid_as(at, value.to_string(), &detail);
+    }
+}
+
+/// `resources` of a pod (cpu, memory, huge pages only), which bound the containers' sums.
+pub(crate) fn pod_level(e: &mut Errs, spec: &At<'_>) {
+    let at = spec.get("resources");
+    if !at.is_set() {
+        return;
+    }
+    if at.get("claims").len() > 0 {
+        e.forbidden(&at.get("claims"), "claims may not be set for Resources at pod-level");
+    }
+    pair(e, &at, |e, at, name| {
+        resource_name(e, at, name);
+        if !["cpu", "memory"].contains(&name) && !is_huge_page(name) {
+            e.unsupported_as(at, name, &["cpu", "hugepages-", "memory"]);
+        }
+    });
+    for (name, request) in at.get("requests").entries() {
+        let Some(total) = sum(spec, "requests", name) else { continue };
+        let Some(request_value) = quantity(request.v) else { continue };
+        if total.cmp(&request_value) == Ordering::Greater {
+            let detail = format!("must be greater than or equal to aggregate container requests of {total}");
+            e.invalid_as(&request, request_value.to_string(), &detail);
+        }
+    }
+    for container in spec.get("containers").items() {
+        for (name, limit) in at.get("limits").entries() {
+            let value = container.get("resources.limits").key(name);
+            let (Some(own), Some(limit_value)) = (quantity(value.v), quantity(limit.v)) else { continue };
+            if own.cmp(&limit_value) == Ordering::Greater {
+                let detail = format!("must be less than or equal to pod limits of {limit_value}");
+                e.invalid_as(&value, own.to_string(), &detail);
+            }
+        }
+    }
+}
+
+/// Sum of a resource over the regular containers.
+pub(crate) fn sum(spec: &At<'_>, kind: &str, name: &str) -> Option<Quantity> {
+    let mut total: Option<Quantity> = None;
+    for container in spec.get("containers").items() {
+        if let Some(value) = quantity(container.get("resources").get(kind).key(name).v) {
+            match total.as_mut() {
+                Some(total) => *total = total.add(&value),
+                None => total = Some(value),
+            }
+        }
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn errors(resources: Value) -> Vec<String> {
+        let obj = json!({ "resources": resources });
+        let mut e = Errs::new();
+        requirements(&mut e, &At::field(&obj, "resources"), &[]);
+        e.0.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn requests_and_limits() {
+        assert!(errors(json!({"requests": {"cpu": "100m"}, "limits": {"cpu": "1"}})).is_empty());
+        assert_eq!(
+            errors(json!({"requests": {"cpu": "2"}, "limits": {"cpu": "1"}})),
+            ["resources.requests: Invalid value: \"2\": must be less than or equal to cpu limit of 1"]
+        );
+        assert_eq!(
+            errors(json!({"requests": {"example.com/gpu": "1"}})),
+            ["resources.limits: Required value: Limit must be set for non overcommitable resources"]
+        );
+        assert_eq!(errors(json!({"limits": {"bogus": "1"}})).len(), 2);
+        assert_eq!(
+            errors(json!({"limits": {"cpu": "-1"}})),
+            ["resources.limits[cpu]: Invalid value: \"-1\": must be greater than or equal to 0"]
+        );
+        assert_eq!(
+            errors(json!({"limits": {"hugepages-2Mi": "2Mi"}, "requests": {"hugepages-2Mi": "2Mi"}})),
+            ["resources: Forbidden: HugePages require cpu or memory"]
+        );
+    }
+
+    #[test]
+    fn names() {
+        assert!(is_extended("example.com/gpu"));
+        assert!(!is_extended("cpu"));
+        assert!(overcommit_allowed("memory"));
+        assert!(!overcommit_allowed("hugepages-2Mi"));
+    }
+}

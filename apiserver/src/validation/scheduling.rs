@@ -1,0 +1,294 @@
+//! Node selectors, affinity, tolerations, topology spread constraints, gates and claims.
+
+use std::collections::BTreeSet;
+
+use isopod_api::names;
+use serde_json::json;
+
+use super::{At, Errs, meta, selector};
+
+/// `affinity`.
+pub(crate) fn affinity(e: &mut Errs, at: &At<'_>) {
+    let node = at.get("nodeAffinity");
+    if node.is_set() {
+        node_selector(e, &node.get("requiredDuringSchedulingIgnoredDuringExecution"));
+        for preferred in node.get("preferredDuringSchedulingIgnoredDuringExecution").items() {
+            weight(e, &preferred);
+            node_selector_term(e, &preferred.get("preference"));
+        }
+    }
+    for kind in ["podAffinity", "podAntiAffinity"] {
+        let own = at.get(kind);
+        for term in own.get("requiredDuringSchedulingIgnoredDuringExecution").items() {
+            pod_affinity_term(e, &term);
+        }
+        for preferred in own.get("preferredDuringSchedulingIgnoredDuringExecution").items() {
+            weight(e, &preferred);
+            pod_affinity_term(e, &preferred.get("podAffinityTerm"));
+        }
+    }
+}
+
+fn weight(e: &mut Errs, at: &At<'_>) {
+    let weight = at.get("weight");
+    if !(1..=100).contains(&weight.int0()) {
+        e.invalid_as(&weight, weight.int0(), "must be in the range 1-100");
+    }
+}
+
+/// A node selector with terms.
+pub(crate) fn node_selector(e: &mut Errs, at: &At<'_>) {
+    if !at.is_set() {
+        return;
+    }
+    let terms = at.get("nodeSelectorTerms");
+    if terms.len() == 0 {
+        return e.required(&terms, "must have at least one node selector term");
+    }
+    for term in terms.items() {
+        node_selector_term(e, &term);
+    }
+}
+
+/// A term of a node selector.
+pub(crate) fn node_selector_term(e: &mut Errs, at: &At<'_>) {
+    for expression in at.get("matchExpressions").items() {
+        node_requirement(e, &expression);
+    }
+    for field in at.get("matchFields").items() {
+        node_field(e, &field);
+    }
+}
+
+fn node_requirement(e: &mut Errs, at: &At<'_>) {
+    let (operator, values) = (at.get("operator"), at.get("values"));
+    match operator.s() {
+        "In" | "NotIn" if values.len() == 0 => {
+            e.required(&values, "must be specified when `operator` is 'In' or 'NotIn'")
+        }
+        "Exists" | "DoesNotExist" if values.len() > 0 => {
+            e.forbidden(&values, "may not be specified when `operator` is 'Exists' or 'DoesNotExist'");
+        }
+        "Gt" | "Lt" if values.len() != 1 => {
+            e.required(&values, "must be specified single value when `operator` is 'Lt' or 'Gt'");
+        }
+        "In" | "NotIn" | "Exists" | "DoesNotExist" | "Gt" | "Lt" => {}
+        _ => e.invalid_str(&operator, "not a valid selector operator"),
+    }
+    let key = at.get("key");
+    meta::label_key(e, &key, key.s());
+    for value in values.items() {
+        e.messages(&value, names::label_value(value.s()));
+    }
+}
+
+fn node_field(e: &mut Errs, at: &At<'_>) {
+    let (key, operator, values) = (at.get("key"), at.get("operator"), at.get("values"));
+    match operator.s() {
+        "In" | "NotIn" => {
+            if values.len() != 1 {
+                e.required(
+                    &values,
+                    "must be only one value when `operator` is 'In' or 'NotIn' for node field selector",
+                );
+            }
+        }
+        _ => e.invalid_str(&operator, "not a valid selector operator"),
+    }
+    if key.s() != "metadata.name" {
+        return e.invalid_str(&key, "not a valid field selector key");
+    }
+    for value in values.items() {
+        e.messages(&value, names::dns1123_subdomain(value.s()));
+    }
+}
+
+fn pod_affinity_term(e: &mut Errs, at: &At<'_>) {
+    selector::label_selector(e, &at.get("labelSelector"));
+    selector::label_selector(e, &at.get("namespaceSelector"));
+    for namespace in at.get("namespaces").items() {
+        let list = at.get("namespace");
+        for message in names::dns1123_label(namespace.s()) {
+            e.invalid_as(&list, namespace.s(), &message);
+        }
+    }
+    for field in ["matchLabelKeys", "mismatchLabelKeys"] {
+        let keys = at.get(field);
+        if keys.len() > 0 && !at.get("labelSelector").is_set() {
+            e.forbidden(&keys, "must not be specified when labelSelector is not set");
+        }
+        for key in keys.items() {
+            meta::label_key(e, &key, key.s());
+        }
+    }
+    let topology = at.get("topologyKey");
+    if topology.s().is_empty() {
+        e.required(&topology, "can not be empty");
+    } else {
+        meta::label_key(e, &topology, topology.s());
+    }
+}
+
+/// `tolerations`.
+pub(crate) fn tolerations(e: &mut Errs, list: &At<'_>) {
+    for at in list.items() {
+        let (key, operator, value, effect) = (at.get("key"), at.get("operator"), at.get("value"), at.get("effect"));
+        if !key.s().is_empty() {
+            meta::label_key(e, &key, key.s());
+        }
+        if key.s().is_empty() && operator.s() != "Exists" {
+            e.invalid_str(
+                &operator,
+                "operator must be Exists when `key` is empty, which means \"match all values and all keys\"",
+            );
+        }
+        if at.get("tolerationSeconds").is_set() && effect.s() != "NoExecute" {
+            e.invalid_str(&effect, "effect must be 'NoExecute' when `tolerationSeconds` is set");
+        }
+        match operator.s() {
+            "Equal" | "" => {
+                let messages = names::label_value(value.s());
+                if !messages.is_empty() {
+                    e.invalid_str(&operator, &messages.join(";"));
+                }
+            }
+            "Exists" => {
+                if !value.s().is_empty() {
+                    let detail = "value must be empty when `operator` is 'Exists'";
+                    e.invalid_as(
+                        &operator,
+                        serde_json::Value::Object(at.v.as_object().cloned().unwrap_or_default()),
+                        detail,
+                    );
+                }
+            }
+            "Lt" | "Gt" => {
+                if value.s().parse::<i64>().is_err() {
+                    e.invalid_str(&value, "value must be a valid integer for numeric comparison operators");
+                }
+            }
+            _ => e.unsupported(&operator, &["Equal", "Exists"]),
+        }
+        if !effect.s().is_empty() {
+            e.one_of(&effect, &["NoSchedule", "PreferNoSchedule", "NoExecute"]);
+        }
+    }
+}
+
+/// `topologySpreadConstraints`.
+pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>) {
+    let mut seen = BTreeSet::new();
+    for at in list.items() {
+        let skew = at.get("maxSkew");
+        if skew.int0() <= 0 {
+            e.invalid_as(&skew, skew.int0(), "must be greater than zero");
+        }
+        let topology = at.get("topologyKey");
+        if topology.s().is_empty() {
+            e.required(&topology, "can not be empty");
+        } else {
+            meta::label_key(e, &topology, topology.s());
+        }
+        let when = at.get("whenUnsatisfiable");
+        e.one_of(&when, &["DoNotSchedule", "ScheduleAnyway"]);
+        let pair = (topology.s(), when.s());
+        if !seen.insert(pair) {
+            e.duplicate(
+                &At::new(at.path.child("{topologyKey, whenUnsatisfiable}"), at.v),
+                format!("{{{}, {}}}", pair.0, pair.1),
+            );
+        }
+        let domains = at.get("minDomains");
+        if let Some(n) = domains.int() {
+            if n <= 0 {
+                e.invalid(&domains, "must be greater than zero");
+            }
+            if when.s() != "DoNotSchedule" {
+                let detail =
+                    format!("can only use minDomains if whenUnsatisfiable={}, not {}", "DoNotSchedule", when.s());
+                e.invalid(&domains, &detail);
+            }
+        }
+        for policy in ["nodeAffinityPolicy", "nodeTaintsPolicy"] {
+            e.one_of_if_set(&at.get(policy), &["Honor", "Ignore"]);
+        }
+        let keys = at.get("matchLabelKeys");
+        if keys.len() > 0 && !at.get("labelSelector").is_set() {
+            e.forbidden(&keys, "must not be specified when labelSelector is not set");
+        }
+        for key in keys.items() {
+            meta::label_key(e, &key, key.s());
+        }
+        selector::label_selector(e, &at.get("labelSelector"));
+    }
+}
+
+/// `schedulingGates`.
+pub(crate) fn gates(e: &mut Errs, list: &At<'_>) {
+    let mut seen = BTreeSet::new();
+    for at in list.items() {
+        let name = at.get("name");
+        e.qualified_name(&name);
+        if !seen.insert(name.s()) {
+            e.duplicate(&name, name.s());
+        }
+    }
+}
+
+/// `resourceClaims`; returns their names.
+pub(crate) fn claims<'a>(e: &mut Errs, list: &At<'a>) -> Vec<&'a str> {
+    let mut seen: Vec<&str> = Vec::new();
+    for at in list.items() {
+        let name = at.get("name");
+        if name.s().is_empty() {
+            e.required(&name, "");
+        } else if seen.contains(&name.s()) {
+            e.duplicate(&name, name.s());
+        } else {
+            e.dns_label(&name);
+            seen.push(name.s());
+        }
+        let (claim, template) = (at.get("resourceClaimName"), at.get("resourceClaimTemplateName"));
+        match (claim.is_set(), template.is_set()) {
+            (true, true) => {
+                e.invalid(&at, "at most one of `resourceClaimName` or `resourceClaimTemplateName` may be specified")
+            }
+            (false, false) => e.invalid(&at, "must specify one of: `resourceClaimName`, `resourceClaimTemplateName`"),
+            (true, _) => e.dns_subdomain(&claim),
+            (_, true) => e.dns_subdomain(&template),
+        }
+    }
+    seen
+}
+
+/// `taints` of a node.
+pub(crate) fn taints(e: &mut Errs, list: &At<'_>) {
+    let mut seen = BTreeSet::new();
+    for at in list.items() {
+        let (key, value, effect) = (at.get("key"), at.get("value"), at.get("effect"));
+        e.qualified_name(&key);
+        e.messages(&value, names::label_value(value.s()));
+        e.required_one_of(&effect, &["NoSchedule", "PreferNoSchedule", "NoExecute"]);
+        if !seen.insert((key.s(), effect.s())) {
+            let shown =
+                json!({"Key": key.s(), "Value": value.s(), "Effect": effect.s(), "TimeAdded": at.get("timeAdded").v});
+            e.0.push({
+                let mut error = isopod_api::field::Error::duplicate(&at.path, shown);
+                error.detail = "taints must be unique by key and effect pair".to_owned();
+                error
+            });
+        }
+    }
+}
+
+/// Gates may only be removed.
+pub(crate) fn gates_update(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
+    let before: Vec<&str> = old.items().iter().map(|g| g.get("name").s()).collect();
+    for at in new.items() {
+        let name = at.get("name");
+        if !before.contains(&name.s()) {
+            let detail = format!("only deletion is allowed, but found new scheduling gate '{}'", name.s());
+            e.forbidden(&at, &detail);
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Security contexts of pods and containers, sysctls, seccomp, AppArmor, Windows options.
+
+use super::{At, Errs};
+
+const ID_RANGE: &str = "must be between 0 and 2147483647, inclusive";
+
+fn id(e: &mut Errs, at: &At<'_>) {
+    if at.int().is_some_and(|n| !(0..=2_147_483_647).contains(&n)) {
+        e.invalid(at, ID_RANGE);
+    }
+}
+
+/// `securityContext` of a container.
+pub(crate) fn container(e: &mut Errs, at: &At<'_>) {
+    if !at.is_set() {
+        return;
+    }
+    id(e, &at.get("runAsUser"));
+    id(e, &at.get("runAsGroup"));
+    let proc_mount = at.get("procMount");
+    if proc_mount.is_set() && !["Default", "Unmasked"].contains(&proc_mount.s()) {
+        e.unsupported(&proc_mount, &["Default", "Unmasked"]);
+    }
+    seccomp(e, &at.get("seccompProfile"));
+    let escalation = at.get("allowPrivilegeEscalation");
+    if escalation.v.as_bool() == Some(false) {
+        if at.get("privileged").is_true() {
+            e.invalid(at, "cannot set `allowPrivilegeEscalation` to false and `privileged` to true");
+        }
+        if at.get("capabilities.add").strings().contains(&"CAP_SYS_ADMIN") {
+            e.invalid(at, "cannot set `allowPrivilegeEscalation` to false and `capabilities.Add` CAP_SYS_ADMIN");
+        }
+    }
+    windows(e, &at.get("windowsOptions"));
+    app_armor(e, &at.get("appArmorProfile"));
+}
+
+/// `securityContext` of a pod.
+pub(crate) fn pod(e: &mut Errs, spec: &At<'_>) {
+    let at = spec.get("securityContext");
+    if spec.get("hostPID").is_true() && spec.get("shareProcessNamespace").is_true() {
+        e.invalid(
+            &At::new(at.path.child("shareProcessNamespace"), spec.get("shareProcessNamespace").v),
+            "ShareProcessNamespace and HostPID cannot both be enabled",
+        );
+    }
+    if !at.is_set() {
+        return;
+    }
+    id(e, &at.get("fsGroup"));
+    id(e, &at.get("runAsUser"));
+    id(e, &at.get("runAsGroup"));
+    for group in at.get("supplementalGroups").items() {
+        id(e, &group);
+    }
+    sysctls(e, &at.get("sysctls"), spec);
+    e.one_of_if_set(&at.get("fsGroupChangePolicy"), &["Always", "OnRootMismatch"]);
+    seccomp(e, &at.get("seccompProfile"));
+    e.one_of_if_set(&at.get("seLinuxChangePolicy"), &["MountOption", "Recursive"]);
+    windows(e, &at.get("windowsOptions"));
+    app_armor(e, &at.get("appArmorProfile"));
+    e.one_of_if_set(&at.get("supplementalGroupsPolicy"), &["Merge", "Strict"]);
+}
+
+fn sysctls(e: &mut Errs, list: &At<'_>, spec: &At<'_>) {
+    let mut seen = std::collections::BTreeSet::new();
+    for at in list.items() {
+        let name = at.get("name");
+        if name.s().is_empty() {
+            e.required(&name, "");
+        } else if !is_sysctl(name.s()) {
+            e.invalid(&name, "must have at most 253 characters and match regex ^([a-z0-9][-_a-z0-9]*[a-z0-9]?[\\./])*[a-z0-9][-_a-z0-9]*[a-z0-9]?$");
+        } else if !seen.insert(name.s()) {
+            e.duplicate(&name, name.s());
+        }
+        let dotted = name.s().replace('/', ".");
+        let ipc = ["kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue."].iter().any(|p| dotted.starts_with(p));
+        if dotted.starts_with("net.") && spec.get("hostNetwork").is_true() {
+            e.invalid(&name, "may not be specified when 'hostNetwork' is true");
+        }
+        if ipc && spec.get("hostIPC").is_true() {
+            e.invalid(&name, "may not be specified when 'hostIPC' is true");
+        }
+    }
+}
+
+fn is_sysctl(name: &str) -> bool {
+    name.len() <= 253
+        && name.split(['.', '/']).all(|part| {
+            let b = part.as_bytes();
+            !b.is_empty()
+                && (b[0].is_ascii_lowercase() || b[0].is_ascii_digit())
+                && b.iter().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'-' | b'_'))
+        })
+}
+
+fn seccomp(e: &mut Errs, at: &At<'_>) {
+    if !at.is_set() {
+        return;
+    }
+    let (kind, local) = (at.get("type"), at.get("localhostProfile"));
+    localhost(e, at, &kind, &local, "seccomp");
+}
+
+fn app_armor(e: &mut Errs, at: &At<'_>) {
+    if !at.is_set() {
+        return;
+    }
+    let (kind, local) = (at.get("type"), at.get("localhostProfile"));
+    match kind.s() {
+        "Localhost" => {
+            if !local.is_set() {
+                e.required(&local, "must be set when AppArmor type is Localhost");
+            } else if local.s().trim().is_empty() {
+                e.required(&local, "must be set when AppArmor type is Localhost");
+            } else if local.s().trim() != local.s() {
+                e.invalid(&local, "must not be padded with whitespace");
+            } else if local.s().len() > 4095 {
+                e.too_long(&local, 4095);
+            }
+        }
+        "RuntimeDefault" | "Unconfined" => {
+            if local.is_set() {
+                e.invalid(&local, "can only be set when AppArmor type is Localhost");
+            }
+        }
+        "" => e.required(&kind, "type is required when appArmorProfile is set"),
+        _ => e.unsupported(&kind, &["Localhost", "RuntimeDefault", "Unconfined"]),
+    }
+}
+
+fn localhost(e: &mut Errs, _at: &At<'_>, kind: &At<'_>, local: &At<'_>, what: &str) {
+    match kind.s() {
+        "" => e.required(kind, &format!("type is required when {what}Profile is set")),
+        "Localhost" => {
+            if local.s().is_empty() {
+                e.required(local, &format!("must be set when {what} type is Localhost"));
+            } else {
+                super::volume::descending_path(e, local);
+            }
+        }
+        "RuntimeDefault" | "Unconfined" => {
+            if local.is_set() {
+                e.invalid(local, &format!("can only be set when {what} type is Localhost"));
+            }
+        }
+        _ => e.unsupported(kind, &["Localhost", "RuntimeDefault", "Unconfined"]),
+    }
+}
+
+fn windows(e: &mut Errs, at: &At<'_>) {
+    let user = at.get("runAsUserName");
+    if user.is_set() && user.s().is_empty() {
+        e.invalid(&user, "runAsUserName cannot be an empty string");
+    }
+    let spec = at.get("gmsaCredentialSpec");
+    if spec.is_set() && spec.s().is_empty() {
+        e.invalid(&spec, "gmsaCredentialSpec cannot be an empty string");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysctl_names() {
+        for (name, ok) in
+            [("net.core.somaxconn", true), ("kernel/shm_rmid_forced", true), ("Net.x", false), ("a..b", false)]
+        {
+            assert_eq!(is_sysctl(name), ok, "{name}");
+        }
+    }
+
+    #[test]
+    fn seccomp_profiles() {
+        let obj = serde_json::json!({"s": {"runAsUser": -1, "seccompProfile": {"type": "Localhost"}, "privileged": true, "allowPrivilegeEscalation": false}});
+        let mut e = Errs::new();
+        container(&mut e, &At::field(&obj, "s"));
+        let fields: Vec<String> =
+            e.0.iter().map(|x| x.to_string().split(": ").next().unwrap_or("").to_owned()).collect();
+        assert_eq!(fields, ["s.runAsUser", "s.seccompProfile.localhostProfile", "s"]);
+    }
+}
