@@ -1,1 +1,204 @@
-//! isopod netproxy.
+//! isopod netproxy: services and cluster DNS of one node.
+//!
+//! Services and endpoint slices come in through watches, one in-memory model follows them, nftables maps and DNS answers go
+//! out. [`run`] is everything; [`cleanup`] removes what it left. Three parts: asynchronous watches and servers; one thread
+//! that owns the model and the kernel's tables (`sync`); pure code between them (`model`, `nft::skeleton`, `nft::wire`).
+//!
+//! A normal stop leaves the rules in place: connections and new connections go on while the process restarts.
+
+mod conntrack;
+mod dns;
+mod health;
+mod links;
+mod metrics;
+mod model;
+mod monitor;
+mod nft;
+mod sync;
+mod watch;
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use ipnet::{IpNet, Ipv4Net};
+use parking_lot::RwLock;
+use tokio::sync::{mpsc, watch as state};
+use tokio_util::sync::CancellationToken;
+
+pub use links::Error as LinkError;
+pub use nft::kernel::Error as KernelError;
+
+/// Inputs that may wait for the model's thread.
+const QUEUE: usize = 4096;
+/// Standard port of DNS.
+const DNS_PORT: u16 = 53;
+
+/// What the proxy has to know of its node and cluster.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Name of this node.
+    pub node_name: String,
+    /// Addresses of this node.
+    pub node_ips: Vec<IpAddr>,
+    /// Name of the nftables table.
+    pub table: String,
+    /// Name of the pod bridge.
+    pub bridge: String,
+    /// Pod addresses of the whole cluster.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Service addresses.
+    pub service_cidrs: Vec<IpNet>,
+    /// Address DNS is answered on; `None`: somebody else does it.
+    pub cluster_dns: Option<IpAddr>,
+    /// The cluster's domain.
+    pub cluster_domain: String,
+    /// Where the node's own name servers are listed.
+    pub upstream_resolv_conf: PathBuf,
+    /// Node addresses that accept node ports; empty: all.
+    pub node_port_addresses: Vec<IpNet>,
+    /// Whether 127.0.0.1 accepts node ports.
+    pub localhost_node_ports: bool,
+    /// Whether to keep routes to other nodes' pods.
+    pub node_routes: bool,
+    /// Where health is served.
+    pub healthz: Option<SocketAddr>,
+    /// Where metrics are served.
+    pub metrics: Option<SocketAddr>,
+}
+
+impl Config {
+    /// A node of a cluster with the default ranges.
+    pub fn new(node_name: &str, table: &str, bridge: &str) -> Self {
+        let net = |a: [u8; 4], len| IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::from(a), len));
+        Self {
+            node_name: node_name.into(),
+            node_ips: Vec::new(),
+            table: table.into(),
+            bridge: bridge.into(),
+            cluster_cidrs: vec![net([10, 244, 0, 0], 16)],
+            service_cidrs: vec![net([10, 96, 0, 0], 16)],
+            cluster_dns: Some(IpAddr::from([10, 96, 0, 10])),
+            cluster_domain: "cluster.local".into(),
+            upstream_resolv_conf: "/etc/resolv.conf".into(),
+            node_port_addresses: Vec::new(),
+            localhost_node_ports: true,
+            node_routes: true,
+            healthz: None,
+            metrics: None,
+        }
+    }
+
+    fn settings(&self) -> nft::skeleton::Settings {
+        nft::skeleton::Settings {
+            table: self.table.clone(),
+            cluster_cidrs: self.cluster_cidrs.clone(),
+            dns: self.cluster_dns.into_iter().collect(),
+            node_port_addresses: self.node_port_addresses.clone(),
+            localhost_node_ports: self.localhost_node_ports,
+        }
+    }
+}
+
+/// Why the proxy could not run or clean up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel's tables.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Links and routes.
+    #[error(transparent)]
+    Links(#[from] LinkError),
+    /// The notification socket.
+    #[error("listen for changes of nftables")]
+    Monitor(#[source] std::io::Error),
+    /// The model's thread.
+    #[error("start the service thread")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Runs until `stop`. The rules stay in place afterwards.
+///
+/// # Errors
+/// Only when it cannot begin; later failures are logged, shown by the health check and tried again.
+pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) -> Result<(), Error> {
+    let metrics = Arc::new(metrics::Metrics::new());
+    let zone = Arc::new(RwLock::new(dns::zone::Zone::new(&config.cluster_domain)));
+    let (inputs, queue) = mpsc::channel(QUEUE);
+    let (report_to, report) = state::channel(sync::Report::default());
+    let (nodes_to, nodes) = state::channel(Arc::default());
+    let place = model::objects::Place { node: config.node_name.as_str().into(), zone: None };
+    let core = sync::Sync::new(place, config.settings(), zone.clone(), metrics.clone(), report_to);
+    let monitor = monitor::open().map_err(Error::Monitor)?;
+    let thread = std::thread::Builder::new()
+        .name("netproxy".into())
+        .spawn(move || core.run(queue))
+        .map_err(Error::Thread)?;
+
+    let handle = links::open()?;
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(monitor::run(monitor, config.table.clone(), report.clone(), inputs.clone()));
+    tasks.spawn(watch::services(client.clone(), inputs.clone()));
+    tasks.spawn(watch::slices(client.clone(), inputs.clone()));
+    tasks.spawn(watch::nodes(client, config.node_name.clone(), inputs, nodes_to));
+    if config.node_routes {
+        let (own, ips, cidrs) = (config.node_name.clone(), config.node_ips.clone(), config.cluster_cidrs.clone());
+        tasks.spawn(links::run(handle.clone(), own, ips, cidrs, nodes.clone()));
+    }
+    let checks = health::Health { node: config.node_name.clone(), report, nodes, metrics: metrics.clone() };
+    let addresses = config.healthz.into_iter().chain(config.metrics).collect();
+    tasks.spawn(health::run(checks, addresses, stop.clone()));
+    if let Some(address) = config.cluster_dns {
+        start_dns(&config, address, &handle, zone, metrics, &mut tasks, &stop).await;
+    }
+    stop.cancelled().await;
+    tasks.shutdown().await;
+    // Its senders are gone: it ends after what it is doing now.
+    let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+    Ok(())
+}
+
+async fn start_dns(
+    config: &Config,
+    address: IpAddr,
+    handle: &rtnetlink::Handle,
+    zone: Arc<RwLock<dns::zone::Zone>>,
+    metrics: Arc<metrics::Metrics>,
+    tasks: &mut tokio::task::JoinSet<()>,
+    stop: &CancellationToken,
+) {
+    if let Err(error) = links::add_dns_address(handle, address).await {
+        tracing::error!(error = %sync::Chain(&error), "cluster DNS address not set up");
+    }
+    match dns::server::bind(address, DNS_PORT) {
+        Ok(sockets) => {
+            let own_nets = config.cluster_cidrs.iter().chain(&config.service_cidrs).copied().collect();
+            let forwarder = dns::forward::Forwarder::new(config.upstream_resolv_conf.clone(), address);
+            let server = Arc::new(dns::server::Server { zone, forwarder, own_nets, metrics });
+            tasks.spawn(dns::server::serve(server, sockets, stop.clone()));
+        }
+        Err(error) => tracing::error!(%address, %error, "cluster DNS does not answer: its port cannot be opened"),
+    }
+}
+
+/// Removes the tables, routes and addresses that [`run`] left. Needs no API server.
+///
+/// # Errors
+/// The first thing that could not be removed; the rest is removed all the same.
+pub async fn cleanup(config: &Config) -> Result<(), Error> {
+    let settings = config.settings();
+    let tables = tokio::task::spawn_blocking(move || nft::kernel::Kernel::open(settings).and_then(|k| k.destroy()));
+    let tables = tables.await.unwrap_or(Ok(()));
+    let handle = links::open()?;
+    let routes = links::remove_routes(&handle, &config.cluster_cidrs).await;
+    let address = match config.cluster_dns {
+        Some(address) => links::remove_dns_address(&handle, address).await,
+        None => Ok(()),
+    };
+    tables?;
+    routes?;
+    address?;
+    Ok(())
+}

@@ -1,0 +1,383 @@
+//! What the kernel holds for us, without asking it: every service's last applied state, and minimal deltas from it.
+//!
+//! Objects come in, the services they touch become dirty, [`Shadow::flush`] compares what each dirty service has with
+//! what it needs. Elements are not stored: they are computed again from the small applied state, so memory follows the
+//! number of services and endpoints, not of elements.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{
+    objects::{Backend, Place, Policy, Protocol, Service, ServiceName, Slice},
+    plan::{self, Frontend, Pools},
+};
+use crate::nft::element::{Chain, Element, ElementKey, Family, Key, Map, Value};
+
+/// A change of the kernel's maps and of what depends on them.
+#[derive(Debug, Default)]
+pub(crate) struct Delta {
+    pub(crate) removed: Vec<Element>,
+    pub(crate) added: Vec<Element>,
+    /// UDP flows to forget.
+    pub(crate) stale: Vec<StaleFlow>,
+    /// Remembered clients to check: a frontend and the endpoints they may still stick to.
+    pub(crate) affinity: HashMap<Frontend, HashSet<Backend>>,
+}
+
+impl Delta {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.removed.is_empty() && self.added.is_empty() && self.stale.is_empty() && self.affinity.is_empty()
+    }
+}
+
+/// UDP flows that would go on into nowhere.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct StaleFlow {
+    pub(crate) frontend: Frontend,
+    /// The endpoint that went away; `None`: flows begun before there was any endpoint, never translated.
+    pub(crate) backend: Option<Backend>,
+}
+
+/// What a service has in the kernel.
+#[derive(Debug, Default)]
+struct Applied {
+    service: Option<Arc<Service>>,
+    pools: Vec<Pools>,
+    denied: Vec<Frontend>,
+}
+
+impl Applied {
+    fn elements(&self, emit: &mut dyn FnMut(Element)) {
+        if let Some(service) = &self.service {
+            plan::elements(service, &self.pools, &self.denied, emit);
+        }
+    }
+
+    /// Elements other services may need as well.
+    fn shared(&self) -> HashSet<Element> {
+        let Some(service) = self.service.as_ref().filter(|s| s.ours) else { return HashSet::new() };
+        let member = |map, address: &IpAddr, key| Element { family: Family::of(address), map, key, value: Value::Member };
+        let clusters = service.cluster_ips.iter().map(|a| member(Map::ClusterIps, a, Key::EMPTY.address(a)));
+        let local = self.pools.iter().flat_map(|p| &p.local).map(|b| b.ip());
+        clusters.chain(local.map(|a| member(Map::Hairpin, &a, Key::EMPTY.address(&a).address(&a)))).collect()
+    }
+
+    fn backends(&self, frontend: &Frontend) -> HashSet<Backend> {
+        let Some(service) = &self.service else { return HashSet::new() };
+        let mut found = HashSet::new();
+        for (number, port) in service.ports.iter().enumerate() {
+            let matches = match frontend {
+                Frontend::Address(_, proto, p) => port.protocol == *proto && port.port == *p,
+                Frontend::NodePort(_, proto, p) => port.protocol == *proto && port.node_port == *p,
+            };
+            if let Some(pools) = self.pools.get(plan::pool_index(number, frontend.family())).filter(|_| matches) {
+                found.extend(pools.cluster.iter().chain(&pools.local));
+            }
+        }
+        found
+    }
+
+    fn frontends(&self) -> impl Iterator<Item = Frontend> + '_ {
+        let all = self.service.iter().flat_map(|s| plan::frontends(s));
+        all.filter(|f| !self.denied.contains(f))
+    }
+}
+
+/// The model.
+#[derive(Debug, Default)]
+pub(crate) struct Shadow {
+    place: Place,
+    services: HashMap<ServiceName, Arc<Service>>,
+    slices: HashMap<ServiceName, BTreeMap<Box<str>, Slice>>,
+    applied: HashMap<ServiceName, Applied>,
+    owners: HashMap<Frontend, ServiceName>,
+    waiting: HashMap<Frontend, Vec<ServiceName>>,
+    shared: HashMap<ElementKey, u32>,
+    dirty: HashSet<ServiceName>,
+}
+
+impl Shadow {
+    /// An empty model on a node.
+    pub(crate) fn new(place: Place) -> Self {
+        Self { place, ..Self::default() }
+    }
+
+    /// Tells where the node is. Everything is planned again when that changed.
+    pub(crate) fn set_place(&mut self, place: Place) {
+        if self.place != place {
+            self.place = place;
+            self.dirty.extend(self.services.keys().cloned());
+        }
+    }
+
+    pub(crate) fn set_service(&mut self, service: Service) {
+        if self.services.get(&service.name).is_some_and(|s| **s == service) {
+            return;
+        }
+        self.dirty.insert(service.name.clone());
+        self.services.insert(service.name.clone(), Arc::new(service));
+    }
+
+    pub(crate) fn remove_service(&mut self, name: &ServiceName) {
+        if self.services.remove(name).is_some() {
+            self.dirty.insert(name.clone());
+        }
+    }
+
+    pub(crate) fn set_slice(&mut self, slice: Slice) {
+        let slices = self.slices.entry(slice.service.clone()).or_default();
+        if slices.get(&slice.name) == Some(&slice) {
+            return;
+        }
+        self.dirty.insert(slice.service.clone());
+        slices.insert(slice.name.clone(), slice);
+    }
+
+    pub(crate) fn remove_slice(&mut self, service: &ServiceName, name: &str) {
+        let Some(slices) = self.slices.get_mut(service) else { return };
+        if slices.remove(name).is_some() {
+            self.dirty.insert(service.clone());
+        }
+        if slices.is_empty() {
+            self.slices.remove(service);
+        }
+    }
+
+    /// Forgets the services and slices for which `keep` is false: after a new list.
+    pub(crate) fn retain_services(&mut self, keep: impl Fn(&ServiceName) -> bool) {
+        let gone: Vec<_> = self.services.keys().filter(|n| !keep(n)).cloned().collect();
+        gone.iter().for_each(|name| self.remove_service(name));
+    }
+
+    pub(crate) fn retain_slices(&mut self, keep: impl Fn(&str, &str) -> bool) {
+        let gone: Vec<_> = self
+            .slices
+            .iter()
+            .flat_map(|(service, slices)| slices.keys().map(move |n| (service.clone(), n.clone())))
+            .filter(|(service, name)| !keep(&service.namespace, name))
+            .collect();
+        gone.iter().for_each(|(service, name)| self.remove_slice(service, name));
+    }
+
+    pub(crate) fn service(&self, name: &ServiceName) -> Option<&Arc<Service>> {
+        self.services.get(name)
+    }
+
+    pub(crate) fn slices(&self, name: &ServiceName) -> impl Iterator<Item = &Slice> + Clone {
+        self.slices.get(name).into_iter().flat_map(BTreeMap::values)
+    }
+
+    pub(crate) fn dirty(&self) -> &HashSet<ServiceName> {
+        &self.dirty
+    }
+
+    pub(crate) fn service_count(&self) -> usize {
+        self.services.len()
+    }
+
+    /// Services with a health check port, with how many endpoints this node has for each.
+    pub(crate) fn health_checks(&self) -> Vec<(u16, ServiceName, usize)> {
+        let local = |a: &Applied| a.pools.iter().flat_map(|p| &p.local).map(|b| b.ip()).collect::<HashSet<_>>().len();
+        self.applied
+            .iter()
+            .filter_map(|(name, a)| {
+                let service = a.service.as_ref().filter(|s| s.ours && s.external_policy == Policy::Local)?;
+                (service.health_check_node_port != 0).then(|| (service.health_check_node_port, name.clone(), local(a)))
+            })
+            .collect()
+    }
+
+    /// Every element that should be in the kernel.
+    pub(crate) fn elements(&self, emit: &mut dyn FnMut(Element)) {
+        self.applied.values().for_each(|a| a.elements(emit));
+        for (family, map, key, _) in self.shared.keys() {
+            emit(Element { family: *family, map: *map, key: *key, value: Value::Member });
+        }
+    }
+
+    /// Brings the applied state up to date and says what changes in the kernel.
+    pub(crate) fn flush(&mut self) -> Delta {
+        let mut delta = Delta::default();
+        // Removal first: what one service lets go another may wait for.
+        while !self.dirty.is_empty() {
+            let mut names: Vec<_> = std::mem::take(&mut self.dirty).into_iter().collect();
+            names.sort_by(|a, b| (self.services.contains_key(a), a).cmp(&(self.services.contains_key(b), b)));
+            names.iter().for_each(|name| self.flush_service(name, &mut delta));
+        }
+        cancel_out(&mut delta);
+        delta
+    }
+
+    fn flush_service(&mut self, name: &ServiceName, delta: &mut Delta) {
+        let old = self.applied.remove(name).unwrap_or_default();
+        let new = self.replan(name, &old);
+        let first = old.service.is_none();
+        if first {
+            new.elements(&mut |e| delta.added.push(e));
+        } else {
+            diff(&old, &new, delta);
+        }
+        self.share(&old, &new, delta);
+        leftovers(&old, &new, delta);
+        if new.service.is_some() {
+            self.applied.insert(name.clone(), new);
+        }
+    }
+
+    fn replan(&mut self, name: &ServiceName, old: &Applied) -> Applied {
+        let service = self.services.get(name).cloned();
+        let wanted = service.as_ref().map(|s| plan::frontends(s)).unwrap_or_default();
+        let denied = self.claim(name, old, &wanted);
+        let mut pools = Vec::new();
+        if let Some(service) = service.as_ref().filter(|s| s.ours) {
+            let slices = self.slices.get(name);
+            let slices = slices.into_iter().flat_map(BTreeMap::values);
+            for port in &service.ports {
+                for family in Family::ALL {
+                    if !service.cluster_ips.iter().any(|a| Family::of(a) == family) {
+                        pools.push(Pools::default());
+                        continue;
+                    }
+                    let picked = plan::select(port, slices.clone(), family, &self.place);
+                    let mut pool = old.pools_of(port.protocol, port.port, family).cloned().unwrap_or_default();
+                    plan::merge(&mut pool.cluster, picked.cluster);
+                    plan::merge(&mut pool.local, picked.local);
+                    pools.push(pool);
+                }
+            }
+        }
+        Applied { service, pools, denied }
+    }
+
+    /// Takes the wanted frontends, lets go the old ones, and returns those another service holds.
+    fn claim(&mut self, name: &ServiceName, old: &Applied, wanted: &[Frontend]) -> Vec<Frontend> {
+        for frontend in old.service.iter().flat_map(|s| plan::frontends(s)) {
+            if wanted.binary_search(&frontend).is_ok() {
+                continue;
+            }
+            if let Some(waiters) = self.waiting.get_mut(&frontend) {
+                waiters.retain(|w| w != name);
+            }
+            if self.owners.get(&frontend) == Some(name) {
+                self.owners.remove(&frontend);
+                self.dirty.extend(self.waiting.remove(&frontend).into_iter().flatten());
+            }
+        }
+        let mut denied = Vec::new();
+        for frontend in wanted {
+            let owner = self.owners.entry(*frontend).or_insert_with(|| name.clone());
+            if owner != name {
+                tracing::warn!(service = %name, owner = %owner, ?frontend, "address and port belong to another service");
+                denied.push(*frontend);
+                let waiters = self.waiting.entry(*frontend).or_default();
+                if !waiters.contains(name) {
+                    waiters.push(name.clone());
+                }
+            }
+        }
+        denied
+    }
+
+    fn share(&mut self, old: &Applied, new: &Applied, delta: &mut Delta) {
+        let (before, after) = (old.shared(), new.shared());
+        for element in after.difference(&before) {
+            let users = self.shared.entry(element.id()).or_default();
+            *users += 1;
+            if *users == 1 {
+                delta.added.push(*element);
+            }
+        }
+        for element in before.difference(&after) {
+            let Some(users) = self.shared.get_mut(&element.id()) else { continue };
+            *users -= 1;
+            if *users == 0 {
+                self.shared.remove(&element.id());
+                delta.removed.push(*element);
+            }
+        }
+    }
+}
+
+impl Applied {
+    fn pools_of(&self, protocol: Protocol, port: u16, family: Family) -> Option<&Pools> {
+        let service = self.service.as_ref()?;
+        let number = service.ports.iter().position(|p| p.protocol == protocol && p.port == port)?;
+        self.pools.get(plan::pool_index(number, family))
+    }
+}
+
+fn diff(old: &Applied, new: &Applied, delta: &mut Delta) {
+    let mut before = HashMap::new();
+    old.elements(&mut |e| {
+        before.insert(e.id(), e);
+    });
+    new.elements(&mut |e| match before.remove(&e.id()) {
+        Some(same) if same == e => {}
+        Some(other) => {
+            delta.removed.push(other);
+            delta.added.push(e);
+        }
+        None => delta.added.push(e),
+    });
+    delta.removed.extend(before.into_values());
+}
+
+/// A frontend that moved between services in one flush shows up removed and added; equal pairs are no change, and of an
+/// element added and removed later only the last word counts.
+fn cancel_out(delta: &mut Delta) {
+    if delta.removed.is_empty() {
+        return;
+    }
+    let added: HashSet<Element> = delta.added.iter().copied().collect();
+    let both: HashSet<Element> = delta.removed.iter().filter(|e| added.contains(e)).copied().collect();
+    if !both.is_empty() {
+        delta.added.retain(|e| !both.contains(e));
+        delta.removed.retain(|e| !both.contains(e));
+    }
+}
+
+/// Collects what the datapath remembers and must forget: UDP flows and sticky clients of endpoints that went away.
+fn leftovers(old: &Applied, new: &Applied, delta: &mut Delta) {
+    let was_sticky = old.service.as_ref().is_some_and(|s| s.affinity.is_some());
+    let is_sticky = new.service.as_ref().is_some_and(|s| s.affinity.is_some());
+    for frontend in old.frontends() {
+        let before = old.backends(&frontend);
+        let after = if new.frontends().any(|f| f == frontend) { new.backends(&frontend) } else { HashSet::new() };
+        let gone = before.difference(&after);
+        if frontend.protocol() == Protocol::Udp {
+            delta.stale.extend(gone.clone().map(|b| StaleFlow { frontend, backend: Some(*b) }));
+        }
+        let policy = |a: &Applied| a.service.as_ref().map(|s| (s.external_policy, s.internal_policy));
+        if was_sticky && (!is_sticky || gone.count() > 0 || policy(old) != policy(new)) {
+            let keep = if is_sticky && policy(old) == policy(new) { after } else { HashSet::new() };
+            delta.affinity.insert(frontend, keep);
+        }
+    }
+    for frontend in new.frontends().filter(|f| f.protocol() == Protocol::Udp) {
+        if old.backends(&frontend).is_empty() && !new.backends(&frontend).is_empty() {
+            delta.stale.push(StaleFlow { frontend, backend: None });
+        }
+    }
+}
+
+/// The largest number of endpoints any element picks from, and the affinity timeouts in use.
+pub(crate) fn chains_needed<'a>(elements: impl Iterator<Item = &'a Element>) -> (u32, Vec<u32>) {
+    let (mut most, mut timeouts) = (0, Vec::new());
+    for element in elements {
+        match element.value {
+            Value::Goto(
+                Chain::Pick(n)
+                | Chain::MasqueradePick(n)
+                | Chain::LocalPick(n)
+                | Chain::NodePortPick(n)
+                | Chain::NodePortLocalPick(n),
+            ) => most = most.max(n),
+            Value::Goto(Chain::Remember(t)) if !timeouts.contains(&t) => timeouts.push(t),
+            _ => {}
+        }
+    }
+    (most, timeouts)
+}

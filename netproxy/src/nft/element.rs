@@ -1,0 +1,280 @@
+//! Map elements as the kernel sees them: keys padded to four bytes per field, values as bytes or as a chain to go to.
+//!
+//! Example: the service element for 10.96.0.1:443/tcp with three endpoints is key `0a600001 06000000 01bb0000` in map
+//! `services`, value "goto pick_3".
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::model::objects::Protocol;
+
+/// IP family; each has its own table.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub(crate) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub(crate) const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    pub(crate) fn of(address: &IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+
+    /// As nft spells it.
+    pub(crate) fn nft(self) -> &'static str {
+        match self {
+            Self::V4 => "ip",
+            Self::V6 => "ip6",
+        }
+    }
+
+    /// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
+    pub(crate) fn number(self) -> u8 {
+        match self {
+            Self::V4 => 2,
+            Self::V6 => 10,
+        }
+    }
+
+    pub(crate) fn index(self) -> usize {
+        self as usize
+    }
+}
+
+macro_rules! maps {
+    ($($variant:ident $name:literal $doc:literal),* $(,)?) => {
+        /// The maps and sets of our table.
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+        pub(crate) enum Map { $(#[doc = $doc] $variant),* }
+
+        impl Map {
+            /// All whose elements the model owns.
+            pub(crate) const ALL: &'static [Map] = &[$(Map::$variant),*];
+
+            pub(crate) fn name(self) -> &'static str {
+                match self { $(Map::$variant => $name),* }
+            }
+        }
+    };
+}
+
+maps! {
+    Services "services" "Address, protocol, port -> where to go.",
+    NodePorts "nodeports" "Protocol, port -> where to go.",
+    ExternalCluster "ext_cluster" "As services, for addresses with external policy Local: traffic from inside.",
+    ExternalLocal "ext_local" "As services, for addresses with external policy Local: traffic from outside.",
+    NodePortCluster "np_cluster" "As nodeports with external policy Local: traffic from inside.",
+    NodePortLocal "np_local" "As nodeports with external policy Local: traffic from outside.",
+    Endpoints "endpoints" "Address, protocol, port, index -> endpoint.",
+    NodePortEndpoints "np_endpoints" "Protocol, port, index -> endpoint.",
+    Unavailable "unavailable" "Address, protocol, port -> how to refuse.",
+    NodePortUnavailable "np_unavailable" "Protocol, port -> how to refuse.",
+    Affine "affine" "Address, protocol, port -> chain that remembers the client's endpoint.",
+    NodePortAffine "np_affine" "Protocol, port -> chain that remembers the client's endpoint.",
+    Firewall "firewall" "Address, protocol, port open only to some sources.",
+    Allowed "fw_allow" "Address, protocol, port, source range let through the firewall.",
+    Hairpin "hairpin" "Local endpoint address, twice: talks to itself through a service.",
+    ClusterIps "cluster_ips" "Cluster addresses: other ports are refused.",
+}
+
+/// Chain a verdict goes to. The number is how many endpoints there are to choose from.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub(crate) enum Chain {
+    /// Any endpoint; masqueraded when the client is not a pod.
+    Pick(u32),
+    /// Any endpoint, always masqueraded.
+    MasqueradePick(u32),
+    /// Any endpoint of this node, the client's address kept.
+    LocalPick(u32),
+    /// As `MasqueradePick`, for a node port.
+    NodePortPick(u32),
+    /// As `LocalPick`, for a node port.
+    NodePortLocalPick(u32),
+    /// External policy Local: inside traffic to all endpoints, outside traffic to this node's.
+    ExternalLocal,
+    /// The same for node ports.
+    NodePortLocal,
+    /// Refuse.
+    Reject,
+    /// Drop.
+    Drop,
+    /// Drop what comes from outside.
+    DropExternal,
+    /// Remember the client's endpoint for so many seconds.
+    Remember(u32),
+}
+
+impl std::fmt::Display for Chain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Pick(n) => write!(f, "pick_{n}"),
+            Self::MasqueradePick(n) => write!(f, "mpick_{n}"),
+            Self::LocalPick(n) => write!(f, "lpick_{n}"),
+            Self::NodePortPick(n) => write!(f, "np_pick_{n}"),
+            Self::NodePortLocalPick(n) => write!(f, "np_lpick_{n}"),
+            Self::ExternalLocal => f.write_str("ext_local_policy"),
+            Self::NodePortLocal => f.write_str("np_local_policy"),
+            Self::Reject => f.write_str("refuse"),
+            Self::Drop => f.write_str("discard"),
+            Self::DropExternal => f.write_str("discard_external"),
+            Self::Remember(t) => write!(f, "remember_{t}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Chain {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "ext_local_policy" => return Ok(Self::ExternalLocal),
+            "np_local_policy" => return Ok(Self::NodePortLocal),
+            "refuse" => return Ok(Self::Reject),
+            "discard" => return Ok(Self::Drop),
+            "discard_external" => return Ok(Self::DropExternal),
+            _ => {}
+        }
+        let (kind, number) = name.rsplit_once('_').ok_or(())?;
+        let number = number.parse().map_err(|_| ())?;
+        match kind {
+            "pick" => Ok(Self::Pick(number)),
+            "mpick" => Ok(Self::MasqueradePick(number)),
+            "lpick" => Ok(Self::LocalPick(number)),
+            "np_pick" => Ok(Self::NodePortPick(number)),
+            "np_lpick" => Ok(Self::NodePortLocalPick(number)),
+            "remember" => Ok(Self::Remember(number)),
+            _ => Err(()),
+        }
+    }
+}
+
+/// Longest key: two IPv6 addresses, protocol and port.
+const KEY_MAX: usize = 40;
+
+/// Bytes of a key or of an end of range.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Key {
+    len: u8,
+    bytes: [u8; KEY_MAX],
+}
+
+impl Key {
+    pub(crate) const EMPTY: Self = Self { len: 0, bytes: [0; KEY_MAX] };
+
+    /// Takes bytes as the kernel gave them; longer ones than any of our keys are cut.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Self {
+        Self::EMPTY.raw(&bytes[..bytes.len().min(KEY_MAX)])
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
+    }
+
+    fn raw(mut self, bytes: &[u8]) -> Self {
+        let start = usize::from(self.len);
+        self.bytes[start..start + bytes.len()].copy_from_slice(bytes);
+        self.len += u8::try_from(bytes.len()).unwrap_or(0);
+        self
+    }
+
+    pub(crate) fn address(self, address: &IpAddr) -> Self {
+        match address {
+            IpAddr::V4(a) => self.raw(&a.octets()),
+            IpAddr::V6(a) => self.raw(&a.octets()),
+        }
+    }
+
+    pub(crate) fn protocol(self, protocol: Protocol) -> Self {
+        self.raw(&[protocol as u8, 0, 0, 0])
+    }
+
+    pub(crate) fn port(self, port: u16) -> Self {
+        let [a, b] = port.to_be_bytes();
+        self.raw(&[a, b, 0, 0])
+    }
+
+    /// `numgen` writes its number in host order.
+    pub(crate) fn index(self, index: u32) -> Self {
+        self.raw(&index.to_ne_bytes())
+    }
+
+    pub(crate) fn socket(self, socket: &SocketAddr) -> Self {
+        self.address(&socket.ip()).port(socket.port())
+    }
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.bytes().chunks(4).try_for_each(|word| {
+            word.iter().try_for_each(|b| write!(f, "{b:02x}"))?;
+            f.write_str(" ")
+        })
+    }
+}
+
+/// What a key leads to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Value {
+    /// Member of a set.
+    Member,
+    /// Member of a set of ranges: the key is the first, this the last of each field.
+    Until(Key),
+    /// Goes to a chain.
+    Goto(Chain),
+    /// Address and port.
+    Backend(Key),
+}
+
+/// One element of one map.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Element {
+    pub(crate) family: Family,
+    pub(crate) map: Map,
+    pub(crate) key: Key,
+    pub(crate) value: Value,
+}
+
+/// What identifies an element in the kernel. Ranges are different elements when either end differs.
+pub(crate) type ElementKey = (Family, Map, Key, Option<Key>);
+
+impl Element {
+    pub(crate) fn id(&self) -> ElementKey {
+        let end = match self.value {
+            Value::Until(end) => Some(end),
+            _ => None,
+        };
+        (self.family, self.map, self.key, end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_names_are_read_back() {
+        for chain in [
+            Chain::Pick(1),
+            Chain::MasqueradePick(2),
+            Chain::LocalPick(30),
+            Chain::NodePortPick(4),
+            Chain::NodePortLocalPick(5),
+            Chain::ExternalLocal,
+            Chain::NodePortLocal,
+            Chain::Reject,
+            Chain::Drop,
+            Chain::DropExternal,
+            Chain::Remember(10_800),
+        ] {
+            assert_eq!(chain.to_string().parse(), Ok(chain));
+        }
+        assert_eq!("pick_x".parse::<Chain>(), Err(()));
+    }
+
+    #[test]
+    fn fields_are_padded_to_words() {
+        let key = Key::EMPTY.address(&IpAddr::from([10, 96, 0, 1])).protocol(Protocol::Tcp).port(443);
+        assert_eq!(key.bytes(), [10, 96, 0, 1, 6, 0, 0, 0, 1, 0xbb, 0, 0]);
+    }
+}

@@ -1,0 +1,385 @@
+//! The tables in the kernel: loading the skeleton, changing elements, reading them back to verify.
+//!
+//! One blocking netlink socket, used by one thread. The nft program runs only to load rules; elements never pass
+//! through it.
+
+use std::{
+    collections::{HashMap, hash_map::DefaultHasher},
+    hash::{Hash, Hasher},
+    io::{self, Write},
+    net::IpAddr,
+    process::{Command, Stdio},
+};
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::{
+    element::{Chain, Element, ElementKey, Family, Map},
+    skeleton::{self, Chains, Settings},
+    wire::{self, Batch},
+};
+use crate::{
+    model::objects::{Backend, Protocol},
+    model::plan::Frontend,
+    model::shadow::{Delta, chains_needed},
+};
+
+/// Bytes of elements per transaction when everything is loaded; a single change is always one transaction.
+const TRANSACTION_MAX: usize = 16 << 20;
+const AFFINITY: &str = "affinity";
+
+/// Why the kernel's tables could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The nft program is missing.
+    #[error("nft not found: apt-get install nftables")]
+    NoNft,
+    /// The nft program could not be run.
+    #[error("run nft")]
+    RunNft(#[source] io::Error),
+    /// The nft program refused the ruleset.
+    #[error("nft refused the ruleset: {0}")]
+    Ruleset(String),
+    /// A netlink socket could not be used.
+    #[error("{0} netlink socket")]
+    Socket(&'static str, #[source] io::Error),
+    /// The kernel refused a change.
+    #[error("kernel refused a change of table {table}")]
+    Refused {
+        /// Table.
+        table: String,
+        /// What it answered.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The kernel's side of the proxy.
+pub(crate) struct Kernel {
+    socket: Socket,
+    port: u32,
+    settings: Settings,
+    families: Vec<Family>,
+    chains: Chains,
+    digest: u64,
+}
+
+/// Runs nft with a ruleset on its standard input.
+fn run_nft(text: &str) -> Result<(), Error> {
+    let spawn = |program: &str| {
+        Command::new(program).args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()
+    };
+    let mut child = match spawn("nft") {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => spawn("/usr/sbin/nft"),
+        other => other,
+    }
+    .map_err(|e| if e.kind() == io::ErrorKind::NotFound { Error::NoNft } else { Error::RunNft(e) })?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A program that stops reading says why on its standard error.
+        let _ = stdin.write_all(text.as_bytes());
+    }
+    let output = child.wait_with_output().map_err(Error::RunNft)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let lines = String::from_utf8_lossy(&output.stderr);
+    Err(Error::Ruleset(lines.lines().filter(|l| !l.trim().is_empty()).take(3).collect::<Vec<_>>().join("; ")))
+}
+
+/// Families this network namespace has.
+fn families() -> Vec<Family> {
+    let v6 = std::fs::exists("/proc/thread-self/net/if_inet6").unwrap_or(false);
+    Family::ALL.into_iter().filter(|f| *f == Family::V4 || v6).collect()
+}
+
+impl Kernel {
+    /// Opens the socket; changes nothing.
+    pub(crate) fn open(settings: Settings) -> Result<Self, Error> {
+        let mut socket = Socket::new(NETLINK_NETFILTER).map_err(|e| Error::Socket("open", e))?;
+        let address = socket.bind_auto().map_err(|e| Error::Socket("bind", e))?;
+        socket.connect(&SocketAddr::new(0, 0)).map_err(|e| Error::Socket("connect", e))?;
+        // Batches are sent whole; without the privilege small ones still pass.
+        let _ = setsockopt(&socket, sockopt::SndBufForce, &(4 * TRANSACTION_MAX));
+        let _ = setsockopt(&socket, sockopt::RcvBufForce, &(4 << 20));
+        let port = address.port_number();
+        Ok(Self { socket, port, settings, families: families(), chains: Chains::default(), digest: 0 })
+    }
+
+    /// The port that notifications of our own changes carry.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Makes the rules as they should be, keeping what elements there are, then the elements.
+    pub(crate) fn reconcile(&mut self, wanted: &[Element]) -> Result<Difference, Error> {
+        let (picks, timeouts) = chains_needed(wanted.iter());
+        self.chains.grow(picks, &timeouts);
+        let existing = self.existing_chains()?;
+        let (picks, timeouts) = existing.iter().fold((0, Vec::new()), |(mut most, mut times), chain| {
+            match chain {
+                Chain::Pick(n) => most = most.max(*n),
+                Chain::Remember(t) => times.push(*t),
+                _ => {}
+            }
+            (most, times)
+        });
+        self.chains.grow(picks, &timeouts);
+        let text: String = self.families.iter().map(|f| skeleton::render(*f, &self.settings, &self.chains)).collect();
+        match run_nft(&text) {
+            Err(Error::Ruleset(why)) if !existing.is_empty() => {
+                tracing::info!(why, "replacing the whole nftables table: its maps have another shape");
+                let replace = |f: &Family| skeleton::render_replacement(*f, &self.settings, &self.chains, wanted);
+                run_nft(&self.families.iter().map(replace).collect::<String>())?;
+            }
+            other => other?,
+        }
+        self.digest = self.rules_digest()?;
+        let present = if existing.is_empty() { HashMap::new() } else { self.dump()? };
+        self.correct(present, wanted)
+    }
+
+    /// Compares the kernel's table with what it should be and repairs it.
+    pub(crate) fn verify(&mut self, wanted: &[Element]) -> Result<Difference, Error> {
+        if self.rules_digest()? != self.digest {
+            tracing::warn!(table = self.settings.table, "somebody changed our nftables rules: loading them again");
+            return self.reconcile(wanted);
+        }
+        let present = self.dump()?;
+        self.correct(present, wanted)
+    }
+
+    fn correct(&mut self, mut present: HashMap<ElementKey, Element>, wanted: &[Element]) -> Result<Difference, Error> {
+        let (mut removed, mut added) = (Vec::new(), Vec::new());
+        for element in wanted.iter().filter(|e| self.families.contains(&e.family)) {
+            match present.remove(&element.id()) {
+                Some(same) if same == *element => {}
+                Some(other) => {
+                    removed.push(other);
+                    added.push(*element);
+                }
+                None => added.push(*element),
+            }
+        }
+        removed.extend(present.into_values());
+        let difference = Difference { removed: removed.len(), added: added.len() };
+        self.change(&removed, &added)?;
+        Ok(difference)
+    }
+
+    /// Applies a delta: more chains if needed, elements in one transaction, then what clients were remembered.
+    pub(crate) fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        self.ensure_chains(&delta.added)?;
+        self.change(&delta.removed, &delta.added)?;
+        if !delta.affinity.is_empty() {
+            self.forget_clients(&delta.affinity)?;
+        }
+        Ok(())
+    }
+
+    fn ensure_chains(&mut self, added: &[Element]) -> Result<(), Error> {
+        let (picks, timeouts) = chains_needed(added.iter());
+        let mut chains = self.chains.clone();
+        if !chains.grow(picks, &timeouts) {
+            return Ok(());
+        }
+        let more = |f: &Family| skeleton::render_more(*f, &self.settings, &self.chains, &chains);
+        run_nft(&self.families.iter().map(more).collect::<String>())?;
+        self.chains = chains;
+        self.digest = self.rules_digest()?;
+        Ok(())
+    }
+
+    /// One transaction, unless there is so much to add that it is a first load.
+    fn change(&self, removed: &[Element], added: &[Element]) -> Result<(), Error> {
+        let mut batch = Batch::default();
+        for element in removed.iter().filter(|e| self.families.contains(&e.family)) {
+            batch.remove(element);
+        }
+        for element in added.iter().filter(|e| self.families.contains(&e.family)) {
+            if batch.size() > TRANSACTION_MAX {
+                self.send(std::mem::take(&mut batch))?;
+            }
+            batch.add(element);
+        }
+        if batch.is_empty() { Ok(()) } else { self.send(batch) }
+    }
+
+    fn send(&self, batch: Batch) -> Result<(), Error> {
+        let mut bytes = Vec::new();
+        let last = batch.encode(&self.settings.table, &mut bytes);
+        self.transact(&bytes, last)
+    }
+
+    /// Sends a transaction and waits for its answer; errors of single messages come before it.
+    fn transact(&self, bytes: &[u8], last: u32) -> Result<(), Error> {
+        self.socket.send(bytes, 0).map_err(|e| Error::Socket("send on", e))?;
+        let mut failed = None;
+        loop {
+            let (answer, _) = self.socket.recv_from_full().map_err(|e| Error::Socket("read", e))?;
+            for message in wire::messages(&answer).filter(|m| m.kind == wire::NLMSG_ERROR) {
+                if message.errno() != 0 {
+                    failed.get_or_insert(message.errno());
+                }
+                // An error of the whole transaction carries the first message's number and nothing follows.
+                if message.sequence == last || message.sequence == 0 {
+                    return failed.map_or(Ok(()), |errno| self.refused(errno));
+                }
+            }
+        }
+    }
+
+    fn refused<T>(&self, errno: i32) -> Result<T, Error> {
+        Err(Error::Refused { table: self.settings.table.clone(), source: io::Error::from_raw_os_error(errno) })
+    }
+
+    /// Runs a dump; `each` sees every message. A table that is not there reads as empty.
+    fn read_all(&self, request: &[u8], mut each: impl FnMut(&wire::Received<'_>)) -> Result<Consistency, Error> {
+        self.socket.send(request, 0).map_err(|e| Error::Socket("send on", e))?;
+        let mut consistency = Consistency::Whole;
+        loop {
+            let (answer, _) = self.socket.recv_from_full().map_err(|e| Error::Socket("read", e))?;
+            for message in wire::messages(&answer) {
+                if message.flags & wire::NLM_F_DUMP_INTR != 0 {
+                    consistency = Consistency::Interrupted;
+                }
+                match message.kind {
+                    wire::NLMSG_DONE => return Ok(consistency),
+                    wire::NLMSG_ERROR if message.errno() == nix::libc::ENOENT => return Ok(consistency),
+                    wire::NLMSG_ERROR => return self.refused(message.errno()),
+                    _ => each(&message),
+                }
+            }
+        }
+    }
+
+    /// As `read_all`, again until nobody changed anything meanwhile.
+    fn read_consistent<T: Default>(
+        &self,
+        request: &[u8],
+        mut each: impl FnMut(&mut T, &wire::Received<'_>),
+    ) -> Result<T, Error> {
+        loop {
+            let mut found = T::default();
+            if self.read_all(request, |m| each(&mut found, m))? == Consistency::Whole {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// Every element the model is in charge of.
+    pub(crate) fn dump(&self) -> Result<HashMap<ElementKey, Element>, Error> {
+        let mut all = HashMap::new();
+        for family in &self.families {
+            for map in Map::ALL {
+                let request = wire::dump_elements(&self.settings.table, map.name(), *family);
+                let part: Vec<Element> =
+                    self.read_consistent(&request, |list: &mut Vec<_>, m| list.extend(wire::elements(*family, *map, m.body)))?;
+                all.extend(part.into_iter().map(|e| (e.id(), e)));
+            }
+        }
+        Ok(all)
+    }
+
+    fn list(&self, kind: u16) -> Result<Vec<Vec<u8>>, Error> {
+        let mut all = Vec::new();
+        for family in &self.families {
+            let mut request = Vec::new();
+            let head = (wire::nft(kind), wire::NLM_F_REQUEST | wire::NLM_F_DUMP, 1);
+            wire::message(&mut request, head, (family.number(), 0), |m| {
+                wire::put_string(m, 1, &self.settings.table);
+            });
+            let own = self.settings.table.as_str();
+            let found: Vec<Vec<u8>> = self.read_consistent(&request, |list: &mut Vec<Vec<u8>>, m| {
+                if wire::attribute(m.body, 1).map(wire::text) == Some(own) {
+                    list.push(m.body.to_vec());
+                }
+            })?;
+            all.extend(found);
+        }
+        Ok(all)
+    }
+
+    fn existing_chains(&self) -> Result<Vec<Chain>, Error> {
+        let bodies = self.list(wire::MSG_GETCHAIN)?;
+        Ok(bodies.iter().filter_map(|b| wire::text(wire::attribute(b, 3)?).parse().ok()).collect())
+    }
+
+    fn rules_digest(&self) -> Result<u64, Error> {
+        let mut hasher = DefaultHasher::new();
+        self.list(wire::MSG_GETRULE)?.hash(&mut hasher);
+        Ok(hasher.finish())
+    }
+
+    /// Deletes remembered clients whose endpoint is no longer one of their frontend's.
+    fn forget_clients(&self, check: &HashMap<Frontend, std::collections::HashSet<Backend>>) -> Result<(), Error> {
+        for family in self.families.clone() {
+            let request = wire::dump_elements(&self.settings.table, AFFINITY, family);
+            let mut stale = Vec::new();
+            self.read_all(&request, |message| {
+                for (key, data) in wire::raw_elements(message.body) {
+                    let Some((frontend, at_node)) = sticky_frontend(family, key) else { continue };
+                    let Some(keep) = check.get(&frontend).or_else(|| check.get(&at_node)) else { continue };
+                    if !data.and_then(|d| backend(family, d)).is_some_and(|b| keep.contains(&b)) {
+                        stale.push(key.to_vec());
+                    }
+                }
+            })?;
+            // One by one: a client whose time is up meanwhile must not spoil the rest.
+            for key in stale {
+                let bytes = wire::delete_raw(&self.settings.table, AFFINITY, family, std::slice::from_ref(&key));
+                match self.transact(&bytes, 1) {
+                    Err(Error::Refused { source, .. }) if source.raw_os_error() == Some(nix::libc::ENOENT) => {}
+                    other => other?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes our tables.
+    pub(crate) fn destroy(&self) -> Result<(), Error> {
+        for family in self.families.clone() {
+            let bytes = wire::single(wire::MSG_DELTABLE, family, |m| wire::put_string(m, 1, &self.settings.table));
+            match self.transact(&bytes, 1) {
+                Err(Error::Refused { source, .. }) if source.raw_os_error() == Some(nix::libc::ENOENT) => {}
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How much a verification had to change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Difference {
+    pub(crate) removed: usize,
+    pub(crate) added: usize,
+}
+
+#[derive(PartialEq, Eq)]
+enum Consistency {
+    Whole,
+    Interrupted,
+}
+
+fn address(family: Family, bytes: &[u8]) -> Option<(IpAddr, &[u8])> {
+    match family {
+        Family::V4 => bytes.split_first_chunk::<4>().map(|(a, rest)| (IpAddr::from(*a), rest)),
+        Family::V6 => bytes.split_first_chunk::<16>().map(|(a, rest)| (IpAddr::from(*a), rest)),
+    }
+}
+
+/// The frontend in a key of `affinity` (client, address, protocol, port), as an address and as a node port.
+fn sticky_frontend(family: Family, key: &[u8]) -> Option<(Frontend, Frontend)> {
+    let (_, rest) = address(family, key)?;
+    let (to, rest) = address(family, rest)?;
+    let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| rest.first() == Some(&(*p as u8)))?;
+    let port = u16::from_be_bytes(*rest.get(4..)?.first_chunk()?);
+    Some((Frontend::Address(to, protocol, port), Frontend::NodePort(family, protocol, port)))
+}
+
+fn backend(family: Family, data: &[u8]) -> Option<Backend> {
+    let (to, rest) = address(family, data)?;
+    Some(Backend::new(to, u16::from_be_bytes(*rest.first_chunk()?)))
+}

@@ -1,0 +1,368 @@
+//! The constant ruleset: everything that is not a map element.
+//!
+//! A new connection meets, in this order: `filter` (source ranges, services without endpoints; before translation),
+//! `nat` (one lookup in `services` or `nodeports`, then a chain that picks an endpoint), `sticky` (writes down the
+//! client's endpoint where ClientIP affinity is on), `strays` (ports nobody serves on a cluster address). No rule names a
+//! service. Loading the text over an existing table replaces all rules in one transaction and leaves the elements alone.
+
+use std::fmt::Write;
+
+use ipnet::IpNet;
+
+use super::element::{Element, Family, Key, Map, Value};
+
+/// Mark of packets to be masqueraded, as kube-proxy's default bit.
+const MARK: &str = "0x4000";
+
+/// What the rules depend on besides the family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Settings {
+    pub(crate) table: String,
+    /// Pod addresses of the whole cluster.
+    pub(crate) cluster_cidrs: Vec<IpNet>,
+    /// Addresses answered by the local DNS, never translated.
+    pub(crate) dns: Vec<std::net::IpAddr>,
+    /// Node addresses that accept node ports; empty: all.
+    pub(crate) node_port_addresses: Vec<IpNet>,
+    /// Whether 127.0.0.1 accepts node ports.
+    pub(crate) localhost_node_ports: bool,
+}
+
+/// How many chains of each kind exist.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Chains {
+    /// Picking chains exist for 1 to this many endpoints.
+    pub(crate) picks: u32,
+    /// Affinity timeouts, sorted.
+    pub(crate) timeouts: Vec<u32>,
+}
+
+impl Chains {
+    /// Enough for most clusters, so that they never need more.
+    pub(crate) const START: u32 = 32;
+
+    /// Grows to hold what is needed; false when nothing changed.
+    pub(crate) fn grow(&mut self, picks: u32, timeouts: &[u32]) -> bool {
+        let before = self.clone();
+        if picks > self.picks {
+            self.picks = picks.next_power_of_two();
+        }
+        self.timeouts.extend_from_slice(timeouts);
+        self.timeouts.sort_unstable();
+        self.timeouts.dedup();
+        *self != before
+    }
+}
+
+impl Default for Chains {
+    fn default() -> Self {
+        Self { picks: Self::START, timeouts: vec![10_800] }
+    }
+}
+
+struct Text<'a> {
+    out: String,
+    family: Family,
+    settings: &'a Settings,
+}
+
+/// The whole text for one family.
+pub(crate) fn render(family: Family, settings: &Settings, chains: &Chains) -> String {
+    let mut text = Text { out: String::new(), family, settings };
+    let table = format!("table {} {}", family.nft(), settings.table);
+    text.line(0, &format!("{table} {{"));
+    text.maps();
+    text.line(0, "}");
+    text.line(0, &format!("flush {table}"));
+    text.line(0, &format!("{table} {{"));
+    text.refusals();
+    for n in 1..=chains.picks {
+        text.picks(n);
+    }
+    for seconds in &chains.timeouts {
+        text.remember(*seconds);
+    }
+    text.policies();
+    text.dispatch();
+    text.hooks();
+    text.line(0, "}");
+    text.out
+}
+
+/// Only further chains, for a table that is loaded already.
+pub(crate) fn render_more(family: Family, settings: &Settings, old: &Chains, new: &Chains) -> String {
+    let mut text = Text { out: String::new(), family, settings };
+    text.line(0, &format!("table {} {} {{", family.nft(), settings.table));
+    for n in old.picks + 1..=new.picks {
+        text.picks(n);
+    }
+    for seconds in new.timeouts.iter().filter(|t| !old.timeouts.contains(t)) {
+        text.remember(*seconds);
+    }
+    text.line(0, "}");
+    text.out
+}
+
+/// Text that replaces a table whose maps have another shape, elements included, in one transaction.
+pub(crate) fn render_replacement(
+    family: Family,
+    settings: &Settings,
+    chains: &Chains,
+    elements: &[Element],
+) -> String {
+    let name = format!("{} {}", family.nft(), settings.table);
+    let mut out = format!("table {name} {{\n}}\ndelete table {name}\n");
+    out.push_str(&render(family, settings, chains));
+    for element in elements.iter().filter(|e| e.family == family) {
+        let _ = writeln!(out, "add element {name} {} {{ {} }}", element.map.name(), spell(element));
+    }
+    out
+}
+
+fn spell(element: &Element) -> String {
+    let shape = shape(element.map);
+    let key = match element.value {
+        Value::Until(end) => {
+            let (first, last) = (spell_fields(element.family, shape, &element.key), spell_fields(element.family, shape, &end));
+            let both = first.into_iter().zip(last);
+            both.map(|(a, b)| if a == b { a } else { format!("{a}-{b}") }).collect::<Vec<_>>().join(" . ")
+        }
+        _ => spell_fields(element.family, shape, &element.key).join(" . "),
+    };
+    match element.value {
+        Value::Goto(chain) => format!("{key} : goto {chain}"),
+        Value::Backend(to) => format!("{key} : {}", spell_fields(element.family, "ap", &to).join(" . ")),
+        Value::Member | Value::Until(_) => key,
+    }
+}
+
+/// Fields of a map's key: address, transport protocol, port, index.
+pub(crate) fn shape(map: Map) -> &'static str {
+    match map {
+        Map::Services | Map::ExternalCluster | Map::ExternalLocal | Map::Unavailable | Map::Affine | Map::Firewall => "atp",
+        Map::NodePorts | Map::NodePortCluster | Map::NodePortLocal | Map::NodePortUnavailable | Map::NodePortAffine => "tp",
+        Map::Endpoints => "atpi",
+        Map::NodePortEndpoints => "tpi",
+        Map::Allowed => "atpa",
+        Map::Hairpin => "aa",
+        Map::ClusterIps => "a",
+    }
+}
+
+/// Writes a key as people read it.
+pub(crate) fn spell_fields(family: Family, shape: &str, key: &Key) -> Vec<String> {
+    let mut rest = key.bytes();
+    let mut take = |n: usize| {
+        let (field, tail) = rest.split_at(n.min(rest.len()));
+        rest = tail;
+        field
+    };
+    let field = |kind: char| match (kind, family) {
+        ('a', Family::V4) => <[u8; 4]>::try_from(take(4)).map(|b| std::net::Ipv4Addr::from(b).to_string()),
+        ('a', Family::V6) => <[u8; 16]>::try_from(take(16)).map(|b| std::net::Ipv6Addr::from(b).to_string()),
+        ('t', _) => <[u8; 4]>::try_from(take(4)).map(|b| b[0].to_string()),
+        ('p', _) => <[u8; 4]>::try_from(take(4)).map(|b| u16::from_be_bytes([b[0], b[1]]).to_string()),
+        _ => <[u8; 4]>::try_from(take(4)).map(|b| u32::from_ne_bytes(b).to_string()),
+    };
+    shape.chars().map(field).map(|f| f.unwrap_or_else(|_| "?".into())).collect()
+}
+
+fn set_of(nets: impl Iterator<Item = IpNet>) -> Option<String> {
+    let list: Vec<String> = nets.map(|n| n.to_string()).collect();
+    match list.as_slice() {
+        [] => None,
+        [one] => Some(one.clone()),
+        many => Some(format!("{{ {} }}", many.join(", "))),
+    }
+}
+
+impl Text<'_> {
+    fn line(&mut self, depth: usize, text: &str) {
+        self.out.extend(std::iter::repeat_n('\t', depth));
+        self.out.push_str(text);
+        self.out.push('\n');
+    }
+
+    fn chain(&mut self, name: &str, rules: &[String]) {
+        self.line(1, &format!("chain {name} {{"));
+        rules.iter().for_each(|r| self.line(2, r));
+        self.line(1, "}");
+    }
+
+    /// `ip` or `ip6` in front of a header field.
+    fn ip(&self, field: &str) -> String {
+        format!("{} {field}", self.family.nft())
+    }
+
+    fn key(&self) -> String {
+        format!("{} . meta l4proto . th dport", self.ip("daddr"))
+    }
+
+    fn cluster_cidr(&self) -> Option<String> {
+        let family = self.family;
+        set_of(self.settings.cluster_cidrs.iter().copied().filter(move |n| Family::of(&n.addr()) == family))
+    }
+
+    fn maps(&mut self) {
+        let key = self.key();
+        let field = |kind: char| match kind {
+            'a' => self.ip("daddr"),
+            't' => "meta l4proto".into(),
+            'p' => "th dport".into(),
+            _ => "numgen random mod 2".into(),
+        };
+        let mut lines = Vec::new();
+        for map in Map::ALL {
+            let fields = shape(*map).chars().map(field).collect::<Vec<String>>().join(" . ");
+            let name = map.name();
+            lines.push(match map {
+                Map::Allowed => format!("set {name} {{ typeof {fields}; flags interval; }}"),
+                Map::Firewall | Map::Hairpin | Map::ClusterIps => format!("set {name} {{ typeof {fields}; }}"),
+                Map::Endpoints | Map::NodePortEndpoints => {
+                    format!("map {name} {{ typeof {fields} : {} . th dport; }}", self.ip("daddr"))
+                }
+                _ => format!("map {name} {{ typeof {fields} : verdict; }}"),
+            });
+        }
+        lines.push(format!(
+            "map affinity {{ typeof {} . {key} : {} . th dport; size 1048576; flags dynamic,timeout; timeout 3h; }}",
+            self.ip("saddr"),
+            self.ip("daddr"),
+        ));
+        lines.iter().for_each(|l| self.line(1, l));
+    }
+
+    fn refusals(&mut self) {
+        let unreachable = match self.family {
+            Family::V4 => "reject with icmp port-unreachable",
+            Family::V6 => "reject with icmpv6 port-unreachable",
+        };
+        self.chain("refuse", &["meta l4proto tcp reject with tcp reset".into(), unreachable.into()]);
+        self.chain("discard", &["drop".into()]);
+        let mut rules: Vec<String> = self.cluster_cidr().map(|c| format!("{} {c} return", self.ip("saddr"))).into_iter().collect();
+        rules.extend(["fib saddr type local return".into(), "drop".into()]);
+        self.chain("discard_external", &rules);
+        let allowed = format!("{} . {} @fw_allow return", self.key(), self.ip("saddr"));
+        self.chain("firewall_check", &[allowed, "drop".into()]);
+    }
+
+    fn picks(&mut self, n: u32) {
+        let (family, saddr, key) = (self.family.nft(), self.ip("saddr"), self.key());
+        let node_key = "meta l4proto . th dport";
+        let mark = format!("meta mark set meta mark or {MARK}");
+        let sticky = format!("dnat {family} to {saddr} . {key} map @affinity");
+        let random = format!("numgen random mod {n}");
+        let local = format!("{random} offset {}", crate::model::plan::LOCAL_BASE);
+        let dnat = |key: &str, index: &str, map: &str| format!("dnat {family} to {key} . {index} map @{map}");
+        let outside: Vec<String> = self.cluster_cidr().map(|c| format!("{saddr} != {c} {mark}")).into_iter().collect();
+        let picking = vec![sticky.clone(), dnat(&key, &random, "endpoints")];
+        self.chain(&format!("pick_{n}"), &[outside, picking].concat());
+        self.chain(&format!("mpick_{n}"), &[mark.clone(), sticky.clone(), dnat(&key, &random, "endpoints")]);
+        self.chain(&format!("lpick_{n}"), &[sticky.clone(), dnat(&key, &local, "endpoints")]);
+        self.chain(&format!("np_pick_{n}"), &[mark, sticky.clone(), dnat(node_key, &random, "np_endpoints")]);
+        self.chain(&format!("np_lpick_{n}"), &[sticky, dnat(node_key, &local, "np_endpoints")]);
+    }
+
+    fn remember(&mut self, seconds: u32) {
+        let ip = self.family.nft();
+        // nft 1.0.6 runs out of registers on this statement with IPv6 addresses: ClientIP affinity is IPv4's for now.
+        let protocols: &[&str] = if self.family == Family::V4 { &["tcp", "udp", "sctp"] } else { &[] };
+        let rules: Vec<String> = protocols
+            .iter()
+            .map(|proto| {
+                format!(
+                    "meta l4proto {proto} update @affinity {{ ct original {ip} saddr . ct original {ip} daddr . meta l4proto \
+                     . ct original proto-dst timeout {seconds}s : {ip} daddr . th dport }}"
+                )
+            })
+            .collect();
+        self.chain(&format!("remember_{seconds}"), &rules);
+    }
+
+    fn policies(&mut self) {
+        let cidr = self.cluster_cidr();
+        for (name, key, inside, outside) in [
+            ("ext_local_policy", self.key(), "ext_cluster", "ext_local"),
+            ("np_local_policy", "meta l4proto . th dport".to_owned(), "np_cluster", "np_local"),
+        ] {
+            let saddr = self.ip("saddr");
+            let mut rules: Vec<String> = cidr.iter().map(|c| format!("{saddr} {c} {key} vmap @{inside}")).collect();
+            rules.push(format!("fib saddr type local {key} vmap @{inside}"));
+            rules.push(format!("{key} vmap @{outside}"));
+            self.chain(name, &rules);
+        }
+    }
+
+    /// Condition of packets to a node's own address.
+    fn to_node(&self) -> String {
+        let family = self.family;
+        let daddr = self.ip("daddr");
+        let chosen = set_of(self.settings.node_port_addresses.iter().copied().filter(|n| Family::of(&n.addr()) == family));
+        let loopback = match (family, self.settings.localhost_node_ports) {
+            (Family::V4, false) => format!("{daddr} != 127.0.0.0/8 "),
+            (Family::V4, true) => String::new(),
+            (Family::V6, _) => format!("{daddr} != ::1 "),
+        };
+        let chosen = chosen.map(|c| format!("{daddr} {c} ")).unwrap_or_default();
+        format!("{loopback}{chosen}fib daddr type local meta l4proto . th dport")
+    }
+
+    fn own_dns(&self, verdict: &str) -> Vec<String> {
+        let family = self.family;
+        let own = self.settings.dns.iter().filter(|a| Family::of(a) == family);
+        own.map(|a| format!("{} {a} {verdict}", self.ip("daddr"))).collect()
+    }
+
+    fn dispatch(&mut self) {
+        let (key, to_node) = (self.key(), self.to_node());
+        let mut filter = self.own_dns("return");
+        filter.push(format!("{key} @firewall jump firewall_check"));
+        filter.push(format!("{key} vmap @unavailable"));
+        filter.push(format!("{to_node} vmap @np_unavailable"));
+        self.chain("filter", &filter);
+        let mut nat = self.own_dns("return");
+        nat.push(format!("{key} vmap @services"));
+        nat.push(format!("{to_node} vmap @nodeports"));
+        self.chain("nat", &nat);
+        let ip = self.family.nft();
+        let mut sticky = Vec::new();
+        for proto in ["tcp", "udp", "sctp"] {
+            let port = "meta l4proto . ct original proto-dst";
+            sticky.push(format!("meta l4proto {proto} ct original {ip} daddr . {port} vmap @affine"));
+            sticky.push(format!("meta l4proto {proto} ct original {ip} daddr != @cluster_ips {port} vmap @np_affine"));
+        }
+        self.chain("sticky", &sticky);
+        let mut strays = self.own_dns("return");
+        strays.push(format!("{} @cluster_ips goto refuse", self.ip("daddr")));
+        self.chain("strays", &strays);
+    }
+
+    fn hooks(&mut self) {
+        let hook = |kind: &str, hook: &str, priority: i32| format!("type {kind} hook {hook} priority {priority};");
+        let guard = "iifname != \"lo\" ip daddr 127.0.0.0/8 drop".to_owned();
+        let guard = (self.family == Family::V4 && self.settings.localhost_node_ports).then_some(guard);
+        let filter = "ct state new jump filter".to_owned();
+        let mut first = vec![hook("filter", "prerouting", -110)];
+        first.extend(guard);
+        first.push(filter.clone());
+        self.chain("filter-prerouting", &first);
+        self.chain("filter-output", &[hook("filter", "output", -110), filter]);
+        self.chain("nat-prerouting", &[hook("nat", "prerouting", -100), "jump nat".into()]);
+        self.chain("nat-output", &[hook("nat", "output", -100), "jump nat".into()]);
+        let sticky = "ct state new ct status dnat jump sticky".to_owned();
+        self.chain("sticky-prerouting", &[hook("filter", "prerouting", -95), sticky.clone()]);
+        self.chain("sticky-output", &[hook("filter", "output", -95), sticky]);
+        let strays = "ct state new jump strays".to_owned();
+        self.chain("strays-forward", &[hook("filter", "forward", 0), strays.clone()]);
+        self.chain("strays-output", &[hook("filter", "output", 0), strays]);
+        let (saddr, daddr) = (self.ip("saddr"), self.ip("daddr"));
+        self.chain(
+            "nat-postrouting",
+            &[
+                hook("nat", "postrouting", 100),
+                format!("meta mark & {MARK} != 0 meta mark set meta mark xor {MARK} masquerade fully-random"),
+                format!("ct status dnat {saddr} . {daddr} @hairpin masquerade fully-random"),
+            ],
+        );
+    }
+}

@@ -1,0 +1,272 @@
+//! The thread that owns the model and the kernel's tables.
+//!
+//! Inputs: parsed objects from the watches, and wishes to verify. Outputs: the kernel's tables, the DNS zone, the counts
+//! for health checks. Everything that waits when it wakes is taken into one transaction; nothing here is asynchronous.
+
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::RwLock;
+use tokio::sync::{mpsc, watch};
+
+use crate::{
+    conntrack,
+    dns::zone::Zone,
+    metrics::Metrics,
+    model::{
+        objects::{Place, Service, ServiceName, Slice},
+        shadow::Shadow,
+    },
+    nft::{
+        element::Element,
+        kernel::{Error, Kernel},
+        skeleton::Settings,
+    },
+};
+
+/// Something that happened.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// A list begins: what is not in it is gone at its end.
+    ServicesBegin,
+    Service(Box<Service>),
+    ServiceGone(ServiceName),
+    ServicesEnd,
+    SlicesBegin,
+    Slice(Box<Slice>),
+    SliceGone { namespace: Arc<str>, name: Arc<str> },
+    SlicesEnd,
+    Place(Place),
+    /// Somebody else touched our table, or a change failed a moment ago.
+    Verify,
+}
+
+/// What others may watch.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Report {
+    /// Changes not in the kernel since then; `None`: all is well.
+    pub(crate) failing_since: Option<Instant>,
+    /// Health check ports: service and number of its endpoints here.
+    pub(crate) health_checks: Vec<(u16, ServiceName, usize)>,
+    /// Port of the netlink socket our changes come from.
+    pub(crate) netlink_port: u32,
+}
+
+/// One kind of object while its list comes in.
+#[derive(Debug, Default)]
+struct Listing<T> {
+    seen: Option<HashSet<T>>,
+    complete: bool,
+}
+
+/// The thread's state.
+pub(crate) struct Sync {
+    shadow: Shadow,
+    /// Which service a slice belonged to; a slice may change that.
+    slice_owner: std::collections::HashMap<(Arc<str>, Arc<str>), ServiceName>,
+    services: Listing<ServiceName>,
+    slices: Listing<(Arc<str>, Arc<str>)>,
+    settings: Settings,
+    kernel: Option<Kernel>,
+    zone: Arc<RwLock<Zone>>,
+    metrics: Arc<Metrics>,
+    report: watch::Sender<Report>,
+}
+
+impl Sync {
+    pub(crate) fn new(
+        place: Place,
+        settings: Settings,
+        zone: Arc<RwLock<Zone>>,
+        metrics: Arc<Metrics>,
+        report: watch::Sender<Report>,
+    ) -> Self {
+        Self {
+            shadow: Shadow::new(place),
+            slice_owner: Default::default(),
+            services: Listing { seen: None, complete: false },
+            slices: Listing { seen: None, complete: false },
+            settings,
+            kernel: None,
+            zone,
+            metrics,
+            report,
+        }
+    }
+
+    /// Runs until every sender of inputs is gone. The rules stay.
+    pub(crate) fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+        while let Some(first) = inputs.blocking_recv() {
+            let mut verify = self.take(first);
+            while let Ok(next) = inputs.try_recv() {
+                verify |= self.take(next);
+            }
+            if self.services.complete && self.slices.complete {
+                self.settle(verify);
+            }
+        }
+    }
+
+    /// Takes an input into the model; true when the kernel has to be verified.
+    pub(crate) fn take(&mut self, input: Input) -> bool {
+        match input {
+            Input::ServicesBegin => self.services.seen = Some(HashSet::new()),
+            Input::Service(service) => {
+                self.metrics.service_changes.inc();
+                if let Some(seen) = &mut self.services.seen {
+                    seen.insert(service.name.clone());
+                }
+                self.shadow.set_service(*service);
+            }
+            Input::ServiceGone(name) => {
+                self.metrics.service_changes.inc();
+                self.shadow.remove_service(&name);
+            }
+            Input::ServicesEnd => {
+                let seen = self.services.seen.take().unwrap_or_default();
+                self.shadow.retain_services(|n| seen.contains(n));
+                self.services.complete = true;
+            }
+            Input::SlicesBegin => self.slices.seen = Some(HashSet::new()),
+            Input::Slice(slice) => self.take_slice(*slice),
+            Input::SliceGone { namespace, name } => {
+                self.metrics.endpoint_changes.inc();
+                if let Some(service) = self.slice_owner.remove(&(namespace, name.clone())) {
+                    self.shadow.remove_slice(&service, &name);
+                }
+            }
+            Input::SlicesEnd => {
+                let seen = self.slices.seen.take().unwrap_or_default();
+                self.slice_owner.retain(|id, _| seen.contains(id));
+                self.shadow.retain_slices(|ns, name| seen.contains(&(ns.into(), name.into())));
+                self.slices.complete = true;
+            }
+            Input::Place(place) => self.shadow.set_place(place),
+            Input::Verify => return true,
+        }
+        false
+    }
+
+    fn take_slice(&mut self, slice: Slice) {
+        self.metrics.endpoint_changes.inc();
+        let id = (slice.service.namespace.clone(), Arc::from(&*slice.name));
+        if let Some(seen) = &mut self.slices.seen {
+            seen.insert(id.clone());
+        }
+        let owner = slice.service.clone();
+        match self.slice_owner.insert(id.clone(), owner.clone()) {
+            Some(before) if before != owner => self.shadow.remove_slice(&before, &id.1),
+            _ => {}
+        }
+        self.shadow.set_slice(slice);
+    }
+
+    /// Brings the kernel and DNS to what the model says.
+    pub(crate) fn settle(&mut self, verify: bool) {
+        let dirty: Vec<ServiceName> = self.shadow.dirty().iter().cloned().collect();
+        if dirty.is_empty() && !verify && self.kernel.is_some() {
+            return;
+        }
+        let started = Instant::now();
+        let now = jiff::Timestamp::now().as_second();
+        self.metrics.last_queued.set(now);
+        match self.program(verify) {
+            Ok(()) => {
+                self.metrics.last_sync.set(now);
+                self.metrics.sync.observe(started.elapsed().as_secs_f64());
+                self.publish(None);
+            }
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "service rules not up to date; trying again");
+                self.metrics.failures.inc();
+                self.kernel = None;
+                let since = self.report.borrow().failing_since.unwrap_or(started);
+                self.publish(Some(since));
+            }
+        }
+        let mut zone = self.zone.write();
+        for name in dirty {
+            zone.update(&name, self.shadow.service(&name).map(Arc::as_ref), self.shadow.slices(&name));
+        }
+        zone.set_ready();
+    }
+
+    fn publish(&self, failing_since: Option<Instant>) {
+        let health_checks = self.shadow.health_checks();
+        let netlink_port = self.kernel.as_ref().map_or(0, Kernel::port);
+        self.report.send_replace(Report { failing_since, health_checks, netlink_port });
+    }
+
+    fn wanted(&self) -> Vec<Element> {
+        let mut all = Vec::new();
+        self.shadow.elements(&mut |e| all.push(e));
+        all
+    }
+
+    fn program(&mut self, verify: bool) -> Result<(), Error> {
+        let delta = self.shadow.flush();
+        let Some(kernel) = &mut self.kernel else { return self.start() };
+        if !delta.is_empty() {
+            kernel.apply(&delta)?;
+            tracing::debug!(added = delta.added.len(), removed = delta.removed.len(), "service maps changed");
+        }
+        if verify {
+            let wanted = self.wanted();
+            let difference = match &mut self.kernel {
+                Some(kernel) => kernel.verify(&wanted)?,
+                None => return Ok(()),
+            };
+            if difference.removed + difference.added > 0 {
+                self.metrics.repairs.inc();
+                tracing::warn!(?difference, "somebody changed our nftables elements: repaired");
+            }
+        }
+        if !delta.stale.is_empty() {
+            match conntrack::forget(&delta.stale) {
+                Ok(count) => tracing::debug!(count, "stale UDP flows forgotten"),
+                Err(error) => tracing::warn!(%error, "stale UDP flows not forgotten"),
+            }
+        }
+        Ok(())
+    }
+
+    /// First load, or a new beginning after a failure: whatever is in the kernel becomes what it should be.
+    fn start(&mut self) -> Result<(), Error> {
+        let started = Instant::now();
+        let wanted = self.wanted();
+        let mut kernel = Kernel::open(self.settings.clone())?;
+        let difference = kernel.reconcile(&wanted)?;
+        self.kernel = Some(kernel);
+        self.metrics.full_sync.observe(started.elapsed().as_secs_f64());
+        tracing::info!(
+            services = self.shadow.service_count(),
+            elements = wanted.len(),
+            added = difference.added,
+            removed = difference.removed,
+            millis = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "service rules loaded"
+        );
+        Ok(())
+    }
+}
+
+/// How soon a failed change is tried again.
+pub(crate) const RETRY: Duration = Duration::from_secs(1);
+
+/// An error with its sources on one line.
+pub(crate) struct Chain<'a>(pub(crate) &'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}
