@@ -42,12 +42,9 @@ fn tuple(bytes: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
 fn is_stale(stale: &HashSet<StaleFlow>, to: SocketAddr, from: SocketAddr) -> bool {
     let protocol = crate::model::objects::Protocol::Udp;
     let backend = (to != from).then_some(from);
-    [
-        Frontend::Address(to.ip(), protocol, to.port()),
-        Frontend::NodePort(Family::of(&to.ip()), protocol, to.port()),
-    ]
-    .into_iter()
-    .any(|frontend| stale.contains(&StaleFlow { frontend, backend }))
+    [Frontend::Address(to.ip(), protocol, to.port()), Frontend::NodePort(Family::of(&to.ip()), protocol, to.port())]
+        .into_iter()
+        .any(|frontend| stale.contains(&StaleFlow { frontend, backend }))
 }
 
 /// Deletes the flows; returns how many.

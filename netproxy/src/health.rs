@@ -52,7 +52,8 @@ impl Health {
         let now = jiff::Timestamp::now().to_string();
         let mut body = json!({ "lastUpdated": now, "currentTime": now, "healthy": healthy });
         let code = |good: bool| if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        let text = |body: String| Answer { code: StatusCode::OK, kind: "text/plain; charset=utf-8", body, weight: None };
+        let text =
+            |body: String| Answer { code: StatusCode::OK, kind: "text/plain; charset=utf-8", body, weight: None };
         match path {
             "/healthz" => {
                 body["nodeEligible"] = self.eligible().into();
@@ -73,7 +74,12 @@ impl Health {
     fn answer_service(&self, port: u16) -> Answer {
         let report = self.report.borrow();
         let Some((_, name, count)) = report.health_checks.iter().find(|(p, ..)| *p == port) else {
-            return Answer { code: StatusCode::SERVICE_UNAVAILABLE, kind: "text/plain", body: String::new(), weight: None };
+            return Answer {
+                code: StatusCode::SERVICE_UNAVAILABLE,
+                kind: "text/plain",
+                body: String::new(),
+                weight: None,
+            };
         };
         let healthy = self.healthy();
         let body = json!({

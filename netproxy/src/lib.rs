@@ -132,10 +132,8 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     let place = model::objects::Place { node: config.node_name.as_str().into(), zone: None };
     let core = sync::Sync::new(place, config.settings(), zone.clone(), metrics.clone(), report_to);
     let monitor = monitor::open().map_err(Error::Monitor)?;
-    let thread = std::thread::Builder::new()
-        .name("netproxy".into())
-        .spawn(move || core.run(queue))
-        .map_err(Error::Thread)?;
+    let thread =
+        std::thread::Builder::new().name("netproxy".into()).spawn(move || core.run(queue)).map_err(Error::Thread)?;
 
     let handle = links::open()?;
     let mut tasks = tokio::task::JoinSet::new();

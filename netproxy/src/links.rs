@@ -2,11 +2,7 @@
 //!
 //! Routes carry a protocol number of our own, so that they are told apart from anyone else's.
 
-use std::{
-    collections::BTreeMap,
-    net::IpAddr,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
@@ -67,7 +63,12 @@ pub(crate) async fn remove_dns_address(handle: &Handle, address: IpAddr) -> Resu
     let mut found = handle.address().get().set_link_index_filter(1).execute();
     while let Some(message) = found.try_next().await.map_err(request("list addresses of lo"))? {
         if message.attributes.contains(&AddressAttribute::Address(address)) {
-            return handle.address().del(message).execute().await.map_err(request(format!("remove address {address} from lo")));
+            return handle
+                .address()
+                .del(message)
+                .execute()
+                .await
+                .map_err(request(format!("remove address {address} from lo")));
         }
     }
     Ok(())

@@ -28,7 +28,8 @@ pub(crate) fn open() -> std::io::Result<TokioSocket> {
 /// Whether a datagram tells of a foreign change of our table.
 fn is_foreign(datagram: &[u8], table: &str, own_port: u32) -> bool {
     wire::messages(datagram).any(|m| {
-        let about_us = m.kind != wire::nft(wire::MSG_NEWGEN) && wire::attribute(m.body, 1).map(wire::text) == Some(table);
+        let about_us =
+            m.kind != wire::nft(wire::MSG_NEWGEN) && wire::attribute(m.body, 1).map(wire::text) == Some(table);
         about_us && m.port != own_port
     })
 }

@@ -37,7 +37,10 @@ pub(crate) enum Input {
     ServicesEnd,
     SlicesBegin,
     Slice(Box<Slice>),
-    SliceGone { namespace: Arc<str>, name: Arc<str> },
+    SliceGone {
+        namespace: Arc<str>,
+        name: Arc<str>,
+    },
     SlicesEnd,
     Place(Place),
     /// Somebody else touched our table, or a change failed a moment ago.

@@ -283,10 +283,7 @@ mod tests {
         assert_eq!(reverse.metadata.response_code, ResponseCode::NXDomain);
         let known = respond(&zone, "9.0.96.10.in-addr.arpa.", RecordType::PTR);
         assert_eq!(known.answers.len(), 1);
-        assert!(matches!(
-            answer(&zone, &[], &ask("7.0.0.192.in-addr.arpa.", RecordType::PTR)),
-            Verdict::Forward
-        ));
+        assert!(matches!(answer(&zone, &[], &ask("7.0.0.192.in-addr.arpa.", RecordType::PTR)), Verdict::Forward));
         assert!(matches!(answer(&zone, &[], &ask("example.com.", RecordType::A)), Verdict::Forward));
     }
 

@@ -77,13 +77,7 @@ fn name_servers(text: &str, own: IpAddr) -> Vec<SocketAddr> {
 
 impl Forwarder {
     pub(crate) fn new(file: PathBuf, own: IpAddr) -> Self {
-        Self {
-            file,
-            own,
-            upstream: Mutex::default(),
-            cache: Mutex::default(),
-            slots: Semaphore::new(IN_FLIGHT),
-        }
+        Self { file, own, upstream: Mutex::default(), cache: Mutex::default(), slots: Semaphore::new(IN_FLIGHT) }
     }
 
     fn servers(&self) -> Arc<[SocketAddr]> {
@@ -239,7 +233,8 @@ mod tests {
 
     #[test]
     fn resolv_conf_is_read_and_we_never_ask_ourselves() {
-        let text = "# x\nsearch a b\nnameserver 10.96.0.10\nnameserver 192.0.2.1\n nameserver fe80::1%eth0\noptions ndots:5\n";
+        let text =
+            "# x\nsearch a b\nnameserver 10.96.0.10\nnameserver 192.0.2.1\n nameserver fe80::1%eth0\noptions ndots:5\n";
         let servers = name_servers(text, "10.96.0.10".parse().unwrap());
         assert_eq!(servers, ["192.0.2.1:53".parse().unwrap(), "[fe80::1]:53".parse().unwrap()]);
     }

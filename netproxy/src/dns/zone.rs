@@ -67,9 +67,12 @@ fn dashed(address: &IpAddr) -> String {
 
 /// The address a pod's name spells: `10-244-0-5`, `2001-db8--1`.
 fn undashed(label: &str) -> Option<IpAddr> {
-    label.replace('-', ".").parse::<Ipv4Addr>().map(IpAddr::from).ok().or_else(|| {
-        label.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::from).ok()
-    })
+    label
+        .replace('-', ".")
+        .parse::<Ipv4Addr>()
+        .map(IpAddr::from)
+        .ok()
+        .or_else(|| label.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::from).ok())
 }
 
 impl Zone {
@@ -166,7 +169,9 @@ impl Zone {
             [label, _, "pod"] => undashed(label).map_or(Lookup::Absent, |a| found(vec![Data::Address(a)])),
             [rest @ .., service, namespace, "svc"] => {
                 let entry = self.namespaces.get(*namespace).and_then(|n| n.get(*service));
-                entry.and_then(|e| self.service(e, &ServiceName::new(namespace, service), rest)).unwrap_or(Lookup::Absent)
+                entry
+                    .and_then(|e| self.service(e, &ServiceName::new(namespace, service), rest))
+                    .unwrap_or(Lookup::Absent)
             }
             _ => Lookup::Absent,
         }
@@ -194,7 +199,9 @@ impl Zone {
             (Entry::Headless { hosts }, [label]) => {
                 for host in hosts.iter().filter(|h| &*h.label == *label) {
                     records.push(Data::Address(host.address));
-                    records.extend(host.ports.iter().map(|p| Data::Service { port: p.2, target: format!("{label}.{}", full()) }));
+                    records.extend(
+                        host.ports.iter().map(|p| Data::Service { port: p.2, target: format!("{label}.{}", full()) }),
+                    );
                 }
                 if records.is_empty() {
                     return None;
@@ -230,7 +237,9 @@ fn matches((name, protocol, _): &Port, rest: &[&str]) -> bool {
     match rest {
         [] => true,
         [port, proto] => {
-            port.strip_prefix('_') == Some(name) && proto.strip_prefix('_') == Some(protocol.lower()) && !name.is_empty()
+            port.strip_prefix('_') == Some(name)
+                && proto.strip_prefix('_') == Some(protocol.lower())
+                && !name.is_empty()
         }
         _ => false,
     }

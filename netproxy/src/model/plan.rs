@@ -72,8 +72,9 @@ fn frontends_of_port<'a>(
     let at = |a: &IpAddr| Frontend::Address(*a, port.protocol, port.port);
     let external = Reach::External(service.external_policy);
     let firewalled = !service.source_ranges.is_empty();
-    let families =
-        Family::ALL.into_iter().filter(|f| port.node_port != 0 && service.cluster_ips.iter().any(|a| Family::of(a) == *f));
+    let families = Family::ALL
+        .into_iter()
+        .filter(|f| port.node_port != 0 && service.cluster_ips.iter().any(|a| Family::of(a) == *f));
     let cluster = service.cluster_ips.iter().map(move |a| (at(a), Reach::Internal(service.internal_policy), false));
     let outside = service.external_ips.iter().map(move |a| (at(a), external, false));
     let balancer = service.balancer_ips.iter().map(move |a| (at(a), external, firewalled));
@@ -188,12 +189,7 @@ pub(crate) fn pool_index(port: usize, family: Family) -> usize {
 }
 
 /// Calls `emit` with every element the service needs, leaving out the frontends `denied` says belong to another one.
-pub(crate) fn elements(
-    service: &Service,
-    pools: &[Pools],
-    denied: &[Frontend],
-    emit: &mut dyn FnMut(Element),
-) {
+pub(crate) fn elements(service: &Service, pools: &[Pools], denied: &[Frontend], emit: &mut dyn FnMut(Element)) {
     if !service.ours {
         return;
     }

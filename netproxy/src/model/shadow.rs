@@ -59,7 +59,8 @@ impl Applied {
     /// Elements other services may need as well.
     fn shared(&self) -> HashSet<Element> {
         let Some(service) = self.service.as_ref().filter(|s| s.ours) else { return HashSet::new() };
-        let member = |map, address: &IpAddr, key| Element { family: Family::of(address), map, key, value: Value::Member };
+        let member =
+            |map, address: &IpAddr, key| Element { family: Family::of(address), map, key, value: Value::Member };
         let clusters = service.cluster_ips.iter().map(|a| member(Map::ClusterIps, a, Key::EMPTY.address(a)));
         let local = self.pools.iter().flat_map(|p| &p.local).map(|b| b.ip());
         clusters.chain(local.map(|a| member(Map::Hairpin, &a, Key::EMPTY.address(&a).address(&a)))).collect()

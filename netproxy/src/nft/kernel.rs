@@ -68,7 +68,12 @@ pub(crate) struct Kernel {
 /// Runs nft with a ruleset on its standard input.
 fn run_nft(text: &str) -> Result<(), Error> {
     let spawn = |program: &str| {
-        Command::new(program).args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()
+        Command::new(program)
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
     };
     let mut child = match spawn("nft") {
         Err(e) if e.kind() == io::ErrorKind::NotFound => spawn("/usr/sbin/nft"),
@@ -273,8 +278,9 @@ impl Kernel {
         for family in &self.families {
             for map in Map::ALL {
                 let request = wire::dump_elements(&self.settings.table, map.name(), *family);
-                let part: Vec<Element> =
-                    self.read_consistent(&request, |list: &mut Vec<_>, m| list.extend(wire::elements(*family, *map, m.body)))?;
+                let part: Vec<Element> = self.read_consistent(&request, |list: &mut Vec<_>, m| {
+                    list.extend(wire::elements(*family, *map, m.body))
+                })?;
                 all.extend(part.into_iter().map(|e| (e.id(), e)));
             }
         }
@@ -374,7 +380,8 @@ fn address(family: Family, bytes: &[u8]) -> Option<(IpAddr, &[u8])> {
 fn sticky_frontend(family: Family, key: &[u8]) -> Option<(Frontend, Frontend)> {
     let (_, rest) = address(family, key)?;
     let (to, rest) = address(family, rest)?;
-    let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| rest.first() == Some(&(*p as u8)))?;
+    let protocol =
+        [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| rest.first() == Some(&(*p as u8)))?;
     let port = u16::from_be_bytes(*rest.get(4..)?.first_chunk()?);
     Some((Frontend::Address(to, protocol, port), Frontend::NodePort(family, protocol, port)))
 }

@@ -3,6 +3,6 @@
 pub(crate) mod element;
 pub(crate) mod kernel;
 pub(crate) mod skeleton;
-pub(crate) mod wire;
 #[cfg(test)]
 mod tests;
+pub(crate) mod wire;

@@ -104,12 +104,7 @@ pub(crate) fn render_more(family: Family, settings: &Settings, old: &Chains, new
 }
 
 /// Text that replaces a table whose maps have another shape, elements included, in one transaction.
-pub(crate) fn render_replacement(
-    family: Family,
-    settings: &Settings,
-    chains: &Chains,
-    elements: &[Element],
-) -> String {
+pub(crate) fn render_replacement(family: Family, settings: &Settings, chains: &Chains, elements: &[Element]) -> String {
     let name = format!("{} {}", family.nft(), settings.table);
     let mut out = format!("table {name} {{\n}}\ndelete table {name}\n");
     out.push_str(&render(family, settings, chains));
@@ -123,7 +118,8 @@ fn spell(element: &Element) -> String {
     let shape = shape(element.map);
     let key = match element.value {
         Value::Until(end) => {
-            let (first, last) = (spell_fields(element.family, shape, &element.key), spell_fields(element.family, shape, &end));
+            let (first, last) =
+                (spell_fields(element.family, shape, &element.key), spell_fields(element.family, shape, &end));
             let both = first.into_iter().zip(last);
             both.map(|(a, b)| if a == b { a } else { format!("{a}-{b}") }).collect::<Vec<_>>().join(" . ")
         }
@@ -139,8 +135,12 @@ fn spell(element: &Element) -> String {
 /// Fields of a map's key: address, transport protocol, port, index.
 pub(crate) fn shape(map: Map) -> &'static str {
     match map {
-        Map::Services | Map::ExternalCluster | Map::ExternalLocal | Map::Unavailable | Map::Affine | Map::Firewall => "atp",
-        Map::NodePorts | Map::NodePortCluster | Map::NodePortLocal | Map::NodePortUnavailable | Map::NodePortAffine => "tp",
+        Map::Services | Map::ExternalCluster | Map::ExternalLocal | Map::Unavailable | Map::Affine | Map::Firewall => {
+            "atp"
+        }
+        Map::NodePorts | Map::NodePortCluster | Map::NodePortLocal | Map::NodePortUnavailable | Map::NodePortAffine => {
+            "tp"
+        }
         Map::Endpoints => "atpi",
         Map::NodePortEndpoints => "tpi",
         Map::Allowed => "atpa",
@@ -204,11 +204,12 @@ impl Text<'_> {
     }
 
     fn maps(&mut self) {
-        let key = self.key();
+        // `th dport` would do for a first load, but nft 1.0.6 cannot read such a declaration back from the kernel.
+        let key = format!("{} . meta l4proto . tcp dport", self.ip("daddr"));
         let field = |kind: char| match kind {
             'a' => self.ip("daddr"),
             't' => "meta l4proto".into(),
-            'p' => "th dport".into(),
+            'p' => "tcp dport".into(),
             _ => "numgen random mod 2".into(),
         };
         let mut lines = Vec::new();
@@ -219,13 +220,13 @@ impl Text<'_> {
                 Map::Allowed => format!("set {name} {{ typeof {fields}; flags interval; }}"),
                 Map::Firewall | Map::Hairpin | Map::ClusterIps => format!("set {name} {{ typeof {fields}; }}"),
                 Map::Endpoints | Map::NodePortEndpoints => {
-                    format!("map {name} {{ typeof {fields} : {} . th dport; }}", self.ip("daddr"))
+                    format!("map {name} {{ typeof {fields} : {} . tcp dport; }}", self.ip("daddr"))
                 }
                 _ => format!("map {name} {{ typeof {fields} : verdict; }}"),
             });
         }
         lines.push(format!(
-            "map affinity {{ typeof {} . {key} : {} . th dport; size 1048576; flags dynamic,timeout; timeout 3h; }}",
+            "map affinity {{ typeof {} . {key} : {} . tcp dport; size 1048576; flags dynamic,timeout; timeout 3h; }}",
             self.ip("saddr"),
             self.ip("daddr"),
         ));
@@ -239,7 +240,8 @@ impl Text<'_> {
         };
         self.chain("refuse", &["meta l4proto tcp reject with tcp reset".into(), unreachable.into()]);
         self.chain("discard", &["drop".into()]);
-        let mut rules: Vec<String> = self.cluster_cidr().map(|c| format!("{} {c} return", self.ip("saddr"))).into_iter().collect();
+        let mut rules: Vec<String> =
+            self.cluster_cidr().map(|c| format!("{} {c} return", self.ip("saddr"))).into_iter().collect();
         rules.extend(["fib saddr type local return".into(), "drop".into()]);
         self.chain("discard_external", &rules);
         let allowed = format!("{} . {} @fw_allow return", self.key(), self.ip("saddr"));
@@ -297,7 +299,8 @@ impl Text<'_> {
     fn to_node(&self) -> String {
         let family = self.family;
         let daddr = self.ip("daddr");
-        let chosen = set_of(self.settings.node_port_addresses.iter().copied().filter(|n| Family::of(&n.addr()) == family));
+        let chosen =
+            set_of(self.settings.node_port_addresses.iter().copied().filter(|n| Family::of(&n.addr()) == family));
         let loopback = match (family, self.settings.localhost_node_ports) {
             (Family::V4, false) => format!("{daddr} != 127.0.0.0/8 "),
             (Family::V4, true) => String::new(),

@@ -55,7 +55,7 @@ fn golden_skeleton() {
         if let Ok(dir) = std::env::var("WRITE_GOLDEN") {
             std::fs::write(format!("{dir}/skeleton-{}.nft", family.nft()), &text).unwrap();
         }
-        assert_eq!(text, golden, "{family:?}");
+        assert!(text == golden, "{family:?}: the text differs; WRITE_GOLDEN=testdata writes it anew:\n{text}");
     }
 }
 
@@ -169,7 +169,8 @@ fn here() -> Place {
 fn kernel_follows_the_model() {
     in_own_network(|| {
         let strategy = proptest::collection::vec((change(), 0..4u8), 1000);
-        let mut runner = proptest::test_runner::TestRunner::new(Runs { cases: 3, failure_persistence: None, ..Runs::default() });
+        let mut runner =
+            proptest::test_runner::TestRunner::new(Runs { cases: 3, failure_persistence: None, ..Runs::default() });
         let outcome = runner.run(&strategy, |changes| {
             let mut shadow = Shadow::new(here());
             let mut kernel = Kernel::open(settings()).unwrap();
@@ -260,7 +261,8 @@ fn edits_by_others_are_repaired() {
             assert!(status.success(), "{edit}");
             kernel.verify(&all).unwrap();
             same(&shadow, &kernel);
-            let rules = std::process::Command::new("nft").args(["list", "chain", "ip", "isopod-test", "nat"]).output().unwrap();
+            let rules =
+                std::process::Command::new("nft").args(["list", "chain", "ip", "isopod-test", "nat"]).output().unwrap();
             assert!(String::from_utf8_lossy(&rules.stdout).contains("@nodeports"), "{edit}");
         }
         assert_eq!(kernel.verify(&all).unwrap(), Difference { removed: 0, added: 0 });
@@ -276,7 +278,8 @@ fn a_full_load_and_one_change_are_quick() {
         let mut sync = Sync::new(here(), settings(), zone, Arc::new(Metrics::new()), report);
         let name = |n: usize| ServiceName::new("load", &format!("s{n}"));
         let endpoints = |n: usize, count: usize| {
-            let list: Vec<String> = (0..count).map(|e| format!("10.244.{}.{}", (n * 10 + e) / 250 % 250, (n * 10 + e) % 250)).collect();
+            let list: Vec<String> =
+                (0..count).map(|e| format!("10.244.{}.{}", (n * 10 + e) / 250 % 250, (n * 10 + e) % 250)).collect();
             let pairs: Vec<(&str, &str)> = list.iter().map(|a| (a.as_str(), "other")).collect();
             Box::new(slice(&name(n), "a", 80, &pairs))
         };
