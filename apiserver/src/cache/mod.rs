@@ -1,5 +1,171 @@
 //! Every stored object in memory, once, ready to be sent.
+//!
+//! Filled from the store at start; afterwards the store's committed events arrive through [`isopod_store::Sink`] before the
+//! writer gets its acknowledgement, so that a read sees every acknowledged write.
 
 mod object;
+mod resource;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use isopod_store::{Batch, Change, Durability, Engine, Expect, Op, Sink, Tag};
+use parking_lot::{Mutex, RwLock};
 
 pub use object::Object;
+pub(crate) use object::{Draft, key};
+pub(crate) use resource::{Cursor, Event, ResourceCache, Seen, Snapshot, TooOld};
+
+use crate::registry::strategy::Strategy;
+
+/// The caches of all resources over one store.
+pub(crate) struct Cache {
+    engine: Arc<dyn Engine>,
+    feed: Arc<Feed>,
+}
+
+/// The part the store's thread reaches.
+struct Feed {
+    revision: Arc<AtomicU64>,
+    resources: RwLock<HashMap<Box<str>, Arc<ResourceCache>>>,
+}
+
+/// What travels with an operation: its cache and, for a put, the object without its revision.
+struct Ticket {
+    cache: Arc<ResourceCache>,
+    draft: Mutex<Option<Draft>>,
+}
+
+/// A change of one object on its way to the store.
+pub(crate) enum Write {
+    /// New or changed object.
+    Put(Draft),
+    /// Deletion.
+    Delete,
+}
+
+impl Cache {
+    /// An empty cache over a store.
+    pub(crate) fn new(engine: Arc<dyn Engine>) -> Self {
+        let feed = Feed { revision: Arc::new(AtomicU64::new(engine.revision())), resources: RwLock::default() };
+        Self { engine, feed: Arc::new(feed) }
+    }
+
+    /// Adds a resource before loading.
+    pub(crate) fn register(&self, prefix: &str, strategy: &'static dyn Strategy, relaxed: bool) -> Arc<ResourceCache> {
+        let mut resources = self.feed.resources.write();
+        let cache = resources.entry(prefix.into()).or_insert_with(|| {
+            Arc::new(ResourceCache::new(prefix, strategy, relaxed, Arc::clone(&self.feed.revision)))
+        });
+        Arc::clone(cache)
+    }
+
+    /// Reads everything under `/registry/` and follows the store from there.
+    pub(crate) fn load(&self) -> Result<(), isopod_store::Error> {
+        let sink: Arc<dyn Sink> = Arc::clone(&self.feed) as Arc<dyn Sink>;
+        let range = self.engine.range("/registry/", Some(sink))?;
+        let (revision, complete) = (range.revision, range.complete);
+        for entry in range {
+            let entry = entry?;
+            let Some((cache, _)) = self.feed.find(&entry.key) else {
+                tracing::warn!(key = %entry.key, "nothing serves this key");
+                continue;
+            };
+            match Draft::load(entry.value, cache.strategy) {
+                Ok(draft) => cache.load(draft.finish(entry.modified)),
+                Err(error) => tracing::error!(key = %entry.key, %error, "cannot read a stored object"),
+            }
+        }
+        self.feed.revision.store(revision, Ordering::Release);
+        for cache in self.feed.resources.read().values() {
+            cache.loaded(complete, revision);
+        }
+        Ok(())
+    }
+
+    /// Commits a change of one object; the cache shows it when this returns.
+    pub(crate) async fn commit(
+        &self,
+        cache: &Arc<ResourceCache>,
+        key: &str,
+        expect: Expect,
+        write: Write,
+    ) -> Result<u64, isopod_store::Error> {
+        let (change, draft) = match write {
+            Write::Put(draft) => (Change::Put(draft.stored.clone()), Some(draft)),
+            Write::Delete => (Change::Delete, None),
+        };
+        let ticket: Tag = Arc::new(Ticket { cache: Arc::clone(cache), draft: Mutex::new(draft) });
+        let op = Op { key: format!("{}{key}", cache.prefix).into(), expect, change, tag: Some(ticket) };
+        let durability = if cache.relaxed { Durability::Relaxed } else { Durability::Synced };
+        self.engine.submit(Batch { ops: vec![op], durability }).await
+    }
+
+    /// The last revision of the whole store.
+    pub(crate) fn revision(&self) -> u64 {
+        self.feed.revision.load(Ordering::Acquire)
+    }
+
+    /// The store below.
+    pub(crate) fn engine(&self) -> &Arc<dyn Engine> {
+        &self.engine
+    }
+
+    /// Drops history nobody will come back for.
+    pub(crate) fn forget_old(&self) {
+        self.feed.resources.read().values().for_each(|c| c.forget_old());
+    }
+}
+
+impl Feed {
+    /// The cache of a store key, and the key inside it.
+    fn find<'k>(&self, key: &'k str) -> Option<(Arc<ResourceCache>, &'k str)> {
+        let resources = self.resources.read();
+        let name = key.rfind('/')?;
+        if let Some(cache) = resources.get(&key[..=name]) {
+            return Some((Arc::clone(cache), &key[name + 1..]));
+        }
+        let namespace = key[..name].rfind('/')?;
+        resources.get(&key[..=namespace]).map(|c| (Arc::clone(c), &key[namespace + 1..]))
+    }
+}
+
+impl Sink for Feed {
+    fn apply(&self, events: Vec<isopod_store::Event>) {
+        let last = events.last().map(|e| e.revision);
+        for event in events {
+            let ticket = event.tag.as_deref().and_then(|t| t.downcast_ref::<Ticket>());
+            let Some((cache, key)) = (match ticket {
+                Some(ticket) => event.key.strip_prefix(&*ticket.cache.prefix).map(|k| (Arc::clone(&ticket.cache), k)),
+                None => self.find(&event.key),
+            }) else {
+                continue;
+            };
+            let object = match event.change {
+                Change::Delete => None,
+                Change::Put(value) => {
+                    let draft = match ticket.and_then(|t| t.draft.lock().take()) {
+                        Some(draft) => Ok(draft),
+                        None => Draft::load(value, cache.strategy),
+                    };
+                    match draft {
+                        Ok(draft) => Some(draft.finish(event.revision)),
+                        Err(error) => {
+                            tracing::error!(key = %event.key, %error, "cannot read a committed object");
+                            continue;
+                        }
+                    }
+                }
+            };
+            cache.apply(key, event.revision, object);
+        }
+        if let Some(last) = last {
+            self.revision.fetch_max(last, Ordering::AcqRel);
+        }
+    }
+}
