@@ -16,6 +16,8 @@ pub mod endpoints;
 pub mod kinds;
 pub mod objects;
 pub mod registry;
+mod render;
+mod server;
 pub mod validation;
 
 pub use config::{Config, Error};

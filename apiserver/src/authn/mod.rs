@@ -15,6 +15,8 @@ pub struct UserInfo {
     pub extra: BTreeMap<String, Vec<String>>,
 }
 
+pub(crate) mod chain;
+pub(crate) mod impersonate;
 pub mod serviceaccount;
 
 /// Group of everybody who proved an identity.

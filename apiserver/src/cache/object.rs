@@ -131,6 +131,16 @@ impl Draft {
         Ok(Self { stored, object })
     }
 
+    /// The object as it would be stored, without a revision: the answer to a dry run.
+    pub(crate) fn finish_unstored(self) -> Object {
+        let bytes = match find(&self.stored, PLACEHOLDER) {
+            // Something always follows: a created object has a creationTimestamp.
+            Some(at) => [&self.stored[..at], &self.stored[at + PLACEHOLDER.len() + 1..]].concat().into(),
+            None => self.stored,
+        };
+        Object { bytes, ..self.object }
+    }
+
     /// The object at its revision.
     pub(crate) fn finish(self, revision: u64) -> Object {
         let bytes = match find(&self.stored, PLACEHOLDER) {

@@ -221,6 +221,18 @@ impl ResourceCache {
         self.state.read().objects.get(key).cloned()
     }
 
+    /// One object as a commit left it; the present one when history does not know.
+    pub(crate) fn at(&self, key: &str, revision: u64) -> Option<Arc<Object>> {
+        let state = self.state.read();
+        let current = state.objects.get(key);
+        if let Some(object) = current.filter(|o| o.revision == revision) {
+            return Some(Arc::clone(object));
+        }
+        let at = state.ring.partition_point(|e| e.revision < revision);
+        let event = state.ring.get(at).filter(|e| e.revision == revision);
+        event.map(|e| &e.object).or(current).cloned()
+    }
+
     /// The revision reads are as fresh as.
     pub(crate) fn revision(&self) -> u64 {
         // Read before the lock: everything up to it has been applied.
@@ -279,6 +291,12 @@ impl ResourceCache {
         }
         let skip = state.ring.partition_point(|e| e.revision <= revision);
         Ok(Cursor(state.first + skip as u64))
+    }
+
+    /// The oldest revision a watch can start at.
+    pub(crate) fn oldest(&self) -> u64 {
+        let state = self.state.read();
+        state.floor.max(state.gap)
     }
 
     /// Up to `max` events from a cursor on, and the revision the watcher is at when it has seen them all. `None`: cut off.

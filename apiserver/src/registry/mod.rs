@@ -1,4 +1,231 @@
 //! Reads and writes of stored objects: one generic path, a small strategy per kind.
 
+mod admit;
+mod convert;
+mod create;
+mod decode;
+mod delete;
+mod list;
+mod managed;
+mod metadata;
+mod options;
+mod patch;
+mod reads;
+mod resource;
+pub(crate) mod scale;
+mod selection;
 pub mod strategy;
 pub mod table;
+mod update;
+mod watch;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use futures::future::BoxFuture;
+use isopod_api::{
+    gvk::{Gvk, Gvr},
+    resources,
+    status::Status,
+};
+use isopod_store::Engine;
+use serde_json::Value;
+
+pub(crate) use options::{WriteOptions, delete_options};
+pub(crate) use patch::{PatchKind, PatchRequest};
+pub(crate) use decode::object as decode_object;
+pub(crate) use list::list;
+pub(crate) use reads::{object_bytes, object_value};
+pub(crate) use resource::Resource;
+pub(crate) use selection::Selection;
+pub(crate) use update::{Missing, Rules, Target};
+pub(crate) use watch::{WatchRequest, watch};
+
+use crate::{
+    admission::Plugin,
+    alloc::ServiceAllocator,
+    authn::UserInfo,
+    cache::{Cache, Object, ResourceCache},
+    kinds,
+    objects::Objects,
+};
+
+/// Resources whose changes need not wait for the disk.
+const RELAXED: [&str; 2] = ["leases", "events"];
+
+/// Versions that are served from objects stored in another one.
+const STORED_ELSEWHERE: [(&str, &str, &str, &str, &str); 2] = [
+    ("autoscaling", "v1", "horizontalpodautoscalers", "autoscaling", "v2"),
+    ("events.k8s.io", "v1", "events", "", "v1"),
+];
+
+/// All resources and their objects.
+pub(crate) struct Registry {
+    cache: Cache,
+    served: HashMap<Gvr, Arc<Resource>>,
+    by_kind: HashMap<Gvk, Gvr>,
+    versions: BTreeMap<String, Vec<String>>,
+    plugins: Vec<Box<dyn Plugin>>,
+    services: ServiceAllocator,
+}
+
+/// Who writes, and how.
+pub(crate) struct Writer<'a> {
+    /// Who asks.
+    pub(crate) user: &'a UserInfo,
+    /// Options of the write.
+    pub(crate) options: WriteOptions,
+    /// Whether admission plugins are asked; the server's own writes are not.
+    pub(crate) admission: bool,
+    /// Warnings for the response.
+    pub(crate) warnings: Vec<String>,
+}
+
+impl<'a> Writer<'a> {
+    /// A write of the API server itself.
+    pub(crate) fn internal(user: &'a UserInfo) -> Self {
+        Self { user, options: WriteOptions::internal(), admission: false, warnings: Vec::new() }
+    }
+}
+
+impl Registry {
+    /// Builds all resources over a store and loads their objects.
+    pub(crate) fn open(
+        engine: Arc<dyn Engine>,
+        plugins: Vec<Box<dyn Plugin>>,
+        services: ServiceAllocator,
+    ) -> Result<Self, isopod_store::Error> {
+        let cache = Cache::new(engine);
+        let mut served = HashMap::new();
+        let mut by_kind = HashMap::new();
+        let mut versions: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for info in resources::all() {
+            let resource = build(&cache, info);
+            let known = versions.entry(info.group.clone()).or_default();
+            if !known.contains(&info.version) {
+                known.push(info.version.clone());
+            }
+            by_kind.insert(resource.gvk.clone(), resource.gvr.clone());
+            served.insert(resource.gvr.clone(), Arc::new(resource));
+        }
+        cache.load()?;
+        Ok(Self { cache, served, by_kind, versions, plugins, services })
+    }
+
+    /// A served resource.
+    pub(crate) fn resource(&self, gvr: &Gvr) -> Option<&Arc<Resource>> {
+        self.served.get(gvr)
+    }
+
+    /// All served resources.
+    pub(crate) fn resources(&self) -> impl Iterator<Item = &Arc<Resource>> {
+        self.served.values()
+    }
+
+    /// The resource of a kind.
+    pub(crate) fn by_kind(&self, gvk: &Gvk) -> Option<&Arc<Resource>> {
+        self.served.get(self.by_kind.get(gvk)?)
+    }
+
+    /// Served versions of a group; `None` when the group is unknown.
+    pub(crate) fn versions(&self, group: &str) -> Option<&[String]> {
+        self.versions.get(group).map(Vec::as_slice)
+    }
+
+    /// The caches below.
+    pub(crate) fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    fn store(&self, gvr: &Gvr) -> Option<&Arc<ResourceCache>> {
+        self.served.get(gvr)?.store.as_ref()
+    }
+}
+
+fn build(cache: &Cache, info: &resources::Resource) -> Resource {
+    let (gvr, gvk) = (info.gvr(), info.gvk());
+    let elsewhere = STORED_ELSEWHERE
+        .iter()
+        .find(|(group, version, plural, ..)| (*group, *version, *plural) == (&*info.group, &*info.version, &*info.plural));
+    let storage = match elsewhere {
+        Some((.., group, version)) => Gvk::new(group, version, &info.kind),
+        None => gvk.clone(),
+    };
+    let strategy = kinds::strategy_for(&Gvr::new(&storage.group, &storage.version, &info.plural));
+    let store = info.etcd_prefix.as_deref().filter(|_| info.plural != "componentstatuses").map(|pattern| {
+        let prefix = pattern.split('{').next().unwrap_or(pattern);
+        cache.register(prefix, strategy, RELAXED.contains(&info.plural.as_str()))
+    });
+    Resource { info: info.clone(), gvr, gvk, storage, strategy, store }
+}
+
+impl Objects for Registry {
+    fn get(&self, gvr: &Gvr, namespace: &str, name: &str) -> Option<Arc<Object>> {
+        self.store(gvr)?.get(&crate::cache::key(namespace, name))
+    }
+
+    fn list(&self, gvr: &Gvr, namespace: &str) -> Vec<Arc<Object>> {
+        let prefix = if namespace.is_empty() { String::new() } else { format!("{namespace}/") };
+        self.store(gvr).map(|s| s.snapshot(&prefix, None).0.objects).unwrap_or_default()
+    }
+
+    fn generation(&self, gvr: &Gvr) -> u64 {
+        self.store(gvr).map_or(0, |s| s.generation())
+    }
+
+    fn services(&self) -> Option<&ServiceAllocator> {
+        Some(&self.services)
+    }
+
+    fn create<'a>(&'a self, gvr: &'a Gvr, namespace: &'a str, obj: Value) -> BoxFuture<'a, Result<Value, Status>> {
+        Box::pin(async move {
+            let resource = self.resource(gvr).ok_or_else(Status::no_route)?;
+            let user = UserInfo::system();
+            let mut obj = obj;
+            decode::complete(resource, &mut obj);
+            let created = self.create_object(resource, namespace, obj, &mut Writer::internal(&user)).await?;
+            Ok(created.value())
+        })
+    }
+
+    fn modify<'a>(
+        &'a self,
+        gvr: &'a Gvr,
+        namespace: &'a str,
+        name: &'a str,
+        subresource: &'a str,
+        user: &'a UserInfo,
+        change: Box<dyn Fn(&mut Value) -> Result<(), Status> + Send + Sync + 'a>,
+    ) -> BoxFuture<'a, Result<Value, Status>> {
+        Box::pin(async move {
+            let resource = self.resource(gvr).ok_or_else(Status::no_route)?;
+            let mut writer = Writer::internal(user);
+            let edit = |current: &Value, _: &mut Vec<String>| {
+                let mut new = current.clone();
+                change(&mut new)?;
+                Ok(new)
+            };
+            let target = Target { resource, namespace, name, subresource };
+            let outcome = self.update_object(target, &edit, Rules::PATCH, &mut writer).await?;
+            Ok(outcome.object.value())
+        })
+    }
+
+    fn delete<'a>(
+        &'a self,
+        gvr: &'a Gvr,
+        namespace: &'a str,
+        name: &'a str,
+        options: Value,
+        user: &'a UserInfo,
+    ) -> BoxFuture<'a, Result<Value, Status>> {
+        Box::pin(async move {
+            let resource = self.resource(gvr).ok_or_else(Status::no_route)?;
+            let mut writer = Writer::internal(user);
+            let deleted = self.delete_object(resource, namespace, name, &options, &mut writer).await?;
+            Ok(deleted.into_value(resource))
+        })
+    }
+}

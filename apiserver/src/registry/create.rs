@@ -1,0 +1,154 @@
+//! Creating objects.
+
+use std::sync::Arc;
+
+use isopod_api::{meta, status::Status};
+use isopod_store::Expect;
+use serde_json::Value;
+
+use super::{
+    Registry, Resource, Writer,
+    admit::{Admission, Pass},
+    decode, managed, metadata,
+    strategy::Context,
+    update::Tracking,
+};
+use crate::{
+    admission::Operation,
+    cache::{Draft, Object, Write, key},
+    validation,
+};
+
+/// Attempts with a generated name.
+const GENERATE_ATTEMPTS: usize = 8;
+/// Largest stored object: the limit clients know from etcd.
+pub(super) const OBJECT_MAX: usize = 1_572_864;
+
+impl Registry {
+    /// Creates an object. `obj` is decoded, in the served version or complete in the stored one.
+    pub(crate) async fn create_object(
+        &self,
+        resource: &Arc<Resource>,
+        namespace: &str,
+        obj: Value,
+        writer: &mut Writer<'_>,
+    ) -> Result<Arc<Object>, Status> {
+        self.create_tracked(resource, namespace, obj, Tracking::Update, writer).await
+    }
+
+    /// The same, where managedFields may be done already.
+    pub(super) async fn create_tracked(
+        &self,
+        resource: &Arc<Resource>,
+        namespace: &str,
+        mut obj: Value,
+        tracking: Tracking,
+        writer: &mut Writer<'_>,
+    ) -> Result<Arc<Object>, Status> {
+        let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
+        let namespace = if resource.info.namespaced { namespace } else { "" };
+        metadata::place(resource, namespace, &mut obj)?;
+        decode::complete(resource, &mut obj);
+        metadata::dedup_owners(&mut obj, writer);
+        meta::set_resource_version(&mut obj, "");
+        if tracking == Tracking::Update {
+            managed::track(resource, None, &mut obj, &writer.options.manager, "");
+        }
+        let name = meta::name(&obj).to_owned();
+        let admission = Admission {
+            operation: Operation::Create,
+            resource,
+            gvk: None,
+            subresource: "",
+            namespace,
+            name: &name,
+            old: &Value::Null,
+        };
+        self.admit(Pass::Mutating, &admission, &mut obj, writer).await?;
+        let generated = meta::name(&obj).is_empty() && !meta::generate_name(&obj).is_empty();
+        let attempts = if generated { GENERATE_ATTEMPTS } else { 1 };
+        for attempt in 1..=attempts {
+            let mut obj = obj.clone();
+            if generated {
+                let name = metadata::generate(meta::generate_name(&obj));
+                meta::set_name(&mut obj, &name);
+            }
+            let name = meta::name(&obj).to_owned();
+            let cx = self.context(resource, "", namespace, &name, writer);
+            resource.strategy.prepare_for_create(&cx, &mut obj);
+            metadata::for_create(resource, &mut obj);
+            let reservation = resource.strategy.reserve(&cx, &mut obj, None)?;
+            let mut errors = validation::meta::create(&resource.gvr, resource.info.namespaced, &obj);
+            errors.extend(resource.strategy.validate(&cx, &obj));
+            if !errors.is_empty() {
+                return Err(Status::invalid(&resource.group_kind(), &name, errors));
+            }
+            let warnings = resource.strategy.warnings(&cx, &obj, None);
+            writer.warnings.extend(warnings);
+            let admission = Admission { name: &name, ..admission };
+            self.admit(Pass::Validating, &admission, &mut obj, writer).await?;
+            let draft = Draft::new(obj, resource.strategy);
+            if draft.stored.len() > OBJECT_MAX {
+                return Err(Status::unknown("etcdserver: request is too large"));
+            }
+            let key = key(namespace, &name);
+            if writer.options.dry_run {
+                return match store.get(&key) {
+                    Some(existing) => Err(exists(resource, &existing, &name)),
+                    None => Ok(Arc::new(draft.finish_unstored())),
+                };
+            }
+            match self.cache.commit(store, &key, Expect::Absent, Write::Put(draft)).await {
+                Ok(revision) => {
+                    drop(reservation);
+                    return self.committed(resource, &key, revision);
+                }
+                Err(isopod_store::Error::Conflict { .. }) if attempt < attempts => {}
+                Err(isopod_store::Error::Conflict { .. }) => {
+                    return Err(match store.get(&key) {
+                        Some(existing) => exists(resource, &existing, &name),
+                        None => Status::already_exists(&resource.group_resource(), &name),
+                    });
+                }
+                Err(error) => return Err(Status::internal(error)),
+            }
+        }
+        Err(Status::internal("no free generated name"))
+    }
+
+    /// The context a strategy sees.
+    pub(super) fn context<'a>(
+        &'a self,
+        resource: &'a Resource,
+        subresource: &'a str,
+        namespace: &'a str,
+        name: &'a str,
+        writer: &Writer<'a>,
+    ) -> Context<'a> {
+        Context {
+            gvr: &resource.gvr,
+            subresource,
+            namespace,
+            name,
+            user: writer.user,
+            objects: self,
+            dry_run: writer.options.dry_run,
+        }
+    }
+
+    /// The object of a commit. Someone may have changed it since: then the newer one is the answer.
+    pub(super) fn committed(&self, resource: &Resource, key: &str, revision: u64) -> Result<Arc<Object>, Status> {
+        let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
+        store
+            .at(key, revision)
+            .ok_or_else(|| Status::not_found(&resource.group_resource(), key.rsplit('/').next().unwrap_or(key)))
+    }
+}
+
+fn exists(resource: &Resource, existing: &Object, name: &str) -> Status {
+    let mut status = Status::already_exists(&resource.group_resource(), name);
+    if meta::deletion_timestamp(&existing.value()).is_some() {
+        status.message = format!("object is being deleted: {}", status.message);
+    }
+    status
+}

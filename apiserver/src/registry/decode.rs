@@ -1,0 +1,151 @@
+//! From request bodies to objects: media types, syntax, kind and version, unknown fields, types, defaults.
+
+use isopod_api::{
+    gvk::Gvk,
+    meta, schema,
+    schema::json::Parsed,
+    status::Status,
+    yaml,
+};
+use serde_json::Value;
+
+use super::{Resource, convert::convert, options::FieldValidation};
+
+/// The media type of a body, without parameters; JSON when there is none.
+fn media(content_type: Option<&str>) -> &str {
+    let bare = content_type.unwrap_or("").split(';').next().unwrap_or("").trim();
+    if bare.is_empty() { "application/json" } else { bare }
+}
+
+fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Result<Parsed, String>, Status> {
+    match media(content_type) {
+        "application/json" => Ok(schema::json::parse(bytes)
+            .map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))),
+        "application/yaml" => Ok(yaml::parse(bytes).map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))),
+        _ => Err(Status::unsupported_media_type(
+            "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml, application/vnd.kubernetes.protobuf",
+        )),
+    }
+}
+
+/// A body as a bare value (DeleteOptions).
+pub(super) fn body(bytes: &[u8], content_type: Option<&str>) -> Result<Value, Status> {
+    let parsed = parse(bytes, content_type)?.map_err(Status::bad_request)?;
+    Ok(parsed.value)
+}
+
+/// Decodes a body as an object of `gvk`, without defaults.
+pub(crate) fn object(
+    gvk: &Gvk,
+    bytes: &[u8],
+    content_type: Option<&str>,
+    validation: FieldValidation,
+    warnings: &mut Vec<String>,
+) -> Result<Value, Status> {
+    let parsed = parse(bytes, content_type)?.map_err(|e| unrecognized(gvk, &e, bytes))?;
+    typed(gvk, parsed.value, &parsed.duplicates, validation, warnings)
+}
+
+fn unrecognized(gvk: &Gvk, error: &str, body: &[u8]) -> Status {
+    let summary = match body.first() {
+        None => "<empty>".to_owned(),
+        Some(first) => {
+            let head = &body[..body.len().min(30)];
+            let text = match first {
+                b'{' => String::from_utf8_lossy(head).into_owned(),
+                _ => head.iter().map(|b| format!("{b:02x}")).collect(),
+            };
+            if body.len() > 30 { format!("{text} ...") } else { text }
+        }
+    };
+    Status::bad_request(format!("the object provided is unrecognized (must be of type {}): {error} ({summary})", gvk.kind))
+}
+
+/// Checks kind, version, fields and types of a parsed object.
+pub(crate) fn typed(
+    gvk: &Gvk,
+    mut value: Value,
+    duplicates: &[String],
+    validation: FieldValidation,
+    warnings: &mut Vec<String>,
+) -> Result<Value, Status> {
+    if value.is_object() {
+        identify(gvk, &mut value)?;
+    }
+    let Some(definition) = schema::lookup(gvk) else { return Ok(value) };
+    let strict = schema::decode(definition, &mut value, duplicates)
+        .map_err(|e| schema::decode_failure(&value, &gvk.kind, &e.to_string()))?;
+    match validation {
+        FieldValidation::Strict if !strict.is_empty() => Err(schema::strict_failure(&value, &gvk.kind, &strict)),
+        FieldValidation::Warn => {
+            warnings.extend(strict);
+            Ok(value)
+        }
+        _ => Ok(value),
+    }
+}
+
+/// Fills in a missing kind and version, refuses others than the expected.
+fn identify(gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
+    let version = gvk.api_version();
+    let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (kind, api_version) = (text(value, "kind"), text(value, "apiVersion"));
+    let kind = if kind.is_empty() { gvk.kind.clone() } else { kind };
+    let api_version = if api_version.is_empty() { version.clone() } else { api_version };
+    value["kind"] = kind.as_str().into();
+    value["apiVersion"] = api_version.as_str().into();
+    let found = Gvk::from_api_version(&api_version, &kind);
+    if found == *gvk {
+        return Ok(());
+    }
+    if found.kind == gvk.kind && found.group == gvk.group && schema::lookup(&found).is_some() {
+        return Err(Status::bad_request(format!(
+            "the API version in the data ({api_version}) does not match the expected API version ({version})"
+        )));
+    }
+    let reason = match schema::lookup(&found) {
+        Some(_) if found.group == gvk.group || found.kind != gvk.kind => {
+            format!("converting ({}.{}) to ({}.{}): unknown conversion", found.version, found.kind, go_package(&gvk.group), gvk.kind)
+        }
+        _ => format!(
+            "no kind \"{}\" is registered for version \"{api_version}\" in scheme \"k8s.io/kubernetes/pkg/api/legacyscheme/scheme.go:30\"",
+            found.kind
+        ),
+    };
+    Err(Status::bad_request(format!(
+        "{} in version \"{}\" cannot be handled as a {}: {reason}",
+        found.kind, found.version, gvk.kind
+    )))
+}
+
+fn go_package(group: &str) -> &str {
+    match group {
+        "" => "core",
+        group => group.split('.').next().unwrap_or(group),
+    }
+}
+
+/// Turns a decoded object of the served version into a complete one of the stored version: defaults, conversion.
+pub(crate) fn complete(resource: &Resource, value: &mut Value) {
+    let fill_in = |value: &mut Value, gvk: &Gvk| {
+        value["kind"] = gvk.kind.as_str().into();
+        value["apiVersion"] = gvk.api_version().into();
+        if let Some(definition) = schema::lookup(gvk) {
+            schema::default(definition, value);
+        }
+    };
+    if resource.converted() && Gvk::of(value) == resource.gvk {
+        fill_in(value, &resource.gvk);
+        *value = convert(std::mem::take(value), &resource.storage);
+    }
+    fill_in(value, &resource.storage);
+    resource.strategy.default(value);
+    meta::metadata_mut(value).shift_remove("selfLink");
+}
+
+/// Adds to an object with nothing in it what upstream's encoder always prints.
+pub(super) fn complete_empty(resource: &Resource, value: &mut Value) {
+    if let Some(definition) = schema::lookup(&resource.gvk) {
+        schema::fill(definition, value);
+    }
+}

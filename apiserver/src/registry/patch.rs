@@ -1,0 +1,245 @@
+//! PATCH: the four kinds of patches, as edits of the read-modify-write loop.
+
+use std::sync::Arc;
+
+use isopod_api::{
+    field::{Error, Path},
+    gvk::{GroupKind, Gvk},
+    patch, schema,
+    status::Status,
+};
+use serde_json::Value;
+
+use super::{
+    Registry, Resource, Writer, decode, managed, scale,
+    options::FieldValidation,
+    update::{Missing, Outcome, Rules, Target, Tracking},
+};
+
+/// The kinds of patches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PatchKind {
+    /// RFC 6902.
+    Json,
+    /// RFC 7386.
+    Merge,
+    /// Upstream's own, with merge keys and directives.
+    Strategic,
+    /// Server-side apply.
+    Apply,
+}
+
+impl PatchKind {
+    /// From the Content-Type.
+    pub(crate) fn parse(content_type: Option<&str>, custom: bool) -> Result<Self, Status> {
+        match content_type.unwrap_or("").split(';').next().unwrap_or("").trim() {
+            "application/json-patch+json" => Ok(Self::Json),
+            "application/merge-patch+json" => Ok(Self::Merge),
+            "application/strategic-merge-patch+json" if !custom => Ok(Self::Strategic),
+            "application/apply-patch+yaml" => Ok(Self::Apply),
+            _ => {
+                let mut known = vec!["application/json-patch+json", "application/merge-patch+json"];
+                if !custom {
+                    known.push("application/strategic-merge-patch+json");
+                }
+                known.push("application/apply-patch+yaml");
+                Err(Status::unsupported_media_type(format!(
+                    "the body of the request was in an unknown format - accepted media types include: {}",
+                    known.join(", ")
+                )))
+            }
+        }
+    }
+}
+
+/// A parsed patch.
+struct Patch {
+    kind: PatchKind,
+    value: Value,
+    duplicates: Vec<String>,
+}
+
+impl Patch {
+    fn parse(kind: PatchKind, body: &[u8]) -> Result<Self, Status> {
+        if kind == PatchKind::Apply {
+            let parsed = isopod_api::yaml::parse(body)
+                .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
+            return Ok(Self { kind, value: parsed.value, duplicates: parsed.duplicates });
+        }
+        let failed = |e: String| Status::bad_request(format!("error decoding patch: {e}"));
+        let parsed = schema::json::parse(body).map_err(|e| failed(e.to_string()))?;
+        let go_type = match (&parsed.value, kind) {
+            (Value::Array(_), PatchKind::Json) | (Value::Object(_), PatchKind::Merge | PatchKind::Strategic) => None,
+            (_, PatchKind::Json) => Some("[]handlers.jsonPatchOp"),
+            _ => Some("map[string]interface {}"),
+        };
+        if let Some(go_type) = go_type {
+            let found = match &parsed.value {
+                Value::Null => "null",
+                Value::Bool(_) => "bool",
+                Value::Number(_) => "number",
+                Value::String(_) => "string",
+                Value::Array(_) => "array",
+                Value::Object(_) => "object",
+            };
+            return Err(failed(format!("json: cannot unmarshal {found} into Go value of type {go_type}")));
+        }
+        let operations = parsed.value.as_array().map_or(0, Vec::len);
+        if operations > 10_000 {
+            return Err(Status::too_large(format!(
+                "The allowed maximum operations in a JSON patch is 10000, got {operations}"
+            )));
+        }
+        Ok(Self { kind, value: parsed.value, duplicates: parsed.duplicates })
+    }
+
+    /// The patched object, decoded.
+    fn apply(
+        &self,
+        gvk: &Gvk,
+        current: &Value,
+        validation: FieldValidation,
+        warnings: &mut Vec<String>,
+    ) -> Result<Value, Status> {
+        let mut new = current.clone();
+        match self.kind {
+            PatchKind::Json => patch::json_patch(&mut new, &self.value)?,
+            PatchKind::Merge => patch::merge_patch(&mut new, &self.value),
+            PatchKind::Strategic => {
+                let definition = schema::lookup(gvk).ok_or_else(|| Status::internal("no schema"))?;
+                patch::strategic_merge(definition, &mut new, &self.value)?;
+            }
+            PatchKind::Apply => return Err(Status::internal("apply is not a plain patch")),
+        }
+        decode_patched(gvk, new, &self.duplicates, validation, warnings)
+    }
+}
+
+/// Decodes a patched object; failures are reported about the patch, as upstream does.
+fn decode_patched(
+    gvk: &Gvk,
+    new: Value,
+    duplicates: &[String],
+    validation: FieldValidation,
+    warnings: &mut Vec<String>,
+) -> Result<Value, Status> {
+    let invalid = |value: &Value, detail: String| {
+        let error = Error::invalid(&Path::new("patch"), go_json(value), detail);
+        Status::invalid(&GroupKind::default(), "", vec![error])
+    };
+    let found = Gvk::of(&new);
+    if found != *gvk {
+        let shown = new.clone();
+        let version = found.api_version();
+        let detail = match schema::lookup(&found) {
+            Some(_) => format!(
+                "unable to convert {found} to {gvk}: no kind \"{}\" is registered for the internal version of group \"{}\" in scheme \"k8s.io/kubernetes/pkg/api/legacyscheme/scheme.go:30\"",
+                found.kind, found.group
+            ),
+            None => format!(
+                "no kind \"{}\" is registered for version \"{version}\" in scheme \"k8s.io/kubernetes/pkg/api/legacyscheme/scheme.go:30\"",
+                found.kind
+            ),
+        };
+        return Err(invalid(&shown, detail));
+    }
+    let Some(definition) = schema::lookup(gvk) else { return Ok(new) };
+    let mut decoded = new.clone();
+    let strict = schema::decode(definition, &mut decoded, duplicates).map_err(|e| invalid(&new, e.to_string()))?;
+    match validation {
+        FieldValidation::Strict if !strict.is_empty() => {
+            Err(invalid(&new, format!("strict decoding error: {}", strict.join(", "))))
+        }
+        FieldValidation::Warn => {
+            warnings.extend(strict);
+            Ok(decoded)
+        }
+        _ => Ok(decoded),
+    }
+}
+
+/// An object as Go prints a map: members sorted at the top, metadata in struct order.
+fn go_json(value: &Value) -> String {
+    match value {
+        Value::Object(map) => {
+            let mut members: Vec<_> = map.iter().collect();
+            members.sort_by(|a, b| a.0.cmp(b.0));
+            let sorted: serde_json::Map<_, _> = members.into_iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+            Value::Object(sorted).to_string()
+        }
+        other => other.to_string(),
+    }
+}
+
+/// A PATCH request.
+pub(crate) struct PatchRequest<'a> {
+    /// What is patched.
+    pub(crate) target: Target<'a>,
+    /// Kind of patch.
+    pub(crate) kind: PatchKind,
+    /// Body.
+    pub(crate) body: &'a [u8],
+}
+
+impl Registry {
+    /// Patches an object (or its Scale).
+    pub(crate) async fn patch_object(
+        &self,
+        request: PatchRequest<'_>,
+        writer: &mut Writer<'_>,
+    ) -> Result<Outcome, Status> {
+        let target = request.target;
+        let patch = Patch::parse(request.kind, request.body)?;
+        let validation = writer.options.validation;
+        if request.kind == PatchKind::Apply {
+            return self.apply_patch(target, patch, writer).await;
+        }
+        let gvk = &target.resource.gvk;
+        if target.subresource == "scale" {
+            let edit = |current: &Value, warnings: &mut Vec<String>| {
+                let scaled = patch.apply(&scale::gvk(), &scale::of(current), validation, warnings)?;
+                scale::put(current, &scaled, target.name)
+            };
+            return self.update_object(target, &edit, Rules::PATCH, writer).await;
+        }
+        let edit =
+            |current: &Value, warnings: &mut Vec<String>| patch.apply(gvk, current, validation, warnings);
+        self.update_object(target, &edit, Rules::PATCH, writer).await
+    }
+
+    async fn apply_patch(
+        &self,
+        target: Target<'_>,
+        patch: Patch,
+        writer: &mut Writer<'_>,
+    ) -> Result<Outcome, Status> {
+        let resource: &Arc<Resource> = target.resource;
+        let (manager, force) = (writer.options.manager.clone(), writer.options.force);
+        let applied = check_applied(resource, target, patch.value)?;
+        let edit = |current: &Value, _: &mut Vec<String>| {
+            managed::apply(resource, current, &applied, &manager, force, target.subresource)
+        };
+        let missing = if target.subresource.is_empty() { Missing::Create } else { Missing::Fail };
+        let rules = Rules { missing, tracking: Tracking::Done, from_current: true };
+        self.update_object(target, &edit, rules, writer).await
+    }
+}
+
+/// An applied configuration must say what it is.
+fn check_applied(resource: &Resource, target: Target<'_>, mut applied: Value) -> Result<Value, Status> {
+    let found = Gvk::of(&applied);
+    if found.kind.is_empty() || found.version.is_empty() {
+        let missing = if found.kind.is_empty() { "Kind" } else { "apiVersion" };
+        return Err(Status::bad_request(format!(
+            "error decoding YAML: Object '{missing}' is missing in '{}'",
+            applied
+        )));
+    }
+    if isopod_api::meta::name(&applied).is_empty() {
+        isopod_api::meta::set_name(&mut applied, target.name);
+    }
+    if resource.info.namespaced && isopod_api::meta::namespace(&applied).is_empty() {
+        isopod_api::meta::set_namespace(&mut applied, target.namespace);
+    }
+    Ok(applied)
+}

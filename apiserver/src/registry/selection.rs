@@ -1,0 +1,100 @@
+//! Which objects a list or watch is about: namespace, name, label selector, field selector.
+
+use isopod_api::{
+    selector::{FieldSelector, Requirements},
+    status::Status,
+};
+
+use super::Resource;
+use crate::{cache::Object, server::query::Query};
+
+/// A compiled selection.
+#[derive(Debug, Clone)]
+pub(crate) struct Selection {
+    labels: Option<Requirements>,
+    fields: Option<FieldSelector>,
+    /// Key prefix: `""` or `namespace/`.
+    pub(crate) prefix: String,
+}
+
+impl Selection {
+    /// Everything in a namespace (`""`: everywhere).
+    pub(crate) fn all(namespace: &str) -> Self {
+        let prefix = if namespace.is_empty() { String::new() } else { format!("{namespace}/") };
+        Self { labels: None, fields: None, prefix }
+    }
+
+    /// Reads the selectors of a query; `name` restricts further (watches of one object).
+    pub(crate) fn parse(resource: &Resource, namespace: &str, name: &str, query: &Query) -> Result<Self, Status> {
+        let mut selection = Self::all(if resource.info.namespaced { namespace } else { "" });
+        let labels = query.text("labelSelector");
+        if !labels.is_empty() {
+            let parsed = Requirements::parse(labels).map_err(|e| Status::bad_request(e.to_string()))?;
+            selection.labels = Some(parsed).filter(|p| !p.is_empty());
+        }
+        let mut fields = query.text("fieldSelector").to_owned();
+        if !name.is_empty() && fields.is_empty() {
+            fields = format!("metadata.name={name}");
+        }
+        if !fields.is_empty() {
+            let mut parsed = FieldSelector::parse(&fields).map_err(|e| Status::bad_request(e.to_string()))?;
+            for requirement in &mut parsed.0 {
+                check(resource, &requirement.field)?;
+                // events.k8s.io reads objects stored as core events.
+                if resource.converted()
+                    && let Some(rest) = requirement.field.strip_prefix("regarding.")
+                {
+                    requirement.field = format!("involvedObject.{rest}");
+                }
+            }
+            selection.fields = Some(parsed).filter(|p| !p.is_empty());
+        }
+        Ok(selection)
+    }
+
+    /// Whether there is any selector.
+    pub(crate) fn filters(&self) -> bool {
+        self.labels.is_some() || self.fields.is_some()
+    }
+
+    /// Whether an object is selected.
+    pub(crate) fn matches(&self, object: &Object) -> bool {
+        (self.prefix.is_empty() || self.prefix.strip_suffix('/') == Some(&*object.namespace))
+            && self.labels.as_ref().is_none_or(|l| l.matches(&*object.labels))
+            && self
+                .fields
+                .as_ref()
+                .is_none_or(|f| f.0.iter().all(|r| (object.field(&r.field).unwrap_or("") == r.value) == r.equal))
+    }
+
+    /// The one name the field selector allows, when it does.
+    pub(crate) fn exact_name(&self) -> Option<&str> {
+        self.fields.as_ref()?.exact("metadata.name")
+    }
+}
+
+/// Whether a field may be selected by, with the message of the kind when not.
+fn check(resource: &Resource, field: &str) -> Result<(), Status> {
+    let stored = field.strip_prefix("regarding.").map(|f| format!("involvedObject.{f}"));
+    let name = stored.as_deref().filter(|_| resource.converted()).unwrap_or(field);
+    let names = resource.strategy.field_names();
+    let cluster_only = resource.gvr.group.is_empty() && matches!(&*resource.gvr.resource, "namespaces" | "nodes");
+    match field {
+        "metadata.name" => return Ok(()),
+        "metadata.namespace" if !cluster_only => return Ok(()),
+        _ if names.contains(&name) => return Ok(()),
+        _ => {}
+    }
+    Err(Status::bad_request(match (&*resource.gvr.group, &*resource.gvr.resource) {
+        ("batch", "jobs") => format!("field label \"{field}\" not supported for Job"),
+        ("resource.k8s.io", "resourceslices") => {
+            format!("field label not supported for resource.k8s.io/v1, Kind=ResourceSlice: {field}")
+        }
+        (
+            "" | "certificates.k8s.io" | "events.k8s.io",
+            "certificatesigningrequests" | "events" | "namespaces" | "nodes" | "pods" | "replicationcontrollers"
+            | "secrets" | "services",
+        ) => format!("field label not supported: {field}"),
+        _ => format!("\"{field}\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\""),
+    }))
+}

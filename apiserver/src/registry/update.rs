@@ -1,0 +1,306 @@
+//! Changing objects: one read-modify-write loop for PUT, PATCH, subresources and the server's own changes.
+
+use std::sync::Arc;
+
+use isopod_api::{
+    field::{Error, Path},
+    gvk::Gvk,
+    meta, schema,
+    status::Status,
+};
+use isopod_store::Expect;
+use serde_json::Value;
+
+use super::{
+    Registry, Resource, Writer,
+    admit::{Admission, Pass},
+    convert::convert,
+    create::OBJECT_MAX,
+    decode, managed, metadata, scale,
+};
+use crate::{
+    admission::Operation,
+    cache::{Draft, Object, Write, key},
+    validation,
+};
+
+/// What is changed.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
+    /// Resource.
+    pub(crate) resource: &'a Arc<Resource>,
+    /// Namespace or empty.
+    pub(crate) namespace: &'a str,
+    /// Name.
+    pub(crate) name: &'a str,
+    /// Subresource or empty.
+    pub(crate) subresource: &'a str,
+}
+
+/// What happens when the object is not there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// 404.
+    Fail,
+    /// It is created.
+    Create,
+}
+
+/// How managedFields follow from the change.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tracking {
+    /// The writer owns what it changed.
+    Update,
+    /// The edit has set managedFields itself (apply).
+    Done,
+}
+
+/// A change: from the current object (null when missing), in the served version, to the new one. May run several times.
+pub(crate) type Edit<'e> = &'e (dyn Fn(&Value, &mut Vec<String>) -> Result<Value, Status> + Send + Sync);
+
+/// The result of a change.
+pub(crate) struct Outcome {
+    /// The object as it is now (or last was).
+    pub(crate) object: Arc<Object>,
+    /// Whether it was created.
+    pub(crate) created: bool,
+}
+
+/// Options of one change beyond the writer's.
+#[derive(Clone, Copy)]
+pub(crate) struct Rules {
+    /// What happens when the object is not there.
+    pub(crate) missing: Missing,
+    /// Who owns what afterwards.
+    pub(crate) tracking: Tracking,
+    /// The edit starts from the current object (patch), so that a missing resourceVersion is not the client's fault.
+    pub(crate) from_current: bool,
+}
+
+impl Rules {
+    /// Rules of patches and of the server's own changes.
+    pub(crate) const PATCH: Self = Self { missing: Missing::Fail, tracking: Tracking::Update, from_current: true };
+    /// Rules of PUT.
+    pub(crate) const PUT: Self = Self { missing: Missing::Fail, tracking: Tracking::Update, from_current: false };
+}
+
+enum Step {
+    Done(Outcome),
+    Again,
+}
+
+impl Registry {
+    /// Changes an object, again and again until the commit finds it unchanged.
+    pub(crate) async fn update_object(
+        &self,
+        target: Target<'_>,
+        edit: Edit<'_>,
+        rules: Rules,
+        writer: &mut Writer<'_>,
+    ) -> Result<Outcome, Status> {
+        let resource = target.resource;
+        let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
+        let namespace = if resource.info.namespaced { target.namespace } else { "" };
+        let target = Target { namespace, ..target };
+        let key = key(namespace, target.name);
+        let warnings = writer.warnings.len();
+        loop {
+            writer.warnings.truncate(warnings);
+            let Some(current) = store.get(&key) else {
+                if rules.missing == Missing::Fail {
+                    return Err(Status::not_found(&resource.group_resource(), target.name));
+                }
+                let mut new = edit(&Value::Null, &mut writer.warnings)?;
+                metadata::place(resource, namespace, &mut new)?;
+                metadata::check_name(&new, target.name)?;
+                if !meta::uid(&new).is_empty() && !rules.from_current {
+                    return Err(uid_conflict(resource, target.name, meta::uid(&new), ""));
+                }
+                match self.create_tracked(resource, namespace, new, rules.tracking, writer).await {
+                    Ok(object) => return Ok(Outcome { object, created: true }),
+                    Err(status) if status.reason == "AlreadyExists" && store.get(&key).is_some() => continue,
+                    Err(status) => return Err(status),
+                }
+            };
+            match self.attempt(target, &key, &current, edit, rules, writer).await? {
+                Step::Done(outcome) => return Ok(outcome),
+                Step::Again => tokio::task::yield_now().await,
+            }
+        }
+    }
+
+    async fn attempt(
+        &self,
+        target: Target<'_>,
+        key: &str,
+        current: &Arc<Object>,
+        edit: Edit<'_>,
+        rules: Rules,
+        writer: &mut Writer<'_>,
+    ) -> Result<Step, Status> {
+        let Target { resource, namespace, name, subresource } = target;
+        let old = current.value();
+        let mut new = if resource.converted() {
+            edit(&convert(old.clone(), &resource.gvk), &mut writer.warnings)?
+        } else {
+            edit(&old, &mut writer.warnings)?
+        };
+        metadata::place(resource, namespace, &mut new)?;
+        metadata::check_name(&new, name)?;
+        decode::complete(resource, &mut new);
+        check_preconditions(resource, name, &new, current, &old, rules)?;
+        metadata::dedup_owners(&mut new, writer);
+        compose(resource, gvk: None, subresource, &mut new, &old);
+        metadata::for_update(&mut new, &old);
+        if rules.tracking == Tracking::Update {
+            managed::track(resource, Some(&old), &mut new, &writer.options.manager, subresource);
+        }
+        let admission = Admission { operation: Operation::Update, resource, gvk: None, subresource, namespace, name, old: &old };
+        self.admit(Pass::Mutating, &admission, &mut new, writer).await?;
+        let cx = self.context(resource, gvk: None, subresource, namespace, name, writer);
+        resource.strategy.prepare_for_update(&cx, &mut new, &old);
+        metadata::bump_generation(resource, &mut new, &old);
+        let reservation = resource.strategy.reserve(&cx, &mut new, Some(&old))?;
+        let mut errors = validation::meta::update(&resource.gvr, &new, &old);
+        errors.extend(resource.strategy.validate_update(&cx, &new, &old));
+        if !errors.is_empty() {
+            return Err(match subresource {
+                "scale" => scale::invalid(name, errors),
+                _ => Status::invalid(&resource.group_kind(), name, errors),
+            });
+        }
+        let warnings = resource.strategy.warnings(&cx, &new, Some(&old));
+        writer.warnings.extend(warnings);
+        self.admit(Pass::Validating, &admission, &mut new, writer).await?;
+        meta::set_resource_version(&mut new, meta::resource_version(&old));
+        if new == old {
+            return Ok(Step::Done(Outcome { object: Arc::clone(current), created: false }));
+        }
+        let gone = finished(resource, &new);
+        let draft = Draft::new(new, resource.strategy);
+        if draft.stored.len() > OBJECT_MAX {
+            return Err(Status::unknown("etcdserver: request is too large"));
+        }
+        if writer.options.dry_run {
+            let object = Arc::new(draft.finish(current.revision));
+            return Ok(Step::Done(Outcome { object, created: false }));
+        }
+        let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
+        let expect = Expect::Revision(current.revision);
+        if gone {
+            // The last finalizer is gone: the object goes with this write and is shown as it last was.
+            return match self.cache.commit(store, key, expect, Write::Delete).await {
+                Ok(_) => Ok(Step::Done(Outcome { object: Arc::new(draft.finish(current.revision)), created: false })),
+                Err(isopod_store::Error::Conflict { .. }) => Ok(Step::Again),
+                Err(error) => Err(Status::internal(error)),
+            };
+        }
+        match self.cache.commit(store, key, expect, Write::Put(draft)).await {
+            Ok(revision) => {
+                drop(reservation);
+                let object = self.committed(resource, key, revision)?;
+                Ok(Step::Done(Outcome { object, created: false }))
+            }
+            Err(isopod_store::Error::Conflict { .. }) => Ok(Step::Again),
+            Err(error) => Err(Status::internal(error)),
+        }
+    }
+}
+
+/// Whether nothing holds a deleted object any more.
+fn finished(resource: &Resource, new: &Value) -> bool {
+    let held_by_spec = resource.gvr.group.is_empty()
+        && resource.gvr.resource == "namespaces"
+        && new["spec"]["finalizers"].as_array().is_some_and(|f| !f.is_empty());
+    meta::deletion_timestamp(new).is_some()
+        && meta::finalizers(new).is_empty()
+        && meta::deletion_grace_period(new).unwrap_or(0) == 0
+        && !held_by_spec
+}
+
+fn uid_conflict(resource: &Resource, name: &str, wanted: &str, found: &str) -> Status {
+    let message = format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}");
+    Status::conflict(&resource.group_resource(), name, message)
+}
+
+fn check_preconditions(
+    resource: &Resource,
+    name: &str,
+    new: &Value,
+    current: &Object,
+    old: &Value,
+    rules: Rules,
+) -> Result<(), Status> {
+    let uid = meta::uid(new);
+    if !rules.from_current && !uid.is_empty() && uid != meta::uid(old) {
+        return Err(uid_conflict(resource, name, uid, meta::uid(old)));
+    }
+    match meta::resource_version(new) {
+        "" | "0" if rules.from_current || resource.strategy.allow_unconditional_update() => Ok(()),
+        "" | "0" => {
+            let path = Path::new("metadata").child("resourceVersion");
+            let error = Error::invalid(&path, serde_json::json!(0), "must be specified for an update");
+            Err(Status::invalid(&resource.group_kind(), name, vec![error]))
+        }
+        text => match text.parse::<u64>() {
+            Ok(revision) if revision == current.revision => Ok(()),
+            Ok(_) => Err(Status::modified(&resource.group_resource(), name)),
+            Err(_) => {
+                let path = Path::new("metadata").child("resourceVersion");
+                let detail = format!("strconv.ParseUint: parsing {text:?}: invalid syntax");
+                Err(Status::invalid(&resource.group_kind(), name, vec![Error::invalid(&path, text, detail)]))
+            }
+        },
+    }
+}
+
+/// Takes from the stored object what the (sub)resource does not write.
+fn compose(resource: &Resource, subresource: &str, new: &mut Value, old: &Value) {
+    match subresource {
+        "" if resource.has_status() => set_member(new, "status", old.get("status").cloned()),
+        "status" => {
+            let status = new.get("status").cloned();
+            let managed = meta::managed_fields(new).to_vec();
+            take_all_but(new, old, &["status"]);
+            set_member(new, "status", status);
+            meta::set(new, "managedFields", managed);
+        }
+        "approval" => {
+            let conditions = new["status"].get("conditions").cloned();
+            let managed = meta::managed_fields(new).to_vec();
+            take_all_but(new, old, &[]);
+            meta::set(new, "managedFields", managed);
+            if conditions.is_some() || new["status"].get("conditions").is_some() {
+                set_member(&mut new["status"], "conditions", conditions);
+            }
+        }
+        "finalize" => {
+            let finalizers = new["spec"].get("finalizers").cloned();
+            let managed = meta::managed_fields(new).to_vec();
+            take_all_but(new, old, &[]);
+            meta::set(new, "managedFields", managed);
+            set_member(&mut new["spec"], "finalizers", finalizers);
+        }
+        _ => {}
+    }
+    if let Some(definition) = schema::lookup(&Gvk::of(new)) {
+        schema::fill(definition, new);
+    }
+}
+
+fn take_all_but(new: &mut Value, old: &Value, keep: &[&str]) {
+    let mut taken = old.clone();
+    for member in keep {
+        set_member(&mut taken, member, new.get(*member).cloned());
+    }
+    *new = taken;
+}
+
+fn set_member(obj: &mut Value, member: &str, value: Option<Value>) {
+    match (obj, value) {
+        (obj @ Value::Object(_), Some(value)) => obj[member] = value,
+        (Value::Object(map), None) => drop(map.shift_remove(member)),
+        (obj, Some(value)) => *obj = serde_json::json!({member: value}),
+        _ => {}
+    }
+}

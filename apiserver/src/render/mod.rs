@@ -1,0 +1,158 @@
+//! Objects and lists in the form the client asked for: as they are, as PartialObjectMetadata, as a table.
+
+mod body;
+mod table;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::Response;
+use isopod_api::status::Status;
+use serde_json::{Map, Value, json};
+
+pub(crate) use table::Include;
+
+use crate::{
+    cache::Object,
+    endpoints::Body,
+    registry::{Resource, object_bytes, object_value},
+    server::{
+        negotiate::{Media, Transform},
+        query::Query,
+        respond::{self, Style},
+    },
+};
+
+/// The form of objects on their way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rendering {
+    /// What objects are turned into.
+    pub(crate) transform: Transform,
+    /// What table rows carry.
+    pub(crate) include: Include,
+}
+
+impl Rendering {
+    /// From the negotiated transform and `includeObject`.
+    pub(crate) fn new(transform: Transform, query: &Query) -> Result<Self, Status> {
+        let include = match transform {
+            Transform::Table(_) => Include::parse(query.text("includeObject"))?,
+            _ => Include::Metadata,
+        };
+        Ok(Self { transform, include })
+    }
+
+    /// A number that tells renderings apart.
+    pub(crate) fn id(self) -> u32 {
+        let transform = match self.transform {
+            Transform::None => 0,
+            Transform::Table(beta) => 2 + u32::from(beta),
+            Transform::Partial(beta) => 4 + u32::from(beta),
+        };
+        transform | (self.include as u32) << 4
+    }
+}
+
+/// `meta.k8s.io/v1` or its beta.
+fn meta_version(beta: bool) -> &'static str {
+    if beta { "meta.k8s.io/v1beta1" } else { "meta.k8s.io/v1" }
+}
+
+/// One object's JSON. `first` tables carry the columns.
+pub(crate) fn one(resource: &Resource, object: &Object, rendering: Rendering, first: bool) -> Bytes {
+    let value = match rendering.transform {
+        Transform::None => return object_bytes(resource, object),
+        Transform::Partial(beta) => partial(&object_value(resource, object), beta),
+        Transform::Table(beta) => {
+            let rows = [object_value(resource, object)];
+            let metadata = json!({"resourceVersion": object.revision.to_string()});
+            table::table(resource, &rows, metadata, beta, rendering.include, first)
+        }
+    };
+    serde_json::to_vec(&value).unwrap_or_default().into()
+}
+
+/// A value that is not stored in this form (a write's answer, a Scale).
+pub(crate) fn value(resource: &Resource, value: Value, rendering: Rendering) -> Value {
+    match rendering.transform {
+        Transform::None => value,
+        Transform::Partial(beta) => partial(&value, beta),
+        Transform::Table(beta) => {
+            let metadata = json!({"resourceVersion": isopod_api::meta::resource_version(&value)});
+            table::table(resource, &[value], metadata, beta, rendering.include, true)
+        }
+    }
+}
+
+/// A bookmark's object.
+pub(crate) fn bookmark(object: Value, rendering: Rendering) -> Value {
+    match rendering.transform {
+        Transform::None => object,
+        Transform::Partial(beta) => partial(&object, beta),
+        Transform::Table(beta) => {
+            let row = json!({"cells": [], "object": partial(&object, beta)});
+            json!({"kind": "Table", "apiVersion": meta_version(beta), "metadata": {"resourceVersion": object["metadata"]["resourceVersion"]},
+                "columnDefinitions": null, "rows": [row]})
+        }
+    }
+}
+
+fn partial(object: &Value, beta: bool) -> Value {
+    json!({"kind": "PartialObjectMetadata", "apiVersion": meta_version(beta), "metadata": object["metadata"]})
+}
+
+/// The metadata of a list.
+pub(crate) fn list_metadata(revision: u64, next: Option<&str>, remaining: Option<usize>) -> Value {
+    let mut metadata = Map::new();
+    metadata.insert("resourceVersion".into(), revision.to_string().into());
+    if let Some(next) = next {
+        metadata.insert("continue".into(), next.into());
+    }
+    if let Some(remaining) = remaining {
+        metadata.insert("remainingItemCount".into(), remaining.into());
+    }
+    metadata.into()
+}
+
+/// A list response. Plain JSON of stored objects is streamed from their bytes.
+pub(crate) fn list(
+    resource: &Resource,
+    objects: Vec<Arc<Object>>,
+    metadata: Value,
+    rendering: Rendering,
+    style: Style,
+) -> Response<Body> {
+    let list_kind = format!("{}List", resource.gvk.kind);
+    let head = json!({"kind": list_kind, "apiVersion": resource.gvk.api_version(), "metadata": metadata});
+    let plain = rendering.transform == Transform::None && !resource.converted();
+    if plain && style.accepted.media == Media::Json && !style.pretty {
+        return body::list(&head, objects, style.gzip);
+    }
+    let values = objects.iter().map(|o| object_value(resource, o));
+    let value = match rendering.transform {
+        Transform::None => {
+            let mut head = head;
+            head["items"] = values.map(without_kind).collect();
+            head
+        }
+        Transform::Partial(beta) => {
+            let items: Vec<Value> = values.map(|v| partial(&v, beta)).collect();
+            let items = if items.is_empty() { Value::Null } else { items.into() };
+            json!({"kind": "PartialObjectMetadataList", "apiVersion": meta_version(beta),
+                "metadata": head["metadata"], "items": items})
+        }
+        Transform::Table(beta) => {
+            let rows: Vec<Value> = values.collect();
+            table::table(resource, &rows, head["metadata"].clone(), beta, rendering.include, true)
+        }
+    };
+    respond::value(style, 200, &value)
+}
+
+fn without_kind(mut value: Value) -> Value {
+    if let Some(map) = value.as_object_mut() {
+        map.shift_remove("kind");
+        map.shift_remove("apiVersion");
+    }
+    value
+}

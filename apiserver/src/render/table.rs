@@ -1,0 +1,78 @@
+//! `meta.k8s.io` tables.
+
+use isopod_api::{field, gvk::GroupKind, status::Status};
+use serde_json::{Value, json};
+
+use super::{meta_version, partial};
+use crate::registry::{
+    Resource,
+    table::{self, Columns},
+};
+
+/// What rows carry besides their cells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Include {
+    /// The metadata.
+    Metadata = 0,
+    /// Nothing.
+    None = 1,
+    /// The whole object.
+    Object = 2,
+}
+
+impl Include {
+    /// Reads `includeObject`.
+    pub(crate) fn parse(text: &str) -> Result<Self, Status> {
+        match text {
+            "" | "Metadata" => Ok(Self::Metadata),
+            "None" => Ok(Self::None),
+            "Object" => Ok(Self::Object),
+            other => {
+                let path = field::Path::new("includeObject");
+                let error = field::Error::invalid(&path, other, "must be 'Metadata', 'Object', 'None', or empty");
+                Err(Status::invalid(&GroupKind::new("meta.k8s.io", "TableOptions"), "", vec![error]))
+            }
+        }
+    }
+}
+
+/// A table of objects.
+pub(super) fn table(
+    resource: &Resource,
+    objects: &[Value],
+    metadata: Value,
+    beta: bool,
+    include: Include,
+    with_columns: bool,
+) -> Value {
+    let now = jiff::Timestamp::now();
+    let rows: Vec<Value> = objects
+        .iter()
+        .map(|object| {
+            let mut row = json!({"cells": resource.strategy.cells(object, now)});
+            let conditions = resource.strategy.row_conditions(object);
+            if !conditions.is_empty() {
+                row["conditions"] = conditions.into();
+            }
+            row["object"] = match include {
+                Include::Metadata => partial(object, beta),
+                Include::None => Value::Null,
+                Include::Object => object.clone(),
+            };
+            row
+        })
+        .collect();
+    let columns = if with_columns { definitions(&table::columns(&resource.gvr)) } else { Value::Null };
+    json!({"kind": "Table", "apiVersion": meta_version(beta), "metadata": metadata,
+        "columnDefinitions": columns, "rows": rows})
+}
+
+fn definitions(columns: &Columns) -> Value {
+    columns
+        .iter()
+        .map(|c| {
+            json!({"name": c.name, "type": c.kind, "format": c.format, "description": c.description,
+                "priority": c.priority})
+        })
+        .collect()
+}

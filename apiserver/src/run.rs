@@ -1,0 +1,111 @@
+//! From a configuration to a running server.
+
+use std::{
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use isopod_store::{Embedded, Engine};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Config, Error, admission,
+    alloc::ServiceAllocator,
+    authn::{
+        TokenAuthenticator,
+        chain::{StaticTokens, TokenChain},
+        serviceaccount,
+    },
+    authz, bootstrap,
+    endpoints::{self, Services},
+    objects::Objects,
+    registry::Registry,
+    server::{App, Counters, Health, InFlight, Server},
+};
+
+/// Time between two looks for history nobody will come back for.
+const TIDY: Duration = Duration::from_secs(60);
+
+/// Runs the API server until `stop` fires: opens the store, loads the caches, writes the initial objects, serves.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
+    let config = Arc::new(config);
+    // The address first: it is the cheapest thing that can be wrong.
+    let server = Server::bind(&config).await?;
+    let engine = open_store(&config.data_dir).await?;
+    let result = serve(&config, server, Arc::clone(&engine), stop).await;
+    let closing = tokio::task::spawn_blocking(move || engine.close());
+    if closing.await.is_err() {
+        tracing::error!("closing the store panicked");
+    }
+    result
+}
+
+async fn open_store(dir: &Path) -> Result<Arc<dyn Engine>, Error> {
+    let dir = dir.to_owned();
+    let opened = tokio::task::spawn_blocking(move || Embedded::open(&dir)).await;
+    let engine = opened.map_err(|e| Error::Other(e.to_string()))??;
+    Ok(Arc::new(engine))
+}
+
+async fn serve(
+    config: &Arc<Config>,
+    server: Server,
+    engine: Arc<dyn Engine>,
+    stop: CancellationToken,
+) -> Result<(), Error> {
+    let plugins = admission::plugins(config);
+    let services = ServiceAllocator::new(config.service_cidr, config.node_ports);
+    let opened = tokio::task::spawn_blocking(move || Registry::open(engine, plugins, services)).await;
+    let registry = Arc::new(opened.map_err(|e| Error::Other(e.to_string()))??);
+    let objects: Arc<dyn Objects> = Arc::clone(&registry) as Arc<dyn Objects>;
+    let mut tokens: Vec<Arc<dyn TokenAuthenticator>> = Vec::new();
+    if let Some(path) = &config.token_file {
+        tokens.push(Arc::new(StaticTokens::read(path)?));
+    }
+    tokens.extend(serviceaccount::authenticator(config, Arc::clone(&objects))?);
+    let tokens: Arc<dyn TokenAuthenticator> = Arc::new(TokenChain(tokens));
+    let authorizer = authz::authorizer(Arc::clone(&objects));
+    let parts = Services {
+        config: Arc::clone(config),
+        objects: Arc::clone(&objects),
+        authorizer: Arc::clone(&authorizer),
+        tokens: Arc::clone(&tokens),
+    };
+    let app = Arc::new(App {
+        config: Arc::clone(config),
+        endpoints: endpoints::endpoints(&parts),
+        registry: Arc::clone(&registry),
+        tokens,
+        authorizer,
+        in_flight: InFlight::default(),
+        counters: Counters::default(),
+        health: Health::default(),
+        stop: stop.clone(),
+    });
+    tracing::info!(address = ?server.address(), "API server listens");
+    let serving = tokio::spawn(server.serve(Arc::clone(&app)));
+    bootstrap::run(config, Arc::clone(&objects)).await.map_err(|status| Error::Bootstrap(status.message))?;
+    app.health.bootstrapped.store(true, Ordering::Release);
+    let maintaining = tokio::spawn(bootstrap::maintain(Arc::clone(config), objects, stop.clone()));
+    let tidying = tokio::spawn(tidy(registry, stop.clone()));
+    stop.cancelled().await;
+    app.health.stopping.store(true, Ordering::Release);
+    for task in [serving, maintaining, tidying] {
+        if task.await.is_err() {
+            tracing::error!("a part of the server panicked");
+        }
+    }
+    Ok(())
+}
+
+/// Lets go of old watch history once a minute.
+async fn tidy(registry: Arc<Registry>, stop: CancellationToken) {
+    loop {
+        // Both arms only wait.
+        tokio::select! {
+            () = tokio::time::sleep(TIDY) => registry.cache().forget_old(),
+            () = stop.cancelled() => return,
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The pipeline of a request: panic containment, authentication, impersonation, limits, authorization, routing.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
+
+use futures::FutureExt;
+use http::{HeaderValue, Method, Request, Response, header, request::Parts};
+use hyper::body::Incoming;
+use isopod_api::{openapi, status::Status};
+use serde_json::json;
+
+use super::{
+    App, forbidden, limits,
+    negotiate::{Accepted, negotiate},
+    query::Query,
+    request::RequestInfo,
+    resources, respond,
+    respond::Style,
+};
+use crate::{
+    authn::{UserInfo, chain, impersonate::impersonate, serviceaccount},
+    authz::{Attributes, Decision},
+    discovery::{self, DiscoveryRequest},
+    endpoints::Body,
+};
+
+/// One request on its way.
+pub(super) struct Call {
+    /// Method, headers, extensions.
+    pub(super) parts: Parts,
+    /// The body, until it is read.
+    pub(super) body: Option<Incoming>,
+    /// What it is about.
+    pub(super) info: RequestInfo,
+    /// Its query.
+    pub(super) query: Query,
+    /// Who asks.
+    pub(super) user: UserInfo,
+    /// How the answer is written.
+    pub(super) style: Style,
+}
+
+/// Answers a request, whatever happens.
+pub(super) async fn handle(app: Arc<App>, certificate: Arc<Option<UserInfo>>, request: Request<Incoming>) -> Response<Body> {
+    let started = Instant::now();
+    let query = Query::parse(request.uri().query().unwrap_or(""));
+    let info = RequestInfo::new(request.method().as_str(), request.uri().path(), &query);
+    let style = Style {
+        accepted: Accepted::JSON,
+        pretty: pretty(&request, &query),
+        gzip: takes_gzip(&request),
+    };
+    let head = request.method() == Method::HEAD;
+    let running = app.counters.start(&info);
+    let long = info.long_running();
+    let counted = info.clone();
+    let call = answer(&app, certificate.as_ref().as_ref(), request, info, query, style);
+    let call = AssertUnwindSafe(call).catch_unwind();
+    let outcome = if long {
+        call.await
+    } else {
+        match tokio::time::timeout(limits::REQUEST_TIMEOUT, call).await {
+            Ok(outcome) => outcome,
+            Err(_) => Ok(Err(Status::timeout("request did not complete within the allotted timeout", 0))),
+        }
+    };
+    let mut response = match outcome {
+        Ok(Ok(response)) => response,
+        Ok(Err(status)) => respond::status(style, &status),
+        Err(_) => {
+            tracing::error!(path = counted.path, "a request panicked");
+            respond::status(style, &Status::internal("the server panicked; see its log"))
+        }
+    };
+    drop(running);
+    let known = counted.resource_request && response.status() != 404;
+    app.counters.answered(&counted, known, response.status().as_u16(), started.elapsed());
+    let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(&uuid::Uuid::new_v4().to_string()) {
+        headers.insert("Audit-Id", id);
+    }
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache, private"));
+    if head {
+        *response.body_mut() = respond::full("");
+    }
+    response
+}
+
+fn pretty(request: &Request<Incoming>, query: &Query) -> bool {
+    if query.has("pretty") {
+        return query.flag("pretty");
+    }
+    let agent = request.headers().get(header::USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or("");
+    ["curl", "Wget", "Mozilla/5.0"].iter().any(|p| agent.starts_with(p))
+}
+
+fn takes_gzip(request: &Request<Incoming>) -> bool {
+    let header = request.headers().get(header::ACCEPT_ENCODING).and_then(|v| v.to_str().ok()).unwrap_or("");
+    header.split(',').any(|e| e.split(';').next().unwrap_or("").trim() == "gzip")
+}
+
+/// A header as text.
+pub(super) fn header_text(parts: &Parts, name: header::HeaderName) -> Option<&str> {
+    parts.headers.get(name).and_then(|v| v.to_str().ok())
+}
+
+async fn answer(
+    app: &Arc<App>,
+    certificate: Option<&UserInfo>,
+    request: Request<Incoming>,
+    info: RequestInfo,
+    query: Query,
+    style: Style,
+) -> Result<Response<Body>, Status> {
+    let user = chain::authenticate(&*app.tokens, certificate, request.headers())?;
+    let user = impersonate(&*app.authorizer, user, request.headers())?;
+    let _place = match info.long_running() {
+        true => None,
+        false => app.in_flight.enter(&user, !matches!(&*info.verb, "get" | "list")).await?,
+    };
+    authorize(app, &info, &user)?;
+    let (parts, body) = request.into_parts();
+    let mut call = Call { parts, body: Some(body), info, query, user, style };
+    if let Ok(accepted) = negotiate(header_text(&call.parts, header::ACCEPT), false) {
+        // Errors are written in the negotiated encoding too, never transformed.
+        call.style.pretty |= accepted.pretty;
+    }
+    if call.info.resource_request {
+        return resources::answer(app, call).await;
+    }
+    plain(app, call).await
+}
+
+fn authorize(app: &App, info: &RequestInfo, user: &UserInfo) -> Result<(), Status> {
+    let attributes = Attributes {
+        user: user.clone(),
+        verb: info.verb.clone(),
+        resource_request: info.resource_request,
+        group: info.group.clone(),
+        version: info.version.clone(),
+        resource: info.resource.clone(),
+        subresource: info.subresource.clone(),
+        namespace: info.namespace.clone(),
+        name: info.name.clone(),
+        path: info.path.clone(),
+    };
+    match app.authorizer.authorize(&attributes) {
+        Decision::Allow(_) => Ok(()),
+        Decision::NoOpinion(reason) | Decision::Deny(reason) => Err(forbidden::status(&attributes, &reason)),
+    }
+}
+
+/// Requests that are about no resource.
+async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
+    let path = call.info.path.trim_matches('/').to_owned();
+    if let Some(response) = app.health.answer(&path, &call.query) {
+        return Ok(response);
+    }
+    let get = matches!(call.parts.method, Method::GET | Method::HEAD);
+    let accept = header_text(&call.parts, header::ACCEPT);
+    let request = DiscoveryRequest {
+        path: &path,
+        accept,
+        etag: header_text(&call.parts, header::IF_NONE_MATCH),
+        address: std::net::SocketAddr::new(app.config.advertise, app.config.bind.port()),
+    };
+    let response = match path.as_str() {
+        "" => Some(respond::value(call.style, 200, &discovery::paths())),
+        "version" => Some(respond::value(call.style, 200, &version())),
+        "metrics" => Some(respond::text(200, app.counters.text(&app.registry))),
+        ".well-known/openid-configuration" => {
+            Some(respond::value(call.style, 200, &serviceaccount::openid_configuration(&app.config)))
+        }
+        "openid/v1/jwks" => {
+            let keys = serde_json::to_vec(&serviceaccount::jwks(&app.config)).unwrap_or_default();
+            Some(respond::with_type(200, "application/jwk-set+json", keys))
+        }
+        "openapi/v2" => Some(respond::json(call.style, 200, openapi::v2())),
+        "openapi/v3" => {
+            let body = serde_json::to_vec(&openapi::v3_index()).unwrap_or_default();
+            Some(respond::text(200, body))
+        }
+        path if path.starts_with("openapi/v3/") => Some(match openapi::v3(&path["openapi/v3/".len()..]) {
+            Some(document) => respond::json(call.style, 200, document),
+            None => respond::with_type(404, "text/plain", ""),
+        }),
+        _ => discovery::answer(&request, call.style),
+    };
+    match response {
+        Some(_) if !get => Err(Status::method_not_allowed()),
+        Some(response) => Ok(response),
+        None => Ok(respond::page_not_found()),
+    }
+}
+
+fn version() -> serde_json::Value {
+    json!({
+        "major": "1",
+        "minor": "36",
+        "emulationMajor": "1",
+        "emulationMinor": "36",
+        "minCompatibilityMajor": "1",
+        "minCompatibilityMinor": "35",
+        "gitVersion": "v1.36.2+isopod",
+        "gitCommit": "",
+        "gitTreeState": "clean",
+        "buildDate": "2026-11-01T00:00:00Z",
+        "goVersion": "none",
+        "compiler": "rustc",
+        "platform": "linux/amd64",
+    })
+}

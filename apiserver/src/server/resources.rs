@@ -1,0 +1,301 @@
+//! Routing of resource requests: from verb and path to the registry or an endpoint.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{Method, Request, Response, header};
+use isopod_api::{
+    gvk::{Gvk, Gvr},
+    status::Status,
+};
+use serde_json::{Value, json};
+
+use super::{
+    App,
+    handle::{Call, header_text},
+    limits,
+    negotiate::negotiate,
+    respond::{self, Style},
+};
+use crate::{
+    endpoints::{Body, ConnectRequest, CreateRequest},
+    objects::Objects,
+    registry::{
+        Missing, PatchKind, PatchRequest, Resource, Rules, Selection, Target, WatchRequest, WriteOptions, Writer,
+        decode_object, delete_options, list, scale, watch,
+    },
+    render::{self, Rendering},
+};
+
+/// Answers a request about a resource.
+pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Body>, Status> {
+    let info = &call.info;
+    let gvr = Gvr::new(&info.group, &info.version, &info.resource);
+    let Some(resource) = app.registry.resource(&gvr).cloned() else {
+        return match app.registry.versions(&info.group) {
+            Some(_) => Err(Status::no_route()),
+            None => Ok(respond::page_not_found()),
+        };
+    };
+    if info.namespaced && !resource.info.namespaced {
+        return Err(Status::no_route());
+    }
+    let key = (gvr, info.subresource.clone());
+    if !info.subresource.is_empty() && !app.endpoints.connects.contains_key(&key) {
+        let known = resource.info.subresource(&info.subresource).is_some();
+        if !known || !info.rest.is_empty() {
+            return Err(Status::no_route());
+        }
+    }
+    let method = call.parts.method.clone();
+    check_method(&resource, &call, &method)?;
+    if let Some(connect) = app.endpoints.connects.get(&key) {
+        if info.subresource != "proxy" && !info.rest.is_empty() {
+            return Err(Status::no_route());
+        }
+        let body = call.body.take().ok_or_else(|| Status::internal("the body is gone"))?;
+        let request = ConnectRequest {
+            gvr: key.0,
+            subresource: key.1,
+            namespace: info.namespace.clone(),
+            name: info.name.clone(),
+            path: if info.rest.is_empty() { "/".into() } else { info.rest.clone() },
+            user: call.user,
+            request: Request::from_parts(call.parts, body),
+            objects: Arc::clone(&app.registry) as Arc<dyn Objects>,
+        };
+        return connect.connect(request).await;
+    }
+    let watchable = matches!(&*info.verb, "list" | "watch");
+    call.style.accepted = negotiate(header_text(&call.parts, header::ACCEPT), watchable)?;
+    call.style.pretty |= call.style.accepted.pretty;
+    match &*info.verb {
+        "get" => get(app, &resource, call).await,
+        "list" => list_objects(&resource, call).await,
+        "watch" => watch_objects(app, &resource, call).await,
+        "create" => create(app, &resource, call).await,
+        "update" => update(app, &resource, call).await,
+        "patch" => patch(app, &resource, call).await,
+        "delete" | "deletecollection" => delete(app, &resource, call).await,
+        _ => Err(Status::method_not_allowed()),
+    }
+}
+
+/// Refuses verbs a path does not have.
+fn check_method(resource: &Resource, call: &Call, method: &Method) -> Result<(), Status> {
+    let info = &call.info;
+    let refuse = || Err(Status::method_not_allowed());
+    if info.verb.is_empty() || *method == Method::HEAD {
+        return refuse();
+    }
+    if !info.subresource.is_empty() {
+        return if resource.offers(&info.subresource, &info.verb) { Ok(()) } else { refuse() };
+    }
+    let collection = info.is_collection();
+    let everywhere = collection && resource.info.namespaced && !info.namespaced;
+    let allowed = match &*info.verb {
+        "create" => collection && !everywhere,
+        "deletecollection" => !everywhere,
+        "update" | "patch" => !collection,
+        _ => true,
+    };
+    if allowed && resource.offers("", &info.verb) { Ok(()) } else { refuse() }
+}
+
+fn rendering(call: &Call) -> Result<Rendering, Status> {
+    Rendering::new(call.style.accepted.transform, &call.query)
+}
+
+async fn get(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
+    let rendering = rendering(&call)?;
+    let info = &call.info;
+    let object = app.registry.get_object(resource, &info.namespace, &info.name, &call.query).await?;
+    if info.subresource == "scale" {
+        return Ok(respond::value(call.style, 200, &scale::of(&object.value())));
+    }
+    Ok(respond::json(call.style, 200, render::one(resource, &object, rendering, true)))
+}
+
+async fn list_objects(resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
+    let rendering = rendering(&call)?;
+    if resource.store.is_none() {
+        let metadata = json!({"resourceVersion": ""});
+        return Ok(render::list(resource, Vec::new(), metadata, rendering, call.style));
+    }
+    let selection = Selection::parse(resource, &call.info.namespace, "", &call.query)?;
+    let listing = list(resource, &selection, &call.query).await?;
+    let metadata = render::list_metadata(listing.revision, listing.next.as_deref(), listing.remaining);
+    Ok(render::list(resource, listing.objects, metadata, rendering, call.style))
+}
+
+async fn watch_objects(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
+    let rendering = rendering(&call)?;
+    let info = &call.info;
+    let selection = Selection::parse(resource, &info.namespace, &info.name, &call.query)?;
+    let request = WatchRequest { selection, rendering, stop: app.stop.clone() };
+    let body = watch(resource, &call.query, request).await?;
+    let mut response = Response::new(body);
+    let json = header::HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    Ok(response)
+}
+
+/// What every write needs from its request.
+struct Input<'c> {
+    writer: Writer<'c>,
+    content_type: Option<String>,
+}
+
+fn input<'c>(call: &'c Call, kind: &str, apply: bool) -> Result<Input<'c>, Status> {
+    let agent = header_text(&call.parts, header::USER_AGENT).unwrap_or("");
+    let options = WriteOptions::read(&call.query, agent, kind, apply)?;
+    let content_type = header_text(&call.parts, header::CONTENT_TYPE).map(str::to_owned);
+    Ok(Input { writer: Writer { user: &call.user, options, admission: true, warnings: Vec::new() }, content_type })
+}
+
+fn finish(style: Style, code: u16, bytes: Bytes, warnings: &[String]) -> Response<Body> {
+    let mut response = respond::json(style, code, bytes);
+    respond::add_warnings(response.headers_mut(), warnings);
+    response
+}
+
+/// An error of a write still carries the warnings seen so far.
+fn failed(style: Style, status: &Status, warnings: &[String]) -> Response<Body> {
+    let mut response = respond::status(style, status);
+    respond::add_warnings(response.headers_mut(), warnings);
+    response
+}
+
+/// Reads the body.
+async fn take_body(call: &mut Call) -> Result<Bytes, Status> {
+    match call.body.take() {
+        Some(body) => limits::read_body(body).await,
+        None => Ok(Bytes::new()),
+    }
+}
+
+/// The kind a (sub)resource's bodies are of.
+fn body_kind(resource: &Resource, subresource: &str) -> Gvk {
+    match resource.info.subresource(subresource) {
+        None => resource.gvk.clone(),
+        Some(sub) => match &sub.kind_gv {
+            Some(version) => Gvk::from_api_version(version, &sub.kind),
+            None => Gvk::new(&resource.gvk.group, &resource.gvk.version, &sub.kind),
+        },
+    }
+}
+
+async fn create(app: &Arc<App>, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
+    let body = take_body(&mut call).await?;
+    let style = call.style;
+    let Input { mut writer, content_type } = input(&call, "CreateOptions", false)?;
+    let info = &call.info;
+    let gvk = body_kind(resource, &info.subresource);
+    let validation = writer.options.validation;
+    let object = decode_object(&gvk, &body, content_type.as_deref(), validation, &mut writer.warnings)?;
+    let endpoint = app.endpoints.creates.get(&(resource.gvr.clone(), info.subresource.clone()));
+    let result = match endpoint {
+        Some(endpoint) => {
+            let object = app.registry.admit_create(resource, info, &gvk, object, &mut writer).await?;
+            let request = CreateRequest {
+                gvr: &resource.gvr,
+                namespace: &info.namespace,
+                name: &info.name,
+                user: &call.user,
+                object,
+                dry_run: writer.options.dry_run,
+                objects: Arc::clone(&app.registry) as Arc<dyn Objects>,
+            };
+            endpoint.create(request).await.map(|v| serde_json::to_vec(&v).unwrap_or_default().into())
+        }
+        None if !info.subresource.is_empty() => Err(Status::method_not_allowed()),
+        None => {
+            let rendering = rendering(&call)?;
+            let created = app.registry.create_object(resource, &info.namespace, object, &mut writer).await;
+            created.map(|object| render::one(resource, &object, rendering, true))
+        }
+    };
+    Ok(match result {
+        Ok(bytes) => finish(style, 201, bytes, &writer.warnings),
+        Err(status) => failed(style, &status, &writer.warnings),
+    })
+}
+
+fn target<'c>(resource: &'c Arc<Resource>, call: &'c Call) -> Target<'c> {
+    let info = &call.info;
+    Target { resource, namespace: &info.namespace, name: &info.name, subresource: &info.subresource }
+}
+
+async fn update(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
+    let body = take_body(&mut call).await?;
+    let Input { mut writer, content_type } = input(&call, "UpdateOptions", false)?;
+    let rendering = rendering(&call)?;
+    let target = target(resource, &call);
+    let gvk = body_kind(resource, target.subresource);
+    let validation = writer.options.validation;
+    let object = decode_object(&gvk, &body, content_type.as_deref(), validation, &mut writer.warnings)?;
+    let creates = target.subresource.is_empty() && resource.strategy.allow_create_on_update();
+    let rules = Rules { missing: if creates { Missing::Create } else { Missing::Fail }, ..Rules::PUT };
+    let outcome = if target.subresource == "scale" {
+        let edit = |current: &Value, _: &mut Vec<String>| scale::put(current, &object, target.name);
+        app.registry.update_object(target, &edit, rules, &mut writer).await
+    } else {
+        let edit = |_: &Value, _: &mut Vec<String>| Ok(object.clone());
+        app.registry.update_object(target, &edit, rules, &mut writer).await
+    };
+    Ok(match outcome {
+        Ok(outcome) => {
+            let code = if outcome.created { 201 } else { 200 };
+            finish(call.style, code, answer_bytes(resource, &call, &outcome.object, rendering), &writer.warnings)
+        }
+        Err(status) => failed(call.style, &status, &writer.warnings),
+    })
+}
+
+fn answer_bytes(resource: &Resource, call: &Call, object: &crate::cache::Object, rendering: Rendering) -> Bytes {
+    match call.info.subresource.as_str() {
+        "scale" => serde_json::to_vec(&scale::of(&object.value())).unwrap_or_default().into(),
+        _ => render::one(resource, object, rendering, true),
+    }
+}
+
+async fn patch(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
+    let kind = PatchKind::parse(header_text(&call.parts, header::CONTENT_TYPE), false)?;
+    let body = take_body(&mut call).await?;
+    let Input { mut writer, .. } = input(&call, "PatchOptions", kind == PatchKind::Apply)?;
+    let rendering = rendering(&call)?;
+    let request = PatchRequest { target: target(resource, &call), kind, body: &body };
+    Ok(match app.registry.patch_object(request, &mut writer).await {
+        Ok(outcome) => {
+            let code = if outcome.created { 201 } else { 200 };
+            finish(call.style, code, answer_bytes(resource, &call, &outcome.object, rendering), &writer.warnings)
+        }
+        Err(status) => failed(call.style, &status, &writer.warnings),
+    })
+}
+
+async fn delete(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
+    let body = take_body(&mut call).await?;
+    let content_type = header_text(&call.parts, header::CONTENT_TYPE);
+    let options = delete_options(&body, content_type, &call.query)?;
+    let rendering = rendering(&call)?;
+    let mut writer = Writer { admission: true, ..Writer::internal(&call.user) };
+    let info = &call.info;
+    if info.verb == "deletecollection" {
+        let selection = Selection::parse(resource, &info.namespace, "", &call.query)?;
+        let deleted =
+            app.registry.delete_collection(resource, &info.namespace, &selection, &options, &mut writer).await?;
+        let metadata = render::list_metadata(app.registry.cache().revision(), None, None);
+        return Ok(render::list(resource, deleted, metadata, rendering, call.style));
+    }
+    let deleted = app.registry.delete_object(resource, &info.namespace, &info.name, &options, &mut writer).await?;
+    let mut response = match deleted.status(resource) {
+        Some(status) => respond::status(call.style, &status),
+        None => respond::json(call.style, 200, render::one(resource, &deleted.object, rendering, true)),
+    };
+    if !deleted.gone && options["orphanDependents"] == json!(false) {
+        *response.status_mut() = http::StatusCode::ACCEPTED;
+    }
+    respond::add_warnings(response.headers_mut(), &writer.warnings);
+    Ok(response)
+}
