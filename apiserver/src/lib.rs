@@ -12,12 +12,15 @@ pub mod authz;
 pub mod bootstrap;
 pub mod cache;
 pub mod config;
+mod discovery;
 pub mod endpoints;
 pub mod kinds;
 pub mod objects;
 pub mod registry;
 mod render;
 mod server;
+mod run;
 pub mod validation;
 
 pub use config::{Config, Error};
+pub use run::run;

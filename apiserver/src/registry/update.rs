@@ -150,14 +150,14 @@ impl Registry {
         decode::complete(resource, &mut new);
         check_preconditions(resource, name, &new, current, &old, rules)?;
         metadata::dedup_owners(&mut new, writer);
-        compose(resource, gvk: None, subresource, &mut new, &old);
+        compose(resource, subresource, &mut new, &old);
         metadata::for_update(&mut new, &old);
         if rules.tracking == Tracking::Update {
             managed::track(resource, Some(&old), &mut new, &writer.options.manager, subresource);
         }
         let admission = Admission { operation: Operation::Update, resource, gvk: None, subresource, namespace, name, old: &old };
         self.admit(Pass::Mutating, &admission, &mut new, writer).await?;
-        let cx = self.context(resource, gvk: None, subresource, namespace, name, writer);
+        let cx = self.context(resource, subresource, namespace, name, writer);
         resource.strategy.prepare_for_update(&cx, &mut new, &old);
         metadata::bump_generation(resource, &mut new, &old);
         let reservation = resource.strategy.reserve(&cx, &mut new, Some(&old))?;
