@@ -18,8 +18,8 @@ pub mod kinds;
 pub mod objects;
 pub mod registry;
 mod render;
-mod server;
 mod run;
+mod server;
 pub mod validation;
 
 pub use config::{Config, Error};

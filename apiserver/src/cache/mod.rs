@@ -19,7 +19,7 @@ use parking_lot::{Mutex, RwLock};
 
 pub use object::Object;
 pub(crate) use object::{Draft, key};
-pub(crate) use resource::{Cursor, Event, ResourceCache, Seen, Snapshot, TooOld};
+pub(crate) use resource::{Cursor, Event, ResourceCache, Seen, Snapshot};
 
 use crate::registry::strategy::Strategy;
 

@@ -57,7 +57,8 @@ pub(crate) fn answer(request: &DiscoveryRequest<'_>, style: Style) -> Option<Res
         Ok(accepted) => accepted,
         Err(status) => return Some(respond::status(style, &status)),
     };
-    let style = Style { accepted: Accepted { discovery: None, ..accepted }, pretty: style.pretty || accepted.pretty, ..style };
+    let style =
+        Style { accepted: Accepted { discovery: None, ..accepted }, pretty: style.pretty || accepted.pretty, ..style };
     if accepted.discovery.is_none() {
         return Some(respond::value(style, 200, &document));
     }
@@ -194,15 +195,38 @@ fn aggregated_resource(resource: &Resource) -> Value {
 
 /// The paths listed at `/`.
 pub(crate) fn paths() -> Value {
-    let mut paths = vec!["/.well-known/openid-configuration".to_owned(), "/api".into(), "/api/v1".into(), "/apis".into(), "/apis/".into()];
+    let mut paths = vec![
+        "/.well-known/openid-configuration".to_owned(),
+        "/api".into(),
+        "/api/v1".into(),
+        "/apis".into(),
+        "/apis/".into(),
+    ];
     for group in resources::groups() {
         paths.push(format!("/apis/{}", group.name));
         paths.extend(group.versions.iter().map(|v| format!("/apis/{}/{v}", group.name)));
     }
-    for path in ["/healthz", "/healthz/etcd", "/healthz/log", "/healthz/ping", "/livez", "/livez/etcd", "/livez/log", "/livez/ping",
-        "/metrics", "/openapi/v2", "/openapi/v3", "/openapi/v3/", "/openid/v1/jwks", "/readyz", "/readyz/etcd", "/readyz/log",
-        "/readyz/ping", "/readyz/shutdown", "/version"]
-    {
+    for path in [
+        "/healthz",
+        "/healthz/etcd",
+        "/healthz/log",
+        "/healthz/ping",
+        "/livez",
+        "/livez/etcd",
+        "/livez/log",
+        "/livez/ping",
+        "/metrics",
+        "/openapi/v2",
+        "/openapi/v3",
+        "/openapi/v3/",
+        "/openid/v1/jwks",
+        "/readyz",
+        "/readyz/etcd",
+        "/readyz/log",
+        "/readyz/ping",
+        "/readyz/shutdown",
+        "/version",
+    ] {
         paths.push(path.into());
     }
     paths.sort();

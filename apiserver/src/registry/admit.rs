@@ -3,8 +3,8 @@
 use isopod_api::{gvk::Gvk, meta, schema, status::Status};
 use serde_json::Value;
 
-use super::{Registry, Resource, Writer};
 use super::metadata;
+use super::{Registry, Resource, Writer};
 use crate::{
     admission::{Operation, Request},
     server::request::RequestInfo,

@@ -84,12 +84,15 @@ fn hpa_to_v1(obj: &mut Value) {
         }
     }
     if let Some(status) = obj.get_mut("status").and_then(Value::as_object_mut) {
-        if let Some(conditions) = status.shift_remove("conditions").filter(|c| c.as_array().is_some_and(|a| !a.is_empty())) {
+        if let Some(conditions) =
+            status.shift_remove("conditions").filter(|c| c.as_array().is_some_and(|a| !a.is_empty()))
+        {
             notes.push((CONDITIONS, conditions));
         }
         if let Some(Value::Array(current)) = status.shift_remove("currentMetrics") {
             let cpu = current.iter().find(|m| m["resource"]["name"] == "cpu");
-            if let Some(value) = cpu.map(|m| &m["resource"]["current"]["averageUtilization"]).filter(|v| v.is_number()) {
+            if let Some(value) = cpu.map(|m| &m["resource"]["current"]["averageUtilization"]).filter(|v| v.is_number())
+            {
                 status.insert("currentCPUUtilizationPercentage".into(), value.clone());
             }
             if !current.is_empty() {

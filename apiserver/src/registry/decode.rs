@@ -1,12 +1,6 @@
 //! From request bodies to objects: media types, syntax, kind and version, unknown fields, types, defaults.
 
-use isopod_api::{
-    gvk::Gvk,
-    meta, schema,
-    schema::json::Parsed,
-    status::Status,
-    yaml,
-};
+use isopod_api::{gvk::Gvk, meta, schema, schema::json::Parsed, status::Status, yaml};
 use serde_json::Value;
 
 use super::{Resource, convert::convert, options::FieldValidation};
@@ -19,13 +13,21 @@ fn media(content_type: Option<&str>) -> &str {
 
 fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Result<Parsed, String>, Status> {
     match media(content_type) {
-        "application/json" => Ok(schema::json::parse(bytes)
-            .map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))),
-        "application/yaml" => Ok(yaml::parse(bytes).map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))),
+        "application/json" => {
+            Ok(schema::json::parse(bytes).map_err(|e| format!("couldn't get version/kind; json parse error: {e}")))
+        }
+        "application/yaml" => Ok(parse_yaml(bytes)),
         _ => Err(Status::unsupported_media_type(
             "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml, application/vnd.kubernetes.protobuf",
         )),
     }
+}
+
+/// Duplicate keys are reported like unknown fields, not refused: the last one counts.
+fn parse_yaml(bytes: &[u8]) -> Result<Parsed, String> {
+    let text = std::str::from_utf8(bytes).map_err(|e| e.to_string())?;
+    let value = yaml::parse(text).map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))?;
+    Ok(Parsed { value, duplicates: Vec::new() })
 }
 
 /// A body as a bare value (DeleteOptions).
@@ -58,7 +60,10 @@ fn unrecognized(gvk: &Gvk, error: &str, body: &[u8]) -> Status {
             if body.len() > 30 { format!("{text} ...") } else { text }
         }
     };
-    Status::bad_request(format!("the object provided is unrecognized (must be of type {}): {error} ({summary})", gvk.kind))
+    Status::bad_request(format!(
+        "the object provided is unrecognized (must be of type {}): {error} ({summary})",
+        gvk.kind
+    ))
 }
 
 /// Checks kind, version, fields and types of a parsed object.
@@ -105,7 +110,13 @@ fn identify(gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
     }
     let reason = match schema::lookup(&found) {
         Some(_) if found.group == gvk.group || found.kind != gvk.kind => {
-            format!("converting ({}.{}) to ({}.{}): unknown conversion", found.version, found.kind, go_package(&gvk.group), gvk.kind)
+            format!(
+                "converting ({}.{}) to ({}.{}): unknown conversion",
+                found.version,
+                found.kind,
+                go_package(&gvk.group),
+                gvk.kind
+            )
         }
         _ => format!(
             "no kind \"{}\" is registered for version \"{api_version}\" in scheme \"k8s.io/kubernetes/pkg/api/legacyscheme/scheme.go:30\"",

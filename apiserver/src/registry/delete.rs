@@ -105,11 +105,18 @@ impl Registry {
         writer.options.object = options.clone();
         let dry_run = writer.options.dry_run;
         loop {
-            let current =
-                store.get(&key).ok_or_else(|| Status::not_found(&resource.group_resource(), name))?;
+            let current = store.get(&key).ok_or_else(|| Status::not_found(&resource.group_resource(), name))?;
             let old = current.value();
             check_preconditions(resource, name, options, &old)?;
-            let admission = Admission { operation: Operation::Delete, resource, gvk: None, subresource: "", namespace, name, old: &old };
+            let admission = Admission {
+                operation: Operation::Delete,
+                resource,
+                gvk: None,
+                subresource: "",
+                namespace,
+                name,
+                old: &old,
+            };
             let mut none = Value::Null;
             self.admit(Pass::Mutating, &admission, &mut none, writer).await?;
             self.admit(Pass::Validating, &admission, &mut none, writer).await?;
@@ -174,11 +181,23 @@ fn check_preconditions(resource: &Resource, name: &str, options: &Value, old: &V
     let wanted = |key: &str| options["preconditions"].get(key).and_then(Value::as_str);
     if let Some(uid) = wanted("uid").filter(|uid| *uid != meta::uid(old)) {
         let found = meta::uid(old);
-        return Err(Status::conflict(&kind, name, format!("the UID in the precondition ({uid}) does not match the UID in record ({found}). The object might have been deleted and then recreated")));
+        return Err(Status::conflict(
+            &kind,
+            name,
+            format!(
+                "the UID in the precondition ({uid}) does not match the UID in record ({found}). The object might have been deleted and then recreated"
+            ),
+        ));
     }
     if let Some(revision) = wanted("resourceVersion").filter(|r| *r != meta::resource_version(old)) {
         let found = meta::resource_version(old);
-        return Err(Status::conflict(&kind, name, format!("the ResourceVersion in the precondition ({revision}) does not match the ResourceVersion in record ({found}). The object might have been modified")));
+        return Err(Status::conflict(
+            &kind,
+            name,
+            format!(
+                "the ResourceVersion in the precondition ({revision}) does not match the ResourceVersion in record ({found}). The object might have been modified"
+            ),
+        ));
     }
     Ok(())
 }
@@ -253,10 +272,8 @@ fn set_finalizers(resource: &Resource, new: &mut Value, old: &Value, options: &V
     let existing = meta::finalizers(old);
     let policy = options.get("propagationPolicy").and_then(Value::as_str);
     let orphan_dependents = options.get("orphanDependents").and_then(Value::as_bool);
-    let orphans_by_default = matches!(
-        (&*resource.gvr.group, &*resource.gvr.resource),
-        ("", "replicationcontrollers") | ("batch", "jobs")
-    );
+    let orphans_by_default =
+        matches!((&*resource.gvr.group, &*resource.gvr.resource), ("", "replicationcontrollers") | ("batch", "jobs"));
     let (orphan, foreground) = match (orphan_dependents, policy) {
         (Some(orphan), _) => (orphan, false),
         (None, Some(policy)) => (policy == "Orphan", policy == "Foreground"),

@@ -63,7 +63,9 @@ impl Token {
             return Err("continue key is not valid: encoded start key empty (version meta.k8s.io/v1)".into());
         }
         if revision == 0 {
-            return Err("continue key is not valid: incorrect encoded start resourceVersion (version meta.k8s.io/v1)".into());
+            return Err(
+                "continue key is not valid: incorrect encoded start resourceVersion (version meta.k8s.io/v1)".into()
+            );
         }
         Ok(Self { revision, start })
     }
@@ -74,7 +76,13 @@ pub(super) fn revision(query: &Query) -> Result<Option<u64>, Status> {
     match query.text("resourceVersion") {
         "" => Ok(None),
         text => text.parse().map(Some).map_err(|_| {
-            Status::generic(400, "BadRequest", format!("resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"))
+            Status::generic(
+                400,
+                "BadRequest",
+                format!(
+                    "resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
+                ),
+            )
         }),
     }
 }
@@ -221,7 +229,10 @@ fn page(objects: Vec<Arc<Object>>, revision: u64, selection: &Selection, limit: 
     let mut seen = 0;
     for object in objects {
         if taken.len() == limit {
-            let start = format!("{}\0", &taken.last().map_or_else(Box::default, |o: &Arc<Object>| o.key())[selection.prefix.len()..]);
+            let start = format!(
+                "{}\0",
+                &taken.last().map_or_else(Box::default, |o: &Arc<Object>| o.key())[selection.prefix.len()..]
+            );
             // With a selector there may be nothing left: only another match behind makes a next page.
             if filters && !selection.matches(&object) {
                 continue;
@@ -246,7 +257,10 @@ mod tests {
     fn tokens() {
         let token = Token { revision: 7, start: "a/b\0".into() };
         assert_eq!(Token::decode(&token.encode()).unwrap(), token);
-        assert_eq!(Token::decode("bogus").unwrap_err(), "continue key is not valid: illegal base64 data at input byte 4");
+        assert_eq!(
+            Token::decode("bogus").unwrap_err(),
+            "continue key is not valid: illegal base64 data at input byte 4"
+        );
         let other = URL_SAFE_NO_PAD.encode("{\"v\":\"x\"}");
         assert!(Token::decode(&other).unwrap_err().contains("does not recognize"));
     }

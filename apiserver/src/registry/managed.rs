@@ -1,19 +1,12 @@
 //! managedFields of every write: who owns which fields.
 
-use isopod_api::{gvk::Gvk, meta};
+use isopod_api::meta;
 use serde_json::Value;
 
 use super::Resource;
 
 /// Records an update by a manager. `old` is the stored object.
-pub(super) fn track(
-    _resource: &Resource,
-    _gvk: &Gvk,
-    old: Option<&Value>,
-    new: &mut Value,
-    _manager: &str,
-    _subresource: &str,
-) {
+pub(super) fn track(_resource: &Resource, old: Option<&Value>, new: &mut Value, _manager: &str, _subresource: &str) {
     let managed = old.map(|o| meta::managed_fields(o).to_vec()).unwrap_or_default();
     meta::set(new, "managedFields", managed);
 }

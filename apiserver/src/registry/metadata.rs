@@ -1,10 +1,6 @@
 //! Metadata rules of writes: what the system fills in, what clients may not change, when the generation goes up.
 
-use isopod_api::{
-    gvk::GroupResource,
-    meta,
-    status::Status,
-};
+use isopod_api::{gvk::GroupResource, meta, status::Status};
 use serde_json::Value;
 
 use super::{Resource, Writer};

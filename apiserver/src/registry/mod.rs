@@ -5,6 +5,7 @@ mod convert;
 mod create;
 mod decode;
 mod delete;
+mod interim;
 mod list;
 mod managed;
 mod metadata;
@@ -33,10 +34,10 @@ use isopod_api::{
 use isopod_store::Engine;
 use serde_json::Value;
 
-pub(crate) use options::{WriteOptions, delete_options};
-pub(crate) use patch::{PatchKind, PatchRequest};
 pub(crate) use decode::object as decode_object;
 pub(crate) use list::list;
+pub(crate) use options::{WriteOptions, delete_options};
+pub(crate) use patch::{PatchKind, PatchRequest};
 pub(crate) use reads::{object_bytes, object_value};
 pub(crate) use resource::Resource;
 pub(crate) use selection::Selection;
@@ -146,9 +147,9 @@ impl Registry {
 
 fn build(cache: &Cache, info: &resources::Resource) -> Resource {
     let (gvr, gvk) = (info.gvr(), info.gvk());
-    let elsewhere = STORED_ELSEWHERE
-        .iter()
-        .find(|(group, version, plural, ..)| (*group, *version, *plural) == (&*info.group, &*info.version, &*info.plural));
+    let elsewhere = STORED_ELSEWHERE.iter().find(|(group, version, plural, ..)| {
+        (*group, *version, *plural) == (&*info.group, &*info.version, &*info.plural)
+    });
     let storage = match elsewhere {
         Some((.., group, version)) => Gvk::new(group, version, &info.kind),
         None => gvk.clone(),

@@ -66,7 +66,8 @@ impl WriteOptions {
             errors.push(Error::too_long(&Path::new("fieldManager"), 128));
         }
         for (at, c) in given.char_indices().filter(|(_, c)| c.is_control()) {
-            let detail = format!("should not contain unprintable characters (found U+{:04X} at position {at})", c as u32);
+            let detail =
+                format!("should not contain unprintable characters (found U+{:04X} at position {at})", c as u32);
             errors.push(Error::invalid(&Path::new("fieldManager"), given, detail));
         }
         let dry_run = dry_run(&query.all("dryRun"), &mut errors);

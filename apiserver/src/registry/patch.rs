@@ -5,14 +5,15 @@ use std::sync::Arc;
 use isopod_api::{
     field::{Error, Path},
     gvk::{GroupKind, Gvk},
-    patch, schema,
+    schema,
     status::Status,
 };
 use serde_json::Value;
 
 use super::{
-    Registry, Resource, Writer, decode, managed, scale,
+    Registry, Resource, Writer, interim as patch, managed,
     options::FieldValidation,
+    scale,
     update::{Missing, Outcome, Rules, Target, Tracking},
 };
 
@@ -62,9 +63,10 @@ struct Patch {
 impl Patch {
     fn parse(kind: PatchKind, body: &[u8]) -> Result<Self, Status> {
         if kind == PatchKind::Apply {
-            let parsed = isopod_api::yaml::parse(body)
-                .map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
-            return Ok(Self { kind, value: parsed.value, duplicates: parsed.duplicates });
+            let failed = |e: String| Status::bad_request(format!("error decoding YAML: {e}"));
+            let text = std::str::from_utf8(body).map_err(|e| failed(e.to_string()))?;
+            let value = isopod_api::yaml::parse(text).map_err(|e| failed(e.to_string()))?;
+            return Ok(Self { kind, value, duplicates: Vec::new() });
         }
         let failed = |e: String| Status::bad_request(format!("error decoding patch: {e}"));
         let parsed = schema::json::parse(body).map_err(|e| failed(e.to_string()))?;
@@ -202,17 +204,11 @@ impl Registry {
             };
             return self.update_object(target, &edit, Rules::PATCH, writer).await;
         }
-        let edit =
-            |current: &Value, warnings: &mut Vec<String>| patch.apply(gvk, current, validation, warnings);
+        let edit = |current: &Value, warnings: &mut Vec<String>| patch.apply(gvk, current, validation, warnings);
         self.update_object(target, &edit, Rules::PATCH, writer).await
     }
 
-    async fn apply_patch(
-        &self,
-        target: Target<'_>,
-        patch: Patch,
-        writer: &mut Writer<'_>,
-    ) -> Result<Outcome, Status> {
+    async fn apply_patch(&self, target: Target<'_>, patch: Patch, writer: &mut Writer<'_>) -> Result<Outcome, Status> {
         let resource: &Arc<Resource> = target.resource;
         let (manager, force) = (writer.options.manager.clone(), writer.options.force);
         let applied = check_applied(resource, target, patch.value)?;

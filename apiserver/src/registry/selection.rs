@@ -92,8 +92,14 @@ fn check(resource: &Resource, field: &str) -> Result<(), Status> {
         }
         (
             "" | "certificates.k8s.io" | "events.k8s.io",
-            "certificatesigningrequests" | "events" | "namespaces" | "nodes" | "pods" | "replicationcontrollers"
-            | "secrets" | "services",
+            "certificatesigningrequests"
+            | "events"
+            | "namespaces"
+            | "nodes"
+            | "pods"
+            | "replicationcontrollers"
+            | "secrets"
+            | "services",
         ) => format!("field label not supported: {field}"),
         _ => format!("\"{field}\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\""),
     }))

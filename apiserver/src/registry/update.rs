@@ -155,7 +155,8 @@ impl Registry {
         if rules.tracking == Tracking::Update {
             managed::track(resource, Some(&old), &mut new, &writer.options.manager, subresource);
         }
-        let admission = Admission { operation: Operation::Update, resource, gvk: None, subresource, namespace, name, old: &old };
+        let admission =
+            Admission { operation: Operation::Update, resource, gvk: None, subresource, namespace, name, old: &old };
         self.admit(Pass::Mutating, &admission, &mut new, writer).await?;
         let cx = self.context(resource, subresource, namespace, name, writer);
         resource.strategy.prepare_for_update(&cx, &mut new, &old);

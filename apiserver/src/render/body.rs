@@ -14,11 +14,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use serde_json::Value;
 
-use crate::{
-    cache::Object,
-    endpoints::Body,
-    server::respond::with_type,
-};
+use crate::{cache::Object, endpoints::Body, server::respond::with_type};
 
 /// Bytes gathered per frame.
 const CHUNK: usize = 64 * 1024;
@@ -38,7 +34,11 @@ pub(super) fn list(head: &Value, objects: Vec<Arc<Object>>, gzip: bool) -> Respo
         while list.fill(&mut out) {}
         return with_type(200, "application/json", out.freeze());
     }
-    let body = if gzip { Zipped { list, encoder: Some(GzEncoder::new(Vec::new(), Compression::new(1))) }.boxed() } else { list.boxed() };
+    let body = if gzip {
+        Zipped { list, encoder: Some(GzEncoder::new(Vec::new(), Compression::new(1))) }.boxed()
+    } else {
+        list.boxed()
+    };
     let mut response = with_type(200, "application/json", Bytes::new());
     if gzip {
         response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));

@@ -4,10 +4,7 @@ use isopod_api::{field, gvk::GroupKind, status::Status};
 use serde_json::{Value, json};
 
 use super::{meta_version, partial};
-use crate::registry::{
-    Resource,
-    table::{self, Columns},
-};
+use crate::registry::{Resource, strategy::Column, table};
 
 /// What rows carry besides their cells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +64,7 @@ pub(super) fn table(
         "columnDefinitions": columns, "rows": rows})
 }
 
-fn definitions(columns: &Columns) -> Value {
+fn definitions(columns: &[Column]) -> Value {
     columns
         .iter()
         .map(|c| {

@@ -5,7 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
 use futures::FutureExt;
 use http::{HeaderValue, Method, Request, Response, header, request::Parts};
 use hyper::body::Incoming;
-use isopod_api::{openapi, status::Status};
+use isopod_api::status::Status;
 use serde_json::json;
 
 use super::{
@@ -40,15 +40,15 @@ pub(super) struct Call {
 }
 
 /// Answers a request, whatever happens.
-pub(super) async fn handle(app: Arc<App>, certificate: Arc<Option<UserInfo>>, request: Request<Incoming>) -> Response<Body> {
+pub(super) async fn handle(
+    app: Arc<App>,
+    certificate: Arc<Option<UserInfo>>,
+    request: Request<Incoming>,
+) -> Response<Body> {
     let started = Instant::now();
     let query = Query::parse(request.uri().query().unwrap_or(""));
     let info = RequestInfo::new(request.method().as_str(), request.uri().path(), &query);
-    let style = Style {
-        accepted: Accepted::JSON,
-        pretty: pretty(&request, &query),
-        gzip: takes_gzip(&request),
-    };
+    let style = Style { accepted: Accepted::JSON, pretty: pretty(&request, &query), gzip: takes_gzip(&request) };
     let head = request.method() == Method::HEAD;
     let running = app.counters.start(&info);
     let long = info.long_running();
@@ -174,15 +174,6 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
             let keys = serde_json::to_vec(&serviceaccount::jwks(&app.config)).unwrap_or_default();
             Some(respond::with_type(200, "application/jwk-set+json", keys))
         }
-        "openapi/v2" => Some(respond::json(call.style, 200, openapi::v2())),
-        "openapi/v3" => {
-            let body = serde_json::to_vec(&openapi::v3_index()).unwrap_or_default();
-            Some(respond::text(200, body))
-        }
-        path if path.starts_with("openapi/v3/") => Some(match openapi::v3(&path["openapi/v3/".len()..]) {
-            Some(document) => respond::json(call.style, 200, document),
-            None => respond::with_type(404, "text/plain", ""),
-        }),
         _ => discovery::answer(&request, call.style),
     };
     match response {

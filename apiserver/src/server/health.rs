@@ -9,8 +9,14 @@ use super::{query::Query, respond};
 use crate::endpoints::Body;
 
 /// Checks of every endpoint, in upstream's order as far as they exist here.
-const CHECKS: [&str; 6] =
-    ["ping", "log", "etcd", "poststarthook/start-apiextensions-informers", "poststarthook/rbac/bootstrap-roles", "autoregister-completion"];
+const CHECKS: [&str; 6] = [
+    "ping",
+    "log",
+    "etcd",
+    "poststarthook/start-apiextensions-informers",
+    "poststarthook/rbac/bootstrap-roles",
+    "autoregister-completion",
+];
 
 /// What the server knows about its own state.
 #[derive(Default)]

@@ -57,8 +57,9 @@ impl Default for Counters {
     fn default() -> Self {
         let mut registry = Metrics::default();
         let requests = Family::default();
-        let durations =
-            Family::new_with_constructor((|| Histogram::new([0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0])) as fn() -> Histogram);
+        let durations = Family::new_with_constructor(
+            (|| Histogram::new([0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0])) as fn() -> Histogram,
+        );
         let inflight = Family::default();
         let long_running = Family::default();
         let objects = Family::default();
@@ -114,7 +115,13 @@ impl Counters {
     pub(crate) fn answered(&self, info: &RequestInfo, known: bool, code: u16, took: Duration) {
         let mut labels = timed(info);
         if !known {
-            labels = Timed { group: String::new(), version: String::new(), resource: String::new(), subresource: String::new(), ..labels };
+            labels = Timed {
+                group: String::new(),
+                version: String::new(),
+                resource: String::new(),
+                subresource: String::new(),
+                ..labels
+            };
         }
         if !info.long_running() {
             self.durations.get_or_create(&labels).observe(took.as_secs_f64());

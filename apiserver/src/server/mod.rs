@@ -7,7 +7,7 @@ mod limits;
 mod metrics;
 pub(crate) mod negotiate;
 pub(crate) mod query;
-mod request;
+pub(crate) mod request;
 mod resources;
 pub(crate) mod respond;
 mod tls;

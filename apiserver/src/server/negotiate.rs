@@ -133,7 +133,10 @@ mod tests {
         let ok = |h| negotiate(Some(h), false).unwrap();
         assert_eq!(ok("application/json;q=0.5,application/yaml;q=0.9").media, Media::Yaml);
         assert_eq!(ok("application/vnd.kubernetes.protobuf,application/json").media, Media::Json);
-        assert_eq!(ok("application/json;as=Table;g=meta.k8s.io;v=v1,application/json").transform, Transform::Table(false));
+        assert_eq!(
+            ok("application/json;as=Table;g=meta.k8s.io;v=v1,application/json").transform,
+            Transform::Table(false)
+        );
         assert_eq!(ok("application/json;as=Table;g=other;v=v1,application/json").transform, Transform::None);
         assert!(ok("application/json;pretty=1").pretty);
         let message = |h| negotiate(Some(h), false).unwrap_err().message;

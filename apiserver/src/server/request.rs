@@ -145,7 +145,11 @@ mod tests {
             ("GET", "/api/v1/watch/namespaces/a/pods", "watch /v1 pods ns=a name= sub="),
             ("GET", "/api/v1/namespaces/a", "get /v1 namespaces ns=a name=a sub="),
             ("PUT", "/api/v1/namespaces/a/finalize", "update /v1 namespaces ns=a name=a sub=finalize"),
-            ("PATCH", "/apis/apps/v1/namespaces/a/deployments/d/scale", "patch apps/v1 deployments ns=a name=d sub=scale"),
+            (
+                "PATCH",
+                "/apis/apps/v1/namespaces/a/deployments/d/scale",
+                "patch apps/v1 deployments ns=a name=d sub=scale",
+            ),
             ("DELETE", "/api/v1/namespaces/a/pods", "deletecollection /v1 pods ns=a name= sub="),
             ("GET", "/api/v1/pods?fieldSelector=metadata.name=x", "list /v1 pods ns= name=x sub="),
             ("GET", "/api/v1/namespaces/a/configmaps/%63/", "get /v1 configmaps ns=a name=c sub="),

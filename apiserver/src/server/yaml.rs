@@ -80,7 +80,10 @@ fn inline(out: &mut String, value: &Value, indent: usize) {
 }
 
 fn string(out: &mut String, text: &str, indent: usize) {
-    if text.contains('\n') && text.chars().all(|c| c == '\n' || c == '\t' || !c.is_control()) && !text.starts_with([' ', '\n']) {
+    if text.contains('\n')
+        && text.chars().all(|c| c == '\n' || c == '\t' || !c.is_control())
+        && !text.starts_with([' ', '\n'])
+    {
         literal(out, text, indent);
     } else if looks_typed(text) || text.chars().any(|c| c.is_control()) {
         double(out, text);
@@ -128,7 +131,9 @@ fn looks_typed(text: &str) -> bool {
     const WORDS: [&str; 11] = ["", "~", "null", "true", "false", "yes", "no", "on", "off", "y", "n"];
     let lower = text.to_ascii_lowercase();
     let digits = |t: &str| !t.is_empty() && t.bytes().all(|b| b.is_ascii_digit() || b == b'_');
-    let radix = ["0x", "0o", "0b"].iter().any(|p| lower.strip_prefix(p).is_some_and(|r| r.bytes().all(|b| b.is_ascii_hexdigit())));
+    let radix = ["0x", "0o", "0b"]
+        .iter()
+        .any(|p| lower.strip_prefix(p).is_some_and(|r| r.bytes().all(|b| b.is_ascii_hexdigit())));
     let number = lower.trim_start_matches(['-', '+']);
     let date = text.len() >= 10 && text.as_bytes()[4] == b'-' && text.as_bytes()[7] == b'-' && digits(&text[..4]);
     let sexagesimal = number.contains(':') && number.split(':').all(digits);
@@ -172,7 +177,24 @@ mod tests {
 
     #[test]
     fn reads_back() {
-        for text in ["", "a", "0x1f", "1e3", "12:30:45", "null", "#x", "a #b", "x:", "'q'", "tab\there", "é", "-", "?", "a\n\n", " lead"] {
+        for text in [
+            "",
+            "a",
+            "0x1f",
+            "1e3",
+            "12:30:45",
+            "null",
+            "#x",
+            "a #b",
+            "x:",
+            "'q'",
+            "tab\there",
+            "é",
+            "-",
+            "?",
+            "a\n\n",
+            " lead",
+        ] {
             let value = json!({"k": text});
             let back: Value = serde_yaml_ng::from_str(&encode(&value)).unwrap();
             assert_eq!(back, value, "{text:?}");
