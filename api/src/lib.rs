@@ -6,12 +6,16 @@
 //! - [`status`], [`field`]: errors with upstream's exact texts.
 //! - [`meta`]: object metadata of a `Value`.
 //! - [`schema`], [`yaml`]: decoding, pruning, defaulting.
+//! - [`patch`]: JSON, merge and strategic merge patches.
+//! - [`apply`]: server-side apply and managedFields.
 //! - [`names`], [`selector`], [`quantity`], [`text`]: the small grammars.
 
+pub mod apply;
 pub mod field;
 pub mod gvk;
 pub mod meta;
 pub mod names;
+pub mod patch;
 pub mod quantity;
 pub mod resources;
 pub mod schema;

@@ -1,0 +1,164 @@
+//! The three kinds of patch documents, applied to an object in the form clients see.
+//!
+//! - [`json_patch`]: RFC 6902.
+//! - [`merge_patch`]: RFC 7396; read the body with [`parse_object`].
+//! - [`strategic_merge`]: Kubernetes' own, driven by the kind's [`Definition`](crate::schema::Definition).
+//!
+//! All answer the [`Status`] upstream would; on error the object may be half changed and must be thrown away.
+
+mod strategic;
+
+use serde_json::Value;
+pub use strategic::strategic_merge;
+
+use crate::{
+    schema::json::{self, Parsed},
+    status::{Details, Status, reason},
+};
+
+/// Most operations in one JSON patch.
+const MAX_OPERATIONS: usize = 10_000;
+
+fn undecodable(error: impl std::fmt::Display) -> Status {
+    Status::bad_request(format!("error decoding patch: {error}"))
+}
+
+fn go_kind(v: &Value) -> &'static str {
+    match v {
+        Value::Null => "null",
+        Value::Bool(_) => "bool",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+/// Reads the body of a merge or strategic merge patch: an object. The duplicates go into strict field validation.
+pub fn parse_object(body: &[u8]) -> Result<Parsed, Status> {
+    let parsed = json::parse(body).map_err(undecodable)?;
+    match &parsed.value {
+        Value::Object(_) => Ok(parsed),
+        other => Err(undecodable(format!(
+            "json: cannot unmarshal {} into Go value of type map[string]interface {{}}",
+            go_kind(other)
+        ))),
+    }
+}
+
+/// A patch that is well-formed but does not fit the object.
+fn rejected() -> Status {
+    Status::generic(422, reason::INVALID, "the server rejected our request due to an error in our request")
+        .with_details(Details::default())
+}
+
+/// Applies an RFC 6902 document.
+pub fn json_patch(doc: &mut Value, body: &[u8]) -> Result<(), Status> {
+    let parsed = json::parse(body).map_err(undecodable)?;
+    let operations = match parsed.value {
+        Value::Array(operations) => operations,
+        Value::Null => Vec::new(),
+        other => {
+            let kind = go_kind(&other);
+            return Err(undecodable(format!(
+                "json: cannot unmarshal {kind} into Go value of type []handlers.jsonPatchOp"
+            )));
+        }
+    };
+    if operations.len() > MAX_OPERATIONS {
+        return Err(Status::too_large(format!(
+            "The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {}",
+            operations.len()
+        )));
+    }
+    let mut patch = Vec::with_capacity(operations.len());
+    for operation in operations {
+        if !operation.is_object() {
+            let kind = go_kind(&operation);
+            return Err(undecodable(format!(
+                "json: cannot unmarshal {kind} into Go value of type handlers.jsonPatchOp"
+            )));
+        }
+        patch.push(serde_json::from_value(operation).map_err(|_| rejected())?);
+    }
+    json_patch::patch(doc, &patch).map_err(|_| rejected())
+}
+
+/// Applies an RFC 7396 document.
+pub fn merge_patch(doc: &mut Value, patch: &Value) {
+    json_patch::merge(doc, patch);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    #[test]
+    fn json_patch_errors() {
+        let doc = json!({"data": {"z": "yes"}});
+        for (body, code, message) in [
+            (r#"[{"op":"test","path":"/data/z","value":"no"}]"#, 422, rejected().message),
+            (r#"[{"op":"remove","path":"/data/none"}]"#, 422, rejected().message),
+            (r#"[{"op":"bogus","path":"/data"}]"#, 422, rejected().message),
+            (
+                r#"{"op":"add"}"#,
+                400,
+                "error decoding patch: json: cannot unmarshal object into Go value of type []handlers.jsonPatchOp"
+                    .into(),
+            ),
+            ("not", 400, "error decoding patch: invalid character 'o' in literal null (expecting 'u')".into()),
+        ] {
+            let error = json_patch(&mut doc.clone(), body.as_bytes()).unwrap_err();
+            assert_eq!((error.code, error.message), (code, message), "{body}");
+        }
+    }
+
+    #[test]
+    fn parse_object_refuses_lists() {
+        assert_eq!(
+            parse_object(b"[]").unwrap_err().message,
+            "error decoding patch: json: cannot unmarshal array into Go value of type map[string]interface {}"
+        );
+    }
+
+    fn tree() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![any::<bool>().prop_map(Value::from), (0..5_i64).prop_map(Value::from)];
+        leaf.prop_recursive(3, 12, 3, |inner| {
+            prop::collection::btree_map("[a-c]", inner, 0..3).prop_map(|m| Value::Object(m.into_iter().collect()))
+        })
+    }
+
+    /// The RFC 7396 patch that turns `a` into `b`.
+    fn difference(a: &Value, b: &Value) -> Value {
+        let (Value::Object(x), Value::Object(y)) = (a, b) else { return b.clone() };
+        let mut out = serde_json::Map::new();
+        for key in x.keys().filter(|k| !y.contains_key(*k)) {
+            out.insert(key.clone(), Value::Null);
+        }
+        for (key, value) in y {
+            match x.get(key) {
+                Some(old) if old == value => {}
+                Some(old) => {
+                    out.insert(key.clone(), difference(old, value));
+                }
+                None => {
+                    out.insert(key.clone(), value.clone());
+                }
+            }
+        }
+        Value::Object(out)
+    }
+
+    proptest! {
+        #[test]
+        fn merging_the_difference_gives_the_target(a in tree(), b in tree()) {
+            let mut doc = json!({"x": a});
+            let target = json!({"x": b});
+            let patch = difference(&doc, &target);
+            merge_patch(&mut doc, &patch);
+            prop_assert_eq!(doc, target);
+        }
+    }
+}
