@@ -5,12 +5,13 @@ use std::{collections::BTreeMap, process::Command};
 use serde_json::Value;
 
 /// Crate -> workspace crates it may depend on.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 10] = [
     ("isopod-api", &[]),
     ("isopod-store", &[]),
     ("isopod-apiserver", &["isopod-api", "isopod-store"]),
-    ("isopod-scheduler", &["isopod-api"]),
-    ("isopod-controllers", &["isopod-api"]),
+    ("isopod-client", &["isopod-api"]),
+    ("isopod-scheduler", &["isopod-api", "isopod-client"]),
+    ("isopod-controllers", &["isopod-api", "isopod-client"]),
     ("isopod-runtime", &[]),
     ("isopod-agent", &["isopod-api", "isopod-runtime"]),
     ("isopod-netproxy", &["isopod-api"]),
