@@ -21,9 +21,8 @@ const IDENTITIES: [(&str, &str, &[&str]); 3] = [
 
 /// Certificates and kubeconfigs.
 pub(crate) fn identities(paths: &Paths, settings: &Settings) -> Result<()> {
-    let mut names: Vec<String> = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost"]
-        .map(str::to_owned)
-        .to_vec();
+    let mut names: Vec<String> =
+        ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost"].map(str::to_owned).to_vec();
     names.push("kubernetes.default.svc.cluster.local".to_owned());
     names.push(settings.node_name.clone());
     let mut addresses: Vec<IpAddr> = vec![IpAddr::from([127, 0, 0, 1]), settings.node_ip];

@@ -20,11 +20,8 @@ pub(crate) fn to_file(path: &Path) -> Result<()> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     }
-    let file = fs::File::options()
-        .create(true)
-        .append(true)
-        .open(path)
-        .with_context(|| format!("open {}", path.display()))?;
+    let file =
+        fs::File::options().create(true).append(true).open(path).with_context(|| format!("open {}", path.display()))?;
     tracing_subscriber::fmt().with_env_filter(filter()).with_ansi(false).with_writer(file).init();
     Ok(())
 }

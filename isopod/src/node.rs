@@ -141,7 +141,8 @@ pub(crate) fn address() -> Result<IpAddr> {
     let route = default_route_interface();
     let mut found: Vec<(bool, bool, IpAddr)> = Vec::new();
     for interface in getifaddrs().context("list interfaces")? {
-        let up = interface.flags.contains(InterfaceFlags::IFF_UP) && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK);
+        let up =
+            interface.flags.contains(InterfaceFlags::IFF_UP) && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK);
         let Some(storage) = interface.address.filter(|_| up) else { continue };
         let address = match (storage.as_sockaddr_in(), storage.as_sockaddr_in6()) {
             (Some(v4), _) => IpAddr::V4(v4.ip()),

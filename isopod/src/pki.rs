@@ -54,7 +54,12 @@ pub(crate) fn ensure(dir: &Path, names: &[String], addresses: &[IpAddr]) -> Resu
     let front_proxy = authority(dir, "front-proxy-ca", "front-proxy-ca")?;
     let pki = Pki { ca, dir: dir.to_owned() };
     pki.leaf("apiserver", "kube-apiserver", &[], server(names, addresses))?;
-    pki.leaf("apiserver-kubelet-client", "kube-apiserver-kubelet-client", &["kubeadm:cluster-admins"], Purpose::Client)?;
+    pki.leaf(
+        "apiserver-kubelet-client",
+        "kube-apiserver-kubelet-client",
+        &["kubeadm:cluster-admins"],
+        Purpose::Client,
+    )?;
     let client = dir.join("front-proxy-client.crt");
     if !client.exists() || !dir.join("front-proxy-client.key").exists() {
         save(dir, "front-proxy-client", &front_proxy.sign("front-proxy-client", &[], &Purpose::Client)?)?;

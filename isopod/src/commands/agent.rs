@@ -71,7 +71,8 @@ impl Node {
         kubelet.port = settings.agent_port;
         let cluster_domain = kubelet.cluster_domain.clone();
         let cluster_dns = kubelet.cluster_dns.first().copied().or(settings.dns_ip());
-        let cluster_dns = cluster_dns.ok_or_else(|| anyhow!("service CIDR {} has no room for DNS", settings.service_cidr))?;
+        let cluster_dns =
+            cluster_dns.ok_or_else(|| anyhow!("service CIDR {} has no room for DNS", settings.service_cidr))?;
         let labels: Result<BTreeMap<String, String>> = labels
             .iter()
             .map(|label| {
@@ -103,15 +104,13 @@ impl Node {
                 control_plane_image: control_plane.then(|| manifests::IMAGE.to_owned()),
             },
             proxy: isopod_netproxy::Config {
-                node_name: settings.node_name.clone(),
                 node_ips: vec![settings.node_ip],
-                table: paths.instance(),
-                bridge: paths.bridge(),
-                cluster_cidr: settings.pod_cidr,
-                service_cidr: settings.service_cidr,
-                cluster_dns,
+                cluster_cidrs: vec![settings.pod_cidr],
+                service_cidrs: vec![settings.service_cidr],
+                cluster_dns: Some(cluster_dns),
                 cluster_domain,
                 upstream_resolv_conf: resolv_conf,
+                ..isopod_netproxy::Config::new(&settings.node_name, &paths.instance(), &paths.bridge())
             },
             kubeconfig,
         })

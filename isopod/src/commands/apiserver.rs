@@ -45,9 +45,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         let (first, last) = args.service_node_port_range.split_once('-')?;
         Some((first.parse().ok()?, last.parse().ok()?))
     };
-    let node_ports = range()
-        .filter(|(first, last)| first <= last)
-        .ok_or_else(|| Usage(format!("--service-node-port-range: \"{}\" is not FIRST-LAST", args.service_node_port_range)))?;
+    let node_ports = range().filter(|(first, last)| first <= last).ok_or_else(|| {
+        Usage(format!("--service-node-port-range: \"{}\" is not FIRST-LAST", args.service_node_port_range))
+    })?;
     let pki = |name: &str| args.pki.join(name);
     let config = isopod_apiserver::Config {
         bind: SocketAddr::from((args.bind_address, args.port)),

@@ -23,6 +23,12 @@ pub(crate) struct Args {
     /// Directory with certificates under kubeadm's names.
     #[arg(long, default_value = "/etc/isopod/pki", value_name = "DIR")]
     pki: PathBuf,
+    /// Act only while holding the lease: for several control-plane machines.
+    #[arg(long)]
+    leader_elect: bool,
+    /// How long a silent node counts as healthy, in seconds.
+    #[arg(long, default_value_t = 50, value_name = "SECONDS")]
+    node_monitor_grace_period: u64,
 }
 
 pub(crate) fn run(args: Args) -> Result<()> {
@@ -36,6 +42,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
         ca_key: pki("ca.key"),
         sa_key: pki("sa.key"),
         root_ca: pki("ca.crt"),
+        leader_elect: args.leader_elect,
+        node_grace: std::time::Duration::from_secs(args.node_monitor_grace_period),
     };
     let kubeconfig = args.kubeconfig;
     super::serve(1, |stop| async move {

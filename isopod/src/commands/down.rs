@@ -22,7 +22,13 @@ pub(super) fn stop_everything(paths: &Paths) -> Result<()> {
     super::serve(2, |_| async {
         let pods = isopod_agent::stop_all_pods(paths).await.context("stop pods");
         let network = isopod_agent::network::cleanup(paths, settings.service_cidr).await.context("remove pod network");
-        let proxy = isopod_netproxy::cleanup(&paths.instance()).context("remove service tables");
+        let config = isopod_netproxy::Config {
+            service_cidrs: vec![settings.service_cidr],
+            cluster_cidrs: vec![settings.pod_cidr],
+            cluster_dns: settings.dns_ip(),
+            ..isopod_netproxy::Config::new(&settings.node_name, &paths.instance(), &paths.bridge())
+        };
+        let proxy = isopod_netproxy::cleanup(&config).await.context("remove service tables");
         pods.and(network).and(proxy)
     })
 }

@@ -52,9 +52,9 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
     let mut settings = Settings::resolve(&cluster, args.node)?;
     (settings.pod_cidr, settings.service_cidr) = (token.pod_cidr, token.service_cidr);
     super::serve(1, |_| async {
-        tokio::time::timeout(PATIENCE, join(paths, &settings, &token))
-            .await
-            .unwrap_or_else(|_| bail!("no certificate after {} s: is the controller manager running?", PATIENCE.as_secs()))
+        tokio::time::timeout(PATIENCE, join(paths, &settings, &token)).await.unwrap_or_else(|_| {
+            bail!("no certificate after {} s: is the controller manager running?", PATIENCE.as_secs())
+        })
     })?;
     settings.remember(&cluster)?;
     bootstrap::agent_configuration(paths, &settings)?;
@@ -68,7 +68,8 @@ async fn join(paths: &Paths, settings: &Settings, token: &Token) -> Result<()> {
     let node = format!("system:node:{}", settings.node_name);
     let auth = AuthInfo { token: Some(token.bearer.clone().into()), ..AuthInfo::default() };
     let bootstrap = client(token, auth).await?;
-    let identity = certificate(bootstrap, "kubernetes.io/kube-apiserver-client-kubelet", &node, &[], "client auth").await?;
+    let identity =
+        certificate(bootstrap, "kubernetes.io/kube-apiserver-client-kubelet", &node, &[], "client auth").await?;
     let path = paths.kubeconfig("agent");
     kubeconfig::write(&path, &kubeconfig::render(&token.server, &token.ca, &node, &identity)?)?;
     let own = super::client(&path).await?;
@@ -82,7 +83,8 @@ async fn join(paths: &Paths, settings: &Settings, token: &Token) -> Result<()> {
 
 async fn client(token: &Token, auth: AuthInfo) -> Result<Client> {
     let mut config = Config::new(token.server.parse().context("server URL in the token")?);
-    let (_, pem) = x509_parser::pem::parse_x509_pem(token.ca.as_bytes()).map_err(|e| anyhow!("CA in the token: {e}"))?;
+    let (_, pem) =
+        x509_parser::pem::parse_x509_pem(token.ca.as_bytes()).map_err(|e| anyhow!("CA in the token: {e}"))?;
     config.root_cert = Some(vec![pem.contents]);
     config.auth_info = auth;
     Client::try_from(config).context("client for the API server")
@@ -111,7 +113,9 @@ async fn certificate(client: Client, signer: &str, user: &str, names: &[SanType]
     let created = requests.create(&PostParams::default(), &object).await.context("create CertificateSigningRequest")?;
     let name = created.metadata.name.unwrap_or_default();
     let mut events = watcher::watch_object(requests, &name).boxed();
-    while let Some(event) = events.try_next().await.with_context(|| format!("watch CertificateSigningRequest {name}"))? {
+    while let Some(event) =
+        events.try_next().await.with_context(|| format!("watch CertificateSigningRequest {name}"))?
+    {
         let Some(status) = event.and_then(|object| object.status) else { continue };
         if let Some(denied) = status.conditions.iter().flatten().find(|c| c.type_ == "Denied" || c.type_ == "Failed") {
             bail!("CertificateSigningRequest {name}: {}: {}", denied.type_, denied.message.clone().unwrap_or_default());

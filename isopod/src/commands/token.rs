@@ -98,8 +98,7 @@ async fn bearer(client: kube::Client, hours: u32) -> Result<String> {
                 ..Subject::default()
             }]),
         };
-        exists(bindings.create(&PostParams::default(), &binding).await)
-            .with_context(|| format!("bind role {role}"))?;
+        exists(bindings.create(&PostParams::default(), &binding).await).with_context(|| format!("bind role {role}"))?;
     }
     let request = TokenRequest {
         spec: TokenRequestSpec { expiration_seconds: Some(i64::from(hours) * 3600), ..TokenRequestSpec::default() },

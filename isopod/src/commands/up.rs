@@ -55,7 +55,9 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
         watch.await.context("progress task")?.and(result)
     });
     if result.is_ok() {
-        eprintln!("\nisopod: the agent has stopped; pods keep running. `isopod up` takes them over again, `isopod down` stops them.");
+        eprintln!(
+            "\nisopod: the agent has stopped; pods keep running. `isopod up` takes them over again, `isopod down` stops them."
+        );
     }
     drop(lock);
     result
