@@ -23,7 +23,7 @@ pub mod json;
 mod rows;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     sync::{Arc, LazyLock, OnceLock},
 };
 
@@ -229,59 +229,42 @@ static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
     Registry { gvks: table.gvks, definitions: table.definitions.into_iter().map(slot).collect() }
 });
 
-/// A definition as the table has it: what OpenAPI publishes.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct RawDefinition {
+struct RawDefinition {
     #[serde(default)]
-    pub(crate) gvk: Vec<String>,
+    gvk: Vec<String>,
     #[serde(default)]
-    pub(crate) map_type: Option<String>,
+    map_type: Option<String>,
     #[serde(default)]
-    pub(crate) required: Vec<String>,
+    required: Vec<String>,
     #[serde(default)]
-    pub(crate) fields: Option<BTreeMap<String, RawField>>,
+    fields: Option<HashMap<String, RawField>>,
     #[serde(rename = "type", default)]
-    pub(crate) kind: Option<String>,
+    kind: Option<String>,
 }
 
-/// A field as the table has it.
 #[derive(Deserialize)]
 #[serde(untagged)]
-pub(crate) enum RawField {
+enum RawField {
     Plain(String),
     Full(Box<FullField>),
 }
 
-impl RawField {
-    pub(crate) fn into_full(self) -> FullField {
-        match self {
-            Self::Plain(ty) => FullField { ty, ..FullField::default() },
-            Self::Full(full) => *full,
-        }
-    }
-}
-
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
-pub(crate) struct FullField {
+struct FullField {
     #[serde(rename = "type")]
-    pub(crate) ty: String,
-    pub(crate) default: Option<Value>,
-    pub(crate) list_type: Option<String>,
-    pub(crate) list_map_keys: Vec<String>,
-    pub(crate) map_type: Option<String>,
-    pub(crate) patch_strategy: Option<String>,
-    pub(crate) patch_merge_key: Option<String>,
+    ty: String,
+    default: Option<Value>,
+    list_type: Option<String>,
+    list_map_keys: Vec<String>,
+    map_type: Option<String>,
+    patch_strategy: Option<String>,
+    patch_merge_key: Option<String>,
     #[serde(rename = "enum")]
-    pub(crate) enumeration: Option<Vec<String>>,
-    pub(crate) item_enum: Option<Vec<String>>,
+    enumeration: Option<Vec<String>>,
     go: Option<String>,
-}
-
-/// A definition as the table has it.
-pub(crate) fn raw(name: &str) -> Option<RawDefinition> {
-    serde_json::from_str(REGISTRY.definitions.get(name)?.raw.get()).ok()
 }
 
 fn parse_type(text: &str, full: &FullField) -> Type {
@@ -339,7 +322,10 @@ fn parse_definition(name: &str, raw: &RawValue) -> Definition {
     let raw: RawDefinition = serde_json::from_str(raw.get()).expect("the schema table is part of the program");
     let mut fields = Vec::new();
     for (field, raw_field) in raw.fields.into_iter().flatten() {
-        let full = raw_field.into_full();
+        let full = match raw_field {
+            RawField::Plain(ty) => FullField { ty, ..FullField::default() },
+            RawField::Full(full) => *full,
+        };
         let ty = parse_type(&full.ty, &full);
         let required = raw.required.contains(&field);
         let strategy = full.patch_strategy.as_deref().unwrap_or_default();

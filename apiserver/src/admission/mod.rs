@@ -1,8 +1,23 @@
 //! Admission: upstream's default plugins, in upstream's order.
 
+mod certificates;
+mod classes;
+mod escalation;
+mod limits;
+mod namespace;
+mod node;
+mod pods;
+mod podsecurity;
+mod quota;
+mod serviceaccount;
+mod storage;
+#[cfg(test)]
+pub(crate) mod testing;
+
 use futures::future::BoxFuture;
 use isopod_api::{
     gvk::{Gvk, Gvr},
+    meta,
     status::Status,
 };
 use serde_json::Value;
@@ -70,5 +85,76 @@ pub trait Plugin: Send + Sync {
 
 /// The plugins in upstream's order.
 pub fn plugins(_config: &crate::Config) -> Vec<Box<dyn Plugin>> {
-    Vec::new()
+    vec![
+        Box::new(namespace::NamespaceLifecycle),
+        Box::new(limits::LimitRanger),
+        Box::new(serviceaccount::ServiceAccount),
+        Box::new(node::NodeRestriction),
+        Box::new(node::TaintNodesByCondition),
+        Box::new(podsecurity::PodSecurity),
+        Box::new(pods::Priority),
+        Box::new(pods::DefaultTolerationSeconds),
+        Box::new(storage::DefaultStorageClass),
+        Box::new(storage::StorageObjectInUseProtection),
+        Box::new(storage::PersistentVolumeClaimResize),
+        Box::new(pods::RuntimeClass),
+        Box::new(certificates::CertificateApproval),
+        Box::new(certificates::CertificateSigning),
+        Box::new(certificates::CertificateSubjectRestriction),
+        Box::new(classes::DefaultIngressClass),
+        Box::new(pods::PodTopologyLabels),
+        Box::new(escalation::RbacEscalation),
+        Box::new(quota::ResourceQuota::default()),
+    ]
 }
+
+impl Request<'_> {
+    /// Whether the request is for a resource itself (not a subresource).
+    pub(crate) fn is(&self, group: &str, resource: &str) -> bool {
+        self.is_sub(group, resource, "")
+    }
+
+    /// Whether the request is for a subresource.
+    pub(crate) fn is_sub(&self, group: &str, resource: &str, subresource: &str) -> bool {
+        self.gvr.group == group && self.gvr.resource == resource && self.subresource == subresource
+    }
+
+    /// Whether the request creates a resource.
+    pub(crate) fn creates(&self, group: &str, resource: &str) -> bool {
+        self.operation == Operation::Create && self.is(group, resource)
+    }
+
+    /// The name for messages: of the request, of the object, or what it will be generated from.
+    pub(crate) fn display_name(&self) -> &str {
+        [self.name, meta::name(self.object), meta::generate_name(self.object)]
+            .into_iter()
+            .find(|name| !name.is_empty())
+            .unwrap_or_default()
+    }
+
+    /// A refusal with upstream's wording.
+    pub(crate) fn forbidden(&self, message: impl std::fmt::Display) -> Status {
+        Status::forbidden(&self.gvr.group_resource(), self.display_name(), message)
+    }
+}
+
+/// The elements of a list; none when it is absent.
+pub(crate) fn list<'a>(value: &'a Value, field: &str) -> &'a [Value] {
+    value[field].as_array().map_or(&[], Vec::as_slice)
+}
+
+/// A field's text; empty when it is absent.
+pub(crate) fn text<'a>(value: &'a Value, field: &str) -> &'a str {
+    value[field].as_str().unwrap_or_default()
+}
+
+/// Appends to a list that may be absent.
+pub(crate) fn push(value: &mut Value, field: &str, item: Value) {
+    match value[field].as_array_mut() {
+        Some(list) => list.push(item),
+        None => value[field] = Value::Array(vec![item]),
+    }
+}
+
+/// Marks what a static pod's mirror is.
+pub(crate) const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";

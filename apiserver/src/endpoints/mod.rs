@@ -1,6 +1,13 @@
 //! Requests that are not plain reads and writes of stored objects: token requests, access reviews, bindings, evictions,
 //! logs, exec, proxies.
 
+mod access;
+mod connect;
+mod proxy;
+mod query;
+mod tokens;
+mod transport;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -87,6 +94,52 @@ pub struct Endpoints {
 }
 
 /// Builds the endpoints.
-pub fn endpoints(_services: &Services) -> Endpoints {
-    Endpoints::default()
+pub fn endpoints(services: &Services) -> Endpoints {
+    let mut endpoints = Endpoints::default();
+    tokens_and_reviews(services, &mut endpoints);
+    connections(services, &mut endpoints);
+    endpoints
+}
+
+fn tokens_and_reviews(services: &Services, endpoints: &mut Endpoints) {
+    let mut add = |group: &str, resource: &str, subresource: &str, create: Arc<dyn Create>| {
+        endpoints.creates.insert((Gvr::new(group, "v1", resource), subresource.to_owned()), create);
+    };
+    let issuer = crate::authn::serviceaccount::Issuer::load(&services.config);
+    let issuer = issuer.inspect_err(|error| tracing::error!(%error, "service account tokens cannot be issued")).ok();
+    add("", "serviceaccounts", "token", Arc::new(tokens::TokenRequest { issuer }));
+    let review = tokens::TokenReview { tokens: services.tokens.clone(), issuer: services.config.issuer.clone() };
+    add("authentication.k8s.io", "tokenreviews", "", Arc::new(review));
+    add("authentication.k8s.io", "selfsubjectreviews", "", Arc::new(tokens::SelfSubjectReview));
+    for (resource, subject) in [
+        ("subjectaccessreviews", access::Subject::Named),
+        ("localsubjectaccessreviews", access::Subject::Local),
+        ("selfsubjectaccessreviews", access::Subject::Own),
+    ] {
+        let review = access::AccessReview { authorizer: services.authorizer.clone(), subject };
+        add("authorization.k8s.io", resource, "", Arc::new(review));
+    }
+    let rules = access::RulesReview { authorizer: services.authorizer.clone() };
+    add("authorization.k8s.io", "selfsubjectrulesreviews", "", Arc::new(rules));
+}
+
+fn connections(services: &Services, endpoints: &mut Endpoints) {
+    let transport = transport::Transport::load(&services.config).map(Arc::new);
+    let transport = transport.inspect_err(|error| tracing::error!(%error, "nodes cannot be reached")).ok();
+    let mut add = |resource: &str, subresource: &str, connect: Arc<dyn Connect>| {
+        endpoints.connects.insert((Gvr::new("", "v1", resource), subresource.to_owned()), connect);
+    };
+    for (subresource, what) in [
+        ("log", connect::What::Log),
+        ("exec", connect::What::Exec),
+        ("attach", connect::What::Attach),
+        ("portforward", connect::What::PortForward),
+    ] {
+        add("pods", subresource, Arc::new(connect::PodConnect { what, transport: transport.clone() }));
+    }
+    for (resource, backend) in
+        [("pods", proxy::Backend::Pod), ("services", proxy::Backend::Service), ("nodes", proxy::Backend::Node)]
+    {
+        add(resource, "proxy", Arc::new(proxy::Proxy { backend, transport: transport.clone() }));
+    }
 }

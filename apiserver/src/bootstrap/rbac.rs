@@ -1,0 +1,143 @@
+//! Upstream's roles and bindings: created when missing, completed when something of them is.
+
+use isopod_api::{gvk::Gvr, status::Status};
+use serde_json::{Map, Value, json};
+
+use super::modify;
+use crate::{
+    authn::UserInfo,
+    authz::{
+        rbac::{GROUP, gvr},
+        rule::{Rule, uncovered},
+    },
+    objects::Objects,
+};
+
+const AUTOUPDATE: &str = "rbac.authorization.kubernetes.io/autoupdate";
+
+/// Brings all roles and bindings up to date.
+pub(super) async fn reconcile(objects: &dyn Objects, data: &Value) -> Result<(), Status> {
+    for (field, resource, kind) in [
+        ("clusterRoles", "clusterroles", "ClusterRole"),
+        ("roles", "roles", "Role"),
+        ("clusterRoleBindings", "clusterrolebindings", "ClusterRoleBinding"),
+        ("roleBindings", "rolebindings", "RoleBinding"),
+    ] {
+        let gvr = gvr(resource);
+        for expected in data[field].as_array().into_iter().flatten() {
+            one(objects, &gvr, kind, &object(kind, expected)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The table's row as an object.
+fn object(kind: &str, row: &Value) -> Value {
+    let mut metadata = Map::new();
+    let mut object = json!({ "apiVersion": format!("{GROUP}/v1"), "kind": kind, "metadata": {} });
+    for (field, value) in row.as_object().into_iter().flatten() {
+        match field.as_str() {
+            "name" | "namespace" | "labels" | "annotations" => {
+                metadata.insert(field.clone(), value.clone());
+            }
+            _ => object[field] = value.clone(),
+        }
+    }
+    object["metadata"] = Value::Object(metadata);
+    object
+}
+
+async fn one(objects: &dyn Objects, gvr: &Gvr, kind: &str, expected: &Value) -> Result<(), Status> {
+    let (namespace, name) = (isopod_api::meta::namespace(expected), isopod_api::meta::name(expected));
+    let Some(stored) = objects.get(gvr, namespace, name) else {
+        return super::ensure(objects, gvr, namespace, expected.clone()).await;
+    };
+    let stored = stored.value();
+    if isopod_api::meta::annotation(&stored, AUTOUPDATE) == Some("false") {
+        return Ok(());
+    }
+    if kind.ends_with("Binding") && stored["roleRef"] != expected["roleRef"] {
+        // A binding's role cannot be changed; upstream replaces the binding.
+        objects.delete(gvr, namespace, name, json!({}), &UserInfo::system()).await?;
+        return super::ensure(objects, gvr, namespace, expected.clone()).await;
+    }
+    let mut wanted = stored.clone();
+    complete(&mut wanted, expected);
+    if wanted == stored {
+        return Ok(());
+    }
+    modify(objects, gvr, namespace, name, |value| complete(value, expected)).await
+}
+
+/// Adds to `stored` what it lacks of `expected`.
+fn complete(stored: &mut Value, expected: &Value) {
+    for field in ["labels", "annotations"] {
+        for (key, value) in expected["metadata"][field].as_object().into_iter().flatten() {
+            if stored["metadata"][field].get(key) != Some(value) {
+                stored["metadata"][field][key] = value.clone();
+            }
+        }
+    }
+    if expected["aggregationRule"].is_object() {
+        if stored["aggregationRule"] != expected["aggregationRule"] {
+            stored["aggregationRule"] = expected["aggregationRule"].clone();
+        }
+        return;
+    }
+    if expected["roleRef"].is_object() {
+        let missing: Vec<Value> =
+            subjects(expected).filter(|s| !subjects(stored).any(|t| same(s, t))).cloned().collect();
+        append(stored, "subjects", missing);
+        return;
+    }
+    let held = Rule::list(&stored["rules"]);
+    let missing = uncovered(&held, &Rule::list(&expected["rules"]));
+    append(stored, "rules", missing.iter().map(Rule::to_value).collect());
+}
+
+fn subjects(binding: &Value) -> impl Iterator<Item = &Value> {
+    binding["subjects"].as_array().into_iter().flatten()
+}
+
+fn same(a: &Value, b: &Value) -> bool {
+    ["kind", "name", "namespace"].iter().all(|field| a.get(field) == b.get(field))
+}
+
+fn append(stored: &mut Value, field: &str, items: Vec<Value>) {
+    if items.is_empty() {
+        return;
+    }
+    match stored[field].as_array_mut() {
+        Some(list) => list.extend(items),
+        None => stored[field] = Value::Array(items),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_missing_is_added() {
+        let expected = json!({"metadata": {"labels": {"a": "b"}}, "rules": [
+            {"verbs": ["get", "list"], "apiGroups": [""], "resources": ["pods"]}]});
+        let mut stored = json!({"metadata": {"labels": {"mine": "x"}}, "rules": [
+            {"verbs": ["get"], "apiGroups": [""], "resources": ["pods", "nodes"]}]});
+        complete(&mut stored, &expected);
+        assert_eq!(stored["metadata"]["labels"], json!({"mine": "x", "a": "b"}));
+        assert_eq!(stored["rules"][1], json!({"verbs": ["list"], "apiGroups": [""], "resources": ["pods"]}));
+        let again = stored.clone();
+        complete(&mut stored, &expected);
+        assert_eq!(stored, again);
+    }
+
+    #[test]
+    fn subjects_are_compared_without_their_group() {
+        let expected = json!({"metadata": {}, "roleRef": {}, "subjects": [{"kind": "User", "name": "a"}]});
+        let mut stored = json!({"metadata": {}, "roleRef": {},
+            "subjects": [{"kind": "User", "name": "a", "apiGroup": GROUP}]});
+        let before = stored.clone();
+        complete(&mut stored, &expected);
+        assert_eq!(stored, before);
+    }
+}

@@ -1,0 +1,203 @@
+//! The four access reviews: may somebody do something, and what may I do.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use isopod_api::{
+    field::{Error as FieldError, ErrorList, Path},
+    gvk::GroupKind,
+    status::Status,
+};
+use serde_json::{Value, json};
+
+use super::{Create, CreateRequest};
+use crate::{
+    authn::UserInfo,
+    authz::{Attributes, Authorizer, Decision},
+};
+
+/// Whose access is reviewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Subject {
+    /// `spec.user` and `spec.groups`.
+    Named,
+    /// The same, within one namespace.
+    Local,
+    /// The one who asks.
+    Own,
+}
+
+/// `subjectaccessreviews`, `localsubjectaccessreviews` and `selfsubjectaccessreviews`.
+pub(super) struct AccessReview {
+    pub(super) authorizer: Arc<dyn Authorizer>,
+    pub(super) subject: Subject,
+}
+
+fn text(value: &Value, field: &str) -> String {
+    value[field].as_str().unwrap_or_default().to_owned()
+}
+
+/// Upstream prints the internal type: field names with capitals.
+fn internal_value(attributes: &Value) -> Value {
+    json!({ "Path": text(attributes, "path"), "Verb": text(attributes, "verb") })
+}
+
+fn validate(spec: &Value, subject: Subject, namespace: &str) -> ErrorList {
+    let path = Path::new("spec");
+    let mut errors = ErrorList::new();
+    let (resource, other) = (&spec["resourceAttributes"], &spec["nonResourceAttributes"]);
+    match (resource.is_object(), other.is_object()) {
+        (true, true) => errors.push(FieldError::invalid(
+            &path.child("nonResourceAttributes"),
+            internal_value(other),
+            "cannot be specified in combination with resourceAttributes",
+        )),
+        (false, false) => errors.push(FieldError::invalid(
+            &path.child("resourceAttributes"),
+            Value::Null,
+            "exactly one of nonResourceAttributes or resourceAttributes must be specified",
+        )),
+        _ => {}
+    }
+    if subject != Subject::Own && text(spec, "user").is_empty() && spec["groups"].as_array().is_none_or(Vec::is_empty) {
+        errors.push(FieldError::invalid(&path.child("user"), "", "at least one of user or group must be specified"));
+    }
+    if subject == Subject::Local {
+        if other.is_object() {
+            let detail = "disallowed on this kind of request";
+            errors.push(FieldError::invalid(&path.child("nonResourceAttributes"), internal_value(other), detail));
+        }
+        let asked = text(resource, "namespace");
+        if resource.is_object() && asked != namespace {
+            let path = path.child("resourceAttributes").child("namespace");
+            errors.push(FieldError::invalid(&path, asked, "must match metadata.namespace"));
+        }
+    }
+    errors
+}
+
+fn attributes(spec: &Value, user: UserInfo) -> Attributes {
+    let resource = &spec["resourceAttributes"];
+    if !resource.is_object() {
+        let other = &spec["nonResourceAttributes"];
+        return Attributes { user, verb: text(other, "verb"), path: text(other, "path"), ..Attributes::default() };
+    }
+    let version = text(resource, "version");
+    Attributes {
+        user,
+        verb: text(resource, "verb"),
+        resource_request: true,
+        group: text(resource, "group"),
+        version: if version.is_empty() { "*".to_owned() } else { version },
+        resource: text(resource, "resource"),
+        subresource: text(resource, "subresource"),
+        namespace: text(resource, "namespace"),
+        name: text(resource, "name"),
+        path: String::new(),
+    }
+}
+
+fn named_user(spec: &Value) -> UserInfo {
+    let strings = |value: &Value| -> Vec<String> {
+        value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+    };
+    let extra = spec["extra"].as_object().into_iter().flatten();
+    UserInfo {
+        name: text(spec, "user"),
+        uid: text(spec, "uid"),
+        groups: strings(&spec["groups"]),
+        extra: extra.map(|(key, values)| (key.to_lowercase(), strings(values))).collect(),
+    }
+}
+
+/// The status of a review. `denied` is only there when somebody said no for good.
+fn status(decision: Decision) -> Value {
+    let (allowed, denied, reason) = match decision {
+        Decision::Allow(reason) => (true, false, reason),
+        Decision::NoOpinion(reason) => (false, false, reason),
+        Decision::Deny(reason) => (false, true, reason),
+    };
+    let mut status = json!({ "allowed": allowed });
+    if denied {
+        status["denied"] = true.into();
+    }
+    if !reason.is_empty() {
+        status["reason"] = reason.into();
+    }
+    status
+}
+
+impl Create for AccessReview {
+    fn create<'a>(&'a self, request: CreateRequest<'a>) -> BoxFuture<'a, Result<Value, Status>> {
+        Box::pin(async move {
+            let mut answer = request.object;
+            let spec = &answer["spec"];
+            let errors = validate(spec, self.subject, request.namespace);
+            if !errors.is_empty() {
+                return Err(Status::invalid(&GroupKind::new(&request.gvr.group, ""), "", errors));
+            }
+            let user = if self.subject == Subject::Own { request.user.clone() } else { named_user(spec) };
+            answer["status"] = status(self.authorizer.authorize(&attributes(spec, user)));
+            Ok(answer)
+        })
+    }
+}
+
+/// `selfsubjectrulesreviews`.
+pub(super) struct RulesReview {
+    pub(super) authorizer: Arc<dyn Authorizer>,
+}
+
+impl Create for RulesReview {
+    fn create<'a>(&'a self, request: CreateRequest<'a>) -> BoxFuture<'a, Result<Value, Status>> {
+        Box::pin(async move {
+            let mut answer = request.object;
+            let namespace = text(&answer["spec"], "namespace");
+            if namespace.is_empty() {
+                return Err(Status::bad_request("no namespace on request"));
+            }
+            let (mut resource, mut other) = (Vec::new(), Vec::new());
+            for rule in self.authorizer.rules(request.user, &namespace) {
+                if !rule.resources.is_empty() {
+                    let plain = crate::authz::Rule { non_resource_urls: Vec::new(), ..rule.clone() };
+                    resource.push(plain.to_value());
+                }
+                if !rule.non_resource_urls.is_empty() {
+                    other.push(json!({ "verbs": rule.verbs, "nonResourceURLs": rule.non_resource_urls }));
+                }
+            }
+            answer["status"] = json!({ "resourceRules": resource, "nonResourceRules": other, "incomplete": false });
+            Ok(answer)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn messages(spec: Value, subject: Subject) -> Vec<String> {
+        validate(&spec, subject, "ns").iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn reviews_are_validated_as_upstream_does() {
+        let resource = json!({"verb": "get", "resource": "pods", "namespace": "ns"});
+        assert!(messages(json!({"resourceAttributes": resource}), Subject::Own).is_empty());
+        assert_eq!(
+            messages(json!({"resourceAttributes": resource}), Subject::Named),
+            ["spec.user: Invalid value: \"\": at least one of user or group must be specified"]
+        );
+        assert_eq!(
+            messages(json!({}), Subject::Own),
+            [
+                "spec.resourceAttributes: Invalid value: null: exactly one of nonResourceAttributes or resourceAttributes must be specified"
+            ]
+        );
+        let elsewhere = json!({"user": "u", "resourceAttributes": {"namespace": "other"}});
+        assert_eq!(
+            messages(elsewhere, Subject::Local),
+            ["spec.resourceAttributes.namespace: Invalid value: \"other\": must match metadata.namespace"]
+        );
+    }
+}

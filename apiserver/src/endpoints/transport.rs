@@ -1,0 +1,253 @@
+//! HTTP connections from the API server to nodes, pods and services, and the passing on of one request.
+//!
+//! A request is passed on as it is, upgrades included: after a 101 the two connections are joined byte by byte, so every
+//! protocol between client and node (SPDY, WebSocket, a tunnel of one in the other) goes through untranslated.
+
+use std::{fs::File, io, io::BufReader, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Empty};
+use hyper::{body::Incoming, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use isopod_api::status::Status;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::CryptoProvider,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
+use tokio_rustls::TlsConnector;
+
+use super::Body;
+use crate::{Config, Error};
+
+/// How long a connection may take to come about.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// Headers that belong to one connection, not to the request.
+const HOP_BY_HOP: [HeaderName; 6] = [
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    HeaderName::from_static("keep-alive"),
+];
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// How the far end is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scheme {
+    /// Plain.
+    Http,
+    /// TLS whose certificate nobody checks: pods and services behind `https:`.
+    Https,
+    /// TLS with our client certificate and the agents' CA.
+    Node,
+}
+
+/// Where a request goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// Host name or address.
+    pub(crate) host: String,
+    /// Port.
+    pub(crate) port: u16,
+    /// How.
+    pub(crate) scheme: Scheme,
+}
+
+impl Target {
+    fn authority(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port)
+        } else {
+            format!("{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// Makes connections.
+pub(crate) struct Transport {
+    node: Arc<ClientConfig>,
+    unchecked: Arc<ClientConfig>,
+}
+
+fn pem_error(path: &PathBuf) -> impl Fn(io::Error) -> Error + use<> {
+    let path = path.clone();
+    move |source| Error::Read { path: path.clone(), source }
+}
+
+fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let file = File::open(path).map_err(pem_error(path))?;
+    rustls_pemfile::certs(&mut BufReader::new(file)).collect::<Result<_, _>>().map_err(pem_error(path))
+}
+
+fn key(path: &PathBuf) -> Result<PrivateKeyDer<'static>, Error> {
+    let file = File::open(path).map_err(pem_error(path))?;
+    let key = rustls_pemfile::private_key(&mut BufReader::new(file)).map_err(pem_error(path))?;
+    key.ok_or_else(|| Error::Content { path: path.clone(), reason: "no private key in it".to_owned() })
+}
+
+impl Transport {
+    /// Reads the client certificate and the agents' CA.
+    pub(crate) fn load(config: &Config) -> Result<Self, Error> {
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(&config.kubelet_ca)? {
+            roots.add(certificate)?;
+        }
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let builder = || ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
+        let node = builder()?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(certificates(&config.kubelet_client_cert)?, key(&config.kubelet_client_key)?)?;
+        let unchecked = builder()?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Unchecked(provider.clone())))
+            .with_no_client_auth();
+        Ok(Self { node: Arc::new(node), unchecked: Arc::new(unchecked) })
+    }
+
+    async fn connect(&self, target: &Target) -> io::Result<Box<dyn Stream>> {
+        let tcp = match target.host.parse() {
+            Ok(ip) => TcpStream::connect(SocketAddr::new(ip, target.port)).await?,
+            Err(_) => TcpStream::connect((target.host.as_str(), target.port)).await?,
+        };
+        tcp.set_nodelay(true)?;
+        let config = match target.scheme {
+            Scheme::Http => return Ok(Box::new(tcp)),
+            Scheme::Https => &self.unchecked,
+            Scheme::Node => &self.node,
+        };
+        let name = ServerName::try_from(target.host.clone()).map_err(io::Error::other)?;
+        Ok(Box::new(TlsConnector::from(config.clone()).connect(name, tcp).await?))
+    }
+
+    /// Passes a request on to `target` under another path, and the answer back.
+    pub(crate) async fn forward(
+        &self,
+        target: &Target,
+        path_and_query: &str,
+        request: Request<Incoming>,
+    ) -> Result<Response<Body>, Status> {
+        let failed = |error: &dyn std::fmt::Display| {
+            Status::service_unavailable(format!("error trying to reach service: {error}"))
+        };
+        let connecting = tokio::time::timeout(CONNECT, self.connect(target)).await;
+        let stream = connecting
+            .map_err(|_| failed(&format!("dial tcp {}: i/o timeout", target.authority())))?
+            .map_err(|error| failed(&format!("dial tcp {}: {error}", target.authority())))?;
+        let (mut sender, connection) =
+            http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
+        tokio::spawn(async move {
+            if let Err(error) = connection.with_upgrades().await {
+                tracing::debug!(%error, "connection to a backend");
+            }
+        });
+        let (outgoing, client_upgrade) = outgoing(target, path_and_query, request)?;
+        let mut response = sender.send_request(outgoing).await.map_err(|error| failed(&error))?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            strip(response.headers_mut(), false);
+            return Ok(response.map(|body| body.map_err(io::Error::other).boxed()));
+        }
+        let backend_upgrade = hyper::upgrade::on(&mut response);
+        tokio::spawn(join(client_upgrade, backend_upgrade));
+        Ok(response.map(|_| Empty::new().map_err(|never| match never {}).boxed()))
+    }
+}
+
+/// The request as the far end gets it, and the client's upgrade, should it come to one.
+fn outgoing(
+    target: &Target,
+    path_and_query: &str,
+    mut request: Request<Incoming>,
+) -> Result<(Request<Incoming>, hyper::upgrade::OnUpgrade), Status> {
+    let upgrade = hyper::upgrade::on(&mut request);
+    let upgrading = request.headers().contains_key(header::UPGRADE);
+    let (mut parts, body) = request.into_parts();
+    parts.uri = Uri::try_from(path_and_query).map_err(|error| Status::bad_request(error.to_string()))?;
+    parts.version = http::Version::HTTP_11;
+    parts.extensions.clear();
+    let headers = &mut parts.headers;
+    strip(headers, upgrading);
+    // What authenticates the client to us is nobody else's business.
+    headers.remove(header::AUTHORIZATION);
+    let impersonation: Vec<HeaderName> =
+        headers.keys().filter(|name| name.as_str().starts_with("impersonate-")).cloned().collect();
+    for name in impersonation {
+        headers.remove(name);
+    }
+    let host = HeaderValue::try_from(target.authority()).map_err(|error| Status::bad_request(error.to_string()))?;
+    headers.insert(header::HOST, host);
+    Ok((Request::from_parts(parts, body), upgrade))
+}
+
+fn strip(headers: &mut HeaderMap, upgrading: bool) {
+    for name in HOP_BY_HOP {
+        headers.remove(name);
+    }
+    if !upgrading {
+        headers.remove(header::CONNECTION);
+        headers.remove(header::UPGRADE);
+    }
+}
+
+/// Joins both ends of an upgrade until one of them closes.
+async fn join(client: hyper::upgrade::OnUpgrade, backend: hyper::upgrade::OnUpgrade) {
+    let (client, backend) = match tokio::try_join!(client, backend) {
+        Ok(both) => both,
+        Err(error) => {
+            tracing::debug!(%error, "upgrade");
+            return;
+        }
+    };
+    let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
+    if let Err(error) = tokio::io::copy_bidirectional_with_sizes(&mut client, &mut backend, 32 << 10, 32 << 10).await {
+        tracing::debug!(%error, "tunnel");
+    }
+}
+
+/// Accepts any certificate, but checks that its owner signed the handshake.
+#[derive(Debug)]
+struct Unchecked(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Unchecked {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
