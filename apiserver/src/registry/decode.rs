@@ -11,11 +11,35 @@ fn media(content_type: Option<&str>) -> &str {
     if bare.is_empty() { "application/json" } else { bare }
 }
 
+/// Nesting deeper than this is refused: parsing and dropping values recurse.
+const DEPTH_MAX: usize = 200;
+
+/// Refuses deeply nested JSON before anything recurses into it.
+pub(super) fn check_depth(bytes: &[u8]) -> Result<(), String> {
+    let (mut depth, mut quoted, mut escaped) = (0usize, false, false);
+    for &byte in bytes {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            b'{' | b'[' if !quoted => {
+                depth += 1;
+                if depth > DEPTH_MAX {
+                    return Err(format!("invalid character '{}' exceeded max depth", byte as char));
+                }
+            }
+            b'}' | b']' if !quoted => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Result<Parsed, String>, Status> {
     match media(content_type) {
-        "application/json" => {
-            Ok(schema::json::parse(bytes).map_err(|e| format!("couldn't get version/kind; json parse error: {e}")))
-        }
+        "application/json" => Ok(check_depth(bytes)
+            .and_then(|()| schema::json::parse(bytes).map_err(|e| e.to_string()))
+            .map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))),
         "application/yaml" => Ok(parse_yaml(bytes)),
         _ => Err(Status::unsupported_media_type(
             "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml, application/vnd.kubernetes.protobuf",

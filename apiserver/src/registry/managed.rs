@@ -1,24 +1,42 @@
 //! managedFields of every write: who owns which fields.
 
-use isopod_api::meta;
+use isopod_api::{apply, gvk::Gvk, meta, schema, status::Status};
 use serde_json::Value;
 
-use super::Resource;
+use super::{Resource, options::FieldValidation};
 
-/// Records an update by a manager. `old` is the stored object.
-pub(super) fn track(_resource: &Resource, old: Option<&Value>, new: &mut Value, _manager: &str, _subresource: &str) {
-    let managed = old.map(|o| meta::managed_fields(o).to_vec()).unwrap_or_default();
-    meta::set(new, "managedFields", managed);
+fn request<'a>(
+    resource: &Resource,
+    gvk: &'a Gvk,
+    manager: &'a str,
+    subresource: &'a str,
+    now: &'a str,
+) -> Option<apply::Request<'a>> {
+    let def = schema::lookup(gvk)?;
+    Some(apply::Request { def, gvk, manager, subresource, has_status: resource.has_status(), now })
 }
 
-/// Server-side apply: the new object, with managedFields.
+/// Records an update by a manager. `old` is the stored object.
+pub(super) fn track(resource: &Resource, old: Option<&Value>, new: &mut Value, manager: &str, subresource: &str) {
+    let now = meta::now();
+    if let Some(request) = request(resource, &resource.storage, manager, subresource, &now) {
+        apply::update(&request, old, new);
+    }
+}
+
+/// Server-side apply: the new object, decoded, with managedFields. `current` is null when there is none.
 pub(super) fn apply(
-    _resource: &Resource,
-    _current: &Value,
-    _applied: &Value,
-    _manager: &str,
-    _force: bool,
-    _subresource: &str,
-) -> Result<Value, isopod_api::status::Status> {
-    Err(isopod_api::status::Status::unsupported_media_type("server-side apply"))
+    resource: &Resource,
+    current: &Value,
+    applied: &Value,
+    manager: &str,
+    force: bool,
+    subresource: &str,
+) -> Result<Value, Status> {
+    let now = meta::now();
+    let request = request(resource, &resource.gvk, manager, subresource, &now)
+        .ok_or_else(|| Status::internal("the kind has no schema"))?;
+    let live = Some(current).filter(|c| !c.is_null());
+    let merged = apply::apply(&request, live, applied, force)?;
+    super::decode::typed(&resource.gvk, merged, &[], FieldValidation::Ignore, &mut Vec::new())
 }

@@ -5,7 +5,6 @@ mod convert;
 mod create;
 mod decode;
 mod delete;
-mod interim;
 mod list;
 mod managed;
 mod metadata;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use isopod_api::{
     field::{Error, Path},
     gvk::{GroupKind, Gvk},
-    schema,
+    patch, schema,
     status::Status,
 };
 use serde_json::Value;
 
 use super::{
-    Registry, Resource, Writer, interim as patch, managed,
+    Registry, Resource, Writer, decode, managed,
     options::FieldValidation,
     scale,
     update::{Missing, Outcome, Rules, Target, Tracking},
@@ -54,45 +54,33 @@ impl PatchKind {
 }
 
 /// A parsed patch.
-struct Patch {
+struct Patch<'b> {
     kind: PatchKind,
+    body: &'b [u8],
     value: Value,
     duplicates: Vec<String>,
 }
 
-impl Patch {
-    fn parse(kind: PatchKind, body: &[u8]) -> Result<Self, Status> {
-        if kind == PatchKind::Apply {
-            let failed = |e: String| Status::bad_request(format!("error decoding YAML: {e}"));
-            let text = std::str::from_utf8(body).map_err(|e| failed(e.to_string()))?;
-            let value = isopod_api::yaml::parse(text).map_err(|e| failed(e.to_string()))?;
-            return Ok(Self { kind, value, duplicates: Vec::new() });
+impl<'b> Patch<'b> {
+    fn parse(kind: PatchKind, body: &'b [u8]) -> Result<Self, Status> {
+        let mut patch = Self { kind, body, value: Value::Null, duplicates: Vec::new() };
+        if kind != PatchKind::Apply {
+            decode::check_depth(body).map_err(|e| Status::bad_request(format!("error decoding patch: {e}")))?;
         }
-        let failed = |e: String| Status::bad_request(format!("error decoding patch: {e}"));
-        let parsed = schema::json::parse(body).map_err(|e| failed(e.to_string()))?;
-        let go_type = match (&parsed.value, kind) {
-            (Value::Array(_), PatchKind::Json) | (Value::Object(_), PatchKind::Merge | PatchKind::Strategic) => None,
-            (_, PatchKind::Json) => Some("[]handlers.jsonPatchOp"),
-            _ => Some("map[string]interface {}"),
-        };
-        if let Some(go_type) = go_type {
-            let found = match &parsed.value {
-                Value::Null => "null",
-                Value::Bool(_) => "bool",
-                Value::Number(_) => "number",
-                Value::String(_) => "string",
-                Value::Array(_) => "array",
-                Value::Object(_) => "object",
-            };
-            return Err(failed(format!("json: cannot unmarshal {found} into Go value of type {go_type}")));
+        match kind {
+            PatchKind::Apply => {
+                let failed = |e: String| Status::bad_request(format!("error decoding YAML: {e}"));
+                let text = std::str::from_utf8(body).map_err(|e| failed(e.to_string()))?;
+                patch.value = isopod_api::yaml::parse(text).map_err(|e| failed(e.to_string()))?;
+            }
+            // Parsed where it is applied.
+            PatchKind::Json => {}
+            PatchKind::Merge | PatchKind::Strategic => {
+                let parsed = patch::parse_object(body)?;
+                (patch.value, patch.duplicates) = (parsed.value, parsed.duplicates);
+            }
         }
-        let operations = parsed.value.as_array().map_or(0, Vec::len);
-        if operations > 10_000 {
-            return Err(Status::too_large(format!(
-                "The allowed maximum operations in a JSON patch is 10000, got {operations}"
-            )));
-        }
-        Ok(Self { kind, value: parsed.value, duplicates: parsed.duplicates })
+        Ok(patch)
     }
 
     /// The patched object, decoded.
@@ -105,7 +93,7 @@ impl Patch {
     ) -> Result<Value, Status> {
         let mut new = current.clone();
         match self.kind {
-            PatchKind::Json => patch::json_patch(&mut new, &self.value)?,
+            PatchKind::Json => patch::json_patch(&mut new, self.body)?,
             PatchKind::Merge => patch::merge_patch(&mut new, &self.value),
             PatchKind::Strategic => {
                 let definition = schema::lookup(gvk).ok_or_else(|| Status::internal("no schema"))?;
@@ -208,7 +196,12 @@ impl Registry {
         self.update_object(target, &edit, Rules::PATCH, writer).await
     }
 
-    async fn apply_patch(&self, target: Target<'_>, patch: Patch, writer: &mut Writer<'_>) -> Result<Outcome, Status> {
+    async fn apply_patch(
+        &self,
+        target: Target<'_>,
+        patch: Patch<'_>,
+        writer: &mut Writer<'_>,
+    ) -> Result<Outcome, Status> {
         let resource: &Arc<Resource> = target.resource;
         let (manager, force) = (writer.options.manager.clone(), writer.options.force);
         let applied = check_applied(resource, target, patch.value)?;
