@@ -8,6 +8,8 @@
 //! - [`schema`], [`yaml`]: decoding, pruning, defaulting.
 //! - [`patch`]: JSON, merge and strategic merge patches.
 //! - [`apply`]: server-side apply and managedFields.
+//! - [`protobuf`]: the other wire format.
+//! - [`openapi`]: the published documents.
 //! - [`names`], [`selector`], [`quantity`], [`text`]: the small grammars.
 
 pub mod apply;
@@ -15,7 +17,9 @@ pub mod field;
 pub mod gvk;
 pub mod meta;
 pub mod names;
+pub mod openapi;
 pub mod patch;
+pub mod protobuf;
 pub mod quantity;
 pub mod resources;
 pub mod schema;

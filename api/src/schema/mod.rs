@@ -23,7 +23,7 @@ pub mod json;
 mod rows;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, LazyLock, OnceLock},
 };
 
@@ -229,42 +229,59 @@ static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
     Registry { gvks: table.gvks, definitions: table.definitions.into_iter().map(slot).collect() }
 });
 
+/// A definition as the table has it: what OpenAPI publishes.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct RawDefinition {
+pub(crate) struct RawDefinition {
     #[serde(default)]
-    gvk: Vec<String>,
+    pub(crate) gvk: Vec<String>,
     #[serde(default)]
-    map_type: Option<String>,
+    pub(crate) map_type: Option<String>,
     #[serde(default)]
-    required: Vec<String>,
+    pub(crate) required: Vec<String>,
     #[serde(default)]
-    fields: Option<HashMap<String, RawField>>,
+    pub(crate) fields: Option<BTreeMap<String, RawField>>,
     #[serde(rename = "type", default)]
-    kind: Option<String>,
+    pub(crate) kind: Option<String>,
 }
 
+/// A field as the table has it.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum RawField {
+pub(crate) enum RawField {
     Plain(String),
     Full(Box<FullField>),
 }
 
+impl RawField {
+    pub(crate) fn into_full(self) -> FullField {
+        match self {
+            Self::Plain(ty) => FullField { ty, ..FullField::default() },
+            Self::Full(full) => *full,
+        }
+    }
+}
+
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
-struct FullField {
+pub(crate) struct FullField {
     #[serde(rename = "type")]
-    ty: String,
-    default: Option<Value>,
-    list_type: Option<String>,
-    list_map_keys: Vec<String>,
-    map_type: Option<String>,
-    patch_strategy: Option<String>,
-    patch_merge_key: Option<String>,
+    pub(crate) ty: String,
+    pub(crate) default: Option<Value>,
+    pub(crate) list_type: Option<String>,
+    pub(crate) list_map_keys: Vec<String>,
+    pub(crate) map_type: Option<String>,
+    pub(crate) patch_strategy: Option<String>,
+    pub(crate) patch_merge_key: Option<String>,
     #[serde(rename = "enum")]
-    enumeration: Option<Vec<String>>,
+    pub(crate) enumeration: Option<Vec<String>>,
+    pub(crate) item_enum: Option<Vec<String>>,
     go: Option<String>,
+}
+
+/// A definition as the table has it.
+pub(crate) fn raw(name: &str) -> Option<RawDefinition> {
+    serde_json::from_str(REGISTRY.definitions.get(name)?.raw.get()).ok()
 }
 
 fn parse_type(text: &str, full: &FullField) -> Type {
@@ -322,10 +339,7 @@ fn parse_definition(name: &str, raw: &RawValue) -> Definition {
     let raw: RawDefinition = serde_json::from_str(raw.get()).expect("the schema table is part of the program");
     let mut fields = Vec::new();
     for (field, raw_field) in raw.fields.into_iter().flatten() {
-        let full = match raw_field {
-            RawField::Plain(ty) => FullField { ty, ..FullField::default() },
-            RawField::Full(full) => *full,
-        };
+        let full = raw_field.into_full();
         let ty = parse_type(&full.ty, &full);
         let required = raw.required.contains(&field);
         let strategy = full.patch_strategy.as_deref().unwrap_or_default();

@@ -1,0 +1,175 @@
+//! Messages whose JSON is not an object of their fields: times, quantities, raw JSON, lists in disguise.
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{Error, read, write};
+use crate::{meta, quantity::Quantity};
+
+const META: &str = "k8s.io.apimachinery.pkg.apis.meta.v1.";
+const CRD: &str = "k8s.io.apiextensions_apiserver.pkg.apis.apiextensions.v1.";
+
+/// The special messages.
+enum Special {
+    Time,
+    MicroTime,
+    Quantity,
+    IntOrString,
+    /// Field 1 is JSON text.
+    RawJson,
+    /// Field 1, repeated, is the JSON list.
+    StringList,
+    SchemaOrArray,
+    SchemaOrBool,
+    SchemaOrStrings,
+}
+
+fn special(name: &str) -> Option<Special> {
+    if let Some(rest) = name.strip_prefix(META) {
+        return match rest {
+            "Time" => Some(Special::Time),
+            "MicroTime" => Some(Special::MicroTime),
+            "FieldsV1" => Some(Special::RawJson),
+            "Verbs" => Some(Special::StringList),
+            _ => None,
+        };
+    }
+    if let Some(rest) = name.strip_prefix(CRD) {
+        return match rest {
+            "JSON" => Some(Special::RawJson),
+            "JSONSchemaPropsOrArray" => Some(Special::SchemaOrArray),
+            "JSONSchemaPropsOrBool" => Some(Special::SchemaOrBool),
+            "JSONSchemaPropsOrStringArray" => Some(Special::SchemaOrStrings),
+            _ => None,
+        };
+    }
+    match name {
+        "k8s.io.apimachinery.pkg.api.resource.Quantity" => Some(Special::Quantity),
+        "k8s.io.apimachinery.pkg.util.intstr.IntOrString" => Some(Special::IntOrString),
+        "k8s.io.apimachinery.pkg.runtime.RawExtension" => Some(Special::RawJson),
+        name if name.ends_with(".ExtraValue") => Some(Special::StringList),
+        _ => None,
+    }
+}
+
+const SCHEMA: &str = "k8s.io.apiextensions_apiserver.pkg.apis.apiextensions.v1.JSONSchemaProps";
+
+fn schema(number: u32, value: &Value, out: &mut Vec<u8>) -> Result<(), Error> {
+    let mut inner = Vec::new();
+    write::message(SCHEMA, value, &mut inner)?;
+    write::bytes(number, &inner, out);
+    Ok(())
+}
+
+/// Writes a special message; `None` when it is an ordinary one.
+pub(super) fn write(name: &str, value: &Value, out: &mut Vec<u8>) -> Option<Result<(), Error>> {
+    let refuse = || Error::Value(name.to_owned());
+    Some(match (special(name)?, value) {
+        (_, Value::Null) => Ok(()),
+        (Special::Time | Special::MicroTime, Value::String(text)) => match meta::parse_time(text) {
+            Some(time) => {
+                write::integer(1, time.as_second(), out);
+                write::integer(2, i64::from(time.subsec_nanosecond()), out);
+                Ok(())
+            }
+            None => Err(refuse()),
+        },
+        (Special::Quantity, value) => match Quantity::from_json(value) {
+            Ok(quantity) => {
+                write::text(1, &quantity.to_string(), out);
+                Ok(())
+            }
+            Err(_) => Err(refuse()),
+        },
+        (Special::IntOrString, Value::String(text)) => {
+            write::integer(1, 1, out);
+            write::integer(2, 0, out);
+            write::text(3, text, out);
+            Ok(())
+        }
+        (Special::IntOrString, Value::Number(n)) => {
+            write::integer(1, 0, out);
+            write::integer(2, n.as_i64().unwrap_or_default(), out);
+            write::text(3, "", out);
+            Ok(())
+        }
+        (Special::RawJson, value) => {
+            write::bytes(1, value.to_string().as_bytes(), out);
+            Ok(())
+        }
+        (Special::StringList, Value::Array(items)) => {
+            for item in items {
+                write::text(1, item.as_str().unwrap_or_default(), out);
+            }
+            Ok(())
+        }
+        (Special::SchemaOrArray, Value::Array(items)) => items.iter().try_for_each(|item| schema(2, item, out)),
+        (Special::SchemaOrArray, value) => schema(1, value, out),
+        (Special::SchemaOrBool, Value::Bool(allows)) => {
+            write::integer(1, i64::from(*allows), out);
+            Ok(())
+        }
+        (Special::SchemaOrBool, value) => {
+            write::integer(1, 1, out);
+            schema(2, value, out)
+        }
+        (Special::SchemaOrStrings, Value::Array(items)) => {
+            for item in items {
+                write::text(2, item.as_str().unwrap_or_default(), out);
+            }
+            Ok(())
+        }
+        (Special::SchemaOrStrings, value) => schema(1, value, out),
+        _ => Err(refuse()),
+    })
+}
+
+/// Reads a special message; `None` when it is an ordinary one.
+pub(super) fn read(name: &'static str, data: &[u8], depth: usize) -> Result<Option<Value>, Error> {
+    let Some(special) = special(name) else { return Ok(None) };
+    let mut fields = Vec::new();
+    for field in read::fields(data) {
+        fields.push(field?);
+    }
+    let number = |n: u32| fields.iter().rev().find(|(f, _)| *f == n).map_or(0, |(_, wire)| wire.integer());
+    let bytes = |n: u32| {
+        fields.iter().filter_map(move |(f, wire)| match wire {
+            read::Wire::Bytes(data) if *f == n => Some(*data),
+            _ => None,
+        })
+    };
+    let text = |data: &[u8]| String::from_utf8_lossy(data).into_owned();
+    let refuse = || Error::Field(name.to_owned());
+    let schemas = |n: u32| bytes(n).map(|data| read::message(SCHEMA, data, depth + 1)).collect::<Result<Vec<_>, _>>();
+    Ok(Some(match special {
+        Special::Time | Special::MicroTime => {
+            // Go writes nothing for the zero time.
+            if fields.is_empty() {
+                return Ok(Some(Value::Null));
+            }
+            let nanos = i32::try_from(number(2)).map_err(|_| refuse())?;
+            let time = Timestamp::new(number(1), nanos).map_err(|_| refuse())?;
+            if matches!(special, Special::Time) { meta::time(time) } else { meta::micro_time(time) }.into()
+        }
+        Special::Quantity => bytes(1).last().map(text).filter(|t| !t.is_empty()).unwrap_or_else(|| "0".into()).into(),
+        Special::IntOrString if number(1) == 1 => bytes(3).last().map(text).unwrap_or_default().into(),
+        Special::IntOrString => number(2).into(),
+        Special::RawJson => match bytes(1).last().filter(|data| !data.is_empty()) {
+            Some(data) => serde_json::from_slice(data).map_err(|_| refuse())?,
+            None => Value::Null,
+        },
+        Special::StringList => bytes(1).map(text).map(Value::from).collect(),
+        Special::SchemaOrArray => match schemas(1)?.pop() {
+            Some(schema) => schema,
+            None => schemas(2)?.into(),
+        },
+        Special::SchemaOrBool => match schemas(2)?.pop() {
+            Some(schema) => schema,
+            None => json!(number(1) != 0),
+        },
+        Special::SchemaOrStrings => match schemas(1)?.pop() {
+            Some(schema) => schema,
+            None => bytes(2).map(text).map(Value::from).collect(),
+        },
+    }))
+}
