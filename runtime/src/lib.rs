@@ -4,6 +4,28 @@
 //! [`seccomp::default_profile`] of it and executes the `isopod-runtime` binary for the rest; this library never prints
 //! and never exits by itself except in the processes it clones.
 
+pub mod cgroups;
+pub mod cli;
+mod config;
+mod devices;
+pub mod error;
+mod hooks;
+mod init;
+mod launch;
+mod mount_options;
+mod mounts;
+mod passwd;
+mod process;
+mod root;
+mod rootfs;
+mod seal;
 pub mod seccomp;
+pub mod spec;
+pub mod state;
 pub mod supervisor;
+mod sync;
 mod sys;
+mod time;
+mod tty;
+
+pub use seal::{ensure_sealed, protect_descriptors};

@@ -1,2 +1,5 @@
-//! The `isopod-runtime` binary.
-fn main() {}
+//! The `isopod-runtime` binary: OCI verbs and the pod supervisor.
+
+fn main() {
+    std::process::exit(isopod_runtime::cli::main())
+}

@@ -1,5 +1,13 @@
 //! The per-pod supervisor: its wire protocol, the agent's client and the server itself.
 
 pub mod client;
+mod container;
+mod log;
+mod operations;
+mod pod;
 pub mod protocol;
+mod server;
+mod status;
 pub mod wire;
+
+pub use pod::supervise;

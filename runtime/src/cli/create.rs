@@ -1,0 +1,254 @@
+//! `create` and `run`.
+
+use std::{
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+
+use super::foreground;
+use crate::{
+    cgroups::Cgroup,
+    config::Config,
+    error::{Error, Result},
+    hooks,
+    launch::{Console, Gate, Launch, Launched, Wiring},
+    state::{State, StateDir, process_start_time, replace},
+    supervisor::protocol::Rootfs,
+    sys, tty,
+};
+
+/// Arguments of `create`.
+#[derive(Debug, Args)]
+pub(super) struct CreateArgs {
+    /// Bundle directory
+    #[arg(short, long, default_value = ".")]
+    bundle: PathBuf,
+    /// Unix socket that receives the master of the terminal
+    #[arg(long)]
+    console_socket: Option<PathBuf>,
+    /// File for the pid of the container's init
+    #[arg(long)]
+    pid_file: Option<PathBuf>,
+    /// Move the root instead of pivoting
+    #[arg(long)]
+    no_pivot: bool,
+    /// Accepted for compatibility
+    #[arg(long)]
+    no_new_keyring: bool,
+    /// Descriptors from 3 on to pass on
+    #[arg(long, default_value_t = 0)]
+    preserve_fds: u32,
+    /// Container id
+    id: String,
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    create: CreateArgs,
+    /// Return once the container runs
+    #[arg(short, long)]
+    detach: bool,
+    /// Do not remove the container when it ends
+    #[arg(long)]
+    keep: bool,
+    /// Accepted for compatibility
+    #[arg(long)]
+    no_subreaper: bool,
+}
+
+struct Made {
+    dir: StateDir,
+    state: State,
+    config: Config,
+    launched: Launched,
+}
+
+/// Creates a container that waits for `start`.
+pub(super) fn create(root: &Path, args: &CreateArgs) -> Result<()> {
+    make(root, args, true).map(drop)
+}
+
+/// Creates a container and runs it; its exit code, or 0 when detached.
+pub(super) fn run(root: &Path, args: &RunArgs) -> Result<i32> {
+    let signals = (!args.detach).then(foreground::Signals::block).transpose()?;
+    let Made { dir, state, config, launched } = make(root, &args.create, false)?;
+    if let Err(error) = launched.start() {
+        clean_up(dir, state.cgroup.as_ref(), state.pid);
+        return Err(error);
+    }
+    let told = hook_state(&state, "running", state.pid);
+    if let Some(all) = config.spec.hooks() {
+        hooks::run("poststart", all.poststart().as_ref(), &told)?;
+    }
+    let Some(signals) = signals else { return Ok(0) };
+    // Other commands must not wait for this one.
+    let id = state.id.clone();
+    drop(dir);
+    let code = foreground::attend(&signals, launched.pid, launched.master.as_ref().map(AsFd::as_fd))?;
+    if !args.keep {
+        if let Ok(dir) = StateDir::open(root, &id) {
+            finish(dir, &state)?;
+        }
+    }
+    Ok(code)
+}
+
+/// Removes an ended container's traces and runs its last hooks.
+pub(super) fn finish(dir: StateDir, state: &State) -> Result<()> {
+    let mut result = Ok(());
+    if let Some(cgroup) = &state.cgroup {
+        result = cgroup.kill_and_wait().and_then(|()| cgroup.remove());
+    }
+    // Hooks may fail, the removal goes on.
+    if let Ok(config) = Config::load(&state.bundle) {
+        if let Some(all) = config.spec.hooks() {
+            let told = hook_state(state, "stopped", 0);
+            if let Err(e) = hooks::run("poststop", all.poststop().as_ref(), &told) {
+                eprintln!("isopod-runtime: {e}");
+            }
+        }
+    }
+    result.and(dir.remove())
+}
+
+fn clean_up(dir: StateDir, cgroup: Option<&Cgroup>, pid: i32) {
+    if pid > 0 {
+        drop(sys::kill(pid, libc::SIGKILL));
+        drop(nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None));
+    }
+    if let Some(cgroup) = cgroup {
+        drop(cgroup.kill_and_wait().and_then(|()| cgroup.remove()));
+    }
+    drop(dir.remove());
+}
+
+fn make(root: &Path, args: &CreateArgs, wait_for_start: bool) -> Result<Made> {
+    let config = Config::load(&args.bundle)?;
+    let process = config.process()?;
+    let terminal = process.terminal() == Some(true);
+    let console = match (&args.console_socket, terminal) {
+        (Some(path), true) => Console::Socket(tty::connect(path)?),
+        (Some(_), false) => return Err(Error::invalid("--console-socket is given, but process.terminal is false")),
+        (None, true) if wait_for_start => {
+            return Err(Error::invalid("process.terminal needs --console-socket when the container is created"));
+        }
+        (None, _) => Console::Launcher,
+    };
+    // Sockets a service manager passes on come after those asked for.
+    let passed: u32 = std::env::var("LISTEN_FDS").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
+    let preserve = args.preserve_fds + passed;
+    crate::protect_descriptors(preserve)?;
+    let dir = StateDir::create(root, &args.id)?;
+    let cgroup = match plan_cgroup(&config, &args.id) {
+        Ok(cgroup) => cgroup,
+        Err(error) => {
+            clean_up(dir, None, 0);
+            return Err(error);
+        }
+    };
+    match fill(&dir, config, args, cgroup.clone(), console, preserve, wait_for_start) {
+        Ok((state, config, launched)) => Ok(Made { dir, state, config, launched }),
+        Err(error) => {
+            clean_up(dir, cgroup.as_ref(), 0);
+            Err(error)
+        }
+    }
+}
+
+fn plan_cgroup(config: &Config, id: &str) -> Result<Option<Cgroup>> {
+    let linux = config.spec.linux().as_ref();
+    let default = format!("/isopod-runtime-{id}");
+    let configured = linux.and_then(|l| l.cgroups_path().as_ref()).and_then(|p| p.to_str()).filter(|p| !p.is_empty());
+    // The systemd driver's slice:prefix:name is a path all the same.
+    let path = configured.map(|p| p.replace(':', "/"));
+    let resources = linux.and_then(|l| l.resources().as_ref());
+    let mut cgroup = Cgroup::plan(path.as_deref().unwrap_or(&default), resources)?;
+    let made = cgroup.create().and_then(|()| {
+        resources.map_or(Ok(()), |r| cgroup.apply(r))?;
+        cgroup.apply_devices(resources)
+    });
+    match made {
+        Ok(()) => Ok(Some(cgroup)),
+        // An ordinary user to whom nothing is delegated runs without a group, unless one was asked for.
+        Err(e) if configured.is_none() && matches!(e.errno(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
+            eprintln!("isopod-runtime: no cgroup: {e}");
+            drop(cgroup.remove());
+            Ok(None)
+        }
+        Err(e) => {
+            drop(cgroup.remove());
+            Err(e)
+        }
+    }
+}
+
+fn fill(
+    dir: &StateDir,
+    config: Config,
+    args: &CreateArgs,
+    cgroup: Option<Cgroup>,
+    console: Console,
+    preserve: u32,
+    wait_for_start: bool,
+) -> Result<(State, Config, Launched)> {
+    let gate = if wait_for_start {
+        let (fifo, errors) = dir.make_gate()?;
+        Gate::Fifo { fifo, errors }
+    } else {
+        Gate::Launcher
+    };
+    let annotations = config.spec.annotations().clone().unwrap_or_default();
+    let mut state = State {
+        id: args.id.clone(),
+        bundle: config.bundle.clone(),
+        rootfs: config.rootfs(),
+        pid: 0,
+        start_time: 0,
+        created: crate::time::rfc3339_nanos(crate::time::now_nanos()),
+        owner: rustix::process::getuid().as_raw(),
+        cgroup,
+        annotations,
+    };
+    let launched = Launch {
+        config: &config,
+        rootfs: &Rootfs::Directory,
+        cgroup: state.cgroup.as_ref(),
+        wiring: Wiring { console, gate, preserve, ..Wiring::default() },
+        no_pivot: args.no_pivot,
+        pid_namespace: None,
+        state: &|pid| hook_state(&state, "creating", pid),
+    }
+    .run()?;
+    for warning in &launched.warnings {
+        eprintln!("isopod-runtime: warning: {warning}");
+    }
+    state.pid = launched.pid;
+    state.start_time = process_start_time(launched.pid).unwrap_or(0);
+    let recorded = dir.write(&state).and_then(|()| match &args.pid_file {
+        Some(file) => replace(file, launched.pid.to_string().as_bytes()),
+        None => Ok(()),
+    });
+    if let Err(error) = recorded {
+        drop(sys::pidfd_kill(launched.pidfd.as_fd(), libc::SIGKILL));
+        drop(nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None));
+        return Err(error);
+    }
+    Ok((state, config, launched))
+}
+
+/// The state in the words of the specification.
+pub(super) fn hook_state(state: &State, status: &str, pid: i32) -> Vec<u8> {
+    let value = serde_json::json!({
+        "ociVersion": "1.2.0",
+        "id": state.id,
+        "status": status,
+        "pid": pid,
+        "bundle": state.bundle,
+        "annotations": state.annotations,
+    });
+    value.to_string().into_bytes()
+}

@@ -1,0 +1,120 @@
+//! `update`.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use oci_spec::runtime::LinuxResources;
+use serde_json::{Map, Value, json};
+
+use crate::{
+    config,
+    error::{Error, Result},
+    state::{StateDir, Status},
+};
+
+/// Arguments of `update`.
+#[derive(Debug, Args)]
+pub(super) struct UpdateArgs {
+    /// File with resources as in config.json, - for stdin
+    #[arg(short, long)]
+    resources: Option<PathBuf>,
+    /// Bytes
+    #[arg(long, allow_hyphen_values = true)]
+    memory: Option<i64>,
+    /// Bytes, of memory and swap together
+    #[arg(long, allow_hyphen_values = true)]
+    memory_swap: Option<i64>,
+    /// Bytes
+    #[arg(long)]
+    memory_reservation: Option<i64>,
+    /// Relative weight
+    #[arg(long, visible_alias = "cpu-share")]
+    cpu_shares: Option<u64>,
+    /// Microseconds
+    #[arg(long, allow_hyphen_values = true)]
+    cpu_quota: Option<i64>,
+    /// Microseconds
+    #[arg(long)]
+    cpu_period: Option<u64>,
+    /// Microseconds
+    #[arg(long)]
+    cpu_burst: Option<u64>,
+    /// Microseconds
+    #[arg(long)]
+    cpu_rt_period: Option<u64>,
+    /// Microseconds
+    #[arg(long)]
+    cpu_rt_runtime: Option<i64>,
+    /// Processors
+    #[arg(long)]
+    cpuset_cpus: Option<String>,
+    /// Memory nodes
+    #[arg(long)]
+    cpuset_mems: Option<String>,
+    /// Only when nothing else runs
+    #[arg(long)]
+    cpu_idle: Option<i64>,
+    /// 10 to 1000
+    #[arg(long)]
+    blkio_weight: Option<u16>,
+    /// Processes and threads
+    #[arg(long, allow_hyphen_values = true)]
+    pids_limit: Option<i64>,
+    /// Container id
+    id: String,
+}
+
+pub(super) fn update(root: &Path, args: &UpdateArgs) -> Result<()> {
+    let resources = resources(args)?;
+    let dir = StateDir::open(root, &args.id)?;
+    let mut state = dir.read()?;
+    if dir.status(&state) == Status::Stopped {
+        return Err(Error::state("cannot update a stopped container"));
+    }
+    let cgroup = state.cgroup.as_mut().ok_or_else(|| Error::state("the container has no cgroup"))?;
+    cgroup.apply(&resources)?;
+    dir.write(&state)
+}
+
+fn resources(args: &UpdateArgs) -> Result<LinuxResources> {
+    let value = match &args.resources {
+        Some(path) if path == Path::new("-") => {
+            let text = std::io::read_to_string(std::io::stdin()).map_err(|e| Error::system("read stdin", e))?;
+            serde_json::from_str(&text)
+        }
+        Some(path) => serde_json::from_slice(&config::read_limited(path)?),
+        None => Ok(from_flags(args)),
+    };
+    value.and_then(serde_json::from_value).map_err(|e| Error::invalid(format!("malformed resources: {e}")))
+}
+
+fn from_flags(args: &UpdateArgs) -> Value {
+    let section = |pairs: &[(&str, Option<Value>)]| -> Option<Value> {
+        let map: Map<String, Value> = pairs.iter().filter_map(|(k, v)| Some(((*k).to_owned(), v.clone()?))).collect();
+        (!map.is_empty()).then_some(Value::Object(map))
+    };
+    let memory = section(&[
+        ("limit", args.memory.map(Value::from)),
+        ("swap", args.memory_swap.map(Value::from)),
+        ("reservation", args.memory_reservation.map(Value::from)),
+    ]);
+    let cpu = section(&[
+        ("shares", args.cpu_shares.map(Value::from)),
+        ("quota", args.cpu_quota.map(Value::from)),
+        ("period", args.cpu_period.map(Value::from)),
+        ("burst", args.cpu_burst.map(Value::from)),
+        ("realtimePeriod", args.cpu_rt_period.map(Value::from)),
+        ("realtimeRuntime", args.cpu_rt_runtime.map(Value::from)),
+        ("cpus", args.cpuset_cpus.clone().map(Value::from)),
+        ("mems", args.cpuset_mems.clone().map(Value::from)),
+        ("idle", args.cpu_idle.map(Value::from)),
+    ]);
+    let io = section(&[("weight", args.blkio_weight.map(Value::from))]);
+    let all = section(&[
+        ("memory", memory),
+        ("cpu", cpu),
+        ("blockIO", io),
+        ("pids", args.pids_limit.map(|limit| json!({ "limit": limit }))),
+    ]);
+    all.unwrap_or_else(|| json!({}))
+}

@@ -1,0 +1,239 @@
+//! Loading a bundle's config.json and refusing, with one clear sentence, what cannot be run.
+
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+
+use crate::error::{Context, Error, Result};
+
+/// Largest config.json accepted.
+const MAX_SIZE: u64 = 16 << 20;
+
+/// A validated configuration and where it came from.
+#[derive(Debug)]
+pub(crate) struct Config {
+    /// The parsed document.
+    pub(crate) spec: Spec,
+    /// Absolute path of the bundle.
+    pub(crate) bundle: PathBuf,
+    /// The document as it was read.
+    pub(crate) raw: Vec<u8>,
+}
+
+impl Config {
+    /// Reads and validates `bundle/config.json`.
+    pub(crate) fn load(bundle: &Path) -> Result<Self> {
+        let bundle = std::path::absolute(bundle).context(|| format!("resolve bundle {}", bundle.display()))?;
+        let path = bundle.join("config.json");
+        Self::read(&path, bundle)
+    }
+
+    /// Reads and validates the configuration at `path` for `bundle`.
+    pub(crate) fn read(path: &Path, bundle: PathBuf) -> Result<Self> {
+        let raw = read_limited(path)?;
+        let spec: Spec =
+            serde_json::from_slice(&raw).map_err(|e| Error::invalid(format!("parse {}: {e}", path.display())))?;
+        let config = Self { spec, bundle, raw };
+        config.validate().map_err(|e| e.within(path.display()))?;
+        Ok(config)
+    }
+
+    /// `root.path`, absolute.
+    pub(crate) fn rootfs(&self) -> PathBuf {
+        let path = self.spec.root().as_ref().map_or_else(|| PathBuf::from("rootfs"), |r| r.path().clone());
+        if path.is_absolute() { path } else { self.bundle.join(path) }
+    }
+
+    /// The process to run.
+    pub(crate) fn process(&self) -> Result<&Process> {
+        self.spec.process().as_ref().ok_or_else(|| Error::invalid("process is missing"))
+    }
+
+    /// The path of a listed namespace: `None` when the type is not listed, `Some(None)` when a new one is asked for.
+    pub(crate) fn namespace(&self, kind: LinuxNamespaceType) -> Option<Option<&Path>> {
+        let linux = self.spec.linux().as_ref()?;
+        let found = linux.namespaces().iter().flatten().find(|n| n.typ() == kind)?;
+        Some(found.path().as_deref().filter(|p| !p.as_os_str().is_empty()))
+    }
+
+    fn validate(&self) -> Result<()> {
+        let spec = &self.spec;
+        if !spec.version().starts_with("1.") {
+            return Err(Error::invalid(format!("ociVersion {:?} is not 1.x", spec.version())));
+        }
+        if spec.root().is_none() {
+            return Err(Error::invalid("root is missing"));
+        }
+        if let Some(process) = spec.process() {
+            validate_process(process)?;
+        }
+        for mount in spec.mounts().iter().flatten() {
+            let destination = mount.destination();
+            if destination.components().any(|c| c == std::path::Component::ParentDir) {
+                return Err(Error::invalid(format!("mount destination {} contains ..", destination.display())));
+            }
+            if destination == Path::new("/") || destination.as_os_str().is_empty() {
+                return Err(Error::invalid("a mount's destination may not be the root"));
+            }
+        }
+        self.validate_namespaces()?;
+        self.validate_linux()
+    }
+
+    fn validate_namespaces(&self) -> Result<()> {
+        let linux = self.spec.linux().as_ref().ok_or_else(|| Error::invalid("linux is missing"))?;
+        let list = linux.namespaces().as_deref().unwrap_or_default();
+        for (i, namespace) in list.iter().enumerate() {
+            if list[..i].iter().any(|n| n.typ() == namespace.typ()) {
+                return Err(Error::invalid(format!("namespace {:?} is listed twice", namespace.typ())));
+            }
+        }
+        if self.namespace(LinuxNamespaceType::Mount).is_none() {
+            return Err(Error::invalid("a container needs a mount namespace"));
+        }
+        let hostname = self.spec.hostname().as_ref().is_some_and(|h| !h.is_empty());
+        let domain = self.spec.domainname().as_ref().is_some_and(|h| !h.is_empty());
+        if (hostname || domain) && self.namespace(LinuxNamespaceType::Uts).is_none() {
+            return Err(Error::invalid("hostname and domainname need a UTS namespace"));
+        }
+        let mapped = linux.uid_mappings().as_ref().is_some_and(|m| !m.is_empty());
+        if mapped && self.namespace(LinuxNamespaceType::User).is_none() {
+            return Err(Error::invalid("uidMappings need a user namespace"));
+        }
+        if self.namespace(LinuxNamespaceType::User) == Some(None) && !mapped {
+            return Err(Error::invalid("a new user namespace needs uidMappings and gidMappings"));
+        }
+        if linux.time_offsets().as_ref().is_some_and(|t| !t.is_empty())
+            && self.namespace(LinuxNamespaceType::Time).is_none()
+        {
+            return Err(Error::invalid("timeOffsets need a time namespace"));
+        }
+        Ok(())
+    }
+
+    fn validate_linux(&self) -> Result<()> {
+        let Some(linux) = self.spec.linux() else { return Ok(()) };
+        for path in linux.masked_paths().iter().chain(linux.readonly_paths()).flatten() {
+            if !path.starts_with('/') {
+                return Err(Error::invalid(format!("masked or read-only path {path:?} is not absolute")));
+            }
+        }
+        for name in linux.sysctl().iter().flat_map(|s| s.keys()) {
+            self.validate_sysctl(name)?;
+        }
+        let unsupported = [
+            ("linux.intelRdt", linux.intel_rdt().is_some()),
+            ("linux.memoryPolicy", linux.memory_policy().is_some()),
+            ("linux.netDevices", linux.net_devices().as_ref().is_some_and(|d| !d.is_empty())),
+            ("linux.mountLabel", linux.mount_label().as_ref().is_some_and(|l| !l.is_empty())),
+        ];
+        match unsupported.iter().find(|(_, used)| *used) {
+            Some((name, _)) => Err(Error::invalid(format!("{name} is not supported"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Only values that belong to one of the container's own namespaces; others would change the host.
+    fn validate_sysctl(&self, name: &str) -> Result<()> {
+        let dotted = name.replace('/', ".");
+        if dotted.split('.').any(|part| part.is_empty()) {
+            return Err(Error::invalid(format!("sysctl {name:?} is malformed")));
+        }
+        let own = |kind| self.namespace(kind).is_some();
+        let ipc = ["kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem", "kernel.shmall", "kernel.shmmax"];
+        let ipc_more = ["kernel.shmmni", "kernel.shm_rmid_forced"];
+        let allowed = if ipc.contains(&dotted.as_str())
+            || ipc_more.contains(&dotted.as_str())
+            || dotted.starts_with("fs.mqueue.")
+        {
+            own(LinuxNamespaceType::Ipc)
+        } else if dotted.starts_with("net.") {
+            own(LinuxNamespaceType::Network)
+        } else if dotted == "kernel.domainname" || dotted == "kernel.hostname" {
+            own(LinuxNamespaceType::Uts)
+        } else if dotted.starts_with("user.") {
+            own(LinuxNamespaceType::User)
+        } else {
+            false
+        };
+        if allowed { Ok(()) } else { Err(Error::invalid(format!("sysctl {name} is not in a separate namespace"))) }
+    }
+}
+
+/// What also holds for the process of an exec.
+pub(crate) fn validate_process(process: &Process) -> Result<()> {
+    if !process.cwd().is_absolute() {
+        return Err(Error::invalid(format!("process.cwd {:?} is not absolute", process.cwd())));
+    }
+    let args = process.args().as_deref().unwrap_or_default();
+    if args.first().is_none_or(String::is_empty) {
+        return Err(Error::invalid("process.args is empty"));
+    }
+    let env = process.env().as_deref().unwrap_or_default();
+    if args.iter().chain(env).any(|s| s.contains('\0')) {
+        return Err(Error::invalid("process.args or process.env contains a NUL byte"));
+    }
+    let named = |s: &Option<String>| s.as_ref().is_some_and(|s| !s.is_empty() && s != "unconfined");
+    if named(process.apparmor_profile()) && !Path::new("/sys/kernel/security/apparmor").exists() {
+        return Err(Error::invalid("process.apparmorProfile: this kernel has no AppArmor"));
+    }
+    if named(process.selinux_label()) && !Path::new("/sys/fs/selinux/enforce").exists() {
+        return Err(Error::invalid("process.selinuxLabel: this kernel has no SELinux"));
+    }
+    let adj = process.oom_score_adj().unwrap_or(0);
+    if !(-1000..=1000).contains(&adj) {
+        return Err(Error::invalid(format!("process.oomScoreAdj {adj} is not between -1000 and 1000")));
+    }
+    Ok(())
+}
+
+/// Reads a file of bounded size.
+pub(crate) fn read_limited(path: &Path) -> Result<Vec<u8>> {
+    let file = std::fs::File::open(path).context(|| format!("open {}", path.display()))?;
+    let mut raw = vec![];
+    file.take(MAX_SIZE + 1).read_to_end(&mut raw).context(|| format!("read {}", path.display()))?;
+    if raw.len() as u64 > MAX_SIZE {
+        return Err(Error::invalid(format!("{} is larger than {MAX_SIZE} bytes", path.display())));
+    }
+    Ok(raw)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(change: impl FnOnce(&mut serde_json::Value)) -> Result<(), String> {
+        let mut value = serde_json::to_value(crate::spec::template()).unwrap();
+        change(&mut value);
+        let spec = serde_json::from_value(value).map_err(|e| e.to_string())?;
+        Config { spec, bundle: "/b".into(), raw: vec![] }.validate().map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_template_is_valid() {
+        assert_eq!(check(|_| ()), Ok(()));
+    }
+
+    #[test]
+    fn wrong_configurations_have_clear_errors() {
+        type Change = fn(&mut serde_json::Value);
+        let cases: [(Change, &str); 9] = [
+            (|v| v["ociVersion"] = "2.0.0".into(), "ociVersion"),
+            (|v| v["process"]["cwd"] = "tmp".into(), "not absolute"),
+            (|v| v["process"]["args"] = serde_json::json!([]), "process.args is empty"),
+            (|v| v["linux"]["namespaces"] = serde_json::json!([]), "needs a mount namespace"),
+            (|v| v["linux"]["sysctl"] = serde_json::json!({"vm.swappiness": "1"}), "not in a separate namespace"),
+            (|v| v["linux"]["sysctl"] = serde_json::json!({"net..x": "1"}), "malformed"),
+            (|v| v["linux"]["maskedPaths"] = serde_json::json!(["proc/x"]), "not absolute"),
+            (|v| v["mounts"][0]["destination"] = "/a/../b".into(), "contains .."),
+            (|v| v["process"]["oomScoreAdj"] = 2000.into(), "oomScoreAdj"),
+        ];
+        for (change, words) in cases {
+            let error = check(change).unwrap_err();
+            assert!(error.contains(words), "{error:?} does not contain {words:?}");
+        }
+    }
+}

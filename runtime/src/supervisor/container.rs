@@ -1,0 +1,215 @@
+//! One container of the pod: its process, its streams, its log and who is attached.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use super::{
+    log::{LogWriter, Stream},
+    protocol::{ContainerState, ContainerStatus},
+};
+use crate::{
+    cgroups::Cgroup,
+    error::{Context, Result},
+    launch::{Launched, Stdio},
+};
+
+/// A client's ends.
+#[derive(Debug, Default)]
+pub(crate) struct Attached {
+    /// Read for the container's stdin, with its event token.
+    pub(crate) stdin: Option<(OwnedFd, u64)>,
+    /// What was read and the container has not yet taken.
+    pub(crate) pending: Vec<u8>,
+    /// Written to.
+    pub(crate) stdout: Option<OwnedFd>,
+    /// Written to.
+    pub(crate) stderr: Option<OwnedFd>,
+    /// It gave a stdin, even when that has ended.
+    pub(crate) had_stdin: bool,
+}
+
+impl Attached {
+    fn is_gone(&self) -> bool {
+        self.stdin.is_none() && self.pending.is_empty() && self.stdout.is_none() && self.stderr.is_none()
+    }
+}
+
+/// A container.
+#[derive(Debug)]
+pub(crate) struct Container {
+    pub(crate) status: ContainerStatus,
+    pub(crate) bundle: PathBuf,
+    pub(crate) cgroup: Cgroup,
+    /// Until it is started.
+    pub(crate) launched: Option<Launched>,
+    pub(crate) pidfd: Option<OwnedFd>,
+    /// Read ends of its output with their event tokens; index by [`Stream`].
+    pub(crate) output: [Option<(OwnedFd, u64)>; 2],
+    /// The terminal's master with its event token, instead of the pipes.
+    pub(crate) master: Option<(OwnedFd, u64)>,
+    /// Write end of its stdin with the event token in use while it is full.
+    pub(crate) stdin: Option<(OwnedFd, Option<u64>)>,
+    pub(crate) stdin_once: bool,
+    pub(crate) log: Option<LogWriter>,
+    pub(crate) attached: Vec<Attached>,
+}
+
+/// The pipes of a container without a terminal.
+pub(crate) struct Pipes {
+    /// For the container.
+    pub(crate) stdio: Stdio,
+    /// Write end of its stdin.
+    pub(crate) stdin: Option<OwnedFd>,
+    /// Read ends.
+    pub(crate) output: [OwnedFd; 2],
+}
+
+impl Pipes {
+    /// Makes them. Ours do not block; the container's do.
+    pub(crate) fn new(stdin: bool) -> Result<Self> {
+        let make = || pipe_with(PipeFlags::CLOEXEC).context(|| "make a pipe".into());
+        let ((out, out_w), (err, err_w)) = (make()?, make()?);
+        let (stdin_r, stdin_w) = if stdin { make().map(|(r, w)| (Some(r), Some(w)))? } else { (None, None) };
+        for fd in [Some(&out), Some(&err), stdin_w.as_ref()].into_iter().flatten() {
+            set_nonblocking(fd.as_fd()).context(|| "set a pipe nonblocking".into())?;
+        }
+        Ok(Self { stdio: Stdio::Given([stdin_r, Some(out_w), Some(err_w)]), stdin: stdin_w, output: [out, err] })
+    }
+}
+
+/// Sets O_NONBLOCK.
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(fd)?;
+    Ok(rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)?)
+}
+
+/// What reading a stream brought.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Read {
+    /// This many bytes.
+    Data(usize),
+    /// Nothing for now.
+    Empty,
+    /// The end.
+    End,
+}
+
+/// Reads without blocking.
+pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Read {
+    loop {
+        match rustix::io::read(fd, &mut *buffer) {
+            Ok(0) => return Read::End,
+            Ok(n) => return Read::Data(n),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) => return Read::Empty,
+            // A terminal whose last slave is closed says EIO.
+            Err(_) => return Read::End,
+        }
+    }
+}
+
+impl Container {
+    /// Whether its process lives.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.status.state != ContainerState::Exited
+    }
+
+    /// Passes output on to the log and to whoever is attached. A client that does not drain is let go.
+    pub(crate) fn output(&mut self, stream: Stream, data: &[u8], batch: &mut Vec<u8>) {
+        if let Some(log) = &mut self.log {
+            log.append(stream, data, batch);
+        }
+        for client in &mut self.attached {
+            let end = match stream {
+                Stream::Stdout => &mut client.stdout,
+                Stream::Stderr => &mut client.stderr,
+            };
+            if end.as_ref().is_some_and(|fd| !write_all_now(fd.as_fd(), data)) {
+                *end = None;
+            }
+        }
+    }
+
+    /// The descriptor stdin is written to.
+    pub(crate) fn input(&self) -> Option<BorrowedFd<'_>> {
+        match (&self.master, &self.stdin) {
+            (Some((master, _)), _) => Some(master.as_fd()),
+            (None, Some((stdin, _))) => Some(stdin.as_fd()),
+            _ => None,
+        }
+    }
+
+    /// Moves what clients sent towards the container; `true` when it takes no more for now.
+    pub(crate) fn feed(&mut self) -> bool {
+        let mut closed = false;
+        let mut full = false;
+        for index in 0..self.attached.len() {
+            let pending = std::mem::take(&mut self.attached[index].pending);
+            if pending.is_empty() {
+                continue;
+            }
+            let Some(input) = self.input() else { continue };
+            let mut rest = pending.as_slice();
+            while !rest.is_empty() {
+                match rustix::io::write(input, rest) {
+                    Ok(n) => rest = &rest[n..],
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(rustix::io::Errno::AGAIN) => {
+                        full = true;
+                        break;
+                    }
+                    Err(_) => {
+                        closed = true;
+                        rest = &[];
+                    }
+                }
+            }
+            let rest = rest.to_vec();
+            self.attached[index].pending = rest;
+        }
+        if closed && self.master.is_none() {
+            self.stdin = None;
+        }
+        full
+    }
+
+    /// Forgets clients that have nothing left; `true` when stdin is to be closed with the first of them.
+    pub(crate) fn forget_clients(&mut self) -> bool {
+        let mut left_with_stdin = false;
+        self.attached.retain(|client| {
+            let ended = client.had_stdin && client.stdin.is_none() && client.pending.is_empty();
+            left_with_stdin |= ended;
+            !client.is_gone()
+        });
+        left_with_stdin && self.stdin_once
+    }
+}
+
+/// Writes all or reports that the other end does not take it.
+fn write_all_now(fd: BorrowedFd<'_>, mut data: &[u8]) -> bool {
+    while !data.is_empty() {
+        match rustix::io::write(fd, data) {
+            Ok(n) => data = &data[n..],
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
+    true
+}
+
+/// Readies a client's output end: never block on it, and let it buffer as much as a pipe may.
+pub(crate) fn ready_output(fd: &OwnedFd) -> io::Result<()> {
+    set_nonblocking(fd.as_fd())?;
+    drop(rustix::pipe::fcntl_setpipe_size(fd, 1 << 20));
+    Ok(())
+}
+
+/// Where a bundle's configuration is.
+pub(crate) fn config_path(bundle: &Path) -> PathBuf {
+    bundle.join("config.json")
+}

@@ -1,0 +1,59 @@
+//! `status.json` of each container: replaced atomically, and durable before an exit is told to anyone.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use super::protocol::ContainerStatus;
+
+/// Whether a change must survive a power cut before it is reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Durability {
+    /// The kernel writes it when it likes.
+    Relaxed,
+    /// On disk when the call returns.
+    Synced,
+}
+
+/// Where a container's status lies below the pod's run directory.
+pub(crate) fn directory(pod: &Path, id: &str) -> PathBuf {
+    pod.join("containers").join(id)
+}
+
+/// Replaces the status.
+pub(crate) fn write(pod: &Path, status: &ContainerStatus, durability: Durability) -> io::Result<()> {
+    let dir = directory(pod, &status.id);
+    fs::create_dir_all(&dir)?;
+    let temporary = dir.join(".status.json");
+    let mut file = File::create(&temporary)?;
+    file.write_all(&serde_json::to_vec(status)?)?;
+    if durability == Durability::Synced {
+        file.sync_all()?;
+    }
+    fs::rename(&temporary, dir.join("status.json"))?;
+    if durability == Durability::Synced {
+        File::open(&dir)?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// All statuses a former supervisor left.
+pub(crate) fn read_all(pod: &Path) -> Vec<ContainerStatus> {
+    fs::read_dir(pod.join("containers"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| fs::read(entry.path().join("status.json")).ok())
+        .filter_map(|bytes| serde_json::from_slice(&bytes).ok())
+        .collect()
+}
+
+/// Forgets a container.
+pub(crate) fn remove(pod: &Path, id: &str) -> io::Result<()> {
+    match fs::remove_dir_all(directory(pod, id)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
