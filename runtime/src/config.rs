@@ -19,8 +19,6 @@ pub(crate) struct Config {
     pub(crate) spec: Spec,
     /// Absolute path of the bundle.
     pub(crate) bundle: PathBuf,
-    /// The document as it was read.
-    pub(crate) raw: Vec<u8>,
 }
 
 impl Config {
@@ -36,7 +34,7 @@ impl Config {
         let raw = read_limited(path)?;
         let spec: Spec =
             serde_json::from_slice(&raw).map_err(|e| Error::invalid(format!("parse {}: {e}", path.display())))?;
-        let config = Self { spec, bundle, raw };
+        let config = Self { spec, bundle };
         config.validate().map_err(|e| e.within(path.display()))?;
         Ok(config)
     }
@@ -209,7 +207,7 @@ mod tests {
         let mut value = serde_json::to_value(crate::spec::template()).unwrap();
         change(&mut value);
         let spec = serde_json::from_value(value).map_err(|e| e.to_string())?;
-        Config { spec, bundle: "/b".into(), raw: vec![] }.validate().map_err(|e| e.to_string())
+        Config { spec, bundle: "/b".into() }.validate().map_err(|e| e.to_string())
     }
 
     #[test]

@@ -72,7 +72,7 @@ fn link(dev: BorrowedFd<'_>) -> Result<()> {
             Ok(()) => {}
             Err(rustix::io::Errno::EXIST) if *name != "ptmx" => {}
             Err(rustix::io::Errno::EXIST) => {
-                drop(rustix::fs::unlinkat(dev, *name, AtFlags::empty()));
+                let _ = rustix::fs::unlinkat(dev, *name, AtFlags::empty());
                 symlinkat(*to, dev, *name).context(|| format!("link /dev/{name}"))?;
             }
             Err(e) => return Err(Error::system(format!("link /dev/{name}"), e)),

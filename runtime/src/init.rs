@@ -75,7 +75,7 @@ fn run(ready: Ready, wiring: &Wiring, channel: &Channel) -> ! {
         Gate::Launcher => channel.fail_plainly(error),
         Gate::Fifo { errors, .. } => {
             if let Ok(bytes) = serde_json::to_vec(&error) {
-                drop(rustix::io::write(errors, &bytes));
+                let _ = rustix::io::write(errors, &bytes);
             }
         }
     }
@@ -207,7 +207,7 @@ fn become_root() -> Result<()> {
     let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
     setresgid(gid, gid, gid).context(|| "become gid 0 of the user namespace".into())?;
     setresuid(uid, uid, uid).context(|| "become uid 0 of the user namespace".into())?;
-    drop(setgroups(&[]));
+    let _ = setgroups(&[]);
     Ok(())
 }
 

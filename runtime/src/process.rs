@@ -29,7 +29,7 @@ pub(crate) fn set_limits(process: &Process, proc: BorrowedFd<'_>, warn: &mut dyn
         match result {
             Err(nix::errno::Errno::EPERM) => {
                 let hard = nix::sys::resource::getrlimit(resource).map_or(0, |l| l.1);
-                drop(nix::sys::resource::setrlimit(resource, limit.soft().min(hard), hard));
+                let _ = nix::sys::resource::setrlimit(resource, limit.soft().min(hard), hard);
                 warn(format!("rlimit {:?} cannot be raised to {}: not permitted", limit.typ(), limit.hard()));
             }
             other => other.context(|| format!("set rlimit {:?}", limit.typ()))?,

@@ -71,7 +71,7 @@ impl Channel {
     /// Child, after the gate: the last thing it can say, by write(2) alone.
     pub(crate) fn fail_plainly(&self, error: Error) {
         if let Ok(bytes) = serde_json::to_vec(&Report::Failed(error)) {
-            drop(rustix::io::write(&self.fd, &bytes));
+            let _ = rustix::io::write(&self.fd, &bytes);
         }
     }
 

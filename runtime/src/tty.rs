@@ -100,14 +100,14 @@ impl RawMode {
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        drop(rustix::termios::tcsetattr(&self.fd, rustix::termios::OptionalActions::Now, &self.before));
+        let _ = rustix::termios::tcsetattr(&self.fd, rustix::termios::OptionalActions::Now, &self.before);
     }
 }
 
 /// Gives `to` the size of `from`.
 pub(crate) fn copy_size(from: BorrowedFd<'_>, to: BorrowedFd<'_>) {
     if let Ok(size) = rustix::termios::tcgetwinsize(from) {
-        drop(tcsetwinsize(to, size));
+        let _ = tcsetwinsize(to, size);
     }
 }
 
@@ -128,7 +128,7 @@ pub(crate) fn pump(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<bool>
             Err(rustix::io::Errno::INTR) => {}
             Err(rustix::io::Errno::AGAIN) => {
                 let mut fds = [rustix::event::PollFd::new(&to, rustix::event::PollFlags::OUT)];
-                drop(rustix::event::poll(&mut fds, None));
+                let _ = rustix::event::poll(&mut fds, None);
             }
             Err(e) => return Err(e.into()),
         }
@@ -138,7 +138,7 @@ pub(crate) fn pump(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<bool>
 
 /// The owner of a process's terminal is its user.
 pub(crate) fn own(slave: &OwnedFd, uid: u32) {
-    drop(rustix::fs::fchown(slave, Some(rustix::fs::Uid::from_raw(uid)), None));
+    let _ = rustix::fs::fchown(slave, Some(rustix::fs::Uid::from_raw(uid)), None);
 }
 
 /// So that a process can reopen /dev/stdout, its user must own pipes it was given.
@@ -148,7 +148,7 @@ pub(crate) fn own_stdio(uid: u32) {
         let Ok(stat) = rustix::fs::fstat(fd) else { continue };
         let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
         if stat.st_uid != uid && kind != rustix::fs::FileType::CharacterDevice {
-            drop(rustix::fs::fchown(fd, Some(rustix::fs::Uid::from_raw(uid)), None));
+            let _ = rustix::fs::fchown(fd, Some(rustix::fs::Uid::from_raw(uid)), None);
         }
     }
 }

@@ -168,7 +168,7 @@ pub(super) fn freeze(dir: &Path, frozen: bool) -> Result<()> {
         }
         // The file signals a change since it was read as exceptional.
         let timeout = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-        drop(rustix::event::poll(&mut [PollFd::new(&events.as_fd(), PollFlags::PRI)], Some(&timeout)));
+        let _ = rustix::event::poll(&mut [PollFd::new(&events.as_fd(), PollFlags::PRI)], Some(&timeout));
     }
 }
 

@@ -118,7 +118,7 @@ pub(super) fn finish(dir: StateDir, state: &State) -> Result<()> {
 fn clean_up(dir: StateDir, cgroup: Option<&Cgroup>, pid: i32) {
     if pid > 0 {
         drop(sys::kill(pid, libc::SIGKILL));
-        drop(nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None));
+        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
     }
     if let Some(cgroup) = cgroup {
         drop(cgroup.kill_and_wait().and_then(|()| cgroup.remove()));
@@ -234,7 +234,7 @@ fn fill(
     });
     if let Err(error) = recorded {
         drop(sys::pidfd_kill(launched.pidfd.as_fd(), libc::SIGKILL));
-        drop(nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None));
+        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None);
         return Err(error);
     }
     Ok((state, config, launched))

@@ -110,7 +110,7 @@ pub(super) fn exec(root: &Path, args: &ExecArgs) -> Result<i32> {
         replace(file, launched.pid.to_string().as_bytes())?;
     }
     if let Err(error) = launched.start() {
-        drop(nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None));
+        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None);
         return Err(error);
     }
     match signals {

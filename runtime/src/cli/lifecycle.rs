@@ -169,7 +169,7 @@ fn wait_for_end(state: &State) {
     if state.is_alive() {
         let timeout = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
         let mut fds = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
-        drop(rustix::event::poll(&mut fds, Some(&timeout)));
+        let _ = rustix::event::poll(&mut fds, Some(&timeout));
     }
 }
 

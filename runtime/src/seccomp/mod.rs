@@ -5,4 +5,5 @@ mod profile;
 mod table;
 
 pub use compile::{Program, compile};
+pub use crate::sys::SockFilter;
 pub use profile::{default_profile, default_profile_for};

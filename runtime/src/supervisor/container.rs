@@ -205,7 +205,7 @@ fn write_all_now(fd: BorrowedFd<'_>, mut data: &[u8]) -> bool {
 /// Readies a client's output end: never block on it, and let it buffer as much as a pipe may.
 pub(crate) fn ready_output(fd: &OwnedFd) -> io::Result<()> {
     set_nonblocking(fd.as_fd())?;
-    drop(rustix::pipe::fcntl_setpipe_size(fd, 1 << 20));
+    let _ = rustix::pipe::fcntl_setpipe_size(fd, 1 << 20);
     Ok(())
 }
 

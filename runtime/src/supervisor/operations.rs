@@ -272,7 +272,7 @@ impl Server {
                 drop(sys::pidfd_kill(pidfd.as_fd(), libc::SIGKILL));
                 let mut fds = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
                 let timeout = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
-                drop(rustix::event::poll(&mut fds, Some(&timeout)));
+                let _ = rustix::event::poll(&mut fds, Some(&timeout));
             }
             self.reap();
         }
@@ -326,7 +326,7 @@ impl Server {
         let passed = passed.context(|| "copy the terminal".into())?;
         let pid = launched.pid;
         if let Err(error) = launched.start() {
-            drop(nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None));
+            let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
             return Err(error.into());
         }
         self.execs.insert(exec, ExecProcess { container: id.to_owned(), pid, client, master });

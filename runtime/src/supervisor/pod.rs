@@ -60,13 +60,13 @@ pub fn supervise(dir: &Path) -> Result<(String, i32)> {
 fn run(dir: &Path, told: OwnedFd) -> i32 {
     match set_up(dir) {
         Ok(mut server) => {
-            drop(rustix::io::write(&told, b"ready\n"));
+            let _ = rustix::io::write(&told, b"ready\n");
             drop(told);
             redirect(dir);
             server.run()
         }
         Err(error) => {
-            drop(rustix::io::write(&told, format!("error: {error}\n").as_bytes()));
+            let _ = rustix::io::write(&told, format!("error: {error}\n").as_bytes());
             1
         }
     }
@@ -86,7 +86,7 @@ fn redirect(dir: &Path) {
 }
 
 fn set_up(dir: &Path) -> Result<Server> {
-    drop(rustix::process::setsid());
+    let _ = rustix::process::setsid();
     let path = dir.join("pod.json");
     let raw = crate::config::read_limited(&path)?;
     let pod: PodConfig =
@@ -94,7 +94,7 @@ fn set_up(dir: &Path) -> Result<Server> {
     let lock = lock(dir)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context(|| "become a subreaper".into())?;
-    drop(rustix::thread::set_name(c"isopod-pod"));
+    let _ = rustix::thread::set_name(c"isopod-pod");
     let group = Cgroup::plan_on(Layout::detect()?, &format!("{}/supervisor", pod.cgroup), None)?;
     group.create()?;
     group.enter()?;
@@ -148,8 +148,8 @@ fn start_pod_init() -> Result<PodInit> {
     match sys::clone_process(libc::CLONE_NEWPID as u64, None).context(|| "clone the pod's init".into())? {
         Cloned::Child => {
             sys::close_all_except(&mut []);
-            drop(rustix::thread::set_name(c"pause"));
-            drop(rustix::process::setsid());
+            let _ = rustix::thread::set_name(c"pause");
+            let _ = rustix::process::setsid();
             reap_forever()
         }
         Cloned::Parent { pid, .. } => {
@@ -167,9 +167,9 @@ fn reap_forever() -> ! {
     };
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
-    drop(children.thread_block());
+    let _ = children.thread_block();
     loop {
         while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive) {}
-        drop(children.wait());
+        let _ = children.wait();
     }
 }

@@ -220,7 +220,7 @@ impl Server {
     /// Forgets a watched descriptor. It is removed from the epoll too: a copy of it may live on in a child.
     pub(super) fn unwatch(&mut self, fd: BorrowedFd<'_>, token: u64) {
         self.sources.remove(&token);
-        drop(epoll::delete(&self.epoll, fd));
+        let _ = epoll::delete(&self.epoll, fd);
     }
 
     fn accept(&mut self) {
@@ -316,7 +316,7 @@ impl Server {
         if !client.queue.is_empty() {
             flags |= epoll::EventFlags::OUT;
         }
-        drop(epoll::modify(&self.epoll, &client.socket, epoll::EventData::new_u64(token), flags));
+        let _ = epoll::modify(&self.epoll, &client.socket, epoll::EventData::new_u64(token), flags);
     }
 
     fn tell(&mut self, event: &Event) {
@@ -437,7 +437,7 @@ impl Server {
                 self.sources.remove(&token);
                 drop(fd.map(|fd| epoll::delete(&self.epoll, &fd)));
                 if let Some((fd, _)) = self.containers.get(id).and_then(|c| c.master.as_ref()) {
-                    drop(epoll::delete(&self.epoll, fd));
+                    let _ = epoll::delete(&self.epoll, fd);
                 }
             }
         }
@@ -512,12 +512,12 @@ impl Server {
         for client in &container.attached {
             if let Some((fd, token)) = &client.stdin {
                 let wanted = if client.pending.is_empty() { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
-                drop(epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(*token), wanted));
+                let _ = epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(*token), wanted);
             }
         }
         if let Some((fd, token)) = &container.master {
             let out = if full { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
-            drop(epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(*token), epoll::EventFlags::IN | out));
+            let _ = epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(*token), epoll::EventFlags::IN | out);
             return;
         }
         let Some((fd, token)) = container.stdin.take() else { return };
@@ -576,7 +576,7 @@ impl Server {
         }
         if let Some(init) = self.pod_init.take() {
             drop(sys::kill(init.pid, libc::SIGKILL));
-            drop(waitpid(nix::unistd::Pid::from_raw(init.pid), None));
+            let _ = waitpid(nix::unistd::Pid::from_raw(init.pid), None);
         }
         self.group.leave();
         first = first.and(self.group.remove());

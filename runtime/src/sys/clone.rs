@@ -7,6 +7,9 @@ use std::{
 
 use super::check;
 
+/// libc has it as an overflowing int.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// Which side of [`clone_process`] this is.
 pub(crate) enum Cloned {
     /// The new process.
@@ -31,7 +34,7 @@ pub(crate) fn clone_process(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
     args.pidfd = (&raw mut pidfd) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     if let Some(fd) = cgroup {
-        args.flags |= libc::CLONE_INTO_CGROUP as u64;
+        args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = fd.as_raw_fd() as u64;
     }
     // SAFETY: no CLONE_VM, so the child runs on a copy of this memory and stack; `args` and `pidfd` outlive the call.

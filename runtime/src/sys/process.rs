@@ -93,14 +93,6 @@ pub(crate) fn close_all_except(keep: &mut [RawFd]) {
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
 }
 
-/// Takes ownership of a descriptor that was passed to this program by number.
-pub(crate) fn take_fd(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: F_GETFD only asks whether the descriptor is open.
-    check(unsafe { libc::fcntl(fd, libc::F_GETFD) }.into())?;
-    // SAFETY: it is open, and by the caller's contract with its parent this program is to own it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 /// The position of the first `byte`, by the C library's vectorised search.
 pub(crate) fn find_byte(haystack: &[u8], byte: u8) -> Option<usize> {
     // SAFETY: the pointer and length are those of a live slice.
