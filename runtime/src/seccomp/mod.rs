@@ -4,6 +4,6 @@ mod compile;
 mod profile;
 mod table;
 
-pub use compile::{Program, compile};
 pub use crate::sys::SockFilter;
+pub use compile::{Program, compile};
 pub use profile::{default_profile, default_profile_for};
