@@ -10,6 +10,7 @@
 //! - [`apply`]: server-side apply and managedFields.
 //! - [`protobuf`]: the other wire format.
 //! - [`openapi`]: the published documents.
+//! - [`structural`]: CustomResourceDefinitions in the schema engine.
 //! - [`names`], [`selector`], [`quantity`], [`text`]: the small grammars.
 
 pub mod apply;
@@ -25,5 +26,6 @@ pub mod resources;
 pub mod schema;
 pub mod selector;
 pub mod status;
+pub mod structural;
 pub mod text;
 pub mod yaml;
