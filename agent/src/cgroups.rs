@@ -1,0 +1,304 @@
+//! The agent's part of the cgroup tree: `INSTANCE/{,burstable,besteffort}/podUID` with pod-level limits.
+//!
+//! Works on v2, v1 and hybrid. Only groups below the instance's own are ever touched; containers' groups below a pod's
+//! are the runtime's.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use crate::qos::{self, Limits, Qos};
+
+/// A file of the tree that could not be made or written.
+#[derive(Debug, thiserror::Error)]
+#[error("cgroup {path}: {source}")]
+pub struct CgroupError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+fn fail(path: &Path) -> impl FnOnce(io::Error) -> CgroupError + '_ {
+    move |source| CgroupError { path: path.to_path_buf(), source }
+}
+
+/// The mounted hierarchies.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hierarchies {
+    /// v1: controller to mount point; one mount may hold several.
+    pub v1: BTreeMap<String, PathBuf>,
+    /// v2 mount point.
+    pub v2: Option<PathBuf>,
+}
+
+const CONTROLLERS: &[&str] =
+    &["cpu", "cpuacct", "cpuset", "memory", "pids", "blkio", "devices", "freezer", "hugetlb", "net_cls", "net_prio"];
+
+impl Hierarchies {
+    /// From the text of /proc/self/mountinfo.
+    pub fn parse(mountinfo: &str) -> Self {
+        let mut found = Self::default();
+        for line in mountinfo.lines() {
+            let Some((left, right)) = line.split_once(" - ") else { continue };
+            let Some(mount) = left.split(' ').nth(4) else { continue };
+            let mut right = right.split(' ');
+            let (kind, options) = (right.next().unwrap_or(""), right.nth(1).unwrap_or(""));
+            match kind {
+                "cgroup2" => {
+                    found.v2.get_or_insert_with(|| PathBuf::from(mount));
+                }
+                "cgroup" => {
+                    for o in options.split(',').filter(|o| CONTROLLERS.contains(o)) {
+                        found.v1.entry(o.to_string()).or_insert_with(|| PathBuf::from(mount));
+                    }
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    fn mounts(&self) -> Vec<&Path> {
+        let mut all: Vec<&Path> = self.v1.values().map(PathBuf::as_path).chain(self.v2.as_deref()).collect();
+        all.sort();
+        all.dedup();
+        all
+    }
+}
+
+/// The instance's tree.
+#[derive(Debug, Clone)]
+pub struct Cgroups {
+    hierarchies: Hierarchies,
+    root: String,
+}
+
+impl Cgroups {
+    /// Finds the hierarchies and makes the instance's groups.
+    pub fn open(instance: &str) -> Result<Self, CgroupError> {
+        let path = Path::new("/proc/self/mountinfo");
+        let text = fs::read_to_string(path).map_err(fail(path))?;
+        let tree = Self { hierarchies: Hierarchies::parse(&text), root: instance.to_string() };
+        for group in [instance.to_string(), format!("{instance}/burstable"), format!("{instance}/besteffort")] {
+            tree.make(&group)?;
+        }
+        tree.write("cpu", &format!("{instance}/besteffort"), "cpu.shares", "2").ok();
+        tree.write_v2(&format!("{instance}/besteffort"), "cpu.weight", "1").ok();
+        Ok(tree)
+    }
+
+    /// Whether memory is a v2 controller here.
+    pub fn is_v2(&self) -> bool {
+        !self.hierarchies.v1.contains_key("memory")
+    }
+
+    /// A v1 hierarchy's mount point.
+    pub fn v1(&self, controller: &str) -> Option<&Path> {
+        self.hierarchies.v1.get(controller).map(PathBuf::as_path)
+    }
+
+    /// The v2 mount point.
+    pub fn v2(&self) -> Option<&Path> {
+        self.hierarchies.v2.as_deref()
+    }
+
+    /// The pod's group, relative to each hierarchy's mount point.
+    pub fn pod_group(&self, qos: Qos, uid: &str) -> String {
+        match qos {
+            Qos::Guaranteed => format!("{}/pod{uid}", self.root),
+            Qos::Burstable => format!("{}/burstable/pod{uid}", self.root),
+            Qos::BestEffort => format!("{}/besteffort/pod{uid}", self.root),
+        }
+    }
+
+    /// Makes a pod's group with its limits; idempotent.
+    pub fn create_pod(&self, group: &str, limits: &Limits) -> Result<(), CgroupError> {
+        self.make(group)?;
+        self.limit(group, limits)
+    }
+
+    /// Writes limits to a group.
+    pub fn limit(&self, group: &str, l: &Limits) -> Result<(), CgroupError> {
+        let text = |v: Option<i64>, none: &str| v.map_or_else(|| none.to_string(), |v| v.to_string());
+        if self.hierarchies.v1.contains_key("cpu") {
+            self.write("cpu", group, "cpu.shares", &l.cpu_shares.to_string())?;
+            if l.cpu_quota.is_some() {
+                self.write("cpu", group, "cpu.cfs_period_us", &l.cpu_period.to_string())?;
+                self.write("cpu", group, "cpu.cfs_quota_us", &text(l.cpu_quota, "-1"))?;
+            }
+        } else {
+            self.write_v2(group, "cpu.weight", &qos::weight(l.cpu_shares).to_string())?;
+            self.write_v2(group, "cpu.max", &format!("{} {}", text(l.cpu_quota, "max"), l.cpu_period))?;
+        }
+        if self.hierarchies.v1.contains_key("memory") {
+            if l.memory.is_some() {
+                self.write("memory", group, "memory.limit_in_bytes", &text(l.memory, "-1"))?;
+            }
+        } else {
+            self.write_v2(group, "memory.max", &text(l.memory, "max"))?;
+        }
+        if self.hierarchies.v1.contains_key("pids") {
+            if l.pids.is_some() {
+                self.write("pids", group, "pids.max", &text(l.pids, "max"))?;
+            }
+        } else {
+            self.write_v2(group, "pids.max", &text(l.pids, "max"))?;
+        }
+        Ok(())
+    }
+
+    /// Weight of the burstable class: the sum of its pods' requests.
+    pub fn burstable_shares(&self, milli: i64) {
+        let group = format!("{}/burstable", self.root);
+        let shares = qos::shares(milli);
+        self.write("cpu", &group, "cpu.shares", &shares.to_string()).ok();
+        self.write_v2(&group, "cpu.weight", &qos::weight(shares).to_string()).ok();
+    }
+
+    /// Kills everything in a group and the groups below (what is left of a pod whose supervisor is gone).
+    pub fn kill(&self, group: &str) {
+        for mount in self.hierarchies.mounts() {
+            let dir = mount.join(group);
+            if fs::write(dir.join("cgroup.kill"), "1").is_err() {
+                for pid in pids_below(&dir) {
+                    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                        rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Removes a group and those below, in every hierarchy; one that is not there is no error.
+    pub fn remove(&self, group: &str) -> Result<(), CgroupError> {
+        let mut result = Ok(());
+        for mount in self.hierarchies.mounts() {
+            let dir = mount.join(group);
+            if let Err(e) = remove_below(&dir) {
+                result = Err(CgroupError { path: dir, source: e });
+            }
+        }
+        result
+    }
+
+    /// Groups of pods that exist now: UID and group.
+    pub fn pods(&self) -> BTreeMap<String, String> {
+        let mut found = BTreeMap::new();
+        for mount in self.hierarchies.mounts() {
+            for parent in [self.root.clone(), format!("{}/burstable", self.root), format!("{}/besteffort", self.root)] {
+                for entry in fs::read_dir(mount.join(&parent)).into_iter().flatten().flatten() {
+                    if let Some(uid) = entry.file_name().to_str().and_then(|n| n.strip_prefix("pod")) {
+                        found.insert(uid.to_string(), format!("{parent}/pod{uid}"));
+                    }
+                }
+            }
+        }
+        found
+    }
+
+    /// Removes the instance's tree; pods' groups must be gone.
+    pub fn remove_root(&self) -> Result<(), CgroupError> {
+        self.remove(&self.root.clone())
+    }
+
+    fn make(&self, group: &str) -> Result<(), CgroupError> {
+        for mount in self.hierarchies.mounts() {
+            let is_v2 = Some(mount) == self.hierarchies.v2.as_deref();
+            let is_cpuset = self.hierarchies.v1.get("cpuset").is_some_and(|m| m == mount);
+            let mut dir = mount.to_path_buf();
+            for part in group.split('/') {
+                if is_v2 {
+                    delegate(&dir);
+                }
+                let parent = dir.clone();
+                dir.push(part);
+                match fs::create_dir(&dir) {
+                    Ok(()) if is_cpuset => {
+                        for file in ["cpuset.cpus", "cpuset.mems"] {
+                            let value = fs::read_to_string(parent.join(file)).map_err(fail(&dir))?;
+                            fs::write(dir.join(file), value.trim()).map_err(fail(&dir))?;
+                        }
+                    }
+                    Ok(()) => {}
+                    Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                    Err(source) => return Err(CgroupError { path: dir, source }),
+                }
+            }
+            if is_v2 {
+                delegate(&dir);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, controller: &str, group: &str, file: &str, value: &str) -> Result<(), CgroupError> {
+        let Some(mount) = self.hierarchies.v1.get(controller) else { return Ok(()) };
+        let path = mount.join(group).join(file);
+        fs::write(&path, value).map_err(fail(&path))
+    }
+
+    fn write_v2(&self, group: &str, file: &str, value: &str) -> Result<(), CgroupError> {
+        let Some(mount) = &self.hierarchies.v2 else { return Ok(()) };
+        let path = mount.join(group).join(file);
+        // A controller that is bound to v1 (hybrid) has no such file.
+        if path.exists() { fs::write(&path, value).map_err(fail(&path)) } else { Ok(()) }
+    }
+}
+
+/// Hands every controller down to the children of a v2 group; controllers that are not there or busy are left out.
+fn delegate(dir: &Path) {
+    let Ok(available) = fs::read_to_string(dir.join("cgroup.controllers")) else { return };
+    for c in available.split_whitespace() {
+        fs::write(dir.join("cgroup.subtree_control"), format!("+{c}")).ok();
+    }
+}
+
+fn pids_below(dir: &Path) -> Vec<i32> {
+    let mut found: Vec<i32> = fs::read_to_string(dir.join("cgroup.procs"))
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|l| l.parse().ok())
+        .collect();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            found.extend(pids_below(&entry.path()));
+        }
+    }
+    found
+}
+
+fn remove_below(dir: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(e) => e,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            remove_below(&entry.path())?;
+        }
+    }
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_of_a_hybrid_machine() {
+        let text = "30 23 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
+            31 30 0:27 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw\n\
+            32 30 0:28 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n\
+            33 30 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
+        let h = Hierarchies::parse(text);
+        assert_eq!(h.v2.as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
+        assert_eq!(h.v1["cpuacct"], Path::new("/sys/fs/cgroup/cpu,cpuacct"));
+        assert_eq!(h.mounts().len(), 3);
+    }
+}

@@ -1,0 +1,66 @@
+//! What all parts of the agent share.
+
+use std::{net::IpAddr, sync::Arc};
+
+use parking_lot::RwLock;
+
+use crate::{
+    api::Api,
+    cgroups::Cgroups,
+    config::Config,
+    events::Recorder,
+    images::Images,
+    network::PodNetwork,
+    objects::Objects,
+    pods::table::PodTable,
+    services::Services,
+    spec::{field::Allocatable, files::Resolver},
+};
+
+/// Facts of this machine that do not change while the agent runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Machine {
+    pub(crate) ips: Vec<IpAddr>,
+    pub(crate) cpus: u32,
+    pub(crate) memory: i64,
+    pub(crate) allocatable: Allocatable,
+    pub(crate) resolver: Resolver,
+}
+
+/// Shared services.
+pub(crate) struct Context {
+    pub(crate) config: Config,
+    pub(crate) node_name: Arc<str>,
+    pub(crate) api: Api,
+    pub(crate) images: Images,
+    pub(crate) network: Arc<dyn PodNetwork>,
+    pub(crate) objects: Objects,
+    pub(crate) services: Services,
+    pub(crate) events: Recorder,
+    pub(crate) cgroups: Cgroups,
+    pub(crate) machine: Machine,
+    pub(crate) table: PodTable,
+    /// Milli-CPUs requested by burstable pods, for their class's weight.
+    pub(crate) burstable: RwLock<std::collections::HashMap<String, i64>>,
+}
+
+impl Context {
+    /// CFS period in microseconds, when limits are enforced by quota.
+    pub(crate) fn cfs_period(&self) -> Option<u64> {
+        let k = &self.config.kubelet;
+        k.cpu_cfs_quota.then(|| u64::try_from(k.cpu_cfs_quota_period.as_micros()).unwrap_or(100_000).max(1000))
+    }
+
+    /// Takes a pod's burstable request in or out of the class's weight.
+    pub(crate) fn burstable_request(&self, uid: &str, milli: Option<i64>) {
+        let total: i64 = {
+            let mut all = self.burstable.write();
+            match milli {
+                Some(m) => all.insert(uid.into(), m),
+                None => all.remove(uid),
+            };
+            all.values().sum()
+        };
+        self.cgroups.burstable_shares(total);
+    }
+}

@@ -1,0 +1,199 @@
+//! Events about pods and the node: recorded without waiting, counted up instead of repeated.
+
+use std::{collections::HashMap, sync::Arc};
+
+use k8s_openapi::{
+    api::core::v1::{Event, EventSource, ObjectReference, Pod},
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
+    jiff::Timestamp,
+};
+use kube::api::{Api as KubeApi, Patch, PatchParams, PostParams};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::Api;
+
+/// Events waiting for the API server at most; more are dropped.
+const QUEUE: usize = 512;
+/// Events remembered for counting at most.
+const REMEMBERED: usize = 1024;
+
+/// `type` of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    Normal,
+    Warning,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct About {
+    kind: &'static str,
+    namespace: String,
+    name: String,
+    uid: String,
+    field_path: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Entry {
+    about: About,
+    kind: Kind,
+    reason: String,
+    message: String,
+}
+
+/// Where events go in. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Recorder {
+    queue: mpsc::Sender<(Entry, Timestamp)>,
+}
+
+impl Recorder {
+    /// Starts writing events of `node` once there is an API server.
+    pub(crate) fn start(api: Api, node: Arc<str>, stop: CancellationToken) -> Self {
+        let (queue, receiver) = mpsc::channel(QUEUE);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = write(api, node, receiver) => {}
+            }
+        });
+        Self { queue }
+    }
+
+    /// About a pod.
+    pub(crate) fn pod(&self, pod: &Pod, kind: Kind, reason: &str, message: impl Into<String>) {
+        self.put(pod, None, kind, reason, message.into());
+    }
+
+    /// About a container of a pod.
+    pub(crate) fn container(&self, pod: &Pod, container: &str, kind: Kind, reason: &str, message: impl Into<String>) {
+        self.put(pod, Some(field_path(pod, container)), kind, reason, message.into());
+    }
+
+    /// About the node.
+    pub(crate) fn node(&self, node: &str, kind: Kind, reason: &str, message: impl Into<String>) {
+        let about = About {
+            kind: "Node",
+            namespace: "default".into(),
+            name: node.into(),
+            uid: node.into(),
+            field_path: None,
+        };
+        self.send(Entry { about, kind, reason: reason.into(), message: message.into() });
+    }
+
+    fn put(&self, pod: &Pod, field_path: Option<String>, kind: Kind, reason: &str, message: String) {
+        let about = About {
+            kind: "Pod",
+            namespace: pod.metadata.namespace.clone().unwrap_or_else(|| "default".into()),
+            name: pod.metadata.name.clone().unwrap_or_default(),
+            uid: pod.metadata.uid.clone().unwrap_or_default(),
+            field_path,
+        };
+        self.send(Entry { about, kind, reason: reason.into(), message });
+    }
+
+    fn send(&self, mut entry: Entry) {
+        tracing::debug!(about = %entry.about.name, reason = %entry.reason, message = %entry.message, "event");
+        if entry.message.len() > 1024 {
+            let mut end = 1024;
+            while !entry.message.is_char_boundary(end) {
+                end -= 1;
+            }
+            entry.message.truncate(end);
+        }
+        // A full queue means no API server for long: events are news, not state.
+        let _ = self.queue.try_send((entry, Timestamp::now()));
+    }
+}
+
+/// `spec.containers{NAME}` and its kin.
+fn field_path(pod: &Pod, container: &str) -> String {
+    let spec = pod.spec.as_ref();
+    let init = spec.is_some_and(|s| s.init_containers.iter().flatten().any(|c| c.name == container));
+    let ephemeral = spec.is_some_and(|s| s.ephemeral_containers.iter().flatten().any(|c| c.name == container));
+    let list = if init {
+        "initContainers"
+    } else if ephemeral {
+        "ephemeralContainers"
+    } else {
+        "containers"
+    };
+    format!("spec.{list}{{{container}}}")
+}
+
+struct Written {
+    name: String,
+    count: i32,
+    touched: u64,
+}
+
+async fn write(api: Api, node: Arc<str>, mut queue: mpsc::Receiver<(Entry, Timestamp)>) {
+    let Some(mut client) = api.wait().await else { return };
+    let mut known: HashMap<Entry, Written> = HashMap::new();
+    let mut clock = 0u64;
+    while let Some((entry, at)) = queue.recv().await {
+        if let Some(newer) = api.get() {
+            client = newer;
+        }
+        clock += 1;
+        let events: KubeApi<Event> = KubeApi::namespaced(client.clone(), &entry.about.namespace);
+        if let Some(w) = known.get_mut(&entry) {
+            w.count += 1;
+            w.touched = clock;
+            let patch = serde_json::json!({"count": w.count, "lastTimestamp": Time(at)});
+            match events.patch(&w.name, &PatchParams::default(), &Patch::Merge(patch)).await {
+                Ok(_) => continue,
+                Err(e) if crate::api::is_code(&e, 404) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "event not counted");
+                    continue;
+                }
+            }
+        }
+        let event = new_event(&entry, at, &node);
+        let name = event.metadata.name.clone().unwrap_or_default();
+        match events.create(&PostParams::default(), &event).await {
+            Ok(_) => {
+                known.insert(entry, Written { name, count: 1, touched: clock });
+            }
+            Err(error) => tracing::debug!(%error, "event not written"),
+        }
+        if known.len() > REMEMBERED {
+            let floor = clock.saturating_sub(REMEMBERED as u64 / 2);
+            known.retain(|_, w| w.touched >= floor);
+        }
+    }
+}
+
+fn new_event(e: &Entry, at: Timestamp, node: &str) -> Event {
+    let about = &e.about;
+    let second = Timestamp::from_second(at.as_second()).unwrap_or(at);
+    Event {
+        metadata: ObjectMeta {
+            name: Some(format!("{}.{:x}", about.name, at.as_nanosecond())),
+            namespace: Some(about.namespace.clone()),
+            ..ObjectMeta::default()
+        },
+        involved_object: ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some(about.kind.into()),
+            name: Some(about.name.clone()),
+            namespace: Some(about.namespace.clone()).filter(|_| about.kind != "Node"),
+            uid: Some(about.uid.clone()),
+            field_path: about.field_path.clone(),
+            ..ObjectReference::default()
+        },
+        type_: Some(if e.kind == Kind::Normal { "Normal" } else { "Warning" }.into()),
+        reason: Some(e.reason.clone()),
+        message: Some(e.message.clone()),
+        count: Some(1),
+        first_timestamp: Some(Time(second)),
+        last_timestamp: Some(Time(second)),
+        source: Some(EventSource { component: Some("kubelet".into()), host: Some(node.into()) }),
+        reporting_component: Some("kubelet".into()),
+        reporting_instance: Some(node.into()),
+        ..Event::default()
+    }
+}

@@ -1,0 +1,319 @@
+//! The agent's side of the pods' supervisors.
+//!
+//! [`launch`] executes `isopod-runtime supervise DIR` and waits until it listens; [`connect`] joins one that already runs
+//! (after a restart of the agent). Either gives a [`Supervisor`] handle: requests go in from anywhere, replies come back
+//! to the caller, container exits go to the one receiver of [`RuntimeEvent`]s. One task per connection owns the socket.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use isopod_runtime::supervisor::{
+    client::Connection,
+    protocol::{Answer, ContainerStatus, Event, Exit, Failure, FailureKind, Message, Op, PodConfig, Request, VERSION},
+};
+use tokio::{
+    io::{AsyncReadExt, unix::AsyncFd},
+    sync::{mpsc, oneshot},
+};
+
+/// Why a supervisor could not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// It answered with a failure.
+    #[error(transparent)]
+    Failure(#[from] Failure),
+    /// It is gone.
+    #[error("the pod's supervisor is gone")]
+    Gone,
+    /// It answered something else than asked.
+    #[error("the pod's supervisor gave an unexpected answer")]
+    Unexpected,
+    /// The executable could not be run.
+    #[error("cannot execute {binary}: {source}")]
+    Execute {
+        /// The executable.
+        binary: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It ended before it listened.
+    #[error("the supervisor did not start: {0}")]
+    NotStarted(String),
+    /// A file of the run directory could not be written.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl RuntimeError {
+    /// The failure's kind, when the supervisor answered.
+    pub fn kind(&self) -> Option<FailureKind> {
+        match self {
+            Self::Failure(f) => Some(f.kind),
+            _ => None,
+        }
+    }
+}
+
+/// What a supervisor tells by itself.
+#[derive(Debug)]
+pub enum RuntimeEvent {
+    /// A container ended.
+    Exited(ContainerStatus),
+    /// The connection ended: the supervisor died or shut down.
+    Lost,
+}
+
+struct Call {
+    op: Op,
+    fds: Vec<OwnedFd>,
+    reply: oneshot::Sender<Result<(Answer, Vec<OwnedFd>), RuntimeError>>,
+    /// For an exec: its id and who waits for its end.
+    exec: Option<(String, oneshot::Sender<Exit>)>,
+}
+
+/// A handle to one pod's supervisor.
+#[derive(Clone)]
+pub struct Supervisor {
+    calls: mpsc::Sender<Call>,
+    execs: Arc<AtomicU64>,
+}
+
+impl std::fmt::Debug for Supervisor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Supervisor")
+    }
+}
+
+/// A running exec.
+#[derive(Debug)]
+pub struct Exec {
+    /// Its id, for signals and terminal sizes.
+    pub id: String,
+    /// The terminal's master, when one was asked for.
+    pub terminal: Option<OwnedFd>,
+    /// Resolves when it ends; an error means the supervisor went away.
+    pub exit: oneshot::Receiver<Exit>,
+}
+
+impl Supervisor {
+    /// Sends `op` with descriptors and waits for the answer.
+    pub async fn call(&self, op: Op, fds: Vec<OwnedFd>) -> Result<(Answer, Vec<OwnedFd>), RuntimeError> {
+        let (reply, answer) = oneshot::channel();
+        let call = Call { op, fds, reply, exec: None };
+        self.calls.send(call).await.map_err(|_| RuntimeError::Gone)?;
+        answer.await.map_err(|_| RuntimeError::Gone)?
+    }
+
+    /// Sends an operation whose success says nothing more.
+    pub async fn done(&self, op: Op) -> Result<(), RuntimeError> {
+        self.call(op, Vec::new()).await.map(|_| ())
+    }
+
+    /// Starts a created container: host PID and start time in nanoseconds.
+    pub async fn start(&self, container: &str) -> Result<(i32, i64), RuntimeError> {
+        match self.call(Op::Start { container: container.into() }, Vec::new()).await?.0 {
+            Answer::Started { pid, started_at } => Ok((pid, started_at)),
+            _ => Err(RuntimeError::Unexpected),
+        }
+    }
+
+    /// Asks for events from now on; the containers as they stand at that instant.
+    pub async fn subscribe(&self) -> Result<Vec<ContainerStatus>, RuntimeError> {
+        match self.call(Op::Subscribe, Vec::new()).await?.0 {
+            Answer::List(list) => Ok(list),
+            _ => Err(RuntimeError::Unexpected),
+        }
+    }
+
+    /// Sends a signal to a container's init, or to all its processes.
+    pub async fn kill(&self, container: &str, signal: i32, all: bool) -> Result<(), RuntimeError> {
+        self.done(Op::Kill { container: container.into(), signal, all }).await
+    }
+
+    /// Runs a process in a container. `fds` are its stdio ends for those asked for, in order.
+    pub async fn exec(
+        &self,
+        container: &str,
+        process: serde_json::Value,
+        stdio: (Option<OwnedFd>, Option<OwnedFd>, Option<OwnedFd>),
+    ) -> Result<Exec, RuntimeError> {
+        let id = format!("exec-{:x}-{:x}", std::process::id(), self.execs.fetch_add(1, Ordering::Relaxed));
+        let (stdin, stdout, stderr) = stdio;
+        let op = Op::Exec {
+            container: container.into(),
+            exec: id.clone(),
+            process,
+            stdin: stdin.is_some(),
+            stdout: stdout.is_some(),
+            stderr: stderr.is_some(),
+        };
+        let fds = [stdin, stdout, stderr].into_iter().flatten().collect();
+        let (reply, answer) = oneshot::channel();
+        let (ended, exit) = oneshot::channel();
+        let call = Call { op, fds, reply, exec: Some((id.clone(), ended)) };
+        self.calls.send(call).await.map_err(|_| RuntimeError::Gone)?;
+        let (_, fds) = answer.await.map_err(|_| RuntimeError::Gone)??;
+        Ok(Exec { id, terminal: fds.into_iter().next(), exit })
+    }
+}
+
+/// Writes `pod.json`, executes the supervisor in the pod's run directory `dir` and connects to it.
+pub async fn launch(
+    binary: &Path,
+    dir: &Path,
+    pod: &PodConfig,
+    events: mpsc::UnboundedSender<RuntimeEvent>,
+) -> Result<Supervisor, RuntimeError> {
+    let path = dir.join("pod.json");
+    let file_error = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| RuntimeError::File { path, source }
+    };
+    std::fs::create_dir_all(dir).map_err(file_error(dir))?;
+    let text = serde_json::to_vec(pod).map_err(|e| file_error(&path)(e.into()))?;
+    std::fs::write(&path, text).map_err(file_error(&path))?;
+    let log_path = dir.join("supervisor.log");
+    let log = std::fs::File::create(&log_path).map_err(file_error(&log_path))?;
+    // A process group of its own, so that a terminal's Ctrl-C for the agent is not one for the pods.
+    let mut child = tokio::process::Command::new(binary)
+        .arg("supervise")
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .process_group(0)
+        .kill_on_drop(false)
+        .spawn()
+        .map_err(|source| RuntimeError::Execute { binary: binary.to_path_buf(), source })?;
+    // The supervisor says that it listens by writing to, or closing, its output.
+    if let Some(mut out) = child.stdout.take() {
+        let mut word = [0u8; 64];
+        let _ = out.read(&mut word).await;
+    }
+    match connect(dir, events) {
+        Ok(s) => {
+            tokio::spawn(async move { child.wait().await });
+            Ok(s)
+        }
+        Err(e) => {
+            let said = std::fs::read_to_string(&log_path).unwrap_or_default();
+            let said = said.trim();
+            Err(RuntimeError::NotStarted(if said.is_empty() { e.to_string() } else { said.to_string() }))
+        }
+    }
+}
+
+/// Connects to the supervisor that listens in `dir`.
+pub fn connect(dir: &Path, events: mpsc::UnboundedSender<RuntimeEvent>) -> io::Result<Supervisor> {
+    let connection = AsyncFd::new(Connection::connect(dir)?)?;
+    let (calls, receiver) = mpsc::channel(16);
+    let handle = Supervisor { calls, execs: Arc::new(AtomicU64::new(now_id())) };
+    let _ = handle.calls.try_send(hello());
+    tokio::spawn(serve(connection, receiver, events));
+    Ok(handle)
+}
+
+fn hello() -> Call {
+    Call { op: Op::Hello { version: VERSION }, fds: Vec::new(), reply: oneshot::channel().0, exec: None }
+}
+
+fn now_id() -> u64 {
+    std::time::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_micros() as u64)
+}
+
+#[derive(Default)]
+struct Waiting {
+    next: u64,
+    replies: HashMap<u64, Call>,
+    execs: HashMap<String, oneshot::Sender<Exit>>,
+}
+
+async fn serve(
+    connection: AsyncFd<Connection>,
+    mut calls: mpsc::Receiver<Call>,
+    events: mpsc::UnboundedSender<RuntimeEvent>,
+) {
+    let mut waiting = Waiting::default();
+    loop {
+        // Both arms are cancel-safe: a call not yet received stays queued, readiness is level-triggered.
+        tokio::select! {
+            call = calls.recv() => match call {
+                Some(call) => if send(&connection, &mut waiting, call).await.is_err() { break },
+                None => return,
+            },
+            ready = connection.readable() => {
+                let Ok(mut guard) = ready else { break };
+                match guard.try_io(|c| c.get_ref().recv()) {
+                    Ok(Ok(Some((message, fds)))) => dispatch(&mut waiting, message, fds, &events),
+                    Ok(_) => break,
+                    Err(_would_block) => {}
+                }
+            }
+        }
+    }
+    drop(waiting);
+    let _ = events.send(RuntimeEvent::Lost);
+}
+
+async fn send(connection: &AsyncFd<Connection>, waiting: &mut Waiting, mut call: Call) -> io::Result<()> {
+    waiting.next += 1;
+    let id = waiting.next;
+    let request = Request { id, op: call.op.clone() };
+    let fds = std::mem::take(&mut call.fds);
+    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    loop {
+        match connection.get_ref().send(&request, &borrowed) {
+            Ok(()) => break,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                let mut guard = connection.writable().await?;
+                guard.clear_ready();
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    if let Some((exec, ended)) = call.exec.take() {
+        waiting.execs.insert(exec, ended);
+    }
+    waiting.replies.insert(id, call);
+    Ok(())
+}
+
+fn dispatch(
+    waiting: &mut Waiting,
+    message: Message,
+    fds: Vec<OwnedFd>,
+    events: &mpsc::UnboundedSender<RuntimeEvent>,
+) {
+    match message {
+        Message::Reply(reply) => {
+            if let Some(call) = waiting.replies.remove(&reply.id) {
+                if let (Err(_), Op::Exec { exec, .. }) = (&reply.result, &call.op) {
+                    waiting.execs.remove(exec);
+                }
+                let _ = call.reply.send(reply.result.map(|a| (a, fds)).map_err(Into::into));
+            }
+        }
+        Message::Event(Event::Exited { status }) => {
+            let _ = events.send(RuntimeEvent::Exited(status));
+        }
+        Message::Event(Event::ExecExited { exec, exit }) => {
+            if let Some(ended) = waiting.execs.remove(&exec) {
+                let _ = ended.send(exit);
+            }
+        }
+    }
+}

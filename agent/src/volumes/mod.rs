@@ -1,0 +1,290 @@
+//! A pod's volumes: made before its first container, kept up to date while it runs, removed after its last.
+//!
+//! In: the pod and its addresses. Out: a directory per volume and, per container, the bind mounts that show them.
+//! Content volumes (configMap, secret, downwardAPI, projected) live in the run directory (a tmpfs on most machines), the
+//! others in the pod's state directory.
+
+pub(crate) mod atomic;
+pub(crate) mod content;
+pub(crate) mod mounts;
+pub(crate) mod plain;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
+use k8s_openapi::api::core::v1::{Container, PersistentVolume, PersistentVolumeClaim, Pod, Volume};
+use tokio::sync::watch;
+
+use crate::{
+    context::Context,
+    objects::{Held, ObjectRef},
+    spec::{BindMount, expand::expand, field::Addresses},
+};
+
+/// A volume that could not be set up.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("MountVolume.SetUp failed for volume \"{volume}\" : {message}")]
+pub(crate) struct VolumeError {
+    pub(crate) volume: String,
+    pub(crate) message: String,
+}
+
+/// A volume ready to be shown to containers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Ready {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+}
+
+/// All volumes of a pod.
+#[derive(Debug, Default)]
+pub(crate) struct Mounted {
+    volumes: BTreeMap<String, Ready>,
+    keeper: Option<tokio::task::AbortHandle>,
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Some(k) = &self.keeper {
+            k.abort();
+        }
+    }
+}
+
+fn directory(ctx: &Context, uid: &str, plugin: &str, name: &str) -> PathBuf {
+    ctx.config.paths.pod(uid).join("volumes").join(plugin).join(name)
+}
+
+fn content_directory(ctx: &Context, uid: &str, v: &Volume) -> PathBuf {
+    let plugin = if v.config_map.is_some() {
+        "kubernetes.io~configmap"
+    } else if v.secret.is_some() {
+        "kubernetes.io~secret"
+    } else if v.downward_api.is_some() {
+        "kubernetes.io~downward-api"
+    } else {
+        "kubernetes.io~projected"
+    };
+    ctx.config.paths.run_pod(uid).join("volumes").join(plugin).join(&v.name)
+}
+
+fn fs_group(pod: &Pod) -> Option<u32> {
+    let context = pod.spec.as_ref()?.security_context.as_ref()?;
+    context.fs_group.and_then(|g| u32::try_from(g).ok())
+}
+
+/// Sets up every volume of a pod, all at once; content volumes follow their sources as long as the result lives.
+pub(crate) async fn mount(
+    ctx: &Arc<Context>,
+    pods: watch::Receiver<Arc<Pod>>,
+    addresses: watch::Receiver<Addresses>,
+) -> Result<Mounted, VolumeError> {
+    let pod = pods.borrow().clone();
+    let namespace = pod.metadata.namespace.clone().unwrap_or_else(|| "default".into());
+    let uid = pod.metadata.uid.clone().unwrap_or_default();
+    let volumes = pod.spec.as_ref().and_then(|s| s.volumes.clone()).unwrap_or_default();
+    let mut contents = Vec::new();
+    let mut jobs = Vec::new();
+    for v in &volumes {
+        match content::sources(&namespace, v) {
+            Some(sources) => contents.push(Content::new(ctx, &uid, v, sources)),
+            None => jobs.push(plain_volume(ctx, &pod, &namespace, &uid, v)),
+        }
+    }
+    let plain = join_all(jobs);
+    let first_addresses = addresses.borrow().clone();
+    let filled = join_all(contents.iter_mut().map(|c| c.refresh(ctx, &pod, &first_addresses)));
+    let (plain, filled) = tokio::join!(plain, filled);
+    let mut all = BTreeMap::new();
+    for ready in plain {
+        let (name, ready) = ready?;
+        all.insert(name, ready);
+    }
+    filled.into_iter().collect::<Result<Vec<()>, _>>()?;
+    for c in &contents {
+        all.insert(c.name.clone(), Ready { path: c.target.clone(), read_only: true });
+    }
+    let keeper = (!contents.is_empty())
+        .then(|| tokio::spawn(keep(ctx.clone(), contents, pods, addresses)).abort_handle());
+    Ok(Mounted { volumes: all, keeper })
+}
+
+async fn plain_volume(
+    ctx: &Arc<Context>,
+    pod: &Pod,
+    namespace: &str,
+    uid: &str,
+    v: &Volume,
+) -> Result<(String, Ready), VolumeError> {
+    let error = |message: String| VolumeError { volume: v.name.clone(), message };
+    let writable = |path| Ready { path, read_only: false };
+    let ready = if let Some(e) = &v.empty_dir {
+        let target = directory(ctx, uid, "kubernetes.io~empty-dir", &v.name);
+        plain::empty_dir(&target, e, fs_group(pod)).map_err(error)?;
+        writable(target)
+    } else if let Some(h) = &v.host_path {
+        writable(plain::host_path(h).map_err(error)?)
+    } else if let Some(c) = &v.persistent_volume_claim {
+        let path = claim(ctx, namespace, &c.claim_name).await.map_err(error)?;
+        Ready { path, read_only: c.read_only == Some(true) }
+    } else if v.ephemeral.is_some() {
+        let name = format!("{}-{}", pod.metadata.name.as_deref().unwrap_or_default(), v.name);
+        writable(claim(ctx, namespace, &name).await.map_err(error)?)
+    } else {
+        return Err(error("no volume plugin matched: this kind of volume is not supported".into()));
+    };
+    Ok((v.name.clone(), ready))
+}
+
+/// The directory of a bound claim: local and hostPath volumes.
+async fn claim(ctx: &Context, namespace: &str, name: &str) -> Result<PathBuf, String> {
+    let client = ctx.api.wait().await.ok_or("there is no API server")?;
+    let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client.clone(), namespace);
+    let claim = claims.get(name).await.map_err(|e| e.to_string())?;
+    let bound = claim.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Bound");
+    let volume = claim.spec.and_then(|s| s.volume_name).filter(|_| bound);
+    let volume = volume.ok_or_else(|| format!("PersistentVolumeClaim {name} is not bound"))?;
+    let volumes: kube::Api<PersistentVolume> = kube::Api::all(client);
+    let spec = volumes.get(&volume).await.map_err(|e| e.to_string())?.spec.unwrap_or_default();
+    if let Some(h) = &spec.host_path {
+        return plain::host_path(h);
+    }
+    let local = spec.local.ok_or_else(|| format!("PersistentVolume {volume} is of a kind that is not supported"))?;
+    let path = PathBuf::from(&local.path);
+    if path.exists() { Ok(path) } else { Err(format!("path {:?} does not exist", local.path)) }
+}
+
+/// One content volume.
+struct Content {
+    name: String,
+    target: PathBuf,
+    sources: content::Sources,
+    held: BTreeMap<ObjectRef, Held>,
+    tokens: content::Tokens,
+}
+
+impl Content {
+    fn new(ctx: &Context, uid: &str, v: &Volume, sources: content::Sources) -> Self {
+        let held = content::references(&sources).map(|key| (key.clone(), ctx.objects.hold(key))).collect();
+        let target = content_directory(ctx, uid, v);
+        Self { name: v.name.clone(), target, sources, held, tokens: content::Tokens::new() }
+    }
+
+    async fn refresh(&mut self, ctx: &Context, pod: &Pod, addresses: &Addresses) -> Result<(), VolumeError> {
+        let error = |message: String| VolumeError { volume: self.name.clone(), message };
+        let made = content::payload(ctx, pod, &self.sources, &self.held, &mut self.tokens, addresses).await;
+        let payload = made.map_err(error)?;
+        match atomic::write(&self.target, &payload, fs_group(pod)) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(VolumeError { volume: self.name.clone(), message: e.to_string() }),
+        }
+    }
+
+    fn next_token(&self) -> Option<Instant> {
+        self.tokens.values().map(|t| t.refresh).min()
+    }
+}
+
+/// Refreshes content when a source, the pod or a token's age says so.
+async fn keep(
+    ctx: Arc<Context>,
+    mut contents: Vec<Content>,
+    mut pods: watch::Receiver<Arc<Pod>>,
+    mut addresses: watch::Receiver<Addresses>,
+) {
+    let mut sources: Vec<_> = contents.iter().flat_map(|c| c.held.values()).map(Held::changes).collect();
+    for s in &mut sources {
+        s.borrow_and_update();
+    }
+    pods.borrow_and_update();
+    addresses.borrow_and_update();
+    let mut retry: Option<Duration> = None;
+    loop {
+        let token = contents.iter().filter_map(Content::next_token).min();
+        let again = retry.map(|r| Instant::now() + r);
+        let deadline = [token, again].into_iter().flatten().min();
+        {
+            let mut changes: FuturesUnordered<_> = sources.iter_mut().map(|s| s.changed()).collect();
+            // All arms are cancel-safe: a missed change stays marked as unseen in its channel.
+            tokio::select! {
+                Some(Ok(())) = changes.next() => {}
+                r = pods.changed() => if r.is_err() { return },
+                r = addresses.changed() => if r.is_err() { return },
+                () = sleep_until(deadline) => {}
+            }
+        }
+        for s in &mut sources {
+            s.borrow_and_update();
+        }
+        let pod = pods.borrow_and_update().clone();
+        let at = addresses.borrow_and_update().clone();
+        retry = None;
+        for c in &mut contents {
+            if let Err(error) = c.refresh(&ctx, &pod, &at).await {
+                tracing::warn!(pod = pod.metadata.name, %error, "volume keeps its old content");
+                retry = Some(Duration::from_secs(10));
+            }
+        }
+    }
+}
+
+/// Sleeps until then; forever without a time.
+pub(crate) async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The bind mounts of a container's volumeMounts; an error is the message of a CreateContainerConfigError.
+pub(crate) fn container_mounts(
+    pod_dir: &Path,
+    c: &Container,
+    mounted: &Mounted,
+    env: &[(String, String)],
+) -> Result<Vec<BindMount>, String> {
+    let mut out = Vec::new();
+    for (index, m) in c.volume_mounts.iter().flatten().enumerate() {
+        let ready = mounted.volumes.get(&m.name);
+        let ready = ready.ok_or_else(|| format!("cannot find volume {:?} to mount into container {:?}", m.name, c.name))?;
+        let sub = match (&m.sub_path, &m.sub_path_expr) {
+            (_, Some(e)) if !e.is_empty() => {
+                let lookup = |n: &str| env.iter().find(|(k, _)| k == n).map(|(_, v)| v.clone());
+                let text = expand(e, lookup);
+                if text.contains("$(") {
+                    return Err(format!("missing value for an environment variable in subPathExpr {e:?}"));
+                }
+                Some(text)
+            }
+            (Some(s), _) if !s.is_empty() => Some(s.clone()),
+            _ => None,
+        };
+        let source = match sub {
+            None => ready.path.clone(),
+            Some(sub) => {
+                let place = pod_dir.join("volume-subpaths").join(&m.name).join(&c.name).join(index.to_string());
+                mounts::bind_sub_path(&ready.path, &sub, &place, 0o755)
+                    .map_err(|e| format!("failed to prepare subPath for volumeMount {:?} of container {:?}: {e}", m.name, c.name))?
+            }
+        };
+        let read_only = ready.read_only || m.read_only == Some(true);
+        out.push(BindMount {
+            source,
+            destination: if m.mount_path.starts_with('/') { m.mount_path.clone() } else { format!("/{}", m.mount_path) },
+            read_only,
+            recursive_read_only: read_only
+                && matches!(m.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible")),
+            propagation: match m.mount_propagation.as_deref() {
+                Some("HostToContainer") => "rslave",
+                Some("Bidirectional") => "rshared",
+                _ => "rprivate",
+            },
+        });
+    }
+    Ok(out)
+}

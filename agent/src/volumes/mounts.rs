@@ -1,0 +1,155 @@
+//! Mounts below a pod's directory: subPath binds made without a race, and their end.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Component, Path, PathBuf},
+};
+
+use rustix::{
+    fs::{CWD, Mode, OFlags, ResolveFlags},
+    mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags},
+};
+
+/// Binds `sub_path` of the volume at `root` to a place of the pod's own and returns it.
+///
+/// The path is resolved by openat2 beneath the volume, so neither `..` nor a link planted by another container of the
+/// pod leads out of it (CVE-2017-1002101, CVE-2021-25741), and what was opened is what is bound.
+pub(crate) fn bind_sub_path(root: &Path, sub_path: &str, place: &Path, mode: u32) -> io::Result<PathBuf> {
+    if Path::new(sub_path).components().any(|c| !matches!(c, Component::Normal(_) | Component::CurDir)) {
+        return Err(io::Error::other(format!("subPath {sub_path:?} must be a relative path without ..")));
+    }
+    if is_mount(place) {
+        return Ok(place.to_path_buf());
+    }
+    let volume = rustix::fs::open(root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let target = open_or_make(volume.as_fd(), sub_path, mode)?;
+    if let Some(parent) = place.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let stat = rustix::fs::fstat(&target)?;
+    if rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory {
+        fs::create_dir_all(place)?;
+    } else {
+        fs::OpenOptions::new().create(true).append(true).open(place)?;
+    }
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH
+        | OpenTreeFlags::AT_RECURSIVE;
+    let tree = rustix::mount::open_tree(&target, "", flags)?;
+    rustix::mount::move_mount(&tree, "", CWD, place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    Ok(place.to_path_buf())
+}
+
+fn beneath(dir: std::os::fd::BorrowedFd<'_>, path: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(dir, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+}
+
+fn open_or_make(volume: std::os::fd::BorrowedFd<'_>, path: &str, mode: u32) -> io::Result<OwnedFd> {
+    match beneath(volume, path, OFlags::PATH) {
+        Err(rustix::io::Errno::NOENT) => {}
+        other => return other.map_err(Into::into),
+    }
+    let mut at = String::new();
+    for part in path.split('/').filter(|p| !p.is_empty() && *p != ".") {
+        let parent = if at.is_empty() { ".".to_string() } else { at.clone() };
+        if !at.is_empty() {
+            at.push('/');
+        }
+        at.push_str(part);
+        if beneath(volume, &at, OFlags::PATH).is_err() {
+            let dir = beneath(volume, &parent, OFlags::DIRECTORY | OFlags::RDONLY)?;
+            rustix::fs::mkdirat(&dir, part, Mode::from_raw_mode(0o750))?;
+            let made = rustix::fs::openat(&dir, part, OFlags::DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
+            rustix::fs::fchmod(&made, Mode::from_raw_mode(mode))?;
+        }
+    }
+    Ok(beneath(volume, path, OFlags::PATH)?)
+}
+
+/// Mount points at or below `dir`, the deepest first.
+pub(crate) fn below(dir: &Path) -> Vec<PathBuf> {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut found: Vec<PathBuf> = text
+        .lines()
+        .filter_map(|l| l.split(' ').nth(4))
+        .map(|m| PathBuf::from(unescape(m)))
+        .filter(|m| m.starts_with(dir))
+        .collect();
+    found.reverse();
+    found
+}
+
+/// Whether something is mounted exactly there.
+pub(crate) fn is_mount(place: &Path) -> bool {
+    let place = place.canonicalize().unwrap_or_else(|_| place.to_path_buf());
+    below(&place).contains(&place)
+}
+
+fn unescape(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let bytes = text.as_bytes();
+    let mut i = 0;
+    while i < bytes.len() {
+        let octal = (bytes[i] == b'\\').then(|| text.get(i + 1..i + 4)).flatten();
+        match octal.and_then(|o| u8::from_str_radix(o, 8).ok()) {
+            Some(b) => {
+                out.push(b);
+                i += 4;
+            }
+            None => {
+                out.push(bytes[i]);
+                i += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// Unmounts everything at and below `dir`, then removes it. Never deletes through a mount that stays.
+pub(crate) fn remove_tree(dir: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(dir).is_err() {
+        return Ok(());
+    }
+    let real = dir.canonicalize()?;
+    for mount in below(&real) {
+        rustix::mount::unmount(&mount, UnmountFlags::DETACH)?;
+    }
+    if let Some(left) = below(&real).first() {
+        return Err(io::Error::other(format!("{} is still mounted", left.display())));
+    }
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sub_paths_cannot_leave_the_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path().join("v");
+        fs::create_dir_all(&volume).unwrap();
+        std::os::unix::fs::symlink("/etc", volume.join("out")).unwrap();
+        std::os::unix::fs::symlink("in", volume.join("link")).unwrap();
+        fs::create_dir(volume.join("in")).unwrap();
+        let fd = rustix::fs::open(&volume, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        assert!(open_or_make(fd.as_fd(), "link", 0o755).is_ok());
+        assert!(open_or_make(fd.as_fd(), "out/passwd", 0o755).is_err());
+        assert!(open_or_make(fd.as_fd(), "out/new", 0o755).is_err());
+        open_or_make(fd.as_fd(), "made/deep", 0o755).unwrap();
+        assert!(volume.join("made/deep").is_dir());
+        assert!(bind_sub_path(&volume, "../v", &dir.path().join("p"), 0o755).is_err());
+        assert!(bind_sub_path(&volume, "/etc", &dir.path().join("p"), 0o755).is_err());
+    }
+
+    #[test]
+    fn escapes_of_mountinfo() {
+        assert_eq!(unescape("/a\\040b\\134"), "/a b\\");
+    }
+}

@@ -1,0 +1,139 @@
+//! emptyDir, hostPath and the ownership a pod's group gets.
+
+use std::{
+    fs, io,
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource};
+
+use crate::quantity;
+
+/// Makes an emptyDir; memory ones are a tmpfs.
+pub(crate) fn empty_dir(target: &Path, source: &EmptyDirVolumeSource, gid: Option<u32>) -> Result<(), String> {
+    let context = |what: &str| {
+        let text = format!("{what} {}", target.display());
+        move |e: io::Error| format!("{text}: {e}")
+    };
+    fs::create_dir_all(target).map_err(context("create"))?;
+    let medium = source.medium.as_deref().unwrap_or("");
+    match medium {
+        "" => {}
+        "Memory" if super::mounts::is_mount(target) => {}
+        "Memory" => {
+            let size = source.size_limit.as_ref().map(quantity::value).filter(|s| *s > 0);
+            let data = size.map_or_else(|| "mode=0777".to_string(), |s| format!("mode=0777,size={s}"));
+            nix::mount::mount(
+                Some("tmpfs"),
+                target,
+                Some("tmpfs"),
+                nix::mount::MsFlags::MS_NOSUID | nix::mount::MsFlags::MS_NODEV,
+                Some(data.as_str()),
+            )
+            .map_err(|e| format!("mount tmpfs {}: {e}", target.display()))?;
+        }
+        other => return Err(format!("unknown storage medium {other:?}")),
+    }
+    fs::set_permissions(target, fs::Permissions::from_mode(0o777)).map_err(context("chmod"))?;
+    if let Some(gid) = gid {
+        own(target, gid, true).map_err(context("chown"))?;
+    }
+    Ok(())
+}
+
+/// Checks a hostPath, making what its type asks to make.
+pub(crate) fn host_path(source: &HostPathVolumeSource) -> Result<PathBuf, String> {
+    let path = PathBuf::from(&source.path);
+    let kind = source.type_.as_deref().unwrap_or("");
+    let meta = fs::metadata(&path);
+    let is = |check: fn(&fs::FileType) -> bool| meta.as_ref().is_ok_and(|m| check(&m.file_type()));
+    let make = |made: io::Result<()>| made.map_err(|e| format!("hostPath type check failed: {}: {e}", source.path));
+    let what = match kind {
+        "" => {
+            if meta.is_err() {
+                make(fs::create_dir_all(&path))?;
+            }
+            return Ok(path);
+        }
+        "DirectoryOrCreate" => {
+            if meta.is_err() {
+                make(fs::create_dir_all(&path))?;
+                make(fs::set_permissions(&path, fs::Permissions::from_mode(0o755)))?;
+                return Ok(path);
+            }
+            is(fs::FileType::is_dir).then_some(()).ok_or("a directory")
+        }
+        "Directory" => is(fs::FileType::is_dir).then_some(()).ok_or("a directory"),
+        "FileOrCreate" => {
+            if meta.is_err() {
+                make(fs::File::create(&path).map(|_| ()))?;
+                make(fs::set_permissions(&path, fs::Permissions::from_mode(0o644)))?;
+                return Ok(path);
+            }
+            is(fs::FileType::is_file).then_some(()).ok_or("a file")
+        }
+        "File" => is(fs::FileType::is_file).then_some(()).ok_or("a file"),
+        "Socket" => is(|t| t.is_socket()).then_some(()).ok_or("a socket file"),
+        "CharDevice" => is(|t| t.is_char_device()).then_some(()).ok_or("a character device"),
+        "BlockDevice" => is(|t| t.is_block_device()).then_some(()).ok_or("a block device"),
+        other => return Err(format!("{other:?} is an invalid hostPath type")),
+    };
+    what.map(|()| path).map_err(|what| format!("hostPath type check failed: {} is not {what}", source.path))
+}
+
+/// Gives a tree to a group: everyone in it may read, write and, in directories, create.
+pub(crate) fn own(root: &Path, gid: u32, writable: bool) -> io::Result<()> {
+    let mask = if writable { 0o660 } else { 0o440 };
+    let mut stack = vec![root.to_path_buf()];
+    while let Some(path) = stack.pop() {
+        let meta = fs::symlink_metadata(&path)?;
+        if meta.file_type().is_symlink() {
+            std::os::unix::fs::lchown(&path, None, Some(gid))?;
+            continue;
+        }
+        let add = if meta.is_dir() { mask | 0o2110 } else { mask };
+        if meta.gid() != gid {
+            std::os::unix::fs::chown(&path, None, Some(gid))?;
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode((meta.mode() & 0o7777) | add))?;
+        if meta.is_dir() {
+            stack.extend(fs::read_dir(&path)?.flatten().map(|e| e.path()));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_path_types() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |name: &str, kind: &str| {
+            host_path(&HostPathVolumeSource {
+                path: dir.path().join(name).to_string_lossy().into_owned(),
+                type_: Some(kind.into()),
+            })
+        };
+        assert!(of("none", "Directory").unwrap_err().ends_with("none is not a directory"));
+        assert!(of("none", "File").unwrap_err().ends_with("is not a file"));
+        assert!(of("d", "DirectoryOrCreate").unwrap().is_dir());
+        assert!(of("d", "Directory").is_ok());
+        assert!(of("d", "FileOrCreate").is_err());
+        assert!(of("f", "FileOrCreate").unwrap().is_file());
+        assert!(of("f", "Socket").unwrap_err().ends_with("is not a socket file"));
+        assert!(host_path(&HostPathVolumeSource { path: "/dev/null".into(), type_: Some("CharDevice".into()) }).is_ok());
+        assert!(of("x/y", "").unwrap().is_dir());
+    }
+
+    #[test]
+    fn empty_dirs_are_for_everyone() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("e");
+        empty_dir(&target, &EmptyDirVolumeSource::default(), Some(77)).unwrap();
+        let meta = fs::metadata(&target).unwrap();
+        assert_eq!((meta.mode() & 0o7777, meta.gid()), (0o2777, 77));
+    }
+}
