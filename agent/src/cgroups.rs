@@ -14,7 +14,7 @@ use crate::qos::{self, Limits, Qos};
 /// A file of the tree that could not be made or written.
 #[derive(Debug, thiserror::Error)]
 #[error("cgroup {path}: {source}")]
-pub struct CgroupError {
+pub(crate) struct CgroupError {
     path: PathBuf,
     #[source]
     source: io::Error,
@@ -26,11 +26,11 @@ fn fail(path: &Path) -> impl FnOnce(io::Error) -> CgroupError + '_ {
 
 /// The mounted hierarchies.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Hierarchies {
+pub(crate) struct Hierarchies {
     /// v1: controller to mount point; one mount may hold several.
-    pub v1: BTreeMap<String, PathBuf>,
+    pub(crate) v1: BTreeMap<String, PathBuf>,
     /// v2 mount point.
-    pub v2: Option<PathBuf>,
+    pub(crate) v2: Option<PathBuf>,
 }
 
 const CONTROLLERS: &[&str] =
@@ -38,7 +38,7 @@ const CONTROLLERS: &[&str] =
 
 impl Hierarchies {
     /// From the text of /proc/self/mountinfo.
-    pub fn parse(mountinfo: &str) -> Self {
+    pub(crate) fn parse(mountinfo: &str) -> Self {
         let mut found = Self::default();
         for line in mountinfo.lines() {
             let Some((left, right)) = line.split_once(" - ") else { continue };
@@ -70,14 +70,14 @@ impl Hierarchies {
 
 /// The instance's tree.
 #[derive(Debug, Clone)]
-pub struct Cgroups {
+pub(crate) struct Cgroups {
     hierarchies: Hierarchies,
     root: String,
 }
 
 impl Cgroups {
     /// Finds the hierarchies and makes the instance's groups.
-    pub fn open(instance: &str) -> Result<Self, CgroupError> {
+    pub(crate) fn open(instance: &str) -> Result<Self, CgroupError> {
         let path = Path::new("/proc/self/mountinfo");
         let text = fs::read_to_string(path).map_err(fail(path))?;
         let tree = Self { hierarchies: Hierarchies::parse(&text), root: instance.to_string() };
@@ -90,22 +90,22 @@ impl Cgroups {
     }
 
     /// Whether memory is a v2 controller here.
-    pub fn is_v2(&self) -> bool {
+    pub(crate) fn is_v2(&self) -> bool {
         !self.hierarchies.v1.contains_key("memory")
     }
 
     /// A v1 hierarchy's mount point.
-    pub fn v1(&self, controller: &str) -> Option<&Path> {
+    pub(crate) fn v1(&self, controller: &str) -> Option<&Path> {
         self.hierarchies.v1.get(controller).map(PathBuf::as_path)
     }
 
     /// The v2 mount point.
-    pub fn v2(&self) -> Option<&Path> {
+    pub(crate) fn v2(&self) -> Option<&Path> {
         self.hierarchies.v2.as_deref()
     }
 
     /// The pod's group, relative to each hierarchy's mount point.
-    pub fn pod_group(&self, qos: Qos, uid: &str) -> String {
+    pub(crate) fn pod_group(&self, qos: Qos, uid: &str) -> String {
         match qos {
             Qos::Guaranteed => format!("{}/pod{uid}", self.root),
             Qos::Burstable => format!("{}/burstable/pod{uid}", self.root),
@@ -114,13 +114,13 @@ impl Cgroups {
     }
 
     /// Makes a pod's group with its limits; idempotent.
-    pub fn create_pod(&self, group: &str, limits: &Limits) -> Result<(), CgroupError> {
+    pub(crate) fn create_pod(&self, group: &str, limits: &Limits) -> Result<(), CgroupError> {
         self.make(group)?;
         self.limit(group, limits)
     }
 
     /// Writes limits to a group.
-    pub fn limit(&self, group: &str, l: &Limits) -> Result<(), CgroupError> {
+    pub(crate) fn limit(&self, group: &str, l: &Limits) -> Result<(), CgroupError> {
         let text = |v: Option<i64>, none: &str| v.map_or_else(|| none.to_string(), |v| v.to_string());
         if self.hierarchies.v1.contains_key("cpu") {
             self.write("cpu", group, "cpu.shares", &l.cpu_shares.to_string())?;
@@ -150,7 +150,7 @@ impl Cgroups {
     }
 
     /// Weight of the burstable class: the sum of its pods' requests.
-    pub fn burstable_shares(&self, milli: i64) {
+    pub(crate) fn burstable_shares(&self, milli: i64) {
         let group = format!("{}/burstable", self.root);
         let shares = qos::shares(milli);
         self.write("cpu", &group, "cpu.shares", &shares.to_string()).ok();
@@ -158,7 +158,7 @@ impl Cgroups {
     }
 
     /// Kills everything in a group and the groups below (what is left of a pod whose supervisor is gone).
-    pub fn kill(&self, group: &str) {
+    pub(crate) fn kill(&self, group: &str) {
         for mount in self.hierarchies.mounts() {
             let dir = mount.join(group);
             if fs::write(dir.join("cgroup.kill"), "1").is_err() {
@@ -172,7 +172,7 @@ impl Cgroups {
     }
 
     /// Removes a group and those below, in every hierarchy; one that is not there is no error.
-    pub fn remove(&self, group: &str) -> Result<(), CgroupError> {
+    pub(crate) fn remove(&self, group: &str) -> Result<(), CgroupError> {
         let mut result = Ok(());
         for mount in self.hierarchies.mounts() {
             let dir = mount.join(group);
@@ -184,7 +184,7 @@ impl Cgroups {
     }
 
     /// Groups of pods that exist now: UID and group.
-    pub fn pods(&self) -> BTreeMap<String, String> {
+    pub(crate) fn pods(&self) -> BTreeMap<String, String> {
         let mut found = BTreeMap::new();
         for mount in self.hierarchies.mounts() {
             for parent in [self.root.clone(), format!("{}/burstable", self.root), format!("{}/besteffort", self.root)] {
@@ -199,7 +199,7 @@ impl Cgroups {
     }
 
     /// Removes the instance's tree; pods' groups must be gone.
-    pub fn remove_root(&self) -> Result<(), CgroupError> {
+    pub(crate) fn remove_root(&self) -> Result<(), CgroupError> {
         self.remove(&self.root.clone())
     }
 

@@ -36,8 +36,8 @@ pub struct Config {
     pub serving_key: PathBuf,
     /// CA whose client certificates the server accepts.
     pub client_ca: PathBuf,
-    /// Assemble the control plane's image from this executable.
-    pub control_plane_image: bool,
+    /// Name of the control plane's image to assemble from this executable, if any.
+    pub control_plane_image: Option<String>,
 }
 
 /// The subset of `kubelet.config.k8s.io/v1beta1 KubeletConfiguration` that is honoured.

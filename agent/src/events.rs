@@ -73,13 +73,8 @@ impl Recorder {
 
     /// About the node.
     pub(crate) fn node(&self, node: &str, kind: Kind, reason: &str, message: impl Into<String>) {
-        let about = About {
-            kind: "Node",
-            namespace: "default".into(),
-            name: node.into(),
-            uid: node.into(),
-            field_path: None,
-        };
+        let about =
+            About { kind: "Node", namespace: "default".into(), name: node.into(), uid: node.into(), field_path: None };
         self.send(Entry { about, kind, reason: reason.into(), message: message.into() });
     }
 

@@ -3,12 +3,30 @@
 //! What comes in: the API server's pods of this node, static manifests, the supervisors' events. What goes out: running
 //! containers, status, events. Every loop observes, plans purely and applies idempotently.
 
+mod agent;
+mod api;
+mod cgroups;
 pub mod config;
+mod context;
+mod events;
+mod host;
 pub mod images;
 pub mod network;
+mod node;
+mod objects;
 pub mod paths;
+mod pods;
+mod probes;
+mod qos;
 pub mod quantity;
+mod runtime;
 pub mod server;
+mod services;
+mod sources;
+mod spec;
+mod tokens;
+mod volumes;
 
+pub use agent::{Error, cleanup, run, stop_all_pods, wait_for_file};
 pub use config::{Config, KubeletConfiguration};
 pub use paths::Paths;

@@ -6,7 +6,7 @@ use crate::quantity;
 
 /// `status.qosClass`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Qos {
+pub(crate) enum Qos {
     /// Limits equal requests for cpu and memory everywhere.
     Guaranteed,
     /// Anything between.
@@ -17,7 +17,7 @@ pub enum Qos {
 
 impl Qos {
     /// As the API writes it.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Guaranteed => "Guaranteed",
             Self::Burstable => "Burstable",
@@ -27,17 +27,17 @@ impl Qos {
 }
 
 /// All containers that run with the pod: regular ones and every init container.
-pub fn all_containers(spec: &PodSpec) -> impl Iterator<Item = &Container> {
+pub(crate) fn all_containers(spec: &PodSpec) -> impl Iterator<Item = &Container> {
     spec.init_containers.iter().flatten().chain(&spec.containers)
 }
 
 /// Whether an init container is a sidecar.
-pub fn is_sidecar(c: &Container) -> bool {
+pub(crate) fn is_sidecar(c: &Container) -> bool {
     c.restart_policy.as_deref() == Some("Always")
 }
 
 /// The class of a pod.
-pub fn class(spec: &PodSpec) -> Qos {
+pub(crate) fn class(spec: &PodSpec) -> Qos {
     let one = |r: Option<&ResourceRequirements>, name: &str| -> (i64, i64) {
         let of = |l| quantity::get_millis(l, name).unwrap_or(0);
         let (request, limit) = r.map_or((0, 0), |r| (of(r.requests.as_ref()), of(r.limits.as_ref())));
@@ -64,37 +64,37 @@ pub fn class(spec: &PodSpec) -> Qos {
 }
 
 /// cpu.shares for a request.
-pub fn shares(milli: i64) -> u64 {
+pub(crate) fn shares(milli: i64) -> u64 {
     (milli.max(0) as u64 * 1024 / 1000).clamp(2, 262_144)
 }
 
 /// cgroup v2 weight for shares.
-pub fn weight(shares: u64) -> u64 {
+pub(crate) fn weight(shares: u64) -> u64 {
     if shares >= 262_144 { 10_000 } else { 1 + shares.saturating_sub(2) * 9999 / 262_142 }
 }
 
 /// CFS quota in microseconds for a limit; `None` without one.
-pub fn quota(milli: i64, period_us: u64) -> Option<i64> {
+pub(crate) fn quota(milli: i64, period_us: u64) -> Option<i64> {
     (milli > 0).then(|| (milli * period_us as i64 / 1000).max(1000))
 }
 
 /// One cgroup's numbers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// cpu.shares.
-    pub cpu_shares: u64,
+    pub(crate) cpu_shares: u64,
     /// CFS quota in microseconds.
-    pub cpu_quota: Option<i64>,
+    pub(crate) cpu_quota: Option<i64>,
     /// CFS period in microseconds.
-    pub cpu_period: u64,
+    pub(crate) cpu_period: u64,
     /// Memory limit in bytes.
-    pub memory: Option<i64>,
+    pub(crate) memory: Option<i64>,
     /// Most processes.
-    pub pids: Option<i64>,
+    pub(crate) pids: Option<i64>,
 }
 
 /// A resource's amount over the pod: (request, limit); the limit is `None` when any container has none.
-pub fn pod_amount(spec: &PodSpec, name: &str) -> (i64, Option<i64>) {
+pub(crate) fn pod_amount(spec: &PodSpec, name: &str) -> (i64, Option<i64>) {
     let request = |c: &Container| {
         let r = c.resources.as_ref();
         r.and_then(|r| quantity::get_millis(r.requests.as_ref(), name))
@@ -136,7 +136,7 @@ pub fn pod_amount(spec: &PodSpec, name: &str) -> (i64, Option<i64>) {
 }
 
 /// The numbers of the pod's own cgroup.
-pub fn pod_limits(spec: &PodSpec, cfs: Option<u64>, pids: i64) -> Limits {
+pub(crate) fn pod_limits(spec: &PodSpec, cfs: Option<u64>, pids: i64) -> Limits {
     let (cpu, cpu_limit) = pod_amount(spec, "cpu");
     let (_, memory) = pod_amount(spec, "memory");
     Limits {
@@ -149,7 +149,7 @@ pub fn pod_limits(spec: &PodSpec, cfs: Option<u64>, pids: i64) -> Limits {
 }
 
 /// oom_score_adj of a container.
-pub fn oom_score_adj(pod: &Pod, container: &Container, memory_capacity: i64) -> i32 {
+pub(crate) fn oom_score_adj(pod: &Pod, container: &Container, memory_capacity: i64) -> i32 {
     let Some(spec) = &pod.spec else { return 1000 };
     if spec.priority.unwrap_or(0) >= 2_000_001_000 {
         return -997;
@@ -189,10 +189,16 @@ mod tests {
         for (r, want) in [
             (serde_json::json!({}), Qos::BestEffort),
             (serde_json::json!({"limits":{"cpu":"1","memory":"1Gi"}}), Qos::Guaranteed),
-            (serde_json::json!({"requests":{"cpu":"1","memory":"1Gi"},"limits":{"cpu":"1","memory":"1Gi"}}), Qos::Guaranteed),
+            (
+                serde_json::json!({"requests":{"cpu":"1","memory":"1Gi"},"limits":{"cpu":"1","memory":"1Gi"}}),
+                Qos::Guaranteed,
+            ),
             (serde_json::json!({"requests":{"cpu":"1"}}), Qos::Burstable),
             (serde_json::json!({"limits":{"cpu":"1"}}), Qos::Burstable),
-            (serde_json::json!({"requests":{"cpu":"1","memory":"1Gi"},"limits":{"cpu":"2","memory":"1Gi"}}), Qos::Burstable),
+            (
+                serde_json::json!({"requests":{"cpu":"1","memory":"1Gi"},"limits":{"cpu":"2","memory":"1Gi"}}),
+                Qos::Burstable,
+            ),
         ] {
             assert_eq!(class(&rr(r.clone())), want, "{r}");
         }

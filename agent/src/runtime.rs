@@ -27,7 +27,7 @@ use tokio::{
 
 /// Why a supervisor could not do something.
 #[derive(Debug, thiserror::Error)]
-pub enum RuntimeError {
+pub(crate) enum RuntimeError {
     /// It answered with a failure.
     #[error(transparent)]
     Failure(#[from] Failure),
@@ -60,7 +60,7 @@ pub enum RuntimeError {
 
 impl RuntimeError {
     /// The failure's kind, when the supervisor answered.
-    pub fn kind(&self) -> Option<FailureKind> {
+    pub(crate) fn kind(&self) -> Option<FailureKind> {
         match self {
             Self::Failure(f) => Some(f.kind),
             _ => None,
@@ -70,7 +70,7 @@ impl RuntimeError {
 
 /// What a supervisor tells by itself.
 #[derive(Debug)]
-pub enum RuntimeEvent {
+pub(crate) enum RuntimeEvent {
     /// A container ended.
     Exited(ContainerStatus),
     /// The connection ended: the supervisor died or shut down.
@@ -87,7 +87,7 @@ struct Call {
 
 /// A handle to one pod's supervisor.
 #[derive(Clone)]
-pub struct Supervisor {
+pub(crate) struct Supervisor {
     calls: mpsc::Sender<Call>,
     execs: Arc<AtomicU64>,
 }
@@ -100,18 +100,18 @@ impl std::fmt::Debug for Supervisor {
 
 /// A running exec.
 #[derive(Debug)]
-pub struct Exec {
+pub(crate) struct Exec {
     /// Its id, for signals and terminal sizes.
-    pub id: String,
+    pub(crate) id: String,
     /// The terminal's master, when one was asked for.
-    pub terminal: Option<OwnedFd>,
+    pub(crate) terminal: Option<OwnedFd>,
     /// Resolves when it ends; an error means the supervisor went away.
-    pub exit: oneshot::Receiver<Exit>,
+    pub(crate) exit: oneshot::Receiver<Exit>,
 }
 
 impl Supervisor {
     /// Sends `op` with descriptors and waits for the answer.
-    pub async fn call(&self, op: Op, fds: Vec<OwnedFd>) -> Result<(Answer, Vec<OwnedFd>), RuntimeError> {
+    pub(crate) async fn call(&self, op: Op, fds: Vec<OwnedFd>) -> Result<(Answer, Vec<OwnedFd>), RuntimeError> {
         let (reply, answer) = oneshot::channel();
         let call = Call { op, fds, reply, exec: None };
         self.calls.send(call).await.map_err(|_| RuntimeError::Gone)?;
@@ -119,12 +119,12 @@ impl Supervisor {
     }
 
     /// Sends an operation whose success says nothing more.
-    pub async fn done(&self, op: Op) -> Result<(), RuntimeError> {
+    pub(crate) async fn done(&self, op: Op) -> Result<(), RuntimeError> {
         self.call(op, Vec::new()).await.map(|_| ())
     }
 
     /// Starts a created container: host PID and start time in nanoseconds.
-    pub async fn start(&self, container: &str) -> Result<(i32, i64), RuntimeError> {
+    pub(crate) async fn start(&self, container: &str) -> Result<(i32, i64), RuntimeError> {
         match self.call(Op::Start { container: container.into() }, Vec::new()).await?.0 {
             Answer::Started { pid, started_at } => Ok((pid, started_at)),
             _ => Err(RuntimeError::Unexpected),
@@ -132,7 +132,7 @@ impl Supervisor {
     }
 
     /// Asks for events from now on; the containers as they stand at that instant.
-    pub async fn subscribe(&self) -> Result<Vec<ContainerStatus>, RuntimeError> {
+    pub(crate) async fn subscribe(&self) -> Result<Vec<ContainerStatus>, RuntimeError> {
         match self.call(Op::Subscribe, Vec::new()).await?.0 {
             Answer::List(list) => Ok(list),
             _ => Err(RuntimeError::Unexpected),
@@ -140,12 +140,12 @@ impl Supervisor {
     }
 
     /// Sends a signal to a container's init, or to all its processes.
-    pub async fn kill(&self, container: &str, signal: i32, all: bool) -> Result<(), RuntimeError> {
+    pub(crate) async fn kill(&self, container: &str, signal: i32, all: bool) -> Result<(), RuntimeError> {
         self.done(Op::Kill { container: container.into(), signal, all }).await
     }
 
     /// Runs a process in a container. `fds` are its stdio ends for those asked for, in order.
-    pub async fn exec(
+    pub(crate) async fn exec(
         &self,
         container: &str,
         process: serde_json::Value,
@@ -172,7 +172,7 @@ impl Supervisor {
 }
 
 /// Writes `pod.json`, executes the supervisor in the pod's run directory `dir` and connects to it.
-pub async fn launch(
+pub(crate) async fn launch(
     binary: &Path,
     dir: &Path,
     pod: &PodConfig,
@@ -218,7 +218,9 @@ pub async fn launch(
 }
 
 /// Connects to the supervisor that listens in `dir`.
-pub fn connect(dir: &Path, events: mpsc::UnboundedSender<RuntimeEvent>) -> io::Result<Supervisor> {
+pub(crate) fn connect(dir: &Path, events: mpsc::UnboundedSender<RuntimeEvent>) -> io::Result<Supervisor> {
+    // `register` is unsafe for types that may give another descriptor each time; a connection has one.
+    #[allow(deprecated)]
     let connection = AsyncFd::new(Connection::connect(dir)?)?;
     let (calls, receiver) = mpsc::channel(16);
     let handle = Supervisor { calls, execs: Arc::new(AtomicU64::new(now_id())) };
@@ -292,12 +294,7 @@ async fn send(connection: &AsyncFd<Connection>, waiting: &mut Waiting, mut call:
     Ok(())
 }
 
-fn dispatch(
-    waiting: &mut Waiting,
-    message: Message,
-    fds: Vec<OwnedFd>,
-    events: &mpsc::UnboundedSender<RuntimeEvent>,
-) {
+fn dispatch(waiting: &mut Waiting, message: Message, fds: Vec<OwnedFd>, events: &mpsc::UnboundedSender<RuntimeEvent>) {
     match message {
         Message::Reply(reply) => {
             if let Some(call) = waiting.replies.remove(&reply.id) {

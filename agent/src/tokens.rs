@@ -31,8 +31,8 @@ pub(crate) async fn request(api: &Api, pod: &Pod, wish: &Wish) -> Result<Token, 
     let account = account.unwrap_or_else(|| "default".into());
     let accounts: kube::Api<ServiceAccount> = kube::Api::namespaced(client, namespace);
     let body = TokenRequest {
-        spec: TokenRequestSpec {
-            audiences: wish.audience.iter().cloned().collect(),
+        spec: Some(TokenRequestSpec {
+            audiences: wish.audience.clone().map(|a| vec![a]),
             expiration_seconds: Some(wish.seconds),
             bound_object_ref: Some(BoundObjectReference {
                 api_version: Some("v1".into()),
@@ -40,7 +40,7 @@ pub(crate) async fn request(api: &Api, pod: &Pod, wish: &Wish) -> Result<Token, 
                 name: pod.metadata.name.clone(),
                 uid: pod.metadata.uid.clone(),
             }),
-        },
+        }),
         ..TokenRequest::default()
     };
     let asked = Instant::now();
@@ -50,8 +50,8 @@ pub(crate) async fn request(api: &Api, pod: &Pod, wish: &Wish) -> Result<Token, 
         .map_err(|e| format!("failed to fetch token: {e}"))?;
     let status = answer.status.ok_or("failed to fetch token: the answer has no status")?;
     let now = k8s_openapi::jiff::Timestamp::now().as_second();
-    let life = (status.expiration_timestamp.0.as_second() - now).max(0) as u64;
+    let life = (status.expiration_timestamp.map_or(now + wish.seconds, |t| t.0.as_second()) - now).max(0) as u64;
     // Upstream: at 80 % of its life, or after a day.
     let refresh = Duration::from_secs((life * 8 / 10).clamp(10, 24 * 3600));
-    Ok(Token { text: status.token, refresh: asked + refresh })
+    Ok(Token { text: status.token.unwrap_or_default(), refresh: asked + refresh })
 }

@@ -137,7 +137,7 @@ fn any_running(v: &View<'_>) -> bool {
 /// Init containers and sidecars; true when the regular containers may run.
 fn initialize(v: &View<'_>, p: &mut Plan) -> bool {
     let init = v.spec.init_containers.as_deref().unwrap_or_default();
-    let ending = v.state.initialized && regular_done(v);
+    let ending = v.state.initialized && all_done(v.spec, v.state);
     for c in init {
         let instance = v.state.in_sandbox(&c.name);
         if is_sidecar(c) {
@@ -197,7 +197,7 @@ fn changed(c: &Container, image: &str) -> bool {
 fn regular(v: &View<'_>, p: &mut Plan) {
     let mut left = false;
     for c in &v.spec.containers {
-        match v.state.in_sandbox(&c.name) {
+        match v.state.current(&c.name) {
             Some(i) if i.running() => {
                 left = true;
                 if changed(c, &i.image) && !v.stopping.contains(&c.name) {
@@ -216,10 +216,11 @@ fn regular(v: &View<'_>, p: &mut Plan) {
     }
 }
 
-fn regular_done(v: &View<'_>) -> bool {
-    v.spec.containers.iter().all(|c| {
-        let ended = v.state.in_sandbox(&c.name).and_then(|i| i.ended.as_ref());
-        ended.is_some_and(|e| !restarts(v.spec, c, e))
+/// Whether every regular container has ended for good.
+pub(crate) fn all_done(spec: &PodSpec, state: &PodState) -> bool {
+    spec.containers.iter().all(|c| {
+        let ended = state.current(&c.name).and_then(|i| i.ended.as_ref());
+        ended.is_some_and(|e| !restarts(spec, c, e))
     })
 }
 

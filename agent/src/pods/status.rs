@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use k8s_openapi::{
     api::core::v1::{
-        Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
-        HostIP, Pod, PodCondition, PodIP, PodStatus,
+        Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
+        ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodStatus,
     },
     apimachinery::pkg::apis::meta::v1::Time,
 };
@@ -240,13 +240,8 @@ fn conditions(
         (false, Some("ContainersNotInitialized"), Some(text))
     };
     // ContainersReady.
-    let unready: Vec<&str> = init
-        .iter()
-        .filter(|s| sidecar(&s.name))
-        .chain(regular)
-        .filter(|s| !s.ready)
-        .map(|s| s.name.as_str())
-        .collect();
+    let unready: Vec<&str> =
+        init.iter().filter(|s| sidecar(&s.name)).chain(regular).filter(|s| !s.ready).map(|s| s.name.as_str()).collect();
     let containers_ready = match phase {
         "Succeeded" => (false, Some("PodCompleted"), None),
         "Failed" => (false, Some("PodFailed"), None),
@@ -262,7 +257,10 @@ fn conditions(
         .filter_map(|g| {
             let found = given.into_iter().flatten().find(|c| c.type_ == g.condition_type);
             match found {
-                None => Some(format!("corresponding condition of pod readiness gate \"{}\" does not exist.", g.condition_type)),
+                None => Some(format!(
+                    "corresponding condition of pod readiness gate \"{}\" does not exist.",
+                    g.condition_type
+                )),
                 Some(c) if c.status != "True" => Some(format!(
                     "the status of pod readiness gate \"{}\" is not \"True\", but {}",
                     g.condition_type, c.status
@@ -343,7 +341,9 @@ mod tests {
     use serde_json::json;
 
     fn generated(spec: serde_json::Value, state: PodState, waiting: &[(&str, &str)]) -> PodStatus {
-        let pod: Pod = serde_json::from_value(json!({"metadata":{"name":"p","namespace":"n","generation":2},"spec":spec})).unwrap();
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata":{"name":"p","namespace":"n","generation":2},"spec":spec}))
+                .unwrap();
         let waiting = waiting.iter().map(|(n, r)| (n.to_string(), (r.to_string(), "m".to_string()))).collect();
         generate(&View {
             pod: &pod,
@@ -358,13 +358,15 @@ mod tests {
 
     fn instance(started: bool, ended: Option<i32>) -> Record {
         let ended = ended.map(|code| Ended { code, reason: "Error".into(), ..Ended::default() });
-        let current = Instance { id: "x".into(), started_at: Some(1), started, ready: started, ended, ..Instance::default() };
+        let current =
+            Instance { id: "x".into(), started_at: Some(1), started, ready: started, ended, ..Instance::default() };
         Record { current: Some(current), ..Record::default() }
     }
 
     fn state(containers: &[(&str, Record)], initialized: bool) -> PodState {
         let mut s = PodState::new(1_000_000_000);
-        s.sandbox = Some(Sandbox { attempt: 0, netns: None, ips: vec!["10.0.0.2".parse().unwrap()], cgroup: String::new() });
+        s.sandbox =
+            Some(Sandbox { attempt: 0, netns: None, ips: vec!["10.0.0.2".parse().unwrap()], cgroup: String::new() });
         s.initialized = initialized;
         s.containers = containers.iter().map(|(n, r)| (n.to_string(), r.clone())).collect();
         s
@@ -379,15 +381,25 @@ mod tests {
     fn a_new_pod_is_pending() {
         let s = generated(json!({"initContainers":[{"name":"i"}],"containers":[{"name":"c"}]}), PodState::new(0), &[]);
         assert_eq!(s.phase.as_deref(), Some("Pending"));
-        assert_eq!(condition(&s, "Initialized"), ("False", Some("ContainersNotInitialized"), Some("containers with incomplete status: [i]")));
-        assert_eq!(condition(&s, "Ready"), ("False", Some("ContainersNotReady"), Some("containers with unready status: [c]")));
+        assert_eq!(
+            condition(&s, "Initialized"),
+            ("False", Some("ContainersNotInitialized"), Some("containers with incomplete status: [i]"))
+        );
+        assert_eq!(
+            condition(&s, "Ready"),
+            ("False", Some("ContainersNotReady"), Some("containers with unready status: [c]"))
+        );
         let waiting = s.container_statuses.unwrap()[0].state.clone().unwrap().waiting.unwrap();
         assert_eq!(waiting.reason.as_deref(), Some("PodInitializing"));
     }
 
     #[test]
     fn running_and_ready() {
-        let s = generated(json!({"containers":[{"name":"c","image":"i"}]}), state(&[("c", instance(true, None))], true), &[]);
+        let s = generated(
+            json!({"containers":[{"name":"c","image":"i"}]}),
+            state(&[("c", instance(true, None))], true),
+            &[],
+        );
         assert_eq!(s.phase.as_deref(), Some("Running"));
         assert_eq!(condition(&s, "Ready").0, "True");
         assert_eq!(s.pod_ip.as_deref(), Some("10.0.0.2"));
@@ -398,7 +410,11 @@ mod tests {
 
     #[test]
     fn crash_loop_shows_last_state() {
-        let s = generated(json!({"containers":[{"name":"c"}]}), state(&[("c", instance(false, Some(1)))], true), &[("c", "CrashLoopBackOff")]);
+        let s = generated(
+            json!({"containers":[{"name":"c"}]}),
+            state(&[("c", instance(false, Some(1)))], true),
+            &[("c", "CrashLoopBackOff")],
+        );
         assert_eq!(s.phase.as_deref(), Some("Running"));
         let c = &s.container_statuses.unwrap()[0];
         assert_eq!(c.state.as_ref().unwrap().waiting.as_ref().unwrap().reason.as_deref(), Some("CrashLoopBackOff"));
@@ -425,7 +441,11 @@ mod tests {
 
     #[test]
     fn readiness_gates() {
-        let s = generated(json!({"readinessGates":[{"conditionType":"x"}],"containers":[{"name":"c"}]}), state(&[("c", instance(true, None))], true), &[]);
+        let s = generated(
+            json!({"readinessGates":[{"conditionType":"x"}],"containers":[{"name":"c"}]}),
+            state(&[("c", instance(true, None))], true),
+            &[],
+        );
         assert_eq!(condition(&s, "ContainersReady").0, "True");
         assert_eq!(condition(&s, "Ready").1, Some("ReadinessGatesNotReady"));
     }

@@ -222,19 +222,22 @@ mod tests {
         objects.insert(key.clone(), Some(std::sync::Arc::new(Object::of_text([("k", "v")]))));
         let container = &pod.spec.as_ref().unwrap().containers[0];
         let services = [("SVC".to_string(), "svc".to_string()), ("SVC2".to_string(), "two".to_string())];
-        let sources = |objects| Sources {
-            pod: &pod,
-            container,
-            objects,
-            services: &services,
-            addresses: &Addresses::default(),
-            allocatable: Allocatable::default(),
+        let addresses = Addresses::default();
+        let of = |objects: &Fetched| {
+            make(&Sources {
+                pod: &pod,
+                container,
+                objects,
+                services: &services,
+                addresses: &addresses,
+                allocatable: Allocatable::default(),
+            })
         };
-        let got = make(&sources(&objects)).unwrap();
+        let got = of(&objects).unwrap();
         let text: Vec<String> = got.iter().map(|(k, v)| format!("{k}={v}")).collect();
         assert_eq!(text, ["P_k=v", "A=v-svc", "B=v-svc$(NOPE)", "SVC=mine", "K=v", "SVC2=two"]);
         objects.insert(key, None);
-        assert_eq!(make(&sources(&objects)).unwrap_err(), "configmap \"cm\" not found");
+        assert_eq!(of(&objects).unwrap_err(), "configmap \"cm\" not found");
         assert_eq!(references("n", container).len(), 2);
     }
 }

@@ -24,8 +24,7 @@ pub(crate) fn hostname(pod: &Pod, cluster_domain: &str) -> HostName {
     if let Some(all) = spec.hostname_override.filter(|h| !h.is_empty()) {
         return HostName { short: all.clone(), domain: None, kernel: all };
     }
-    let domain =
-        spec.subdomain.filter(|s| !s.is_empty()).map(|s| format!("{s}.{namespace}.svc.{cluster_domain}"));
+    let domain = spec.subdomain.filter(|s| !s.is_empty()).map(|s| format!("{s}.{namespace}.svc.{cluster_domain}"));
     let kernel = match &domain {
         Some(d) if spec.set_hostname_as_fqdn == Some(true) => format!("{short}.{d}"),
         _ => short.clone(),
@@ -183,9 +182,9 @@ mod tests {
             "hostAliases":[{"ip":"1.2.3.4","hostnames":["a","b"]}]}));
         let name = hostname(&p, "cluster.local");
         let text = hosts(p.spec.as_ref().unwrap(), &["10.0.0.5".parse().unwrap()], &name, None);
-        assert!(text.ends_with(
-            "10.0.0.5\th.s.ns.svc.cluster.local\th\n\n# Entries added by HostAliases.\n1.2.3.4\ta\tb\n"
-        ));
+        assert!(
+            text.ends_with("10.0.0.5\th.s.ns.svc.cluster.local\th\n\n# Entries added by HostAliases.\n1.2.3.4\ta\tb\n")
+        );
         assert_eq!(name.kernel, "h");
     }
 }

@@ -95,7 +95,8 @@ pub(crate) fn build(i: &Inputs<'_>) -> Result<Value, String> {
     if let Some(p) = security::seccomp(i.pod, c, i.seccomp_default, &i.seccomp_profiles)? {
         linux["seccomp"] = p;
     }
-    if let Some(p) = i.mounts.iter().map(|m| m.propagation).filter(|p| *p != "rprivate").max_by_key(|p| *p == "rshared") {
+    if let Some(p) = i.mounts.iter().map(|m| m.propagation).filter(|p| *p != "rprivate").max_by_key(|p| *p == "rshared")
+    {
         linux["rootfsPropagation"] = json!(p);
     }
     Ok(json!({
@@ -125,10 +126,8 @@ pub(crate) fn build(i: &Inputs<'_>) -> Result<Value, String> {
 
 /// PATH, HOSTNAME and HOME first, then the image's, then the pod's; a later one of a name replaces an earlier one.
 fn environment(i: &Inputs<'_>, image: &[String], home: Option<String>) -> Vec<String> {
-    let mut out: Vec<(String, String)> = vec![(
-        "PATH".into(),
-        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into(),
-    )];
+    let mut out: Vec<(String, String)> =
+        vec![("PATH".into(), "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into())];
     let mut index: HashMap<String, usize> = HashMap::from([("PATH".into(), 0)]);
     let mut set = |name: String, value: String| match index.get(&name) {
         Some(at) => out[*at].1 = value,
@@ -154,11 +153,7 @@ fn environment(i: &Inputs<'_>, image: &[String], home: Option<String>) -> Vec<St
 }
 
 /// The pod's command replaces entrypoint and cmd; its args alone replace cmd.
-fn arguments(
-    c: &Container,
-    image: &oci_spec::image::Config,
-    env: &[(String, String)],
-) -> Result<Vec<String>, String> {
+fn arguments(c: &Container, image: &oci_spec::image::Config, env: &[(String, String)]) -> Result<Vec<String>, String> {
     let lookup = |n: &str| env.iter().find(|(k, _)| k == n).map(|(_, v)| v.clone());
     let expanded = |list: &Option<Vec<String>>| -> Vec<String> {
         list.iter().flatten().map(|a| expand::expand(a, lookup)).collect()
@@ -184,11 +179,8 @@ fn resources(c: &Container, cfs_period: Option<u64>, privileged: bool) -> Value 
         cpu["quota"] = json!(quota);
         cpu["period"] = json!(period);
     }
-    let devices = if privileged {
-        json!([{"allow": true, "access": "rwm"}])
-    } else {
-        json!([{"allow": false, "access": "rwm"}])
-    };
+    let devices =
+        if privileged { json!([{"allow": true, "access": "rwm"}]) } else { json!([{"allow": false, "access": "rwm"}]) };
     let mut out = json!({"cpu": cpu, "devices": devices});
     if let Some(memory) = limit("memory").map(|m| m / 1000).filter(|m| *m > 0) {
         out["memory"] = json!({"limit": memory});
@@ -209,9 +201,7 @@ fn mounts(i: &Inputs<'_>, privileged: bool) -> Value {
         json!({"destination":"/sys/fs/cgroup","type":"cgroup","source":"cgroup",
             "options":["nosuid","noexec","nodev","relatime",sys]}),
     ];
-    let bind = |source: &std::path::Path, destination: &str| {
-        json!({"destination":destination,"type":"bind","source":source,"options":["rbind","rprivate","rw"]})
-    };
+    let bind = |source: &std::path::Path, destination: &str| json!({"destination":destination,"type":"bind","source":source,"options":["rbind","rprivate","rw"]});
     let has = |d: &str| i.mounts.iter().any(|m| m.destination.trim_end_matches('/') == d);
     if !has("/dev/shm") {
         all.push(match &i.shm {
@@ -226,7 +216,13 @@ fn mounts(i: &Inputs<'_>, privileged: bool) -> Value {
     own.sort_by_key(|m| m.destination.split('/').filter(|p| !p.is_empty()).count());
     for m in own {
         let mut options = vec!["rbind", m.propagation];
-        options.push(if m.recursive_read_only { "rro" } else if m.read_only { "ro" } else { "rw" });
+        options.push(if m.recursive_read_only {
+            "rro"
+        } else if m.read_only {
+            "ro"
+        } else {
+            "rw"
+        });
         all.push(json!({"destination":m.destination,"type":"bind","source":m.source,"options":options}));
     }
     Value::Array(all)
@@ -296,13 +292,14 @@ mod tests {
                 .unwrap(),
             ),
             layers: vec![],
-            size: 0,
+            reference: "r:latest".into(),
             pulled: None,
         }
     }
 
     fn built(pod: Value, img: Value) -> Result<Value, String> {
-        let pod: Pod = serde_json::from_value(json!({"metadata":{"name":"p","namespace":"n","uid":"u"},"spec":pod})).unwrap();
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata":{"name":"p","namespace":"n","uid":"u"},"spec":pod})).unwrap();
         let c = pod.spec.as_ref().unwrap().containers[0].clone();
         build(&Inputs {
             pod: &pod,
@@ -310,10 +307,7 @@ mod tests {
             image: &image(img),
             env: vec![("WHO".into(), "world".into())],
             hostname: "p",
-            mounts: vec![
-                BindMount::file("/b".into(), "/data/deep"),
-                BindMount::file("/a".into(), "/data"),
-            ],
+            mounts: vec![BindMount::file("/b".into(), "/data/deep"), BindMount::file("/a".into(), "/data")],
             shm: None,
             cgroup: "/isopod/podu/id".into(),
             memory_capacity: 1 << 30,
@@ -354,7 +348,8 @@ mod tests {
         assert_eq!(spec.process().as_ref().unwrap().no_new_privileges(), Some(true));
         assert_eq!(doc["linux"]["resources"]["cpu"], json!({"shares":512,"quota":50000,"period":100000}));
         assert_eq!(doc["linux"]["resources"]["memory"]["limit"], 64 << 20);
-        let places: Vec<&str> = doc["mounts"].as_array().unwrap().iter().map(|m| m["destination"].as_str().unwrap()).collect();
+        let places: Vec<&str> =
+            doc["mounts"].as_array().unwrap().iter().map(|m| m["destination"].as_str().unwrap()).collect();
         assert!(places.ends_with(&["/dev/shm", "/data", "/data/deep"]));
     }
 

@@ -9,16 +9,64 @@ use super::users::Users;
 
 /// Capabilities of a container that asks for nothing.
 const DEFAULT_CAPABILITIES: &[&str] = &[
-    "CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP",
-    "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FSETID",
+    "FOWNER",
+    "MKNOD",
+    "NET_RAW",
+    "SETGID",
+    "SETUID",
+    "SETFCAP",
+    "SETPCAP",
+    "NET_BIND_SERVICE",
+    "SYS_CHROOT",
+    "KILL",
+    "AUDIT_WRITE",
 ];
 
 const ALL_CAPABILITIES: &[&str] = &[
-    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
-    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE",
-    "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE",
-    "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE",
-    "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
 ];
 
 /// The container's own security context.
@@ -87,10 +135,8 @@ pub(crate) fn capabilities(c: &Container) -> Value {
     let context = own(c);
     let change = context.capabilities.clone().unwrap_or_default();
     let plain = |name: &String| name.trim_start_matches("CAP_").to_ascii_uppercase();
-    let (add, drop): (Vec<String>, Vec<String>) = (
-        change.add.iter().flatten().map(plain).collect(),
-        change.drop.iter().flatten().map(plain).collect(),
-    );
+    let (add, drop): (Vec<String>, Vec<String>) =
+        (change.add.iter().flatten().map(plain).collect(), change.drop.iter().flatten().map(plain).collect());
     let mut set: Vec<String> = if context.privileged == Some(true) || add.iter().any(|a| a == "ALL") {
         ALL_CAPABILITIES.iter().map(ToString::to_string).collect()
     } else if drop.iter().any(|d| d == "ALL") {
@@ -118,9 +164,8 @@ pub(crate) fn seccomp(pod: &Pod, c: &Container, default_on: bool, profiles: &Pat
     let pod_profile =
         pod.spec.as_ref().and_then(|s| s.security_context.as_ref()).and_then(|s| s.seccomp_profile.clone());
     let profile = own(c).seccomp_profile.or(pod_profile);
-    let runtime_default = || {
-        serde_json::to_value(isopod_runtime::seccomp::default_profile()).map(Some).map_err(|e| e.to_string())
-    };
+    let runtime_default =
+        || serde_json::to_value(isopod_runtime::seccomp::default_profile()).map(Some).map_err(|e| e.to_string());
     match profile.as_ref().map(|p| p.type_.as_str()) {
         None if default_on => runtime_default(),
         None | Some("Unconfined") => Ok(None),
@@ -158,8 +203,17 @@ pub(crate) fn paths(c: &Container) -> (Vec<&'static str>, Vec<&'static str>) {
     }
     (
         vec![
-            "/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
-            "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
+            "/proc/asound",
+            "/proc/acpi",
+            "/proc/interrupts",
+            "/proc/kcore",
+            "/proc/keys",
+            "/proc/latency_stats",
+            "/proc/timer_list",
+            "/proc/timer_stats",
+            "/proc/sched_debug",
+            "/proc/scsi",
+            "/sys/firmware",
             "/sys/devices/virtual/powercap",
         ],
         vec!["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
@@ -168,9 +222,17 @@ pub(crate) fn paths(c: &Container) -> (Vec<&'static str>, Vec<&'static str>) {
 
 /// Sysctls a namespaced pod may set without being allowed by the node.
 const SAFE_SYSCTLS: &[&str] = &[
-    "kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.ipv4.tcp_syncookies", "net.ipv4.ping_group_range",
-    "net.ipv4.ip_unprivileged_port_start", "net.ipv4.ip_local_reserved_ports", "net.ipv4.tcp_keepalive_time",
-    "net.ipv4.tcp_fin_timeout", "net.ipv4.tcp_keepalive_intvl", "net.ipv4.tcp_keepalive_probes", "net.ipv4.tcp_rmem",
+    "kernel.shm_rmid_forced",
+    "net.ipv4.ip_local_port_range",
+    "net.ipv4.tcp_syncookies",
+    "net.ipv4.ping_group_range",
+    "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.ip_local_reserved_ports",
+    "net.ipv4.tcp_keepalive_time",
+    "net.ipv4.tcp_fin_timeout",
+    "net.ipv4.tcp_keepalive_intvl",
+    "net.ipv4.tcp_keepalive_probes",
+    "net.ipv4.tcp_rmem",
     "net.ipv4.tcp_wmem",
 ];
 
@@ -210,13 +272,32 @@ mod tests {
         for (pc, cc, image, want) in [
             (json!({}), json!({}), "", Ok(json!({"uid":0,"gid":0,"additionalGids":[0]}))),
             (json!({}), json!({}), "web", Ok(json!({"uid":33,"gid":34,"additionalGids":[34,50]}))),
-            (json!({"runAsUser":33,"fsGroup":7,"supplementalGroups":[9]}), json!({"runAsGroup":5}), "",
-                Ok(json!({"uid":33,"gid":5,"additionalGids":[5,7,9,50]}))),
-            (json!({"supplementalGroupsPolicy":"Strict"}), json!({}), "web", Ok(json!({"uid":33,"gid":34,"additionalGids":[34]}))),
+            (
+                json!({"runAsUser":33,"fsGroup":7,"supplementalGroups":[9]}),
+                json!({"runAsGroup":5}),
+                "",
+                Ok(json!({"uid":33,"gid":5,"additionalGids":[5,7,9,50]})),
+            ),
+            (
+                json!({"supplementalGroupsPolicy":"Strict"}),
+                json!({}),
+                "web",
+                Ok(json!({"uid":33,"gid":34,"additionalGids":[34]})),
+            ),
             (json!({"runAsNonRoot":true}), json!({}), "", Err("container has runAsNonRoot and image will run as root")),
             (json!({"runAsNonRoot":true}), json!({}), "web", Err("non-numeric user (web)")),
-            (json!({"runAsNonRoot":true}), json!({"runAsUser":0}), "", Err("container's runAsUser breaks non-root policy")),
-            (json!({"runAsNonRoot":true}), json!({"runAsNonRoot":false}), "", Ok(json!({"uid":0,"gid":0,"additionalGids":[0]}))),
+            (
+                json!({"runAsNonRoot":true}),
+                json!({"runAsUser":0}),
+                "",
+                Err("container's runAsUser breaks non-root policy"),
+            ),
+            (
+                json!({"runAsNonRoot":true}),
+                json!({"runAsNonRoot":false}),
+                "",
+                Ok(json!({"uid":0,"gid":0,"additionalGids":[0]})),
+            ),
         ] {
             let (p, c) = pod(pc.clone(), cc.clone());
             match (user(&p, &c, image, &users), want) {

@@ -107,9 +107,11 @@ fn links(target: &Path, payload: &Payload) -> io::Result<()> {
 
 fn same(dir: &Path, payload: &Payload) -> bool {
     fn count(dir: &Path) -> usize {
-        fs::read_dir(dir).into_iter().flatten().flatten().fold(0, |n, e| {
-            n + if e.file_type().is_ok_and(|t| t.is_dir()) { count(&e.path()) } else { 1 }
-        })
+        fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .fold(0, |n, e| n + if e.file_type().is_ok_and(|t| t.is_dir()) { count(&e.path()) } else { 1 })
     }
     dir.is_dir()
         && count(dir) == payload.len()

@@ -2,11 +2,7 @@
 //!
 //! [`Sources`] lists what a volume is made from; [`payload`] makes its content and tells when to make it again.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use k8s_openapi::api::core::v1::{DownwardAPIVolumeFile, KeyToPath, Pod, Volume};
 
@@ -183,8 +179,8 @@ fn object_files(
 fn single_user(pod: &Pod) -> Option<u32> {
     let spec = pod.spec.as_ref()?;
     let default = spec.security_context.as_ref().and_then(|s| s.run_as_user);
-    let mut users = crate::qos::all_containers(spec)
-        .map(|c| c.security_context.as_ref().and_then(|s| s.run_as_user).or(default));
+    let mut users =
+        crate::qos::all_containers(spec).map(|c| c.security_context.as_ref().and_then(|s| s.run_as_user).or(default));
     let first = users.next()??;
     users.all(|u| u == Some(first)).then(|| u32::try_from(first).ok()).flatten()
 }

@@ -109,8 +109,8 @@ pub(crate) async fn mount(
     for c in &contents {
         all.insert(c.name.clone(), Ready { path: c.target.clone(), read_only: true });
     }
-    let keeper = (!contents.is_empty())
-        .then(|| tokio::spawn(keep(ctx.clone(), contents, pods, addresses)).abort_handle());
+    let keeper =
+        (!contents.is_empty()).then(|| tokio::spawn(keep(ctx.clone(), contents, pods, addresses)).abort_handle());
     Ok(Mounted { volumes: all, keeper })
 }
 
@@ -251,7 +251,8 @@ pub(crate) fn container_mounts(
     let mut out = Vec::new();
     for (index, m) in c.volume_mounts.iter().flatten().enumerate() {
         let ready = mounted.volumes.get(&m.name);
-        let ready = ready.ok_or_else(|| format!("cannot find volume {:?} to mount into container {:?}", m.name, c.name))?;
+        let ready =
+            ready.ok_or_else(|| format!("cannot find volume {:?} to mount into container {:?}", m.name, c.name))?;
         let sub = match (&m.sub_path, &m.sub_path_expr) {
             (_, Some(e)) if !e.is_empty() => {
                 let lookup = |n: &str| env.iter().find(|(k, _)| k == n).map(|(_, v)| v.clone());
@@ -268,14 +269,19 @@ pub(crate) fn container_mounts(
             None => ready.path.clone(),
             Some(sub) => {
                 let place = pod_dir.join("volume-subpaths").join(&m.name).join(&c.name).join(index.to_string());
-                mounts::bind_sub_path(&ready.path, &sub, &place, 0o755)
-                    .map_err(|e| format!("failed to prepare subPath for volumeMount {:?} of container {:?}: {e}", m.name, c.name))?
+                mounts::bind_sub_path(&ready.path, &sub, &place, 0o755).map_err(|e| {
+                    format!("failed to prepare subPath for volumeMount {:?} of container {:?}: {e}", m.name, c.name)
+                })?
             }
         };
         let read_only = ready.read_only || m.read_only == Some(true);
         out.push(BindMount {
             source,
-            destination: if m.mount_path.starts_with('/') { m.mount_path.clone() } else { format!("/{}", m.mount_path) },
+            destination: if m.mount_path.starts_with('/') {
+                m.mount_path.clone()
+            } else {
+                format!("/{}", m.mount_path)
+            },
             read_only,
             recursive_read_only: read_only
                 && matches!(m.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible")),

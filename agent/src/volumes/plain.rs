@@ -124,7 +124,9 @@ mod tests {
         assert!(of("d", "FileOrCreate").is_err());
         assert!(of("f", "FileOrCreate").unwrap().is_file());
         assert!(of("f", "Socket").unwrap_err().ends_with("is not a socket file"));
-        assert!(host_path(&HostPathVolumeSource { path: "/dev/null".into(), type_: Some("CharDevice".into()) }).is_ok());
+        assert!(
+            host_path(&HostPathVolumeSource { path: "/dev/null".into(), type_: Some("CharDevice".into()) }).is_ok()
+        );
         assert!(of("x/y", "").unwrap().is_dir());
     }
 

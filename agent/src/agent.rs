@@ -1,0 +1,263 @@
+//! Putting the agent together: [`run`], and what `isopod down` and `isopod reset` need of it.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{StreamExt, future::join_all};
+use k8s_openapi::api::core::v1::Pod;
+use parking_lot::RwLock;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api::Api,
+    cgroups::{CgroupError, Cgroups},
+    config::Config,
+    context::Context,
+    events::Recorder,
+    host::NodeHost,
+    images::{ImageError, ImageService, LocalImages},
+    network::PodNetwork,
+    node,
+    objects::Objects,
+    paths::Paths,
+    pods::{self, manager, table::PodTable},
+    runtime::{self, RuntimeEvent},
+    server,
+    services::Services,
+    sources,
+    volumes::mounts,
+};
+use isopod_runtime::supervisor::protocol::{ContainerState, Op};
+
+/// Why the agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A directory of its own.
+    #[error("cannot make {path}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The cgroup tree.
+    #[error("cgroups cannot be used: {0}")]
+    Cgroups(String),
+    /// The image store.
+    #[error("image store")]
+    Images(#[from] ImageError),
+    /// The node API.
+    #[error("node API")]
+    Server(#[from] server::Error),
+    /// The pod network.
+    #[error("pod network: {0}")]
+    Network(String),
+    /// Swap is on and the configuration forbids it.
+    #[error("swap is on and failSwapOn is true: turn swap off or set failSwapOn: false")]
+    Swap,
+    /// Something of a pod stays behind.
+    #[error("{0}")]
+    Leftovers(String),
+}
+
+impl From<CgroupError> for Error {
+    fn from(e: CgroupError) -> Self {
+        Self::Cgroups(e.to_string())
+    }
+}
+
+/// Runs the agent until `stop`; pods keep running.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
+    let paths = config.paths.clone();
+    for dir in [paths.etc(), paths.state(), paths.pods(), paths.images(), paths.run_pods(), paths.logs()] {
+        fs::create_dir_all(&dir).map_err(|source| Error::Directory { path: dir, source })?;
+    }
+    if config.kubelet.fail_swap_on && fs::read_to_string("/proc/swaps").unwrap_or_default().lines().count() > 1 {
+        return Err(Error::Swap);
+    }
+    pods::record::prune(&paths.starts());
+    let cgroups = Cgroups::open(&paths.instance())?;
+    let local = LocalImages::open(&paths.images(), paths.etc().join("certs.d"), paths.etc().join("config.json"))?;
+    let node_name: Arc<str> = config.node_name.as_str().into();
+    let server = bind(&config).await?;
+    let api = Api::start(config.kubeconfig.clone(), stop.clone());
+    let network = network(&config, &stop).await?;
+    let machine = node::info::machine(&config);
+    let manifests = config.kubelet.static_pod_path.clone().unwrap_or_else(|| paths.manifests());
+    load_images(&local, &config).await;
+    let ctx = Arc::new(Context {
+        objects: Objects::new(api.clone()),
+        services: Services::start(api.clone(), stop.clone()),
+        events: Recorder::start(api.clone(), node_name.clone(), stop.clone()),
+        node_name: node_name.clone(),
+        images: Arc::new(local),
+        table: PodTable::default(),
+        burstable: RwLock::default(),
+        api,
+        network,
+        cgroups,
+        machine,
+        config,
+    });
+    let manifests = sources::files::start(manifests, node_name, stop.clone());
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(manager::run(ctx.clone(), manifests, stop.clone()));
+    tasks.spawn(node::run(ctx.clone(), stop.clone()));
+    if let Some(bound) = server {
+        let host = Arc::new(NodeHost { ctx: ctx.clone() });
+        tasks.spawn(bound.serve(host, server::Metrics::default(), stop.clone()));
+    }
+    stop.cancelled().await;
+    // What is not done in a moment is cut off: everything that matters is on disk.
+    let finish = async { while tasks.join_next().await.is_some() {} };
+    tokio::time::timeout(Duration::from_secs(3), finish).await.ok();
+    Ok(())
+}
+
+async fn bind(config: &Config) -> Result<Option<server::Bound>, Error> {
+    let k = &config.kubelet;
+    let cert = k.tls_cert_file.clone().unwrap_or_else(|| config.serving_cert.clone());
+    let key = k.tls_private_key_file.clone().unwrap_or_else(|| config.serving_key.clone());
+    let client_ca = k.authentication.x509.client_ca_file.clone().unwrap_or_else(|| config.client_ca.clone());
+    if !k.enable_server {
+        return Ok(None);
+    }
+    if !cert.exists() || !client_ca.exists() {
+        tracing::warn!(cert = %cert.display(), "no serving certificate: the node API is off");
+        return Ok(None);
+    }
+    let bind = SocketAddr::new(k.address, k.port);
+    Ok(Some(server::Bound::new(&server::Config { bind, cert, key, client_ca }).await?))
+}
+
+async fn load_images(local: &LocalImages, config: &Config) {
+    let dir = config.paths.images();
+    let archives = async {
+        if let Err(error) = local.load_archives(&dir).await {
+            tracing::warn!(%error, "image archives");
+        }
+    };
+    let own = async {
+        let Some(name) = &config.control_plane_image else { return };
+        match std::env::current_exe() {
+            Ok(path) => {
+                if let Err(error) = local.assemble(name, &path, "isopod").await {
+                    tracing::error!(%error, image = name, "the control plane's image cannot be assembled");
+                }
+            }
+            Err(error) => tracing::error!(%error, "the path of this executable"),
+        }
+    };
+    tokio::join!(archives, own);
+}
+
+/// Resolves when the file is there.
+pub async fn wait_for_file(path: &Path) -> io::Result<()> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent)?;
+    let mut events = std::pin::pin!(sources::directory_events(parent)?);
+    while !path.exists() {
+        if events.next().await.is_none() {
+            return Err(io::Error::other("the directory cannot be watched any more"));
+        }
+    }
+    Ok(())
+}
+
+/// Longest wait for pods to end by themselves.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Stops every pod of this root (for `isopod down`; no agent may run). Networks are the network's to remove.
+pub async fn stop_all_pods(paths: &Paths) -> Result<(), Error> {
+    let uids: Vec<String> = fs::read_dir(paths.run_pods())
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    join_all(uids.iter().map(|uid| stop_pod(paths, uid))).await;
+    let cgroups = Cgroups::open(&paths.instance())?;
+    let mut errors = Vec::new();
+    for group in cgroups.pods().into_values() {
+        cgroups.kill(&group);
+        let mut pause = Duration::from_millis(1);
+        while let Err(e) = cgroups.remove(&group) {
+            if pause > Duration::from_secs(2) {
+                errors.push(e.to_string());
+                break;
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+            cgroups.kill(&group);
+        }
+    }
+    for uid in &uids {
+        for dir in [paths.run_pod(uid), paths.pod(uid).join("volume-subpaths")] {
+            if let Err(e) = mounts::remove_tree(&dir) {
+                errors.push(format!("{}: {e}", dir.display()));
+            }
+        }
+    }
+    for mount in mounts::below(&paths.state().join("pods")) {
+        if let Err(e) = rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH) {
+            errors.push(format!("{}: {e}", mount.display()));
+        }
+    }
+    if let Err(e) = cgroups.remove_root() {
+        errors.push(e.to_string());
+    }
+    if errors.is_empty() { Ok(()) } else { Err(Error::Leftovers(errors.join("; "))) }
+}
+
+async fn stop_pod(paths: &Paths, uid: &str) {
+    let (events, mut exits) = mpsc::unbounded_channel();
+    let Ok(supervisor) = runtime::connect(&paths.run_pod(uid), events) else { return };
+    let text = fs::read(paths.pod(uid).join("pod.json")).ok();
+    let pod = text.and_then(|t| serde_json::from_slice::<Pod>(&t).ok());
+    let grace = pod.and_then(|p| p.spec?.termination_grace_period_seconds).unwrap_or(30);
+    let grace = Duration::from_secs(u64::try_from(grace).unwrap_or(0)).min(PATIENCE);
+    let listed = supervisor.subscribe().await.unwrap_or_default();
+    let mut left: Vec<String> =
+        listed.into_iter().filter(|c| c.state == ContainerState::Running).map(|c| c.id).collect();
+    for id in &left {
+        supervisor.kill(id, libc::SIGTERM, false).await.ok();
+    }
+    let ended = async {
+        while !left.is_empty() {
+            match exits.recv().await {
+                Some(RuntimeEvent::Exited(status)) => left.retain(|id| *id != status.id),
+                Some(RuntimeEvent::Lost) | None => return,
+            }
+        }
+    };
+    tokio::time::timeout(grace, ended).await.ok();
+    tokio::time::timeout(Duration::from_secs(10), supervisor.done(Op::Shutdown)).await.ok();
+}
+
+/// Removes the mounts and cgroups that this root's agent may have left (for `isopod reset`, after [`stop_all_pods`]).
+pub fn cleanup(paths: &Paths) -> Result<(), Error> {
+    let mut errors = Vec::new();
+    for dir in [paths.state(), paths.run()] {
+        let Ok(dir) = dir.canonicalize() else { continue };
+        for mount in mounts::below(&dir).into_iter().filter(|m| *m != dir) {
+            if let Err(e) = rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH) {
+                errors.push(format!("{}: {e}", mount.display()));
+            }
+        }
+    }
+    if let Err(e) = Cgroups::open(&paths.instance()).and_then(|c| c.remove_root()) {
+        errors.push(e.to_string());
+    }
+    if errors.is_empty() { Ok(()) } else { Err(Error::Leftovers(errors.join("; "))) }
+}
+
+async fn network(_config: &Config, _stop: &CancellationToken) -> Result<Arc<dyn PodNetwork>, Error> {
+    Err(Error::Network("not there".into()))
+}

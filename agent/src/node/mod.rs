@@ -1,0 +1,392 @@
+//! This machine as a Node object: registration, status, conditions, lease.
+//!
+//! In: facts of the machine, the image list, the API's Node (for podCIDRs). Out: the Node, its status when it changes (or
+//! every five minutes), its lease every ten seconds, the pod range for the network.
+
+pub(crate) mod info;
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures::StreamExt;
+use k8s_openapi::{
+    api::{
+        coordination::v1::{Lease, LeaseSpec},
+        core::v1::{ContainerImage, Node, NodeCondition, NodeSpec, NodeStatus},
+    },
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference, Time},
+    jiff::Timestamp,
+};
+use kube::{
+    Client,
+    api::{Api, Patch, PatchParams, PostParams},
+    runtime::{WatchStreamExt, watcher},
+};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::{api::is_code, context::Context, events::Kind};
+
+fn now() -> Time {
+    let t = Timestamp::now();
+    Time(Timestamp::from_second(t.as_second()).unwrap_or(t))
+}
+
+/// A condition as it should be: type, status, reason, message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    kind: &'static str,
+    status: bool,
+    reason: &'static str,
+    message: String,
+}
+
+/// What conditions are made from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Signals {
+    pub(crate) memory_low: bool,
+    pub(crate) disk_low: bool,
+    pub(crate) pids_low: bool,
+    pub(crate) network: Option<String>,
+}
+
+/// The four conditions, in upstream's order.
+pub(crate) fn conditions(s: &Signals) -> [Wanted; 4] {
+    let pick = |kind, bad: bool, yes: (&'static str, &str), no: (&'static str, &str)| {
+        let (reason, message) = if bad { yes } else { no };
+        Wanted { kind, status: bad, reason, message: message.into() }
+    };
+    let ready = match &s.network {
+        None => Wanted {
+            kind: "Ready",
+            status: true,
+            reason: "KubeletReady",
+            message: "kubelet is posting ready status".into(),
+        },
+        Some(why) => Wanted {
+            kind: "Ready",
+            status: false,
+            reason: "KubeletNotReady",
+            message: format!(
+                "container runtime network not ready: NetworkReady=false reason:NetworkPluginNotReady message:{why}"
+            ),
+        },
+    };
+    [
+        pick(
+            "MemoryPressure",
+            s.memory_low,
+            ("KubeletHasInsufficientMemory", "kubelet has insufficient memory available"),
+            ("KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
+        ),
+        pick(
+            "DiskPressure",
+            s.disk_low,
+            ("KubeletHasDiskPressure", "kubelet has disk pressure"),
+            ("KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+        ),
+        pick(
+            "PIDPressure",
+            s.pids_low,
+            ("KubeletHasInsufficientPID", "kubelet has insufficient PID available"),
+            ("KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+        ),
+        ready,
+    ]
+}
+
+/// Keeps the Node in step until `stop`; waits for an API server first.
+pub(crate) async fn run(ctx: Arc<Context>, stop: CancellationToken) {
+    let Some(client) = ctx.api.wait().await else { return };
+    ctx.events.node(&ctx.node_name, Kind::Normal, "Starting", "Starting kubelet.");
+    let work = async {
+        let (uid_sender, uid) = tokio::sync::watch::channel(None);
+        tokio::join!(status(&ctx, &client, uid_sender), lease(&ctx, &client, uid));
+    };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = work => {}
+    }
+}
+
+async fn pause(d: &mut Duration) {
+    tokio::time::sleep(*d).await;
+    *d = (*d * 2).min(Duration::from_secs(7));
+}
+
+/// Registers, then follows the Node: its pod range goes to the network, its status is kept.
+async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Sender<Option<String>>) {
+    let nodes: Api<Node> = Api::all(client.clone());
+    let mut wait = Duration::from_millis(50);
+    let mut node = loop {
+        match register(ctx, &nodes).await {
+            Ok(node) => break node,
+            Err(error) => {
+                tracing::debug!(%error, "node not registered yet");
+                pause(&mut wait).await;
+            }
+        }
+    };
+    tracing::info!(node = %ctx.node_name, "node registered");
+    let mut stream = watcher::watch_object(nodes.clone(), &ctx.node_name).default_backoff().boxed();
+    let k = &ctx.config.kubelet;
+    let mut tick = tokio::time::interval(k.node_status_update_frequency.max(Duration::from_secs(1)));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut written = tokio::time::Instant::now() - k.node_status_report_frequency;
+    loop {
+        uid.send_replace(node.metadata.uid.clone());
+        take_pod_cidr(ctx, &node);
+        let fresh = tokio::time::Instant::now() - written >= k.node_status_report_frequency;
+        let (patch, changed, events) = status_patch(ctx, &node);
+        if changed || fresh {
+            match nodes.patch_status(&ctx.node_name, &PatchParams::default(), &Patch::Strategic(patch)).await {
+                Ok(n) => {
+                    node = n;
+                    written = tokio::time::Instant::now();
+                    for (reason, text) in events {
+                        ctx.events.node(&ctx.node_name, Kind::Normal, &reason, text);
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "node status not written"),
+            }
+        }
+        tokio::select! {
+            _ = tick.tick() => {}
+            event = stream.next() => match event {
+                Some(Ok(Some(n))) => node = n,
+                Some(Ok(None)) => match register(ctx, &nodes).await {
+                    Ok(n) => node = n,
+                    Err(error) => tracing::debug!(%error, "node not registered again"),
+                },
+                Some(Err(error)) => tracing::debug!(%error, "watch of the node"),
+                None => return,
+            }
+        }
+    }
+}
+
+fn take_pod_cidr(ctx: &Context, node: &Node) {
+    let spec = node.spec.clone().unwrap_or_default();
+    let mut all: Vec<String> = spec.pod_cidrs.unwrap_or_default();
+    if all.is_empty() {
+        all.extend(spec.pod_cidr);
+    }
+    let parsed: Vec<ipnet::IpNet> = all.iter().filter_map(|c| c.parse().ok()).collect();
+    if !parsed.is_empty() {
+        ctx.network.set_pod_cidr(parsed);
+    }
+}
+
+fn labels(ctx: &Context) -> BTreeMap<String, String> {
+    let host = ctx.node_name.to_string();
+    let arch = info::architecture();
+    let mut all: BTreeMap<String, String> = [
+        ("beta.kubernetes.io/arch", arch),
+        ("beta.kubernetes.io/os", "linux"),
+        ("kubernetes.io/arch", arch),
+        ("kubernetes.io/hostname", host.as_str()),
+        ("kubernetes.io/os", "linux"),
+    ]
+    .map(|(k, v)| (k.to_string(), v.to_string()))
+    .into();
+    all.extend(ctx.config.labels.clone());
+    all
+}
+
+async fn register(ctx: &Arc<Context>, nodes: &Api<Node>) -> Result<Node, kube::Error> {
+    let k = &ctx.config.kubelet;
+    if let Some(node) = nodes.get_opt(&ctx.node_name).await? {
+        let known = node.metadata.labels.clone().unwrap_or_default();
+        let missing: BTreeMap<String, String> =
+            labels(ctx).into_iter().filter(|(key, v)| known.get(key) != Some(v)).collect();
+        if missing.is_empty() {
+            return Ok(node);
+        }
+        let patch = json!({"metadata": {"labels": missing}});
+        return nodes.patch(&ctx.node_name, &PatchParams::default(), &Patch::Merge(patch)).await;
+    }
+    if !k.register_node {
+        return Err(kube::Error::Api(
+            kube::core::Status::failure("registerNode is off and the node does not exist", "NotFound")
+                .with_code(404)
+                .boxed(),
+        ));
+    }
+    let node = Node {
+        metadata: ObjectMeta {
+            name: Some(ctx.node_name.to_string()),
+            labels: Some(labels(ctx)),
+            annotations: Some(BTreeMap::from([(
+                "volumes.kubernetes.io/controller-managed-attach-detach".to_string(),
+                "true".to_string(),
+            )])),
+            ..ObjectMeta::default()
+        },
+        spec: Some(NodeSpec {
+            provider_id: k.provider_id.clone(),
+            taints: Some(k.register_with_taints.clone()).filter(|t| !t.is_empty()),
+            ..NodeSpec::default()
+        }),
+        status: Some(full_status(ctx, None).0),
+    };
+    match nodes.create(&PostParams::default(), &node).await {
+        Err(e) if is_code(&e, 409) => nodes.get(&ctx.node_name).await,
+        other => other,
+    }
+}
+
+fn signals(ctx: &Context) -> Signals {
+    let k = &ctx.config.kubelet;
+    let below = |signal: &str, available: i64, capacity: i64| {
+        let t = info::threshold(&k.eviction_hard, signal, capacity);
+        t > 0 && available < t
+    };
+    let disk = info::disk(&ctx.config.paths.state()).unwrap_or((0, 0, 0, 0));
+    let as_signed = |v: u64| i64::try_from(v).unwrap_or(i64::MAX);
+    let disk_low = disk.0 > 0
+        && (below("nodefs.available", as_signed(disk.1), as_signed(disk.0))
+            || (disk.2 > 0 && below("nodefs.inodesFree", as_signed(disk.3), as_signed(disk.2)))
+            || below("imagefs.available", as_signed(disk.1), as_signed(disk.0)));
+    let memory_low = below("memory.available", info::memory_available(), ctx.machine.memory);
+    Signals { memory_low, disk_low, pids_low: false, network: ctx.network.not_ready() }
+}
+
+/// The status as it should be, and events for conditions that turned.
+fn full_status(ctx: &Context, old: Option<&NodeStatus>) -> (NodeStatus, Vec<(String, String)>) {
+    let (capacity, allocatable) = info::resources(&ctx.config, &ctx.machine);
+    let at = now();
+    let mut events = Vec::new();
+    let list = conditions(&signals(ctx))
+        .into_iter()
+        .map(|w| {
+            let status = if w.status { "True" } else { "False" };
+            let before = old.and_then(|s| s.conditions.as_ref()).into_iter().flatten().find(|c| c.type_ == w.kind);
+            let same = before.filter(|c| c.status == status);
+            if same.is_none() {
+                let reason = match (w.kind, w.status) {
+                    ("Ready", true) => "NodeReady".to_string(),
+                    ("Ready", false) => "NodeNotReady".to_string(),
+                    _ => w.reason.replace("Kubelet", "Node"),
+                };
+                events.push((reason.clone(), format!("Node {} status is now: {reason}", ctx.node_name)));
+            }
+            NodeCondition {
+                type_: w.kind.into(),
+                status: status.into(),
+                reason: Some(w.reason.into()),
+                message: Some(w.message),
+                last_heartbeat_time: Some(at.clone()),
+                last_transition_time: same.and_then(|c| c.last_transition_time.clone()).or(Some(at.clone())),
+            }
+        })
+        .collect();
+    let most = usize::try_from(ctx.config.kubelet.node_status_max_images).unwrap_or(usize::MAX);
+    let images = ctx.images.list().into_iter().take(most).map(|i| ContainerImage {
+        names: Some(i.names.into_iter().take(5).collect()),
+        size_bytes: i64::try_from(i.size).ok(),
+    });
+    let mut addresses: Vec<_> =
+        ctx.machine.ips.iter().map(|ip| json!({"type": "InternalIP", "address": ip.to_string()})).collect();
+    addresses.push(json!({"type": "Hostname", "address": ctx.node_name.as_ref()}));
+    let status = NodeStatus {
+        capacity: Some(capacity),
+        allocatable: Some(allocatable),
+        addresses: serde_json::from_value(json!(addresses)).ok(),
+        conditions: Some(list),
+        daemon_endpoints: serde_json::from_value(json!({"kubeletEndpoint": {"Port": ctx.config.kubelet.port}})).ok(),
+        images: Some(images.collect()),
+        node_info: Some(info::system_info()),
+        ..NodeStatus::default()
+    };
+    (status, events)
+}
+
+/// A patch of the status, whether anything but heartbeats changes by it, and events.
+fn status_patch(ctx: &Context, node: &Node) -> (serde_json::Value, bool, Vec<(String, String)>) {
+    let old = node.status.clone().unwrap_or_default();
+    let (fresh, events) = full_status(ctx, Some(&old));
+    let mut comparable = fresh.clone();
+    for c in comparable.conditions.iter_mut().flatten() {
+        let before = old.conditions.iter().flatten().find(|o| o.type_ == c.type_);
+        c.last_heartbeat_time = before.and_then(|o| o.last_heartbeat_time.clone());
+    }
+    let changed = [
+        comparable.capacity != old.capacity,
+        comparable.allocatable != old.allocatable,
+        comparable.addresses != old.addresses,
+        comparable.node_info != old.node_info,
+        comparable.daemon_endpoints != old.daemon_endpoints,
+        comparable.images.unwrap_or_default() != old.images.clone().unwrap_or_default(),
+        comparable.conditions.iter().flatten().any(|c| !old.conditions.iter().flatten().any(|o| o == c)),
+    ];
+    (json!({ "status": fresh }), changed.contains(&true), events)
+}
+
+/// Renews the node's lease.
+async fn lease(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Receiver<Option<String>>) {
+    let leases: Api<Lease> = Api::namespaced(client.clone(), "kube-node-lease");
+    let seconds = ctx.config.kubelet.node_lease_duration_seconds.max(4);
+    let every = Duration::from_secs(u64::try_from(seconds / 4).unwrap_or(10));
+    let name = ctx.node_name.to_string();
+    let mut wait = Duration::from_millis(200);
+    loop {
+        let renew = MicroTime(Timestamp::now());
+        let patch = json!({"spec": {"renewTime": renew, "holderIdentity": name, "leaseDurationSeconds": seconds}});
+        let mut result = leases.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await;
+        if result.as_ref().is_err_and(|e| is_code(e, 404)) {
+            let owner = uid.borrow().clone().map(|uid| OwnerReference {
+                api_version: "v1".into(),
+                kind: "Node".into(),
+                name: name.clone(),
+                uid,
+                ..OwnerReference::default()
+            });
+            let lease = Lease {
+                metadata: ObjectMeta {
+                    name: Some(name.clone()),
+                    namespace: Some("kube-node-lease".into()),
+                    owner_references: owner.map(|o| vec![o]),
+                    ..ObjectMeta::default()
+                },
+                spec: Some(LeaseSpec {
+                    holder_identity: Some(name.clone()),
+                    lease_duration_seconds: Some(seconds),
+                    renew_time: Some(MicroTime(Timestamp::now())),
+                    ..LeaseSpec::default()
+                }),
+            };
+            result = leases.create(&PostParams::default(), &lease).await;
+        }
+        match result {
+            Ok(_) => {
+                wait = Duration::from_millis(200);
+                tokio::time::sleep(every).await;
+            }
+            Err(error) => {
+                tracing::debug!(%error, "lease not renewed");
+                pause(&mut wait).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conditions_by_signal() {
+        let text = |s: &Signals| conditions(s).map(|w| (w.kind, w.status, w.reason));
+        assert_eq!(
+            text(&Signals::default()),
+            [
+                ("MemoryPressure", false, "KubeletHasSufficientMemory"),
+                ("DiskPressure", false, "KubeletHasNoDiskPressure"),
+                ("PIDPressure", false, "KubeletHasSufficientPID"),
+                ("Ready", true, "KubeletReady"),
+            ]
+        );
+        let bad = Signals { memory_low: true, network: Some("no pod range".into()), ..Signals::default() };
+        assert_eq!(text(&bad)[0].2, "KubeletHasInsufficientMemory");
+        assert_eq!(text(&bad)[3], ("Ready", false, "KubeletNotReady"));
+    }
+}

@@ -1,0 +1,374 @@
+//! Which pods there are: manifests, the API server's watch and what is on disk, turned into workers.
+//!
+//! In: the manifest directory's content, the watch of this node's pods, workers that have ended. Out: workers started and
+//! told, mirror pods kept in step. One task owns all of it.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fs,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{Stream, StreamExt, stream::BoxStream};
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::{WatchStreamExt, watcher};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    sandbox,
+    worker::{self, Command, Handle, Source},
+};
+use crate::{
+    context::Context,
+    qos,
+    sources::{HASH, MIRROR, SOURCE, files::Manifests, mirror},
+    volumes::mounts,
+};
+
+type FullName = (String, String);
+
+struct Entry {
+    handle: Handle,
+    pod: Arc<Pod>,
+    source: Source,
+    ending: bool,
+}
+
+enum Note {
+    /// A worker has ended.
+    Gone(String),
+    /// A mirror was created or deleted, or could not be.
+    Mirror(FullName, Result<(), String>),
+}
+
+struct Manager {
+    ctx: Arc<Context>,
+    workers: HashMap<String, Entry>,
+    manifests: Manifests,
+    /// Static pods whose older version still ends.
+    queued: BTreeMap<FullName, Arc<Pod>>,
+    mirrors: BTreeMap<FullName, Pod>,
+    mirror_work: HashSet<FullName>,
+    synced: bool,
+    listing: Option<Vec<Pod>>,
+    notes: mpsc::UnboundedSender<Note>,
+    retry: bool,
+}
+
+fn full_name(pod: &Pod) -> FullName {
+    (sandbox::namespace(pod).into(), sandbox::name(pod).into())
+}
+
+fn is_mirror(pod: &Pod) -> bool {
+    pod.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(MIRROR))
+}
+
+fn is_static(pod: &Pod) -> bool {
+    pod.metadata.annotations.as_ref().and_then(|a| a.get(SOURCE)).is_some_and(|s| s == "file")
+}
+
+/// Runs until `stop`; pods go on.
+pub(crate) async fn run(ctx: Arc<Context>, mut manifests: watch::Receiver<Manifests>, stop: CancellationToken) {
+    let (notes, mut inbox) = mpsc::unbounded_channel();
+    let mut m = Manager {
+        ctx: ctx.clone(),
+        workers: HashMap::new(),
+        manifests: Manifests::new(),
+        queued: BTreeMap::new(),
+        mirrors: BTreeMap::new(),
+        mirror_work: HashSet::new(),
+        synced: false,
+        listing: None,
+        notes,
+        retry: false,
+    };
+    m.restore().await;
+    let first = manifests.borrow_and_update().clone();
+    m.set_manifests(first);
+    let mut pods = watch_pods(&ctx);
+    loop {
+        // All arms are cancel-safe: streams and channels keep what is not taken.
+        tokio::select! {
+            () = stop.cancelled() => break,
+            event = pods.next() => match event {
+                Some(event) => m.api(event),
+                None => break,
+            },
+            changed = manifests.changed() => {
+                if changed.is_err() {
+                    stop.cancelled().await;
+                    break;
+                }
+                let now = manifests.borrow_and_update().clone();
+                m.set_manifests(now);
+            }
+            Some(note) = inbox.recv() => m.note(note),
+            () = tokio::time::sleep(Duration::from_secs(2)), if m.retry => {
+                m.retry = false;
+                m.sync_mirrors();
+            }
+        }
+    }
+    for entry in m.workers.values() {
+        entry.handle.abandon();
+    }
+}
+
+fn watch_pods(ctx: &Arc<Context>) -> BoxStream<'static, watcher::Result<watcher::Event<Pod>>> {
+    let (api, node) = (ctx.api.clone(), ctx.node_name.clone());
+    let stream = async move {
+        match api.wait().await {
+            Some(client) => pod_events(client, &node).boxed(),
+            None => futures::stream::pending().boxed(),
+        }
+    };
+    futures::stream::once(stream).flatten().boxed()
+}
+
+fn pod_events(
+    client: kube::Client,
+    node: &str,
+) -> impl Stream<Item = watcher::Result<watcher::Event<Pod>>> + Send + use<> {
+    let pods: kube::Api<Pod> = kube::Api::all(client);
+    let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
+    let backoff = watcher::DefaultBackoff::default();
+    watcher(pods, config).backoff(backoff)
+}
+
+impl Manager {
+    /// Starts workers for what is on disk and removes what belongs to no pod.
+    async fn restore(&mut self) {
+        let paths = &self.ctx.config.paths;
+        let mut known = Vec::new();
+        for entry in fs::read_dir(paths.pods()).into_iter().flatten().flatten() {
+            let uid = entry.file_name().to_string_lossy().into_owned();
+            let read = fs::read(entry.path().join("pod.json")).ok();
+            match read.and_then(|t| serde_json::from_slice::<Pod>(&t).ok()).filter(|p| sandbox::uid(p) == uid) {
+                Some(pod) => known.push(pod),
+                None => tracing::warn!(uid, "pod directory without a readable pod is removed"),
+            }
+        }
+        let uids: Vec<String> = known.iter().map(|p| sandbox::uid(p).to_string()).collect();
+        super::manager_clean(&self.ctx, &uids).await;
+        for pod in known {
+            let source = if is_static(&pod) { Source::Static } else { Source::Api };
+            self.spawn(Arc::new(pod), source);
+        }
+    }
+
+    fn spawn(&mut self, pod: Arc<Pod>, source: Source) {
+        let uid = sandbox::uid(&pod).to_string();
+        let notes = self.notes.clone();
+        let handle = worker::spawn(self.ctx.clone(), pod.clone(), source, move |uid| {
+            let _ = notes.send(Note::Gone(uid));
+        });
+        if source == Source::Static {
+            let uid = self.mirrors.get(&full_name(&pod)).and_then(|m| m.metadata.uid.clone());
+            handle.tell(Command::Mirror(uid));
+        }
+        let ending = pod.metadata.deletion_timestamp.is_some();
+        self.workers.insert(uid, Entry { handle, pod, source, ending });
+    }
+
+    fn set_manifests(&mut self, now: Manifests) {
+        let wanted: HashSet<String> = now.values().map(|p| sandbox::uid(p).to_string()).collect();
+        for (uid, e) in self.workers.iter_mut().filter(|(_, e)| e.source == Source::Static) {
+            if !wanted.contains(uid) && !e.ending {
+                e.ending = true;
+                e.handle.tell(Command::Terminate { grace: None });
+            }
+        }
+        self.queued.retain(|name, _| now.contains_key(name));
+        for (name, pod) in &now {
+            if self.workers.contains_key(sandbox::uid(pod)) {
+                continue;
+            }
+            let old = self.workers.values().any(|e| e.source == Source::Static && full_name(&e.pod) == *name);
+            if old {
+                self.queued.insert(name.clone(), pod.clone());
+            } else {
+                self.spawn(pod.clone(), Source::Static);
+            }
+        }
+        self.manifests = now;
+        self.sync_mirrors();
+    }
+
+    fn note(&mut self, note: Note) {
+        match note {
+            Note::Gone(uid) => {
+                let Some(e) = self.workers.remove(&uid) else { return };
+                if e.source == Source::Static
+                    && let Some(pod) = self.queued.remove(&full_name(&e.pod))
+                {
+                    self.spawn(pod, Source::Static);
+                }
+                // A manifest that came back while its pod ended.
+                if let Some(pod) = self.manifests.get(&full_name(&e.pod)).cloned()
+                    && sandbox::uid(&pod) == uid
+                {
+                    self.spawn(pod, Source::Static);
+                }
+                self.sync_mirrors();
+            }
+            Note::Mirror(name, result) => {
+                self.mirror_work.remove(&name);
+                if let Err(error) = result {
+                    tracing::debug!(pod = name.1, error, "mirror pod");
+                    self.retry = true;
+                } else {
+                    self.sync_mirrors();
+                }
+            }
+        }
+    }
+
+    fn api(&mut self, event: watcher::Result<watcher::Event<Pod>>) {
+        match event {
+            Ok(watcher::Event::Init) => self.listing = Some(Vec::new()),
+            Ok(watcher::Event::InitApply(p)) => {
+                if let Some(l) = &mut self.listing {
+                    l.push(p);
+                }
+            }
+            Ok(watcher::Event::InitDone) => {
+                let list = self.listing.take().unwrap_or_default();
+                self.listed(list);
+            }
+            Ok(watcher::Event::Apply(p)) => {
+                self.apply(p);
+                self.sync_mirrors();
+            }
+            Ok(watcher::Event::Delete(p)) => {
+                if is_mirror(&p) {
+                    self.mirrors.remove(&full_name(&p));
+                    self.tell_mirror(&full_name(&p), None);
+                    self.sync_mirrors();
+                } else {
+                    self.deleted(&p);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "watch of pods"),
+        }
+    }
+
+    fn listed(&mut self, list: Vec<Pod>) {
+        let there: HashSet<String> = list.iter().map(|p| sandbox::uid(p).to_string()).collect();
+        self.mirrors.clear();
+        for p in list {
+            self.apply(p);
+        }
+        for (uid, e) in self.workers.iter_mut().filter(|(_, e)| e.source == Source::Api) {
+            if !there.contains(uid) && !e.ending {
+                e.ending = true;
+                e.handle.tell(Command::Terminate { grace: e.pod.metadata.deletion_grace_period_seconds });
+            }
+        }
+        self.synced = true;
+        self.sync_mirrors();
+    }
+
+    fn deleted(&mut self, p: &Pod) {
+        if let Some(e) = self.workers.get_mut(sandbox::uid(p)) {
+            e.ending = true;
+            e.handle.tell(Command::Terminate { grace: p.metadata.deletion_grace_period_seconds });
+        }
+    }
+
+    fn apply(&mut self, p: Pod) {
+        if is_mirror(&p) {
+            let name = full_name(&p);
+            let uid = p.metadata.uid.clone();
+            self.mirrors.insert(name.clone(), p);
+            self.tell_mirror(&name, uid);
+            return;
+        }
+        let uid = sandbox::uid(&p).to_string();
+        let pod = Arc::new(p);
+        if let Some(e) = self.workers.get_mut(&uid) {
+            e.ending |= pod.metadata.deletion_timestamp.is_some();
+            e.pod = pod.clone();
+            e.handle.tell(Command::Update(pod));
+            return;
+        }
+        let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+        if matches!(phase, Some("Succeeded" | "Failed")) {
+            // It ended in an earlier life of this node: nothing is left here but its object.
+            if pod.metadata.deletion_timestamp.is_some()
+                && let Some(client) = self.ctx.api.get()
+            {
+                tokio::spawn(async move { mirror::delete(client, &pod).await });
+            }
+            return;
+        }
+        let refused = super::admit(&self.ctx, &pod);
+        self.spawn(pod, Source::Api);
+        if let (Some((reason, message)), Some(e)) = (refused, self.workers.get(&uid)) {
+            e.handle.tell(Command::Fail { reason, message, grace: 1 });
+        }
+    }
+
+    fn tell_mirror(&self, name: &FullName, uid: Option<String>) {
+        for e in self.workers.values().filter(|e| e.source == Source::Static && full_name(&e.pod) == *name) {
+            e.handle.tell(Command::Mirror(uid.clone()));
+        }
+    }
+
+    /// A mirror for each static pod, none for anything else.
+    fn sync_mirrors(&mut self) {
+        let Some(client) = self.ctx.api.get().filter(|_| self.synced) else { return };
+        let mut work: Vec<(FullName, Option<Pod>, Option<Arc<Pod>>)> = Vec::new();
+        for (name, m) in &self.mirrors {
+            let wanted = self.manifests.get(name);
+            let ends = self.workers.values().any(|e| e.ending && full_name(&e.pod) == *name);
+            let same = wanted.is_some_and(|w| {
+                w.metadata.annotations.as_ref().and_then(|a| a.get(HASH)).map(String::as_str) == mirror::hash(m)
+            });
+            if (!same || m.metadata.deletion_timestamp.is_some()) && !ends {
+                work.push((name.clone(), Some(m.clone()), None));
+            }
+        }
+        for (name, pod) in &self.manifests {
+            if !self.mirrors.contains_key(name) {
+                work.push((name.clone(), None, Some(pod.clone())));
+            }
+        }
+        for (name, old, new) in work {
+            if !self.mirror_work.insert(name.clone()) {
+                continue;
+            }
+            let (client, notes, node) = (client.clone(), self.notes.clone(), self.ctx.node_name.clone());
+            tokio::spawn(async move {
+                let result = match (old, new) {
+                    (Some(old), _) => mirror::delete(client, &old).await,
+                    (_, Some(new)) => mirror::create(client, &new, &node).await,
+                    _ => Ok(()),
+                };
+                // The watch tells what became of it; a pause keeps an unwilling server from being asked at once again.
+                if result.is_ok() {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                let _ = notes.send(Note::Mirror(name, result.map_err(|e| e.to_string())));
+            });
+        }
+    }
+}
+
+/// Sum of what running pods request of a resource, in thousandths.
+pub(super) fn requested(ctx: &Context, resource: &str) -> i64 {
+    let active = |p: &Pod| {
+        let phase = p.status.as_ref().and_then(|s| s.phase.as_deref());
+        !matches!(phase, Some("Succeeded" | "Failed"))
+    };
+    let all = ctx.table.all();
+    all.iter().filter(|s| active(&s.pod)).filter_map(|s| Some(qos::pod_amount(s.pod.spec.as_ref()?, resource).0)).sum()
+}
+
+/// Removes a directory of a pod nobody knows.
+pub(super) fn drop_directory(ctx: &Context, uid: &str) {
+    if let Err(error) = mounts::remove_tree(&ctx.config.paths.pod(uid)) {
+        tracing::warn!(uid, %error, "pod directory stays");
+    }
+}

@@ -1,0 +1,138 @@
+//! Pods: one worker each, told what to do by the [`manager`].
+
+mod act;
+mod adopt;
+pub(crate) mod exec;
+mod hooks;
+pub(crate) mod manager;
+mod message;
+mod plan;
+mod probing;
+pub(crate) mod record;
+pub(crate) mod sandbox;
+pub(crate) mod start;
+pub(crate) mod state;
+mod status;
+mod stop;
+pub(crate) mod table;
+mod worker;
+mod writer;
+
+use std::{collections::BTreeSet, path::Path};
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+
+use crate::{
+    context::Context,
+    objects::{ObjectKind, ObjectRef},
+    spec::env,
+    volumes::content,
+};
+
+/// A container id: 64 hexadecimal digits.
+pub(crate) fn new_id() -> String {
+    let bytes: [u8; 32] = rand::random();
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Ephemeral containers as ordinary ones that are never restarted.
+fn ephemeral(pod: &Pod) -> Vec<Container> {
+    let list = pod.spec.as_ref().and_then(|s| s.ephemeral_containers.as_ref());
+    let as_container = |c| {
+        let mut value = serde_json::to_value(c).ok()?;
+        value["restartPolicy"] = "Never".into();
+        serde_json::from_value(value).ok()
+    };
+    list.into_iter().flatten().filter_map(as_container).collect()
+}
+
+/// Every ConfigMap and Secret a pod refers to.
+fn references(pod: &Pod) -> BTreeSet<ObjectRef> {
+    let namespace = sandbox::namespace(pod);
+    let Some(spec) = &pod.spec else { return BTreeSet::new() };
+    let mut all = BTreeSet::new();
+    for c in crate::qos::all_containers(spec) {
+        all.extend(env::references(namespace, c));
+    }
+    for v in spec.volumes.iter().flatten() {
+        if let Some(s) = content::sources(namespace, v) {
+            all.extend(content::references(&s).cloned());
+        }
+    }
+    for s in spec.image_pull_secrets.iter().flatten() {
+        all.insert(ObjectRef { kind: ObjectKind::Secret, namespace: namespace.into(), name: s.name.clone() });
+    }
+    all
+}
+
+/// Removes a log file and what was rotated from it.
+fn remove_logs(log: &Path) {
+    let (Some(dir), Some(stem)) = (log.parent(), log.file_name().and_then(|n| n.to_str())) else { return };
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(|n| n == stem || n.starts_with(&format!("{stem}."))) {
+            std::fs::remove_file(entry.path()).ok();
+        }
+    }
+}
+
+/// Removes supervisors, cgroups, networks, directories and logs that belong to none of these pods.
+async fn manager_clean(ctx: &Context, known: &[String]) {
+    let paths = &ctx.config.paths;
+    let names = |dir: std::path::PathBuf| {
+        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
+    };
+    let mut strangers: BTreeSet<String> = names(paths.run_pods()).into_iter().collect();
+    strangers.extend(names(paths.pods()));
+    strangers.extend(ctx.cgroups.pods().into_keys());
+    strangers.retain(|uid| !known.contains(uid));
+    for uid in strangers {
+        tracing::info!(uid, "removing what is left of a pod nobody knows");
+        let (events, _) = tokio::sync::mpsc::unbounded_channel();
+        let supervisor = crate::runtime::connect(&paths.run_pod(&uid), events).ok();
+        if let Err(error) = sandbox::remove(ctx, &uid, supervisor.as_ref(), None).await {
+            tracing::warn!(uid, error, "leftovers");
+        }
+        manager::drop_directory(ctx, &uid);
+    }
+    if let Err(error) = ctx.network.reconcile(known).await {
+        tracing::warn!(%error, "leftovers of pod networks");
+    }
+    for name in names(paths.logs()) {
+        let ours = name.rsplit('_').next().is_some_and(|uid| known.iter().any(|k| k == uid));
+        if !ours && name.matches('_').count() == 2 {
+            std::fs::remove_dir_all(paths.logs().join(&name)).ok();
+        }
+    }
+}
+
+/// Why this node cannot take an API pod, if so: reason and message.
+fn admit(ctx: &Context, pod: &Pod) -> Option<(String, String)> {
+    let spec = pod.spec.as_ref()?;
+    if spec.priority.unwrap_or(0) >= 2_000_000_000 {
+        return None;
+    }
+    let machine = &ctx.machine;
+    let pods = ctx.table.all().len() as i64;
+    let most = i64::from(ctx.config.kubelet.max_pods);
+    let short = |resource: &str, requested: i64, used: i64, capacity: i64| {
+        let message = format!(
+            "Pod was rejected: Node didn't have enough resource: {resource}, requested: {requested}, used: {used}, capacity: {capacity}"
+        );
+        Some((format!("OutOf{resource}"), message))
+    };
+    if pods + 1 > most {
+        return short("pods", 1, pods, most);
+    }
+    let (cpu, _) = crate::qos::pod_amount(spec, "cpu");
+    let used = manager::requested(ctx, "cpu");
+    if cpu > 0 && used + cpu > machine.allocatable.cpu_milli {
+        return short("cpu", cpu, used, machine.allocatable.cpu_milli);
+    }
+    let memory = crate::qos::pod_amount(spec, "memory").0 / 1000;
+    let used = manager::requested(ctx, "memory") / 1000;
+    if memory > 0 && used + memory > machine.allocatable.memory {
+        return short("memory", memory, used, machine.allocatable.memory);
+    }
+    None
+}

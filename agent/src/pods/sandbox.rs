@@ -1,0 +1,276 @@
+//! A pod's sandbox: its network, cgroup, files and supervisor; made, joined again, taken down.
+
+use std::{
+    fs, io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use isopod_runtime::supervisor::protocol::{ContainerStatus, Op, PidMode, PodConfig, VERSION};
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use tokio::sync::mpsc;
+
+use super::state::Sandbox;
+use crate::{
+    context::Context,
+    network::{Bandwidth, HostPort, PodNetworkRequest, Protocol},
+    qos::{self, Qos},
+    quantity,
+    runtime::{self, RuntimeEvent, Supervisor},
+    spec::{files, security},
+    volumes::mounts,
+};
+
+/// A sandbox that containers can be started in.
+#[derive(Debug, Clone)]
+pub(crate) struct Live {
+    pub(crate) supervisor: Supervisor,
+    pub(crate) sandbox: Sandbox,
+    pub(crate) ips: Vec<IpAddr>,
+    pub(crate) hostname: String,
+    pub(crate) shm: Option<PathBuf>,
+}
+
+pub(crate) fn uid(pod: &Pod) -> &str {
+    pod.metadata.uid.as_deref().unwrap_or_default()
+}
+
+pub(crate) fn namespace(pod: &Pod) -> &str {
+    pod.metadata.namespace.as_deref().unwrap_or("default")
+}
+
+pub(crate) fn name(pod: &Pod) -> &str {
+    pod.metadata.name.as_deref().unwrap_or_default()
+}
+
+fn host_network(spec: &PodSpec) -> bool {
+    spec.host_network == Some(true)
+}
+
+/// What the network is asked for.
+pub(crate) fn network_request(pod: &Pod) -> PodNetworkRequest {
+    let spec = pod.spec.as_ref();
+    let containers = spec.into_iter().flat_map(qos::all_containers);
+    let ports = containers.flat_map(|c| c.ports.iter().flatten());
+    let host_ports = ports
+        .filter_map(|p| {
+            Some(HostPort {
+                host_ip: p.host_ip.as_deref().filter(|i| !i.is_empty()).and_then(|i| i.parse().ok()),
+                host_port: p.host_port.and_then(|h| u16::try_from(h).ok()).filter(|h| *h > 0)?,
+                container_port: u16::try_from(p.container_port).ok()?,
+                protocol: match p.protocol.as_deref() {
+                    Some("UDP") => Protocol::Udp,
+                    Some("SCTP") => Protocol::Sctp,
+                    _ => Protocol::Tcp,
+                },
+            })
+        })
+        .collect();
+    let annotation = |key: &str| {
+        let text = pod.metadata.annotations.as_ref()?.get(key)?;
+        quantity::milli(text).and_then(|m| u64::try_from(m / 1000).ok())
+    };
+    PodNetworkRequest {
+        uid: uid(pod).into(),
+        namespace: namespace(pod).into(),
+        name: name(pod).into(),
+        host_ports,
+        bandwidth: Bandwidth {
+            ingress: annotation("kubernetes.io/ingress-bandwidth"),
+            egress: annotation("kubernetes.io/egress-bandwidth"),
+        },
+    }
+}
+
+/// The pod's group and its numbers; remembers a burstable pod's weight.
+pub(crate) fn cgroup(ctx: &Context, pod: &Pod) -> Result<String, String> {
+    let spec = pod.spec.as_ref().ok_or("the pod has no spec")?;
+    let class = qos::class(spec);
+    let group = ctx.cgroups.pod_group(class, uid(pod));
+    let limits = qos::pod_limits(spec, ctx.cfs_period(), ctx.config.kubelet.pod_pids_limit);
+    ctx.cgroups.create_pod(&group, &limits).map_err(|e| e.to_string())?;
+    if class == Qos::Burstable {
+        ctx.burstable_request(uid(pod), Some(qos::pod_amount(spec, "cpu").0));
+    }
+    Ok(group)
+}
+
+/// Makes everything a pod needs before its first container.
+pub(crate) async fn create(
+    ctx: &Arc<Context>,
+    pod: &Pod,
+    attempt: u32,
+    events: mpsc::UnboundedSender<RuntimeEvent>,
+) -> Result<Live, String> {
+    let spec = pod.spec.as_ref().ok_or("the pod has no spec")?;
+    if let Some(name) = security::forbidden_sysctl(pod, &ctx.config.kubelet.allowed_unsafe_sysctls) {
+        return Err(format!("forbidden sysctl: {name:?} not allowlisted"));
+    }
+    let (netns, ips) = if host_network(spec) {
+        (None, ctx.machine.ips.clone())
+    } else {
+        let made = ctx.network.setup(network_request(pod)).await;
+        let made = made.map_err(|e| format!("failed to set up the pod's network: {e}"))?;
+        (Some(made.netns), made.ips)
+    };
+    let group = cgroup(ctx, pod)?;
+    let hostname = write_files(ctx, pod, &ips).map_err(|e| format!("failed to write the pod's files: {e}"))?;
+    let shm = shared_memory(ctx, pod)?;
+    let dir = ctx.config.paths.run_pod(uid(pod));
+    let kubelet = &ctx.config.kubelet;
+    let sysctls = spec.security_context.as_ref().and_then(|s| s.sysctls.clone()).unwrap_or_default();
+    let config = PodConfig {
+        version: VERSION,
+        uid: uid(pod).into(),
+        namespace: namespace(pod).into(),
+        name: name(pod).into(),
+        netns: netns.clone(),
+        hostname: (!host_network(spec)).then(|| hostname.clone()),
+        host_ipc: spec.host_ipc == Some(true),
+        pid: match (spec.host_pid, spec.share_process_namespace) {
+            (Some(true), _) => PidMode::Host,
+            (_, Some(true)) => PidMode::Pod,
+            _ => PidMode::Container,
+        },
+        sysctls: sysctls.into_iter().map(|s| (s.name.replace('/', "."), s.value)).collect(),
+        cgroup: group.clone(),
+        log_max_size: quantity::milli(&kubelet.container_log_max_size).map_or(0, |m| (m / 1000).max(0) as u64),
+        log_max_files: kubelet.container_log_max_files,
+    };
+    let supervisor = runtime::launch(&ctx.config.runtime_binary, &dir, &config, events)
+        .await
+        .map_err(|e| format!("failed to start the supervisor: {e}"))?;
+    supervisor.subscribe().await.map_err(|e| e.to_string())?;
+    Ok(Live { supervisor, sandbox: Sandbox { attempt, netns, ips: ips.clone(), cgroup: group }, ips, hostname, shm })
+}
+
+/// Joins the sandbox of a pod that ran before this agent did: the sandbox and its containers as they stand.
+pub(crate) async fn join(
+    ctx: &Arc<Context>,
+    pod: &Pod,
+    sandbox: &Sandbox,
+    events: mpsc::UnboundedSender<RuntimeEvent>,
+) -> Result<(Live, Vec<ContainerStatus>), String> {
+    let spec = pod.spec.as_ref().ok_or("the pod has no spec")?;
+    let dir = ctx.config.paths.run_pod(uid(pod));
+    let supervisor = runtime::connect(&dir, events).map_err(|e| e.to_string())?;
+    let containers = supervisor.subscribe().await.map_err(|e| e.to_string())?;
+    if !host_network(spec) {
+        // Idempotent: tells the network that this pod still holds its addresses.
+        if let Err(error) = ctx.network.setup(network_request(pod)).await {
+            tracing::warn!(pod = name(pod), %error, "the pod's network cannot be confirmed");
+        }
+    }
+    if qos::class(spec) == Qos::Burstable {
+        ctx.burstable_request(uid(pod), Some(qos::pod_amount(spec, "cpu").0));
+    }
+    let hostname = files::hostname(pod, &ctx.config.kubelet.cluster_domain).kernel;
+    let shm = Some(shm_path(ctx, pod)).filter(|p| p.exists());
+    let live = Live { supervisor, sandbox: sandbox.clone(), ips: sandbox.ips.clone(), hostname, shm };
+    Ok((live, containers))
+}
+
+fn shm_path(ctx: &Context, pod: &Pod) -> PathBuf {
+    ctx.config.paths.run_pod(uid(pod)).join("shm")
+}
+
+/// Containers of one pod share /dev/shm; a pod of one container needs no mount on the host for that.
+fn shared_memory(ctx: &Context, pod: &Pod) -> Result<Option<PathBuf>, String> {
+    let Some(spec) = &pod.spec else { return Ok(None) };
+    let count = qos::all_containers(spec).count();
+    if count < 2 || spec.host_ipc == Some(true) {
+        return Ok(None);
+    }
+    let path = shm_path(ctx, pod);
+    fs::create_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    if !mounts::is_mount(&path) {
+        use nix::mount::MsFlags;
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        nix::mount::mount(Some("shm"), &path, Some("tmpfs"), flags, Some("mode=1777,size=65536k"))
+            .map_err(|e| format!("mount {}: {e}", path.display()))?;
+    }
+    Ok(Some(path))
+}
+
+/// Directory of /etc/hosts and its like.
+pub(crate) fn files_dir(ctx: &Context, pod: &Pod) -> PathBuf {
+    ctx.config.paths.pod(uid(pod)).join("etc")
+}
+
+fn write_files(ctx: &Context, pod: &Pod, ips: &[IpAddr]) -> io::Result<String> {
+    let spec = pod.spec.clone().unwrap_or_default();
+    let kubelet = &ctx.config.kubelet;
+    let dir = files_dir(ctx, pod);
+    fs::create_dir_all(&dir)?;
+    let names = files::hostname(pod, &kubelet.cluster_domain);
+    let host_file = host_network(&spec).then(|| fs::read_to_string("/etc/hosts").unwrap_or_default());
+    fs::write(dir.join("hosts"), files::hosts(&spec, ips, &names, host_file.as_deref()))?;
+    let resolver = files::resolver(pod, &ctx.machine.resolver, &kubelet.cluster_dns, &kubelet.cluster_domain);
+    fs::write(dir.join("resolv.conf"), resolver.render())?;
+    let kernel = if host_network(&spec) {
+        fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string()
+    } else {
+        names.kernel
+    };
+    fs::write(dir.join("hostname"), format!("{kernel}\n"))?;
+    Ok(kernel)
+}
+
+/// Takes a pod's sandbox down: processes, network, mounts, cgroups, run directory. Goes on after errors; all are told.
+pub(crate) async fn remove(
+    ctx: &Context,
+    uid: &str,
+    supervisor: Option<&Supervisor>,
+    cgroup: Option<&str>,
+) -> Result<(), String> {
+    let mut errors = Vec::new();
+    if let Some(s) = supervisor {
+        let shutdown = s.done(Op::Shutdown);
+        if tokio::time::timeout(Duration::from_secs(10), shutdown).await.is_err() {
+            errors.push("the supervisor does not shut down".to_string());
+        }
+    }
+    let known = ctx.cgroups.pods().remove(uid);
+    for group in cgroup.map(ToString::to_string).into_iter().chain(known) {
+        ctx.cgroups.kill(&group);
+        if let Err(e) = remove_group(ctx, &group).await {
+            errors.push(e);
+        }
+    }
+    if let Err(e) = ctx.network.teardown(uid).await {
+        errors.push(e.to_string());
+    }
+    for dir in [ctx.config.paths.run_pod(uid), ctx.config.paths.pod(uid).join("volume-subpaths")] {
+        if let Err(e) = mounts::remove_tree(&dir) {
+            errors.push(format!("{}: {e}", dir.display()));
+        }
+    }
+    ctx.burstable_request(uid, None);
+    if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
+}
+
+/// A killed group empties within moments; its removal is tried until then. Nothing tells when v1 groups empty.
+async fn remove_group(ctx: &Context, group: &str) -> Result<(), String> {
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match ctx.cgroups.remove(group) {
+            Ok(()) => return Ok(()),
+            Err(e) if pause > Duration::from_secs(2) => return Err(e.to_string()),
+            Err(_) => {
+                tokio::time::sleep(pause).await;
+                pause *= 2;
+                ctx.cgroups.kill(group);
+            }
+        }
+    }
+}
+
+/// Removes what a pod keeps on disk besides: volumes and containers, at the end also its memory.
+pub(crate) fn remove_data(pod_dir: &Path, everything: bool) -> io::Result<()> {
+    for part in ["volumes", "containers", "etc"] {
+        mounts::remove_tree(&pod_dir.join(part))?;
+    }
+    if everything { mounts::remove_tree(pod_dir) } else { Ok(()) }
+}

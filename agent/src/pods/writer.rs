@@ -1,0 +1,152 @@
+//! Writes one pod's status to the API server: the newest only, only changes, never in the way of a start.
+//!
+//! One task per pod. In: the wanted status, and for static pods whether there is a mirror. Out: patches of /status, at
+//! the end the deletion with grace period 0.
+
+use std::{sync::Arc, time::Duration};
+
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use kube::api::{Api as KubeApi, DeleteParams, Patch, PatchParams, Preconditions};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use crate::api::{Api, is_code};
+
+/// What is wanted.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Wanted {
+    pub(crate) status: Option<Arc<PodStatus>>,
+    /// Everything is torn down: after this status the object is deleted.
+    pub(crate) last: bool,
+}
+
+/// Which object carries the status; `None` while there is none (no mirror).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) uid: Option<String>,
+    /// Whether the agent deletes the object at the end (a mirror is deleted by its owner).
+    pub(crate) delete: bool,
+}
+
+/// Runs until the last status is written or the object is gone.
+pub(crate) async fn run(
+    api: Api,
+    target: Target,
+    mut uid: watch::Receiver<Option<String>>,
+    mut wanted: watch::Receiver<Wanted>,
+) {
+    let mut sent: Option<(String, Value)> = None;
+    let mut pause = Duration::from_millis(200);
+    loop {
+        let want = wanted.borrow_and_update().clone();
+        let now = uid.borrow_and_update().clone();
+        let mut retry = None;
+        if let (Some(status), Some(uid), Some(client)) = (&want.status, now, api.get()) {
+            let pods: KubeApi<Pod> = KubeApi::namespaced(client, &target.namespace);
+            let full = serde_json::to_value(status.as_ref()).unwrap_or_default();
+            let known = sent.as_ref().filter(|(u, _)| *u == uid).map(|(_, v)| v);
+            let mut gone = false;
+            if known != Some(&full) {
+                let patch = json!({"metadata": {"uid": uid}, "status": patch(known, &full)});
+                match pods.patch_status(&target.name, &PatchParams::default(), &Patch::Strategic(patch)).await {
+                    Ok(_) => {
+                        sent = Some((uid.clone(), full));
+                        pause = Duration::from_millis(200);
+                    }
+                    // Another pod of this name, or none: this one's status interests nobody any more.
+                    Err(e) if is_code(&e, 404) || is_code(&e, 409) => gone = true,
+                    Err(error) => {
+                        tracing::debug!(pod = target.name, %error, "status not written");
+                        retry = Some(pause);
+                    }
+                }
+            }
+            if want.last && retry.is_none() {
+                if gone || !target.delete {
+                    return;
+                }
+                let parameters = DeleteParams {
+                    grace_period_seconds: Some(0),
+                    preconditions: Some(Preconditions { uid: Some(uid), resource_version: None }),
+                    ..DeleteParams::default()
+                };
+                match pods.delete(&target.name, &parameters).await {
+                    Ok(_) => return,
+                    Err(e) if is_code(&e, 404) || is_code(&e, 409) => return,
+                    Err(error) => {
+                        tracing::debug!(pod = target.name, %error, "pod not deleted");
+                        retry = Some(pause);
+                    }
+                }
+            }
+        } else if want.last {
+            return;
+        } else if want.status.is_some() && api.get().is_none() {
+            // Cancel-safe: nothing was taken.
+            tokio::select! {
+                _ = api.wait() => continue,
+                r = wanted.changed() => if r.is_err() { return },
+            }
+            continue;
+        }
+        if retry.is_some() {
+            pause = (pause * 2).min(Duration::from_secs(10));
+        }
+        tokio::select! {
+            r = wanted.changed() => if r.is_err() { return },
+            r = uid.changed() => if r.is_err() { return },
+            () = async { match retry { Some(p) => tokio::time::sleep(p).await, None => std::future::pending().await } } => {}
+        }
+    }
+}
+
+/// The patch that makes the object's status the wanted one: what is gone is said so.
+fn patch(known: Option<&Value>, full: &Value) -> Value {
+    let mut out = full.clone();
+    let Some(map) = out.as_object_mut() else { return out };
+    for key in ["reason", "message", "podIP"] {
+        map.entry(key).or_insert(Value::Null);
+    }
+    if let Some(before) = known.and_then(Value::as_object) {
+        for key in before.keys() {
+            map.entry(key.as_str()).or_insert(Value::Null);
+        }
+    }
+    // Lists merged by key keep what is not mentioned.
+    for c in map.get_mut("conditions").and_then(Value::as_array_mut).into_iter().flatten() {
+        if let Some(c) = c.as_object_mut() {
+            c.entry("reason").or_insert(Value::Null);
+            c.entry("message").or_insert(Value::Null);
+        }
+    }
+    for key in ["podIPs", "hostIPs"] {
+        let before = known.and_then(|k| k.get(key)).and_then(Value::as_array).is_some_and(|l| !l.is_empty());
+        let changed = known.and_then(|k| k.get(key)) != full.get(key);
+        if let Some(list) = map.get_mut(key).and_then(Value::as_array_mut)
+            && before
+            && changed
+        {
+            list.insert(0, json!({"$patch": "replace"}));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_gone_is_said() {
+        let before = json!({"phase":"Pending","reason":"X","podIPs":[{"ip":"a"}],"startTime":"t"});
+        let after = json!({"phase":"Running","podIPs":[{"ip":"b"}],"conditions":[{"type":"Ready","status":"True"}]});
+        assert_eq!(
+            patch(Some(&before), &after),
+            json!({"phase":"Running","reason":null,"message":null,"podIP":null,"startTime":null,
+                "podIPs":[{"$patch":"replace"},{"ip":"b"}],
+                "conditions":[{"type":"Ready","status":"True","reason":null,"message":null}]})
+        );
+    }
+}

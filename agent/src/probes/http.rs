@@ -1,0 +1,229 @@
+//! One HTTP GET or gRPC health check of a probe or a hook.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::{
+    DigitallySignedStruct, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    pki_types::{CertificateDer, ServerName, UnixTime},
+};
+use tokio::net::TcpStream;
+
+/// Most of an answer that is read.
+const BODY: usize = 10 * 1024;
+
+/// Probes accept any certificate, as upstream's do: they ask whether a server answers, not who it is.
+#[derive(Debug)]
+struct AnyCertificate(rustls::crypto::WebPkiSupportedAlgorithms);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, signature, &self.0)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, signature, &self.0)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_schemes()
+    }
+}
+
+fn tls() -> Result<tokio_rustls::TlsConnector, String> {
+    static CONNECTOR: std::sync::OnceLock<tokio_rustls::TlsConnector> = std::sync::OnceLock::new();
+    if let Some(c) = CONNECTOR.get() {
+        return Ok(c.clone());
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let verifier = Arc::new(AnyCertificate(provider.signature_verification_algorithms));
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
+    Ok(CONNECTOR.get_or_init(|| Arc::new(config).into()).clone())
+}
+
+/// What to GET.
+#[derive(Debug, Clone)]
+pub(crate) struct Get {
+    pub(crate) ip: IpAddr,
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) path: String,
+    pub(crate) https: bool,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) agent: &'static str,
+}
+
+impl Get {
+    fn url(&self) -> String {
+        let scheme = if self.https { "https" } else { "http" };
+        format!("{scheme}://{}{}", authority(&self.host, self.port), self.path)
+    }
+}
+
+fn authority(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+/// Connects as Go says it.
+pub(crate) async fn dial(ip: IpAddr, port: u16) -> Result<TcpStream, String> {
+    let target = authority(&ip.to_string(), port);
+    TcpStream::connect((ip, port)).await.map_err(|e| {
+        let text = e.to_string().to_lowercase();
+        let text = text.split(" (os error").next().unwrap_or_default().to_string();
+        format!("dial tcp {target}: connect: {text}")
+    })
+}
+
+/// Does the GET: status and the beginning of the body. The error is upstream's text.
+pub(crate) async fn get(g: &Get, timeout: Duration) -> Result<(u16, String), String> {
+    let url = g.url();
+    match tokio::time::timeout(timeout, exchange(g)).await {
+        Ok(r) => r.map_err(|e| format!("Get {url:?}: {e}")),
+        Err(_) => {
+            Err(format!("Get {url:?}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)"))
+        }
+    }
+}
+
+async fn exchange(g: &Get) -> Result<(u16, String), String> {
+    let stream = dial(g.ip, g.port).await?;
+    let mut request = http::Request::get(if g.path.is_empty() { "/" } else { &g.path });
+    let has = |n: &str| g.headers.iter().any(|(k, _)| k.eq_ignore_ascii_case(n));
+    if !has("host") {
+        request = request.header("Host", authority(&g.host, g.port));
+    }
+    if !has("user-agent") {
+        request = request.header("User-Agent", g.agent);
+    }
+    if !has("accept") {
+        request = request.header("Accept", "*/*");
+    }
+    request = request.header("Connection", "close");
+    for (k, v) in g.headers.iter().filter(|(_, v)| !v.is_empty()) {
+        request = request.header(k, v);
+    }
+    let request = request.body(Full::new(Bytes::new())).map_err(|e| e.to_string())?;
+    if g.https {
+        let name = ServerName::try_from(g.host.clone()).map_err(|e| e.to_string())?;
+        let stream = tls()?.connect(name, stream).await.map_err(|e| e.to_string())?;
+        answer(TokioIo::new(stream), request).await
+    } else {
+        answer(TokioIo::new(stream), request).await
+    }
+}
+
+async fn answer<T>(io: T, request: http::Request<Full<Bytes>>) -> Result<(u16, String), String>
+where
+    T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.map_err(|e| e.to_string())?;
+    let driver = tokio::spawn(connection);
+    let result = async {
+        let mut response = sender.send_request(request).await.map_err(|e| match e.is_incomplete_message() {
+            true => "EOF".to_string(),
+            false => e.to_string(),
+        })?;
+        let status = response.status().as_u16();
+        let mut body = Vec::new();
+        while body.len() < BODY {
+            match response.body_mut().frame().await {
+                Some(Ok(f)) => body.extend_from_slice(f.data_ref().map_or(&[][..], |d| d)),
+                _ => break,
+            }
+        }
+        body.truncate(BODY);
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    }
+    .await;
+    driver.abort();
+    result
+}
+
+/// gRPC health check (grpc.health.v1.Health/Check).
+pub(crate) async fn grpc(ip: IpAddr, port: u16, service: &str, timeout: Duration) -> Result<(), String> {
+    let target = authority(&ip.to_string(), port);
+    match tokio::time::timeout(timeout, health(ip, port, service)).await {
+        Ok(r) => r,
+        Err(_) => Err(format!("timeout: failed to connect service {target:?} within {timeout:?}")),
+    }
+}
+
+async fn health(ip: IpAddr, port: u16, service: &str) -> Result<(), String> {
+    let target = authority(&ip.to_string(), port);
+    let failed = |e: String| format!("error: health rpc probe failed: {e}");
+    let stream =
+        dial(ip, port).await.map_err(|e| format!("timeout: failed to connect service {target:?} within 1s: {e}"))?;
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+        .await
+        .map_err(|e| failed(e.to_string()))?;
+    let driver = tokio::spawn(connection);
+    let result = async {
+        // HealthCheckRequest { string service = 1 } in one uncompressed gRPC frame.
+        let mut message = Vec::new();
+        if !service.is_empty() {
+            message.push(0x0a);
+            message.push(u8::try_from(service.len().min(127)).unwrap_or(127));
+            message.extend_from_slice(&service.as_bytes()[..service.len().min(127)]);
+        }
+        let mut frame = vec![0];
+        frame.extend_from_slice(&(message.len() as u32).to_be_bytes());
+        frame.extend_from_slice(&message);
+        let request = http::Request::post(format!("http://{target}/grpc.health.v1.Health/Check"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .header("user-agent", "kube-probe/1.36")
+            .body(Full::new(Bytes::from(frame)))
+            .map_err(|e| failed(e.to_string()))?;
+        let response = sender.send_request(request).await.map_err(|e| failed(e.to_string()))?;
+        let early = response.headers().get("grpc-status").cloned();
+        let collected = response.into_body().collect().await.map_err(|e| failed(e.to_string()))?;
+        let status = collected.trailers().and_then(|t| t.get("grpc-status").cloned()).or(early);
+        let status = status.and_then(|s| s.to_str().ok().map(ToString::to_string)).unwrap_or_else(|| "0".into());
+        match status.as_str() {
+            "0" => {}
+            "12" => {
+                return Err(
+                    "error: this server does not implement the grpc health protocol (grpc.health.v1.Health)".into()
+                );
+            }
+            "5" => return Err(failed(format!("service {service:?} is unknown"))),
+            other => return Err(failed(format!("rpc error: code = {other}"))),
+        }
+        let body = collected.to_bytes();
+        // HealthCheckResponse { ServingStatus status = 1 }: SERVING is 1.
+        let serving = body.get(5..).is_some_and(|m| m == [0x08, 0x01]);
+        if serving { Ok(()) } else { Err("service unhealthy (responded with \"NOT_SERVING\")".into()) }
+    }
+    .await;
+    driver.abort();
+    result
+}
