@@ -246,7 +246,7 @@ impl Worker {
                 attempt,
                 prepared: self.prepared.subscribe(),
                 turn: turn.replace(next),
-                done,
+                _done: done,
                 cancel,
             };
             let inputs = self.inputs.clone();

@@ -65,7 +65,7 @@ pub(crate) struct Job {
     /// Resolves (either way) when the start before this one is done.
     pub(crate) turn: Option<oneshot::Receiver<()>>,
     /// Dropped when this start is done.
-    pub(crate) done: oneshot::Sender<()>,
+    pub(crate) _done: oneshot::Sender<()>,
     pub(crate) cancel: CancellationToken,
 }
 
