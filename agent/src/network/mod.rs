@@ -3,10 +3,21 @@
 //! [`PodNetwork`] is the seam: a pod goes in, a pinned network namespace with addresses comes out. Host-network pods
 //! never come here.
 
+mod addresses;
+mod bridge;
+mod links;
+mod namespace;
+mod records;
+mod rules;
+#[cfg(test)]
+mod tests;
+
 use std::{net::IpAddr, path::PathBuf};
 
 use futures::future::BoxFuture;
 use ipnet::IpNet;
+
+pub use bridge::{BridgeNetwork, NetworkConfig};
 
 /// Transport of a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]

@@ -1,0 +1,568 @@
+//! The built-in pod network: a bridge, a link per pod, addresses from the node's ranges.
+//!
+//! Network namespaces with link, address and routes are made ahead in a small pool, so that a pod's setup is a record on
+//! disk and a bind mount. What comes in: setup and teardown by pod, the node's ranges. What goes out: links,
+//! namespaces, rules. Records on disk are the truth; whatever has no record is removed.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use futures::future::BoxFuture;
+use ipnet::IpNet;
+use parking_lot::Mutex;
+use rtnetlink::Handle;
+use sha2::{Digest, Sha256};
+use tokio::sync::watch;
+
+use super::{
+    NetworkError, PodNetwork, PodNetworkRequest, PodNetworkStatus, addresses,
+    addresses::Addresses,
+    links, namespace,
+    records::{Record, Records},
+    rules,
+};
+use crate::Paths;
+
+/// Prepared namespaces.
+const POOL: usize = 4;
+/// File names of prepared namespaces; no UID begins so.
+const SLOT: &str = ".slot-";
+const WAITING: &str = "this node has no pod address range yet";
+
+/// What the pod network has to know.
+#[derive(Debug, Clone)]
+pub struct NetworkConfig {
+    /// Where things lie and how links are called.
+    pub paths: Paths,
+    /// Pod addresses of the whole cluster.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Service addresses: routable from here, though nobody has them.
+    pub service_cidrs: Vec<IpNet>,
+    /// Largest packet.
+    pub mtu: u32,
+}
+
+impl NetworkConfig {
+    /// The default ranges.
+    pub fn new(paths: Paths) -> Self {
+        let net = |a: [u8; 4]| IpNet::new_assert(IpAddr::from(a), 16);
+        Self { paths, cluster_cidrs: vec![net([10, 244, 0, 0])], service_cidrs: vec![net([10, 96, 0, 0])], mtu: 1500 }
+    }
+
+    fn table(&self) -> String {
+        format!("{}-hostports", self.paths.instance())
+    }
+
+    fn netns_dir(&self) -> PathBuf {
+        self.paths.run().join("netns")
+    }
+
+    fn records_dir(&self) -> PathBuf {
+        self.paths.state().join("network")
+    }
+}
+
+/// A namespace made ahead.
+struct Slot {
+    id: String,
+    path: PathBuf,
+    link: String,
+    ips: Vec<IpAddr>,
+}
+
+#[derive(Default)]
+struct State {
+    addresses: Addresses,
+    records: HashMap<String, Record>,
+    pool: Vec<Slot>,
+    /// Links of slots that are being made.
+    making: HashSet<String>,
+}
+
+/// How far the node's ranges have been set up.
+#[derive(Clone, PartialEq, Eq)]
+enum Ranges {
+    Unknown,
+    Failed(String),
+    Ready,
+}
+
+struct Inner {
+    config: NetworkConfig,
+    handle: Handle,
+    bridge: u32,
+    records: Records,
+    state: Mutex<State>,
+    /// Held while nft runs, so that the last writer is the latest.
+    rules: Mutex<()>,
+    ranges: watch::Sender<Ranges>,
+    wanted: watch::Sender<Vec<IpNet>>,
+    filling: AtomicBool,
+    counter: AtomicU64,
+}
+
+/// The pod network of one node.
+#[derive(Clone)]
+pub struct BridgeNetwork {
+    inner: Arc<Inner>,
+}
+
+fn chain(error: &dyn std::error::Error) -> NetworkError {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    NetworkError(text)
+}
+
+macro_rules! from {
+    ($($error:ty),*) => { $(impl From<$error> for NetworkError {
+        fn from(error: $error) -> Self { chain(&error) }
+    })* };
+}
+
+from!(links::Error, namespace::Error, super::records::Error, rules::Error, addresses::Exhausted);
+
+/// A locally administered address that stays the same for a name.
+fn hardware_address(name: &str) -> [u8; 6] {
+    let sum = Sha256::digest(name.as_bytes());
+    [0x02, sum[0], sum[1], sum[2], sum[3], sum[4]]
+}
+
+fn open_handle() -> Result<Handle, NetworkError> {
+    let (connection, handle, _) =
+        rtnetlink::new_connection().map_err(|e| NetworkError(format!("open route socket: {e}")))?;
+    tokio::spawn(connection);
+    Ok(handle)
+}
+
+/// Forwarding, and localhost as a source of forwarded traffic (host ports at 127.0.0.1; the guard rule keeps others out).
+fn node_sysctls(bridge: &str) {
+    namespace::sysctl("net/ipv4/ip_forward", "1");
+    namespace::sysctl("net/ipv4/conf/all/route_localnet", "1");
+    // Pods reach their neighbours through this node on purpose: no advice to go directly.
+    namespace::sysctl("net/ipv4/conf/all/send_redirects", "0");
+    namespace::sysctl(&format!("net/ipv4/conf/{bridge}/send_redirects"), "0");
+    namespace::sysctl(&format!("net/ipv4/conf/{bridge}/rp_filter"), "0");
+    namespace::sysctl(&format!("net/ipv6/conf/{bridge}/accept_dad"), "0");
+}
+
+impl BridgeNetwork {
+    /// Makes the bridge and reads what an earlier process left. With ranges known from then, pods can start at once.
+    ///
+    /// # Errors
+    /// When links cannot be made or state cannot be read.
+    pub async fn start(config: NetworkConfig) -> Result<Self, NetworkError> {
+        std::fs::create_dir_all(config.netns_dir())
+            .map_err(|e| NetworkError(format!("create {}: {e}", config.netns_dir().display())))?;
+        let records = Records::open(config.records_dir())?;
+        let handle = open_handle()?;
+        let name = config.paths.bridge();
+        let bridge =
+            links::ensure_bridge(&handle, &name, hardware_address(&config.paths.instance()), config.mtu).await?;
+        node_sysctls(&name);
+        let mut state = State::default();
+        for record in records.load()? {
+            record.ips.iter().for_each(|a| state.addresses.note(*a, &record.uid));
+            state.records.insert(record.uid.clone(), record);
+        }
+        let known = records.ranges();
+        let (wanted, mut told) = watch::channel(Vec::new());
+        let inner = Arc::new(Inner {
+            config,
+            handle,
+            bridge,
+            records,
+            state: Mutex::new(state),
+            rules: Mutex::new(()),
+            ranges: watch::Sender::new(Ranges::Unknown),
+            wanted,
+            filling: AtomicBool::new(false),
+            counter: AtomicU64::new(0),
+        });
+        inner.remove_strays().await?;
+        if !known.is_empty() {
+            inner.configure(known).await;
+        }
+        // One task sets ranges up, one after the other; it ends with the network.
+        let weak = Arc::downgrade(&inner);
+        tokio::spawn(async move {
+            while told.changed().await.is_ok() {
+                let ranges = told.borrow_and_update().clone();
+                let Some(inner) = weak.upgrade() else { return };
+                inner.configure(ranges).await;
+            }
+        });
+        Ok(Self { inner })
+    }
+
+    /// Removes everything this network ever made. Needs no running agent; no pod may be left.
+    ///
+    /// # Errors
+    /// What could not be removed; the rest is removed all the same.
+    pub async fn cleanup_all(config: &NetworkConfig) -> Result<(), NetworkError> {
+        let mut problems = Vec::new();
+        let mut note = |result: Result<(), NetworkError>| problems.extend(result.err().map(|e| e.0));
+        for entry in std::fs::read_dir(config.netns_dir()).into_iter().flatten().flatten() {
+            note(namespace::unpin(&entry.path()).map_err(Into::into));
+        }
+        let handle = open_handle()?;
+        let name = config.paths.bridge();
+        if let Some(bridge) = links::index(&handle, &name).await? {
+            for port in links::ports(&handle, bridge).await? {
+                note(links::delete(&handle, &port).await.map_err(Into::into));
+            }
+            note(links::delete(&handle, &name).await.map_err(Into::into));
+        }
+        let table = config.table();
+        let removed = tokio::task::spawn_blocking(move || rules::remove(&table)).await;
+        note(removed.unwrap_or(Ok(())).map_err(Into::into));
+        match std::fs::remove_dir_all(config.records_dir()) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                note(Err(NetworkError(format!("remove {}: {e}", config.records_dir().display()))));
+            }
+            _ => {}
+        }
+        if problems.is_empty() { Ok(()) } else { Err(NetworkError(problems.join("; "))) }
+    }
+}
+
+#[cfg(test)]
+impl BridgeNetwork {
+    /// Whether the pool is full and nothing is being made.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.inner.filling.load(Ordering::Acquire) && self.inner.state.lock().pool.len() >= POOL
+    }
+}
+
+impl Inner {
+    fn netns(&self, uid: &str) -> PathBuf {
+        self.config.netns_dir().join(uid)
+    }
+
+    fn status(&self, record: &Record) -> PodNetworkStatus {
+        PodNetworkStatus { netns: self.netns(&record.uid), ips: record.ips.clone() }
+    }
+
+    /// Sets up the node's side of its ranges; a failure is told by `not_ready` and by every setup.
+    async fn configure(self: &Arc<Self>, ranges: Vec<IpNet>) {
+        let unchanged = *self.state.lock().addresses.ranges() == *ranges && *self.ranges.borrow() == Ranges::Ready;
+        if unchanged || ranges.is_empty() {
+            return;
+        }
+        let outcome = match self.try_configure(&ranges).await {
+            Ok(()) => Ranges::Ready,
+            Err(error) => {
+                tracing::error!(%error, ?ranges, "pod network not set up");
+                Ranges::Failed(error.0)
+            }
+        };
+        self.ranges.send_replace(outcome);
+        self.refill();
+    }
+
+    async fn try_configure(self: &Arc<Self>, ranges: &[IpNet]) -> Result<(), NetworkError> {
+        for range in ranges {
+            let own = IpNet::new_assert(addresses::gateway(range), range.prefix_len());
+            links::add_address(&self.handle, self.bridge, own).await?;
+            if range.addr().is_ipv6() {
+                namespace::sysctl("net/ipv6/conf/all/forwarding", "1");
+            }
+        }
+        // Without a default route a service's address must still lead somewhere for it to be translated.
+        for services in &self.config.service_cidrs {
+            let same_family = |r: &&IpNet| r.addr().is_ipv4() == services.addr().is_ipv4();
+            if let Some(range) = ranges.iter().find(same_family) {
+                let source = addresses::gateway(range);
+                links::add_route(&self.handle, self.bridge, *services, None, Some(source)).await?;
+            }
+        }
+        let old = {
+            let mut state = self.state.lock();
+            state.addresses.set_ranges(ranges.to_vec());
+            std::mem::take(&mut state.pool)
+        };
+        for slot in old {
+            self.discard(slot).await;
+        }
+        self.records.save_ranges(ranges)?;
+        self.write_rules().await
+    }
+
+    /// Writes the rules from the records as they are when nft's turn comes.
+    async fn write_rules(self: &Arc<Self>) -> Result<(), NetworkError> {
+        let inner = self.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            let _turn = inner.rules.lock();
+            let (records, pods) = {
+                let state = inner.state.lock();
+                (state.records.values().cloned().collect::<Vec<_>>(), state.addresses.ranges().to_vec())
+            };
+            let settings = rules::Settings {
+                table: inner.config.table(),
+                bridge: inner.config.paths.bridge(),
+                cluster: inner.config.cluster_cidrs.clone(),
+                services: inner.config.service_cidrs.clone(),
+                pods,
+            };
+            rules::apply(&settings, &records)
+        });
+        Ok(written.await.map_err(|e| NetworkError(e.to_string()))??)
+    }
+
+    /// Makes one namespace ready for a pod.
+    async fn prepare(&self) -> Result<Slot, NetworkError> {
+        let number = self.counter.fetch_add(1, Ordering::Relaxed);
+        let id = format!("{SLOT}{number}");
+        let prefix = self.config.paths.link_prefix();
+        // A name is at most 15 bytes: `isov` and 8 digits, or `isoXXXXXXv` and 5.
+        let digits = 15 - prefix.len() - 1;
+        let random = format!("{:016x}", rand::random::<u64>());
+        let link = format!("{prefix}v{}", &random[..digits.min(8)]);
+        let ips = {
+            let mut state = self.state.lock();
+            state.making.insert(link.clone());
+            state.addresses.allocate(&id)
+        };
+        let slot = Slot { path: self.netns(&id), id, link, ips: ips.clone().unwrap_or_default() };
+        let made = match ips {
+            Ok(_) => self.build(&slot).await,
+            Err(error) => Err(error.into()),
+        };
+        match made {
+            Ok(()) => Ok(slot),
+            Err(error) => {
+                self.discard(slot).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn build(&self, slot: &Slot) -> Result<(), NetworkError> {
+        let inside = namespace::create(slot.path.clone()).await?;
+        let ns =
+            std::fs::File::open(&slot.path).map_err(|e| NetworkError(format!("open {}: {e}", slot.path.display())))?;
+        let fd = std::os::fd::AsFd::as_fd(&ns);
+        links::add_veth(&self.handle, &slot.link, self.bridge, fd, self.config.mtu).await?;
+        let ranges = self.state.lock().addresses.ranges().to_vec();
+        let gateway = |a: &IpAddr| ranges.iter().find(|r| r.contains(a)).map(|r| (*a, addresses::gateway(r)));
+        let pairs: Vec<_> = slot.ips.iter().filter_map(gateway).collect();
+        links::configure_pod(&inside, &pairs).await?;
+        Ok(())
+    }
+
+    /// Removes a prepared namespace; a failure leaves a stray for the next start.
+    async fn discard(&self, slot: Slot) {
+        if let Err(error) = self.remove(&slot.path, &slot.link).await {
+            tracing::warn!(%error, link = slot.link, "prepared pod network not removed");
+        }
+        let mut state = self.state.lock();
+        state.making.remove(&slot.link);
+        state.addresses.release(&slot.id);
+    }
+
+    async fn remove(&self, path: &std::path::Path, link: &str) -> Result<(), NetworkError> {
+        let deleted = links::delete(&self.handle, link).await;
+        namespace::unpin(path)?;
+        Ok(deleted?)
+    }
+
+    /// Puts a prepared namespace into the pool; gives it back when the ranges changed meanwhile.
+    fn shelve(&self, slot: Slot) -> Option<Slot> {
+        let mut state = self.state.lock();
+        state.making.remove(&slot.link);
+        let ranges = state.addresses.ranges();
+        if slot.ips.iter().all(|a| ranges.iter().any(|r| r.contains(a))) {
+            state.pool.push(slot);
+            return None;
+        }
+        Some(slot)
+    }
+
+    /// Fills the pool in the background.
+    fn refill(self: &Arc<Self>) {
+        if *self.ranges.borrow() != Ranges::Ready || self.filling.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let weak = Arc::downgrade(self);
+        tokio::spawn(async move {
+            // Nobody else holds it: the network is not used any more.
+            while let Some(inner) = weak.upgrade().filter(|i| i.state.lock().pool.len() < POOL) {
+                match inner.prepare().await {
+                    Ok(slot) => {
+                        if let Some(outdated) = inner.shelve(slot) {
+                            inner.discard(outdated).await;
+                        }
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "no pod network prepared ahead");
+                        break;
+                    }
+                }
+            }
+            if let Some(inner) = weak.upgrade() {
+                inner.filling.store(false, Ordering::Release);
+            }
+        });
+    }
+
+    async fn setup(self: &Arc<Self>, pod: PodNetworkRequest) -> Result<PodNetworkStatus, NetworkError> {
+        let existing = self.state.lock().records.get(&pod.uid).cloned();
+        if let Some(record) = existing {
+            if namespace::is_pinned(&self.netns(&pod.uid)) && links::index(&self.handle, &record.link).await?.is_some()
+            {
+                return Ok(self.status(&record));
+            }
+            // A reboot, or a crash half way: begin anew.
+            self.teardown(&pod.uid).await?;
+        }
+        self.ready()?;
+        let ready = self.state.lock().pool.pop();
+        let slot = match ready {
+            Some(slot) => slot,
+            None => self.prepare().await?,
+        };
+        self.refill();
+        let record = Record {
+            uid: pod.uid,
+            namespace: pod.namespace,
+            name: pod.name,
+            link: slot.link.clone(),
+            ips: slot.ips.clone(),
+            host_ports: pod.host_ports,
+            bandwidth: pod.bandwidth,
+        };
+        if let Err(error) = self.hand_over(&slot, &record) {
+            self.discard(slot).await;
+            // The record says what may be left; it goes when that is gone.
+            return Err(error);
+        }
+        if !record.host_ports.is_empty()
+            && let Err(error) = self.write_rules().await
+        {
+            self.teardown(&record.uid).await?;
+            return Err(error);
+        }
+        Ok(self.status(&record))
+    }
+
+    /// The record first, then the namespace under the pod's name.
+    fn hand_over(&self, slot: &Slot, record: &Record) -> Result<(), NetworkError> {
+        self.records.save(record)?;
+        let path = self.netns(&record.uid);
+        if let Err(error) = namespace::rename(&slot.path, &path) {
+            let _ = namespace::unpin(&path);
+            self.records.remove(&record.uid)?;
+            return Err(error.into());
+        }
+        let mut state = self.state.lock();
+        state.making.remove(&slot.link);
+        state.addresses.rename(&slot.id, &record.uid);
+        state.records.insert(record.uid.clone(), record.clone());
+        Ok(())
+    }
+
+    async fn teardown(self: &Arc<Self>, uid: &str) -> Result<(), NetworkError> {
+        let Some(record) = self.state.lock().records.get(uid).cloned() else {
+            return Ok(namespace::unpin(&self.netns(uid))?);
+        };
+        if !record.host_ports.is_empty() {
+            // Out of the rules before the address can be anyone else's.
+            if let Some(kept) = self.state.lock().records.get_mut(uid) {
+                kept.host_ports.clear();
+            }
+            self.write_rules().await?;
+        }
+        self.remove(&self.netns(uid), &record.link).await?;
+        self.records.remove(uid)?;
+        let mut state = self.state.lock();
+        state.records.remove(uid);
+        state.addresses.release(uid);
+        Ok(())
+    }
+
+    async fn reconcile(self: &Arc<Self>, known: &[String]) -> Result<(), NetworkError> {
+        let unknown: Vec<String> =
+            self.state.lock().records.keys().filter(|uid| !known.contains(uid)).cloned().collect();
+        let mut problems = Vec::new();
+        for uid in unknown {
+            tracing::info!(uid, "removing the network of a pod that is gone");
+            problems.extend(self.teardown(&uid).await.err());
+        }
+        problems.extend(self.remove_strays().await.err());
+        if *self.ranges.borrow() == Ranges::Ready {
+            problems.extend(self.write_rules().await.err());
+        }
+        match problems.into_iter().next() {
+            None => Ok(()),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// Removes namespaces and links that neither a record nor the pool knows.
+    async fn remove_strays(&self) -> Result<(), NetworkError> {
+        let (names, links): (HashSet<String>, HashSet<String>) = {
+            let state = self.state.lock();
+            let names = state.records.keys().cloned().chain(state.pool.iter().map(|s| s.id.clone()));
+            let links = state.records.values().map(|r| r.link.clone()).chain(state.pool.iter().map(|s| s.link.clone()));
+            (names.collect(), links.chain(state.making.iter().cloned()).collect())
+        };
+        let making = !self.state.lock().making.is_empty();
+        let dir = self.config.netns_dir();
+        let entries = std::fs::read_dir(&dir).map_err(|e| NetworkError(format!("read {}: {e}", dir.display())))?;
+        for path in entries.flatten().map(|e| e.path()) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let busy = making && name.starts_with(SLOT);
+            if !names.contains(&name) && !busy {
+                namespace::unpin(&path)?;
+            }
+        }
+        for link in links::ports(&self.handle, self.bridge).await? {
+            let ours = link.starts_with(&self.config.paths.link_prefix());
+            if ours && !links.contains(&link) && !self.state.lock().making.contains(&link) {
+                links::delete(&self.handle, &link).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn ready(&self) -> Result<(), NetworkError> {
+        match &*self.ranges.borrow() {
+            Ranges::Ready => Ok(()),
+            Ranges::Unknown => Err(NetworkError(WAITING.into())),
+            Ranges::Failed(why) => Err(NetworkError(why.clone())),
+        }
+    }
+}
+
+impl PodNetwork for BridgeNetwork {
+    fn setup(&self, pod: PodNetworkRequest) -> BoxFuture<'_, Result<PodNetworkStatus, NetworkError>> {
+        Box::pin(self.inner.setup(pod))
+    }
+
+    fn teardown<'a>(&'a self, uid: &'a str) -> BoxFuture<'a, Result<(), NetworkError>> {
+        Box::pin(self.inner.teardown(uid))
+    }
+
+    fn reconcile<'a>(&'a self, known: &'a [String]) -> BoxFuture<'a, Result<(), NetworkError>> {
+        Box::pin(self.inner.reconcile(known))
+    }
+
+    fn set_pod_cidr(&self, cidrs: Vec<IpNet>) {
+        self.inner.wanted.send_replace(cidrs);
+    }
+
+    fn not_ready(&self) -> Option<String> {
+        self.inner.ready().err().map(|e| e.0)
+    }
+}

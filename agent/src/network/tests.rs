@@ -1,0 +1,229 @@
+//! The pod network in network namespaces of the tests' own: real links, real packets, no way out.
+
+use std::{
+    collections::HashSet,
+    future::Future,
+    io::{Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use super::{bridge::*, *};
+use crate::Paths;
+
+/// Runs a future on a thread with a network and a mount namespace of its own.
+fn alone<F: Future<Output = ()>>(body: impl FnOnce(PathBuf) -> F + Send + 'static) {
+    let thread = std::thread::spawn(|| {
+        use nix::{mount::MsFlags, sched::CloneFlags};
+        nix::sched::unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
+            .expect("tests of the network need root");
+        nix::mount::mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+            .unwrap();
+        run("ip link set lo up");
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(body(dir.path().into()));
+    });
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
+fn run(command: &str) -> String {
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs a closure inside a pinned namespace, on a thread of its own.
+fn inside<T: Send>(netns: &Path, body: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let ns = std::fs::File::open(netns).unwrap();
+            nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            body()
+        });
+        thread.join().unwrap()
+    })
+}
+
+fn request(uid: &str) -> PodNetworkRequest {
+    PodNetworkRequest {
+        uid: uid.into(),
+        namespace: "default".into(),
+        name: format!("pod-{uid}"),
+        host_ports: Vec::new(),
+        bandwidth: Bandwidth::default(),
+    }
+}
+
+/// A server in a pod that answers one connection per expected client with the client's address.
+fn serve(status: &PodNetworkStatus, port: u16, clients: usize) -> std::thread::JoinHandle<()> {
+    let address = SocketAddr::new(status.ips[0], port);
+    let listener = inside(&status.netns, || TcpListener::bind(address).unwrap());
+    std::thread::spawn(move || {
+        for _ in 0..clients {
+            let (mut stream, from) = listener.accept().unwrap();
+            stream.write_all(from.ip().to_string().as_bytes()).unwrap();
+        }
+    })
+}
+
+fn ask(to: &str) -> Result<IpAddr, std::io::Error> {
+    let mut stream = TcpStream::connect_timeout(&to.parse().unwrap(), Duration::from_secs(3))?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text.parse().unwrap())
+}
+
+async fn started(root: &Path) -> BridgeNetwork {
+    let network = BridgeNetwork::start(NetworkConfig::new(Paths::new(root))).await.unwrap();
+    network.set_pod_cidr(vec!["10.244.3.0/24".parse().unwrap()]);
+    let begun = Instant::now();
+    while let Some(why) = network.not_ready() {
+        assert!(begun.elapsed() < Duration::from_secs(5), "{why}");
+        tokio::task::yield_now().await;
+    }
+    network
+}
+
+/// Waits until the pool is full, as it is between the starts of pods on an idle node.
+async fn idle(network: &BridgeNetwork) {
+    let begun = Instant::now();
+    while !network.is_idle() {
+        assert!(begun.elapsed() < Duration::from_secs(5), "the pool does not fill");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn links() -> HashSet<String> {
+    run("ip -o link").lines().filter_map(|l| Some(l.split(": ").nth(1)?.split('@').next()?.to_owned())).collect()
+}
+
+#[test]
+fn pods_reach_each_other_and_the_node() {
+    alone(|root| async move {
+        let network = started(&root).await;
+        let (a, b) = (network.setup(request("a")).await.unwrap(), network.setup(request("b")).await.unwrap());
+        assert_ne!(a.ips, b.ips);
+        let server = serve(&b, 8080, 2);
+        let target = format!("{}:8080", b.ips[0]);
+        assert_eq!(inside(&a.netns, || ask(&target)).unwrap(), a.ips[0]);
+        assert_eq!(ask(&target).unwrap(), "10.244.3.1".parse::<IpAddr>().unwrap());
+        server.join().unwrap();
+        // Service addresses lead somewhere even though there is no default route.
+        assert!(run("ip route get 10.96.0.1").contains("10.244.3.1"));
+        // The same again: nothing new.
+        assert_eq!(network.setup(request("a")).await.unwrap(), a);
+    });
+}
+
+#[test]
+fn host_ports_work_from_everywhere() {
+    alone(|root| async move {
+        run("ip link add node0 type veth peer name node1");
+        run("ip addr add 192.0.2.1/24 dev node0");
+        run("ip link set node0 up");
+        let network = started(&root).await;
+        let mut wanted = request("web");
+        wanted.host_ports =
+            vec![HostPort { host_ip: None, host_port: 8000, container_port: 80, protocol: Protocol::Tcp }];
+        let web = network.setup(wanted).await.unwrap();
+        let client = network.setup(request("client")).await.unwrap();
+        let server = serve(&web, 80, 4);
+        assert_eq!(ask("127.0.0.1:8000").unwrap(), "10.244.3.1".parse::<IpAddr>().unwrap());
+        ask("192.0.2.1:8000").unwrap();
+        assert_eq!(inside(&client.netns, || ask("192.0.2.1:8000")).unwrap(), client.ips[0]);
+        // Itself, through the node.
+        inside(&web.netns, || ask("192.0.2.1:8000")).unwrap();
+        server.join().unwrap();
+        network.teardown("web").await.unwrap();
+        assert!(ask("192.0.2.1:8000").is_err());
+        // The node's own loopback services are no pod's business.
+        let _loopback = TcpListener::bind("127.0.0.1:9000").unwrap();
+        let sneak = inside(&client.netns, || {
+            run("ip route add 127.0.0.5/32 via 10.244.3.1 dev eth0 table local");
+            TcpStream::connect_timeout(&"127.0.0.5:9000".parse().unwrap(), Duration::from_millis(200)).is_ok()
+        });
+        assert!(!sneak);
+    });
+}
+
+#[test]
+fn a_new_process_takes_over_and_removes_strays() {
+    alone(|root| async move {
+        let (kept, gone) = {
+            let network = started(&root).await;
+            (network.setup(request("kept")).await.unwrap(), network.setup(request("gone")).await.unwrap())
+        };
+        let network = BridgeNetwork::start(NetworkConfig::new(Paths::new(&root))).await.unwrap();
+        assert_eq!(network.not_ready(), None, "ranges are remembered");
+        network.reconcile(&["kept".into()]).await.unwrap();
+        assert!(!gone.netns.exists());
+        assert_eq!(network.setup(request("kept")).await.unwrap(), kept);
+        let mut seen = HashSet::from([kept.ips[0]]);
+        for n in 0..12 {
+            let status = network.setup(request(&format!("p{n}"))).await.unwrap();
+            assert!(seen.insert(status.ips[0]), "{status:?} has an address twice");
+        }
+        // Its namespace vanished, as by a reboot: the pod gets a whole new network.
+        nix::mount::umount2(&kept.netns, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        let again = network.setup(request("kept")).await.unwrap();
+        let seen = inside(&again.netns, || run("ip -4 -o addr show dev eth0"));
+        assert!(seen.contains(&again.ips[0].to_string()), "{seen}");
+    });
+}
+
+#[test]
+fn cleaning_up_leaves_nothing() {
+    alone(|root| async move {
+        let before = (links(), run("nft list ruleset"), run("ip route"));
+        let config = NetworkConfig::new(Paths::new(&root));
+        {
+            let network = started(&root).await;
+            for n in 0..6 {
+                network.setup(request(&format!("p{n}"))).await.unwrap();
+            }
+            idle(&network).await;
+            assert!(links().len() > before.0.len() + 6);
+        }
+        let begun = Instant::now();
+        BridgeNetwork::cleanup_all(&config).await.unwrap();
+        // The kernel takes namespaces apart in its own time.
+        while links() != before.0 {
+            assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", links());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!((run("nft list ruleset"), run("ip route")), (before.1, before.2));
+        let mounts = std::fs::read_to_string("/proc/thread-self/mounts").unwrap();
+        assert!(!mounts.contains(root.to_str().unwrap()), "{mounts}");
+        BridgeNetwork::cleanup_all(&config).await.unwrap();
+    });
+}
+
+#[test]
+fn without_a_range_it_says_so() {
+    alone(|root| async move {
+        let network = BridgeNetwork::start(NetworkConfig::new(Paths::new(&root))).await.unwrap();
+        let error = network.setup(request("a")).await.unwrap_err();
+        assert_eq!(network.not_ready(), Some(error.0));
+    });
+}
+
+#[test]
+fn a_prepared_pod_starts_quickly() {
+    alone(|root| async move {
+        let network = started(&root).await;
+        let mut times = Vec::new();
+        for n in 0..10 {
+            idle(&network).await;
+            let begun = Instant::now();
+            network.setup(request(&format!("p{n}"))).await.unwrap();
+            times.push(begun.elapsed());
+        }
+        times.sort();
+        println!("setup: median {:?}, worst {:?}", times[5], times[9]);
+        assert!(times[5] < Duration::from_millis(20), "{times:?}");
+    });
+}
