@@ -7,43 +7,130 @@ use serde_json::Value;
 
 use crate::registry::strategy::{Generic, Strategy};
 
+mod admission_policies;
+mod autoscaling;
+mod certificates;
+mod cluster;
 mod config;
 mod cron;
 mod cronjob;
 mod daemonset;
 mod deployment;
+mod dra;
+mod endpoints;
+mod event;
+mod expressions;
+mod extension;
 #[cfg(test)]
 pub(crate) mod fake;
+mod flowcontrol;
+mod ingress;
 mod job;
 mod job_validation;
 mod namespace;
+mod networking;
+mod node;
+mod persistentvolume;
 mod pod;
 pub(crate) mod pod_defaults;
 pub(crate) mod pod_qos;
 mod pod_table;
 mod podtemplate;
+mod policy;
+mod quota;
+mod rbac;
 mod replicaset;
 mod service;
 mod service_validation;
 mod statefulset;
+mod storage;
+mod webhooks;
 
 /// Group, resource and strategy of every kind that adds something.
 static TABLE: &[(&str, &str, &dyn Strategy)] = &[
     ("", "configmaps", &config::ConfigMap),
+    ("", "endpoints", &endpoints::Endpoints),
+    ("", "events", &event::CoreEvent),
+    ("", "limitranges", &quota::LimitRange),
     ("", "namespaces", &namespace::Namespace),
+    ("", "nodes", &node::Node),
+    ("", "persistentvolumeclaims", &persistentvolume::PersistentVolumeClaim),
+    ("", "persistentvolumes", &persistentvolume::PersistentVolume),
     ("", "pods", &pod::Pod),
     ("", "podtemplates", &podtemplate::PodTemplate),
     ("", "replicationcontrollers", &replicaset::ReplicationController),
+    ("", "resourcequotas", &quota::ResourceQuota),
     ("", "secrets", &config::Secret),
     ("", "serviceaccounts", &config::ServiceAccount),
     ("", "services", &service::Service),
+    (
+        "admissionregistration.k8s.io",
+        "mutatingadmissionpolicies",
+        &admission_policies::AdmissionPolicy { mutating: true },
+    ),
+    (
+        "admissionregistration.k8s.io",
+        "mutatingadmissionpolicybindings",
+        &admission_policies::AdmissionPolicyBinding { mutating: true },
+    ),
+    (
+        "admissionregistration.k8s.io",
+        "mutatingwebhookconfigurations",
+        &webhooks::WebhookConfiguration { mutating: true },
+    ),
+    (
+        "admissionregistration.k8s.io",
+        "validatingadmissionpolicies",
+        &admission_policies::AdmissionPolicy { mutating: false },
+    ),
+    (
+        "admissionregistration.k8s.io",
+        "validatingadmissionpolicybindings",
+        &admission_policies::AdmissionPolicyBinding { mutating: false },
+    ),
+    (
+        "admissionregistration.k8s.io",
+        "validatingwebhookconfigurations",
+        &webhooks::WebhookConfiguration { mutating: false },
+    ),
+    ("apiextensions.k8s.io", "customresourcedefinitions", &extension::CustomResourceDefinition),
+    ("apiregistration.k8s.io", "apiservices", &extension::ApiService),
     ("apps", "controllerrevisions", &podtemplate::ControllerRevision),
     ("apps", "daemonsets", &daemonset::DaemonSet),
     ("apps", "deployments", &deployment::Deployment),
     ("apps", "replicasets", &replicaset::ReplicaSet),
     ("apps", "statefulsets", &statefulset::StatefulSet),
+    ("autoscaling", "horizontalpodautoscalers", &autoscaling::HorizontalPodAutoscaler),
     ("batch", "cronjobs", &cronjob::CronJob),
     ("batch", "jobs", &job::Job),
+    ("certificates.k8s.io", "certificatesigningrequests", &certificates::CertificateSigningRequest),
+    ("coordination.k8s.io", "leases", &cluster::Lease),
+    ("discovery.k8s.io", "endpointslices", &endpoints::EndpointSlice),
+    ("events.k8s.io", "events", &event::Event),
+    ("flowcontrol.apiserver.k8s.io", "flowschemas", &flowcontrol::FlowSchema),
+    ("flowcontrol.apiserver.k8s.io", "prioritylevelconfigurations", &flowcontrol::PriorityLevel),
+    ("networking.k8s.io", "ingressclasses", &networking::IngressClass),
+    ("networking.k8s.io", "ingresses", &ingress::Ingress),
+    ("networking.k8s.io", "ipaddresses", &networking::IpAddress),
+    ("networking.k8s.io", "networkpolicies", &networking::NetworkPolicy),
+    ("networking.k8s.io", "servicecidrs", &networking::ServiceCidr),
+    ("node.k8s.io", "runtimeclasses", &cluster::RuntimeClass),
+    ("policy", "poddisruptionbudgets", &policy::PodDisruptionBudget),
+    ("rbac.authorization.k8s.io", "clusterrolebindings", &rbac::RoleBinding { cluster: true }),
+    ("rbac.authorization.k8s.io", "clusterroles", &rbac::Role { cluster: true }),
+    ("rbac.authorization.k8s.io", "rolebindings", &rbac::RoleBinding { cluster: false }),
+    ("rbac.authorization.k8s.io", "roles", &rbac::Role { cluster: false }),
+    ("resource.k8s.io", "deviceclasses", &dra::DeviceClass),
+    ("resource.k8s.io", "resourceclaims", &dra::ResourceClaim),
+    ("resource.k8s.io", "resourceclaimtemplates", &dra::ResourceClaimTemplate),
+    ("resource.k8s.io", "resourceslices", &dra::ResourceSlice),
+    ("scheduling.k8s.io", "priorityclasses", &cluster::PriorityClass),
+    ("storage.k8s.io", "csidrivers", &storage::CsiDriver),
+    ("storage.k8s.io", "csinodes", &storage::CsiNode),
+    ("storage.k8s.io", "csistoragecapacities", &storage::CsiStorageCapacity),
+    ("storage.k8s.io", "storageclasses", &storage::StorageClass),
+    ("storage.k8s.io", "volumeattachments", &storage::VolumeAttachment),
+    ("storage.k8s.io", "volumeattributesclasses", &storage::VolumeAttributesClass),
 ];
 
 static INDEX: LazyLock<HashMap<(&'static str, &'static str), &'static dyn Strategy>> =

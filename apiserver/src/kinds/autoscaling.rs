@@ -1,0 +1,316 @@
+//! HorizontalPodAutoscalers (validated in their v2 form).
+
+use isopod_api::{field::ErrorList, names};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::pod_defaults;
+use crate::{
+    registry::{
+        strategy::{Context, Strategy},
+        table,
+    },
+    validation::{At, Errs, resources, selector},
+};
+
+/// `horizontalpodautoscalers`.
+pub(crate) struct HorizontalPodAutoscaler;
+
+const SOURCES: &[&str] = &["ContainerResource", "External", "Object", "Pods", "Resource"];
+
+impl Strategy for HorizontalPodAutoscaler {
+    fn default(&self, obj: &mut Value) {
+        let spec = &mut obj["spec"];
+        if !spec.is_object() {
+            return super::clean(obj, &[""]);
+        }
+        pod_defaults::set(spec, "minReplicas", json!(1));
+        let v1 = obj["apiVersion"] == "autoscaling/v1";
+        let spec = &mut obj["spec"];
+        if v1 {
+            return;
+        }
+        if spec["metrics"].as_array().is_none_or(Vec::is_empty) {
+            let target = json!({"type": "Utilization", "averageUtilization": 80});
+            spec["metrics"] = json!([{"type": "Resource", "resource": {"name": "cpu", "target": target}}]);
+        }
+        if spec["behavior"].is_object() {
+            let behavior = &mut spec["behavior"];
+            scaling_rules(&mut behavior["scaleUp"], Some(0), &[("Pods", 4), ("Percent", 100)]);
+            scaling_rules(&mut behavior["scaleDown"], None, &[("Percent", 100)]);
+        }
+        pod_defaults::drop_nulls(spec);
+    }
+
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        obj["status"] = json!({"currentReplicas": 0, "desiredReplicas": 0});
+        if obj["apiVersion"] != "autoscaling/v1" {
+            obj["status"]["currentMetrics"] = Value::Null;
+        }
+    }
+
+    fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {
+        if cx.subresource.is_empty() {
+            new["status"] = old["status"].clone();
+        }
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        spec(&mut e, &At::field(obj, "spec"));
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, _old: &Value) -> ErrorList {
+        if cx.subresource == "status" {
+            let mut e = Errs::new();
+            let status = At::field(new, "status");
+            e.non_negative(&status.get("currentReplicas"));
+            e.non_negative(&status.get("desiredReplicas"));
+            return e.0;
+        }
+        self.validate(cx, new)
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let spec = &obj["spec"];
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        let target = &spec["scaleTargetRef"];
+        vec![
+            table::name(obj),
+            json!(format!("{}/{}", text(&target["kind"]), text(&target["name"]))),
+            json!(targets(obj)),
+            json!(spec["minReplicas"].as_i64().map_or("<unset>".to_owned(), |n| n.to_string())),
+            table::int(&spec["maxReplicas"]),
+            table::int(&obj["status"]["currentReplicas"]),
+            table::age(obj, now),
+        ]
+    }
+}
+
+fn scaling_rules(rules: &mut Value, window: Option<i64>, policies: &[(&str, i64)]) {
+    if rules.is_null() {
+        *rules = json!({});
+    }
+    pod_defaults::set(rules, "selectPolicy", json!("Max"));
+    if let Some(seconds) = window {
+        pod_defaults::set(rules, "stabilizationWindowSeconds", json!(seconds));
+    }
+    let policies: Vec<Value> =
+        policies.iter().map(|(kind, value)| json!({"type": kind, "value": value, "periodSeconds": 15})).collect();
+    pod_defaults::set(rules, "policies", json!(policies));
+}
+
+fn targets(obj: &Value) -> String {
+    let v1 = json!([{"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization",
+        "averageUtilization": obj["spec"]["targetCPUUtilizationPercentage"]}}}]);
+    let specs = match &obj["spec"]["metrics"] {
+        Value::Null if !obj["spec"]["targetCPUUtilizationPercentage"].is_null() => v1.as_array(),
+        other => other.as_array(),
+    };
+    let Some(specs) = specs.filter(|s| !s.is_empty()) else { return "<none>".to_owned() };
+    let statuses = obj["status"]["currentMetrics"].as_array();
+    let mut out: Vec<String> = Vec::new();
+    for (i, metric) in specs.iter().enumerate() {
+        let key = source_key(metric["type"].as_str().unwrap_or_default());
+        let target = &metric[key]["target"];
+        let current = statuses.and_then(|s| s.get(i)).map_or(&Value::Null, |s| &s[key]["current"]);
+        let prefix = match key {
+            "resource" | "containerResource" => format!("{}: ", metric[key]["name"].as_str().unwrap_or_default()),
+            _ => String::new(),
+        };
+        let average = if matches!(key, "pods") || target["averageValue"].is_null() { "" } else { " (avg)" };
+        let value =
+            |v: &Value| match (v["averageUtilization"].as_i64(), v["averageValue"].as_str(), v["value"].as_str()) {
+                (Some(percent), _, _) => format!("{percent}%"),
+                (_, Some(text), _) => text.to_owned(),
+                (_, _, Some(text)) => text.to_owned(),
+                _ => "<unknown>".to_owned(),
+            };
+        let average = if key == "resource" || key == "containerResource" { "" } else { average };
+        out.push(format!("{prefix}{}/{}{average}", value(current), value(target)));
+    }
+    let more = out.len().saturating_sub(2);
+    out.truncate(2);
+    if more > 0 { format!("{} + {more} more...", out.join(", ")) } else { out.join(", ") }
+}
+
+fn source_key(kind: &str) -> &'static str {
+    match kind {
+        "ContainerResource" => "containerResource",
+        "External" => "external",
+        "Object" => "object",
+        "Pods" => "pods",
+        _ => "resource",
+    }
+}
+
+fn spec(e: &mut Errs, at: &At<'_>) {
+    let (min, max) = (at.get("minReplicas"), at.get("maxReplicas"));
+    if min.int().is_some_and(|n| n < 1) {
+        e.invalid(&min, "must be greater than or equal to 1");
+    }
+    if max.int0() < 1 {
+        e.required(&max, "must be set and greater than 0");
+    }
+    if min.int().is_some_and(|n| max.int0() < n) {
+        e.invalid_as(&max, max.int0(), "must be greater than or equal to `minReplicas`");
+    }
+    target_reference(e, &at.get("scaleTargetRef"), true);
+    let metrics = at.get("metrics");
+    for metric in metrics.items() {
+        self::metric(e, &metric);
+    }
+    let scales_to_zero = min.int() == Some(0);
+    if scales_to_zero && !metrics.items().iter().any(|m| matches!(m.get("type").s(), "Object" | "External")) {
+        e.forbidden(
+            &metrics,
+            "must specify at least one Object or External metric to support scaling to zero replicas",
+        );
+    }
+    let behavior = at.get("behavior");
+    for rules in ["scaleUp", "scaleDown"] {
+        let rules = behavior.get(rules);
+        if rules.is_set() {
+            behavior_rules(e, &rules);
+        }
+    }
+}
+
+fn target_reference(e: &mut Errs, at: &At<'_>, need_group: bool) {
+    for field in ["kind", "name"] {
+        let field = at.get(field);
+        if field.s().is_empty() {
+            e.required(&field, "");
+        } else {
+            e.messages(&field, names::path_segment(field.s()));
+        }
+    }
+    let version = at.get("apiVersion");
+    if need_group && version.s().is_empty() {
+        e.invalid_str(&version, "apiVersion must specify API group");
+    }
+}
+
+fn metric(e: &mut Errs, at: &At<'_>) {
+    let kind = at.get("type");
+    if kind.s().is_empty() {
+        e.required(&kind, "must specify a metric source type");
+    } else {
+        e.one_of(&kind, SOURCES);
+    }
+    let present: Vec<&str> = ["object", "external", "pods", "resource", "containerResource"]
+        .into_iter()
+        .filter(|f| at.get(f).is_set())
+        .collect();
+    if let Some(first) = present.first() {
+        source(e, first, &at.get(first));
+    }
+    if !SOURCES.contains(&kind.s()) {
+        return e.unsupported(&kind, SOURCES);
+    }
+    let expected = source_key(kind.s());
+    if !at.get(expected).is_set() {
+        e.required(&at.get(expected), "must populate information for the given metric source");
+    }
+    if present.len() != 1 {
+        for other in present.into_iter().filter(|p| *p != expected) {
+            e.forbidden(&at.get(other), "must populate the given metric source only");
+        }
+    }
+}
+
+fn source(e: &mut Errs, kind: &str, at: &At<'_>) {
+    let target_at = at.get("target");
+    match kind {
+        "resource" | "containerResource" => {
+            if at.get("name").s().is_empty() {
+                e.required(&at.get("name"), "must specify a resource name");
+            }
+            if kind == "containerResource" && at.get("container").s().is_empty() {
+                e.required(&at.get("container"), "must specify a container");
+            }
+            target(e, &target_at);
+            let (utilization, value) = (target_at.get("averageUtilization"), target_at.get("averageValue"));
+            if !utilization.is_set() && !value.is_set() {
+                e.required(&utilization, "must set either a target raw value or a target utilization");
+            }
+            if utilization.is_set() && value.is_set() {
+                e.forbidden(&value, "may not set both a target raw value and a target utilization");
+            }
+        }
+        _ => {
+            if kind == "object" {
+                target_reference(e, &at.get("describedObject"), false);
+            }
+            let metric = at.get("metric");
+            if metric.get("name").s().is_empty() {
+                e.required(&metric.get("name"), "must specify a metric name");
+            }
+            selector::label_selector(e, &metric.get("selector"));
+            target(e, &target_at);
+            let (value, average) = (target_at.get("value"), target_at.get("averageValue"));
+            if kind == "pods" && !average.is_set() {
+                e.required(&average, "must specify a positive target averageValue");
+            } else if kind != "pods" && !value.is_set() && !average.is_set() {
+                let shown = if kind == "external" {
+                    "must set either a target value for metric or a per-pod target"
+                } else {
+                    "must set either a target value or averageValue"
+                };
+                e.required(&average, shown);
+            }
+        }
+    }
+}
+
+fn target(e: &mut Errs, at: &At<'_>) {
+    let kind = at.get("type");
+    if kind.s().is_empty() {
+        e.required(&kind, "must specify a metric target type");
+    } else if !["Utilization", "Value", "AverageValue"].contains(&kind.s()) {
+        e.invalid(&kind, "must be either Utilization, Value, or AverageValue");
+    }
+    let utilization = at.get("averageUtilization");
+    if utilization.int().is_some_and(|n| n < 1) {
+        e.invalid(&utilization, "must be greater than 0");
+    }
+    for field in ["value", "averageValue"] {
+        let value = at.get(field);
+        if let Some(quantity) = resources::quantity(value.v)
+            && quantity.milli_value() <= 0
+        {
+            e.invalid_as(&value, quantity.to_string(), "must be positive");
+        }
+    }
+}
+
+fn behavior_rules(e: &mut Errs, at: &At<'_>) {
+    let (window, policies) = (at.get("stabilizationWindowSeconds"), at.get("policies"));
+    match window.int() {
+        Some(n) if n < 0 => e.invalid(&window, "must be greater than or equal to zero"),
+        Some(n) if n > 3600 => e.invalid(&window, "must be less than or equal to 3600"),
+        _ => {}
+    }
+    e.one_of_if_set(&at.get("selectPolicy"), &["Disabled", "Max", "Min"]);
+    if policies.len() == 0 {
+        e.required(&policies, "must specify at least one Policy");
+    }
+    for policy in policies.items() {
+        e.one_of(&policy.get("type"), &["Percent", "Pods"]);
+        for field in ["value", "periodSeconds"] {
+            let field_at = policy.get(field);
+            if field_at.int0() <= 0 {
+                e.invalid_as(&field_at, field_at.int0(), "must be greater than zero");
+            } else if field == "periodSeconds" && field_at.int0() > 1800 {
+                e.invalid(&field_at, "must be less than or equal to 1800");
+            }
+        }
+    }
+    let tolerance = at.get("tolerance");
+    if let Some(quantity) = resources::quantity(tolerance.v)
+        && quantity.milli_value() < 0
+    {
+        e.invalid_as(&tolerance, quantity.to_string(), "must be greater than or equal to 0");
+    }
+}

@@ -1,0 +1,144 @@
+//! Small kinds: Leases, PriorityClasses, RuntimeClasses.
+
+use isopod_api::{field::ErrorList, meta};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use crate::{
+    registry::{
+        strategy::{Context, Strategy},
+        table,
+    },
+    validation::{At, Errs, resources, same, scheduling},
+};
+
+/// `leases`.
+pub(crate) struct Lease;
+/// `priorityclasses`.
+pub(crate) struct PriorityClass;
+/// `runtimeclasses`.
+pub(crate) struct RuntimeClass;
+
+const SYSTEM: &[(&str, i64)] = &[("system-cluster-critical", 2_000_000_000), ("system-node-critical", 2_000_001_000)];
+
+impl Strategy for Lease {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let spec = At::field(obj, "spec");
+        let duration = spec.get("leaseDurationSeconds");
+        if duration.int().is_some_and(|n| n <= 0) {
+            e.invalid(&duration, "must be greater than 0");
+        }
+        e.non_negative(&spec.get("leaseTransitions"));
+        let strategy = spec.get("strategy");
+        if strategy.is_set() {
+            e.one_of(&strategy, &["OldestEmulationVersion"]);
+        }
+        let preferred = spec.get("preferredHolder");
+        if !preferred.s().is_empty() && !strategy.is_set() {
+            e.forbidden(&preferred, "may only be specified when `strategy` is defined");
+        }
+        e.0
+    }
+
+    fn allow_create_on_update(&self) -> bool {
+        true
+    }
+
+    fn allow_unconditional_update(&self) -> bool {
+        false
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        vec![table::name(obj), table::or(&obj["spec"]["holderIdentity"], ""), table::age(obj, now)]
+    }
+}
+
+impl Strategy for PriorityClass {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let (name, value) = (meta::name(obj), At::field(obj, "value"));
+        if name.starts_with("system-") {
+            let known = SYSTEM.iter().find(|(n, _)| *n == name);
+            let detail = match known {
+                None => Some(format!("{name} is not a known system priority class")),
+                Some((_, wanted)) if *wanted != value.int0() => {
+                    Some(format!("value of {name} PriorityClass must be {wanted}"))
+                }
+                Some(_) if obj["globalDefault"] == true => {
+                    Some(format!("globalDefault of {name} PriorityClass must be false"))
+                }
+                Some(_) => None,
+            };
+            if let Some(detail) = detail {
+                let at = At::field(obj, "metadata").get("name");
+                e.forbidden(
+                    &at,
+                    &format!(
+                        "priority class names with 'system-' prefix are reserved for system use only. error: {detail}"
+                    ),
+                );
+            }
+        } else if value.int0() > 1_000_000_000 {
+            e.forbidden(&value, "maximum allowed value of a user defined priority is 1000000000");
+        }
+        e.one_of_if_set(&At::field(obj, "preemptionPolicy"), &["PreemptLowerPriority", "Never"]);
+        e.0
+    }
+
+    fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        if new["value"].as_i64().unwrap_or_default() != old["value"].as_i64().unwrap_or_default() {
+            e.forbidden(&At::field(new, "value"), "may not be changed in an update.");
+        }
+        e.immutable(&At::field(new, "preemptionPolicy"), &old["preemptionPolicy"]);
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        vec![
+            table::name(obj),
+            table::int(&obj["value"]),
+            json!(obj["globalDefault"] == true),
+            table::age(obj, now),
+            table::or(&obj["preemptionPolicy"], ""),
+        ]
+    }
+}
+
+impl Strategy for RuntimeClass {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let handler = At::field(obj, "handler");
+        if handler.s().is_empty() {
+            e.required(&handler, "");
+        } else {
+            e.dns_label(&handler);
+        }
+        for (name, value) in At::field(obj, "overhead").get("podFixed").entries() {
+            // Upstream reports overhead as if it were limits.
+            let at = At::field(obj, "overhead").get("limits");
+            let shown = At::new(at.path.key(name), value.v);
+            resources::container_resource_name(&mut e, &shown, name);
+            resources::quantity_value(&mut e, &shown, name);
+        }
+        let scheduling_at = At::field(obj, "scheduling");
+        if scheduling_at.is_set() {
+            crate::validation::meta::labels(&mut e, &scheduling_at.get("nodeSelector"));
+            scheduling::tolerations(&mut e, &scheduling_at.get("tolerations"));
+        }
+        e.0
+    }
+
+    fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        if !same(&new["handler"], &old["handler"]) {
+            e.immutable(&At::field(new, "handler"), &old["handler"]);
+        }
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        vec![table::name(obj), table::or(&obj["handler"], ""), table::age(obj, now)]
+    }
+}

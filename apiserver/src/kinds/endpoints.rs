@@ -1,0 +1,251 @@
+//! Endpoints and EndpointSlices.
+
+use isopod_api::field::ErrorList;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::pod_defaults;
+use crate::{
+    registry::{
+        strategy::{Context, Strategy},
+        table,
+    },
+    validation::{At, Errs, meta, net},
+};
+
+/// `endpoints`.
+pub(crate) struct Endpoints;
+/// `endpointslices`.
+pub(crate) struct EndpointSlice;
+
+const PROTOCOLS: &[&str] = &["SCTP", "TCP", "UDP"];
+
+/// The first three of a list, and how many more.
+fn first_three(mut all: Vec<String>, empty: &str) -> String {
+    if all.is_empty() {
+        return empty.to_owned();
+    }
+    let more = all.len().saturating_sub(3);
+    all.truncate(3);
+    let text = all.join(",");
+    if more == 0 { text } else { format!("{text} + {more} more...") }
+}
+
+impl Strategy for Endpoints {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        for subset in At::field(obj, "subsets").items() {
+            let (ready, not_ready, ports) =
+                (subset.get("addresses"), subset.get("notReadyAddresses"), subset.get("ports"));
+            if ready.len() == 0 && not_ready.len() == 0 {
+                e.required(&subset, "must specify `addresses` or `notReadyAddresses`");
+            }
+            for list in [ready, not_ready] {
+                for address in list.items() {
+                    endpoint_address(&mut e, &address);
+                }
+            }
+            for port in ports.items() {
+                endpoint_port(&mut e, &port, ports.len() > 1);
+            }
+        }
+        e.0
+    }
+
+    fn warnings(&self, _cx: &Context<'_>, _obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn allow_create_on_update(&self) -> bool {
+        true
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let mut all = Vec::new();
+        for subset in obj["subsets"].as_array().into_iter().flatten() {
+            let ips = || subset["addresses"].as_array().into_iter().flatten().filter_map(|a| a["ip"].as_str());
+            match subset["ports"].as_array().filter(|p| !p.is_empty()) {
+                None => all.extend(ips().map(str::to_owned)),
+                Some(ports) => {
+                    for port in ports {
+                        let port = port["port"].as_i64().unwrap_or_default();
+                        all.extend(ips().map(|ip| {
+                            if ip.contains(':') { format!("[{ip}]:{port}") } else { format!("{ip}:{port}") }
+                        }));
+                    }
+                }
+            }
+        }
+        vec![table::name(obj), json!(first_three(all, "<none>")), table::age(obj, now)]
+    }
+}
+
+fn endpoint_address(e: &mut Errs, at: &At<'_>) {
+    let (ip, hostname, node) = (at.get("ip"), at.get("hostname"), at.get("nodeName"));
+    net::ip(e, &ip);
+    if !hostname.s().is_empty() {
+        e.dns_label(&hostname);
+    }
+    if node.is_set() {
+        e.dns_subdomain(&node);
+    }
+    net::non_special_ip(e, &ip);
+}
+
+fn endpoint_port(e: &mut Errs, at: &At<'_>, named: bool) {
+    let (name, app) = (at.get("name"), at.get("appProtocol"));
+    if named && name.s().is_empty() {
+        e.required(&name, "");
+    } else if !name.s().is_empty() {
+        e.dns_label(&name);
+    }
+    e.port(&at.get("port"));
+    e.required_one_of(&at.get("protocol"), PROTOCOLS);
+    if app.is_set() {
+        e.qualified_name(&app);
+    }
+}
+
+impl Strategy for EndpointSlice {
+    fn default(&self, obj: &mut Value) {
+        for port in obj["ports"].as_array_mut().into_iter().flatten() {
+            pod_defaults::set(port, "name", json!(""));
+            pod_defaults::set(port, "protocol", json!("TCP"));
+        }
+        if obj["ports"].is_null()
+            && let Some(map) = obj.as_object_mut()
+        {
+            map.insert("ports".to_owned(), Value::Null);
+        }
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let kind = At::field(obj, "addressType");
+        e.required_one_of(&kind, &["FQDN", "IPv4", "IPv6"]);
+        ports(&mut e, &At::field(obj, "ports"));
+        let endpoints = At::field(obj, "endpoints");
+        if endpoints.len() > 1000 {
+            e.too_many(&endpoints, endpoints.len(), 1000);
+        }
+        for endpoint in endpoints.items() {
+            slice_endpoint(&mut e, &endpoint, kind.s());
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs(self.validate(cx, new));
+        e.immutable(&At::field(new, "addressType"), &old["addressType"]);
+        e.0
+    }
+
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        let mut out = Vec::new();
+        if obj["addressType"] == "FQDN" {
+            out.push("spec.addressType: FQDN endpoints are deprecated".to_owned());
+        }
+        out
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let port = |p: &Value| {
+            let name = p["name"].as_str().unwrap_or_default();
+            match p["port"].as_i64() {
+                Some(port) => port.to_string(),
+                None if name.is_empty() => "*".to_owned(),
+                None => name.to_owned(),
+            }
+        };
+        let ports = obj["ports"].as_array().into_iter().flatten().map(port).collect();
+        let addresses = obj["endpoints"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .flat_map(|e| e["addresses"].as_array().into_iter().flatten())
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect();
+        vec![
+            table::name(obj),
+            table::or(&obj["addressType"], ""),
+            json!(first_three(ports, "<unset>")),
+            json!(first_three(addresses, "<unset>")),
+            table::age(obj, now),
+        ]
+    }
+}
+
+fn ports(e: &mut Errs, list: &At<'_>) {
+    if list.len() > 20_000 {
+        e.too_many(list, list.len(), 20_000);
+    }
+    let mut seen = Vec::new();
+    for at in list.items() {
+        let (name, app) = (at.get("name"), at.get("appProtocol"));
+        if !name.s().is_empty() {
+            e.dns_label(&name);
+        }
+        if seen.contains(&name.s()) {
+            e.duplicate(&name, name.s());
+        }
+        seen.push(name.s());
+        e.required_one_of(&at.get("protocol"), PROTOCOLS);
+        if app.is_set() {
+            e.qualified_name(&app);
+        }
+    }
+}
+
+fn slice_endpoint(e: &mut Errs, at: &At<'_>, kind: &str) {
+    let addresses = at.get("addresses");
+    if addresses.len() == 0 {
+        e.required(&addresses, "must contain at least 1 address");
+    } else if addresses.len() > 100 {
+        e.too_many(&addresses, addresses.len(), 100);
+    }
+    for address in addresses.items() {
+        match kind {
+            "IPv4" | "IPv6" => {
+                let messages = net::ip_messages(address.s());
+                if !messages.is_empty() {
+                    e.messages(&address, messages);
+                    continue;
+                }
+                if net::family(address.s()) != kind {
+                    // Upstream leaves the index out here.
+                    e.invalid_as(&addresses, address.s(), &format!("must be an {kind} address"));
+                }
+                net::non_special_ip(e, &address);
+            }
+            "FQDN" => e.dns_subdomain(&address),
+            _ => {}
+        }
+    }
+    let node = at.get("nodeName");
+    if node.is_set() {
+        e.dns_subdomain(&node);
+    }
+    for (key, value) in at.get("deprecatedTopology").entries() {
+        meta::label_key(e, &at.get("deprecatedTopology"), key);
+        e.messages(&value, isopod_api::names::label_value(value.s()));
+    }
+    let hostname = at.get("hostname");
+    if hostname.is_set() {
+        e.dns_label(&hostname);
+    }
+    let zones = at.get("hints.forZones");
+    if zones.len() > 8 {
+        e.too_many(&zones, zones.len(), 8);
+    }
+    let mut seen = Vec::new();
+    for zone in zones.items() {
+        let name = zone.get("name");
+        if seen.contains(&name.s()) {
+            e.duplicate(&name, name.s());
+        } else {
+            e.messages(&name, isopod_api::names::label_value(name.s()));
+        }
+        seen.push(name.s());
+    }
+}

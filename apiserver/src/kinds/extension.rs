@@ -1,0 +1,266 @@
+//! CustomResourceDefinitions and APIServices.
+
+use isopod_api::{field::ErrorList, meta, names};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::pod_defaults;
+use crate::{
+    registry::{
+        strategy::{Context, Strategy},
+        table,
+    },
+    validation::{At, Errs, same},
+};
+
+/// `customresourcedefinitions`.
+pub(crate) struct CustomResourceDefinition;
+/// `apiservices`.
+pub(crate) struct ApiService;
+
+impl Strategy for CustomResourceDefinition {
+    fn default(&self, obj: &mut Value) {
+        let spec = &mut obj["spec"];
+        if !spec.is_object() {
+            return super::clean(obj, &[""]);
+        }
+        let kind = spec["names"]["kind"].as_str().unwrap_or_default().to_owned();
+        let empty = |v: &Value| v.as_str().unwrap_or_default().is_empty();
+        if empty(&spec["names"]["singular"]) {
+            spec["names"]["singular"] = json!(kind.to_lowercase());
+        }
+        if empty(&spec["names"]["listKind"]) && !kind.is_empty() {
+            spec["names"]["listKind"] = json!(format!("{kind}List"));
+        }
+        pod_defaults::set(spec, "conversion", json!({"strategy": "None"}));
+        if let Some(service) = spec.pointer_mut("/conversion/webhook/clientConfig/service") {
+            pod_defaults::set(service, "port", json!(443));
+        }
+        let storage = storage_version(spec);
+        let status = &mut obj["status"];
+        if status["storedVersions"].as_array().is_none_or(Vec::is_empty)
+            && let Some(storage) = storage
+        {
+            status["storedVersions"] = json!([storage]);
+        }
+    }
+
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        let stored = storage_version(&obj["spec"]);
+        obj["status"] = json!({"conditions": null, "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": stored.into_iter().collect::<Vec<_>>()});
+    }
+
+    fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {
+        if !cx.subresource.is_empty() {
+            return;
+        }
+        new["status"] = old["status"].clone();
+        if let Some(storage) = storage_version(&new["spec"])
+            && let Some(stored) = new["status"]["storedVersions"].as_array_mut()
+            && !stored.contains(&json!(storage))
+        {
+            stored.push(json!(storage));
+        }
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        definition(&mut e, obj);
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        if cx.subresource == "status" {
+            return e.0;
+        }
+        definition(&mut e, new);
+        let spec = At::field(new, "spec");
+        for field in ["group", "scope"] {
+            e.immutable(&spec.get(field), &old["spec"][field]);
+        }
+        for field in ["kind", "plural"] {
+            e.immutable(&spec.get("names").get(field), &old["spec"]["names"][field]);
+        }
+        e.0
+    }
+}
+
+fn storage_version(spec: &Value) -> Option<String> {
+    let versions = spec["versions"].as_array()?;
+    versions.iter().find(|v| v["storage"] == true).and_then(|v| v["name"].as_str()).map(str::to_owned)
+}
+
+fn definition(e: &mut Errs, obj: &Value) {
+    let spec = At::field(obj, "spec");
+    let (group, plural) = (spec.get("group"), spec.get("names.plural"));
+    let wanted = format!("{}.{}", plural.s(), group.s());
+    if meta::name(obj) != wanted {
+        let at = At::field(obj, "metadata").get("name");
+        e.invalid_str(&at, "must be spec.names.plural+\".\"+spec.group");
+    }
+    if group.s().is_empty() {
+        e.required(&group, "");
+    } else {
+        e.dns_subdomain(&group);
+        if group.s().split('.').count() < 2 {
+            e.invalid(&group, "should be a domain with at least one dot");
+        }
+    }
+    e.required_one_of(&spec.get("scope"), &["Cluster", "Namespaced"]);
+    versions(e, &spec.get("versions"));
+    names_of(e, &spec.get("names"));
+    protected_group(e, obj, group.s());
+}
+
+fn versions(e: &mut Errs, list: &At<'_>) {
+    if list.len() == 0 {
+        return e.required(list, "must specify at least one version");
+    }
+    let mut storage = 0;
+    let mut seen = Vec::new();
+    for at in list.items() {
+        let name = at.get("name");
+        e.messages(&name, names::dns1035_label(name.s()));
+        if seen.contains(&name.s()) {
+            e.invalid(&name, "must contain unique version names");
+        }
+        seen.push(name.s());
+        storage += usize::from(at.get("storage").is_true());
+        let schema = at.get("schema.openAPIV3Schema");
+        if !schema.is_set() {
+            e.required(&schema, "schemas are required");
+        } else if schema.get("type").s() != "object" {
+            if schema.get("type").s().is_empty() {
+                e.required(&schema.get("type"), "must not be empty at the root");
+            } else {
+                e.invalid(&schema.get("type"), "must be object at the root");
+            }
+        }
+    }
+    if storage != 1 {
+        e.invalid_as(list, list.v.clone(), "must have exactly one version marked as storage version");
+    }
+}
+
+fn names_of(e: &mut Errs, at: &At<'_>) {
+    for field in ["plural", "singular"] {
+        let name = at.get(field);
+        e.messages(&name, names::dns1035_label(name.s()));
+    }
+    for field in ["kind", "listKind"] {
+        let name = at.get(field);
+        if name.s().is_empty() {
+            e.required(&name, "");
+        } else {
+            for message in names::dns1035_label(&name.s().to_lowercase()) {
+                e.invalid(&name, &format!("may have mixed case, but should otherwise match: {message}"));
+            }
+        }
+    }
+    if at.get("kind").s() == at.get("listKind").s() && !at.get("kind").s().is_empty() {
+        e.invalid(&at.get("listKind"), "kind and listKind may not be the same");
+    }
+    for short in at.get("shortNames").items() {
+        e.messages(&short, names::dns1035_label(short.s()));
+    }
+    for category in at.get("categories").items() {
+        e.messages(&category, names::dns1035_label(category.s()));
+    }
+}
+
+/// Groups of the project itself need an approval.
+fn protected_group(e: &mut Errs, obj: &Value, group: &str) {
+    let protected = ["k8s.io", "kubernetes.io"].iter().any(|d| group == *d || group.ends_with(&format!(".{d}")));
+    let key = "api-approved.kubernetes.io";
+    if !protected {
+        return;
+    }
+    let at = At::field(obj, "metadata").get("annotations").key(key);
+    match meta::annotation(obj, key) {
+        None | Some("") => e.required(&at, "protected groups must have approval annotation \"api-approved.kubernetes.io\", see https://github.com/kubernetes/enhancements/pull/1111"),
+        Some(value) if value.starts_with("unapproved") || value.starts_with("https://") => {}
+        Some(_) => e.invalid(&at, "protected groups must have approval annotation \"api-approved.kubernetes.io\" with either a URL or a reason starting with \"unapproved\", see https://github.com/kubernetes/enhancements/pull/1111"),
+    }
+}
+
+impl Strategy for ApiService {
+    fn default(&self, obj: &mut Value) {
+        if obj["spec"]["service"].is_object() {
+            pod_defaults::set(&mut obj["spec"]["service"], "port", json!(443));
+        }
+        super::clean(obj, &["/spec", ""]);
+    }
+
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        obj["status"] = json!({});
+        if obj["spec"].get("service").is_none() {
+            obj["status"]["conditions"] = json!([{
+                "type": "Available", "status": "True", "lastTransitionTime": meta::now(), "reason": "Local",
+                "message": "Local APIServices are always available",
+            }]);
+        }
+    }
+
+    fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {
+        if cx.subresource.is_empty() && !same(&new["status"], &old["status"]) {
+            new["status"] = old["status"].clone();
+        }
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let spec = At::field(obj, "spec");
+        let (group, version, service) = (spec.get("group"), spec.get("version"), spec.get("service"));
+        let wanted = format!("{}.{}", version.s(), group.s());
+        if meta::name(obj) != wanted {
+            e.invalid_str(&At::field(obj, "metadata").get("name"), "must be `spec.version+\".\"+spec.group`");
+        }
+        if group.s().is_empty() && version.s() != "v1" {
+            e.required(&group, "only v1 may have an empty group and it better be legacy kube");
+        }
+        if !group.s().is_empty() {
+            e.dns_subdomain(&group);
+        }
+        e.messages(&version, names::dns1035_label(version.s()));
+        for (field, max) in [("groupPriorityMinimum", 20_000), ("versionPriority", 1000)] {
+            let at = spec.get(field);
+            if at.int0() <= 0 || at.int0() > max {
+                e.invalid_as(&at, at.int0(), &format!("must be positive and less than {max}"));
+            }
+        }
+        if !service.is_set() {
+            if spec.get("caBundle").is_set() {
+                e.invalid(&spec.get("caBundle"), "local APIServices may not have a caBundle");
+            }
+            if spec.get("insecureSkipTLSVerify").is_true() {
+                e.invalid(&spec.get("insecureSkipTLSVerify"), "local APIServices may not have insecureSkipTLSVerify");
+            }
+            return e.0;
+        }
+        for field in ["namespace", "name"] {
+            if service.get(field).s().is_empty() {
+                e.required(&service.get(field), "");
+            }
+        }
+        if spec.get("insecureSkipTLSVerify").is_true() && spec.get("caBundle").is_set() {
+            e.invalid(&spec.get("insecureSkipTLSVerify"), "may not be true if caBundle is present");
+        }
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        let service = match &obj["spec"]["service"] {
+            Value::Null => "Local".to_owned(),
+            service => format!("{}/{}", text(&service["namespace"]), text(&service["name"])),
+        };
+        let available = obj["status"]["conditions"].as_array().into_iter().flatten().find(|c| c["type"] == "Available");
+        let available = match available {
+            Some(c) if c["status"] == "True" => "True".to_owned(),
+            Some(c) => format!("{} ({})", text(&c["status"]), text(&c["reason"])),
+            None => "Unknown".to_owned(),
+        };
+        vec![table::name(obj), json!(service), json!(available), table::age(obj, now)]
+    }
+}

@@ -1,0 +1,293 @@
+//! NetworkPolicies, IngressClasses, IPAddresses and ServiceCIDRs.
+
+use isopod_api::field::ErrorList;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::pod_defaults;
+use crate::{
+    registry::{
+        strategy::{Context, Strategy},
+        table,
+    },
+    validation::{At, Errs, net, selector},
+};
+
+/// `networkpolicies`.
+pub(crate) struct NetworkPolicy;
+/// `ingressclasses`.
+pub(crate) struct IngressClass;
+/// `ipaddresses`.
+pub(crate) struct IpAddress;
+/// `servicecidrs`.
+pub(crate) struct ServiceCidr;
+
+impl Strategy for NetworkPolicy {
+    fn default(&self, obj: &mut Value) {
+        let spec = &mut obj["spec"];
+        if !spec.is_object() {
+            return super::clean(obj, &[""]);
+        }
+        for direction in ["ingress", "egress"] {
+            for rule in spec[direction].as_array_mut().into_iter().flatten() {
+                for port in rule["ports"].as_array_mut().into_iter().flatten() {
+                    pod_defaults::set(port, "protocol", json!("TCP"));
+                }
+                pod_defaults::drop_nulls(rule);
+            }
+        }
+        if spec["policyTypes"].as_array().is_none_or(Vec::is_empty) {
+            let egress = spec["egress"].as_array().is_some_and(|l| !l.is_empty());
+            spec["policyTypes"] = if egress { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) };
+        }
+        pod_defaults::drop_nulls(spec);
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let spec = At::field(obj, "spec");
+        selector::label_selector(&mut e, &spec.get("podSelector"));
+        for (direction, peers) in [("ingress", "from"), ("egress", "to")] {
+            for rule in spec.get(direction).items() {
+                for port in rule.get("ports").items() {
+                    policy_port(&mut e, &port);
+                }
+                for peer in rule.get(peers).items() {
+                    policy_peer(&mut e, &peer);
+                }
+            }
+        }
+        let types = spec.get("policyTypes");
+        if types.len() > 2 {
+            e.invalid(&types, "may not specify more than two policyTypes");
+        } else {
+            for kind in types.items() {
+                e.one_of(&kind, &["Egress", "Ingress"]);
+            }
+        }
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        vec![table::name(obj), json!(table::selector(&obj["spec"]["podSelector"])), table::age(obj, now)]
+    }
+}
+
+fn policy_port(e: &mut Errs, at: &At<'_>) {
+    e.one_of_if_set(&at.get("protocol"), &["SCTP", "TCP", "UDP"]);
+    let (port, end) = (at.get("port"), at.get("endPort"));
+    if !port.is_set() {
+        if end.is_set() {
+            e.required(&port, "must be specified if `endPort` is set");
+        }
+        return;
+    }
+    e.port_or_name(&port);
+    if end.is_set() {
+        if port.v.is_string() {
+            e.invalid(&end, "may not be specified when `port` is non-numeric");
+        } else if end.int0() < port.int0() {
+            e.invalid(&end, "must be greater than or equal to `port`");
+        }
+        e.port(&end);
+    }
+}
+
+fn policy_peer(e: &mut Errs, at: &At<'_>) {
+    let (pods, namespaces, block) = (at.get("podSelector"), at.get("namespaceSelector"), at.get("ipBlock"));
+    selector::label_selector(e, &pods);
+    selector::label_selector(e, &namespaces);
+    if block.is_set() {
+        ip_block(e, &block);
+        if pods.is_set() || namespaces.is_set() {
+            e.forbidden(at, "may not specify both ipBlock and another peer");
+        }
+    } else if !pods.is_set() && !namespaces.is_set() {
+        e.required(at, "must specify a peer");
+    }
+}
+
+fn ip_block(e: &mut Errs, at: &At<'_>) {
+    let cidr = at.get("cidr");
+    if cidr.s().is_empty() {
+        return e.required(&cidr, "");
+    }
+    if !net::cidr(e, &cidr) {
+        return;
+    }
+    let outer: Option<ipnet::IpNet> = cidr.s().parse().ok();
+    for except in at.get("except").items() {
+        if !net::cidr(e, &except) {
+            continue;
+        }
+        let inner: Option<ipnet::IpNet> = except.s().parse().ok();
+        if let (Some(outer), Some(inner)) = (outer, inner)
+            && (!outer.contains(&inner) || outer == inner)
+        {
+            e.invalid(&except, "must be a strict subset of `cidr`");
+        }
+    }
+}
+
+impl Strategy for IngressClass {
+    fn default(&self, obj: &mut Value) {
+        if obj["spec"]["parameters"].is_object() {
+            pod_defaults::set(&mut obj["spec"]["parameters"], "scope", json!("Cluster"));
+        }
+        super::clean(obj, &["/spec", ""]);
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let (controller, parameters) =
+            (At::field(obj, "spec").get("controller"), At::field(obj, "spec").get("parameters"));
+        if controller.s().len() > 250 {
+            e.too_long(&controller, 250);
+        }
+        domain_path(&mut e, &controller);
+        if parameters.is_set() {
+            for field in ["kind", "name"] {
+                let at = parameters.get(field);
+                if at.s().is_empty() {
+                    e.required(&at, "");
+                }
+            }
+            let (scope, namespace) = (parameters.get("scope"), parameters.get("namespace"));
+            match scope.s() {
+                "" => e.required(&scope, ""),
+                "Namespace" if namespace.s().is_empty() => {
+                    e.required(&namespace, "`parameters.scope` is set to 'Namespace'")
+                }
+                "Namespace" => e.dns_label(&namespace),
+                "Cluster" if namespace.is_set() => e.forbidden(&namespace, "`parameters.scope` is set to 'Cluster'"),
+                "Cluster" => {}
+                _ => e.unsupported(&scope, &["Cluster", "Namespace"]),
+            }
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs(self.validate(cx, new));
+        e.immutable(&At::field(new, "spec").get("controller"), &old["spec"]["controller"]);
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let parameters = &obj["spec"]["parameters"];
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        let shown = match parameters {
+            Value::Null => "<none>".to_owned(),
+            p if text(&p["apiGroup"]).is_empty() => format!("{}/{}", text(&p["kind"]), text(&p["name"])),
+            p => format!("{}.{}/{}", text(&p["kind"]), text(&p["apiGroup"]), text(&p["name"])),
+        };
+        vec![table::name(obj), table::or(&obj["spec"]["controller"], ""), json!(shown), table::age(obj, now)]
+    }
+}
+
+/// `example.com/path`.
+pub(crate) fn domain_path(e: &mut Errs, at: &At<'_>) {
+    if at.s().is_empty() {
+        return e.required(at, "");
+    }
+    match at.s().split_once('/') {
+        Some((domain, path)) if !domain.is_empty() && !path.is_empty() => {
+            e.messages(at, isopod_api::names::dns1123_subdomain(domain));
+        }
+        _ => e.invalid(at, "must be a domain-prefixed path (such as \"acme.io/foo\")"),
+    }
+}
+
+impl Strategy for IpAddress {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let parent = At::field(obj, "spec").get("parentRef");
+        if !parent.is_set() {
+            e.required(&parent, "");
+            return e.0;
+        }
+        for field in ["resource", "name"] {
+            let at = parent.get(field);
+            if at.s().is_empty() {
+                e.required(&at, "");
+            } else {
+                e.messages(&at, isopod_api::names::path_segment(at.s()));
+            }
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs(self.validate(cx, new));
+        e.immutable(&At::field(new, "spec").get("parentRef"), &old["spec"]["parentRef"]);
+        e.0
+    }
+
+    fn fields(&self, obj: &Value) -> Vec<(&'static str, String)> {
+        let parent = &obj["spec"]["parentRef"];
+        let text = |field: &str| parent[field].as_str().unwrap_or_default().to_owned();
+        vec![(
+            "spec.parentRef",
+            format!("{}/{}/{}/{}", text("group"), text("resource"), text("namespace"), text("name")),
+        )]
+    }
+
+    fn cells(&self, obj: &Value, _now: Timestamp) -> Vec<Value> {
+        let parent = &obj["spec"]["parentRef"];
+        let text = |field: &str| parent[field].as_str().unwrap_or_default();
+        let resource = if text("group").is_empty() {
+            text("resource").to_owned()
+        } else {
+            format!("{}.{}", text("resource"), text("group"))
+        };
+        let shown = if text("namespace").is_empty() {
+            format!("{resource}/{}", text("name"))
+        } else {
+            format!("{resource}/{}/{}", text("namespace"), text("name"))
+        };
+        vec![table::name(obj), json!(shown)]
+    }
+}
+
+impl Strategy for ServiceCidr {
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        obj["status"] = json!({});
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let cidrs = At::field(obj, "spec").get("cidrs");
+        if cidrs.len() == 0 {
+            e.required(&cidrs, "at least one CIDR required");
+            return e.0;
+        }
+        if cidrs.len() > 2 {
+            e.invalid(&cidrs, "may only hold up to 2 values");
+            return e.0;
+        }
+        for cidr in cidrs.items() {
+            net::cidr(&mut e, &cidr);
+        }
+        let families: Vec<&str> = cidrs.strings().iter().map(|c| net::family(c)).collect();
+        if families.len() == 2 && families[0] == families[1] {
+            e.invalid(
+                &cidrs,
+                "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/64",
+            );
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        if cx.subresource == "status" {
+            return ErrorList::new();
+        }
+        let mut e = Errs::new();
+        e.immutable(&At::field(new, "spec").get("cidrs"), &old["spec"]["cidrs"]);
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        vec![table::name(obj), json!(table::join(&obj["spec"]["cidrs"], ",")), table::age(obj, now)]
+    }
+}

@@ -1,0 +1,333 @@
+//! storage.k8s.io: StorageClasses, CSIDrivers, CSINodes, VolumeAttachments, VolumeAttributesClasses, CSIStorageCapacities.
+
+use isopod_api::{field::ErrorList, meta, names};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use crate::{
+    registry::{
+        strategy::{Context, Strategy},
+        table,
+    },
+    validation::{At, Errs, meta as checks, resources, same, selector, template::sorted, volume_source},
+};
+
+/// `storageclasses`.
+pub(crate) struct StorageClass;
+/// `csidrivers`.
+pub(crate) struct CsiDriver;
+/// `csinodes`.
+pub(crate) struct CsiNode;
+/// `volumeattachments`.
+pub(crate) struct VolumeAttachment;
+/// `volumeattributesclasses`.
+pub(crate) struct VolumeAttributesClass;
+/// `csistoragecapacities`.
+pub(crate) struct CsiStorageCapacity;
+
+fn parameters(e: &mut Errs, at: &At<'_>, required: bool) {
+    if required && at.len() == 0 {
+        return e.required(at, "must contain at least one key/value pair");
+    }
+    if at.len() > 512 {
+        e.0.push(isopod_api::field::Error::too_long(&at.path, 512));
+        return;
+    }
+    let mut total = 0;
+    for (key, value) in at.entries() {
+        if key.is_empty() {
+            e.invalid_as(at, "", "field can not be empty.");
+        }
+        total += key.len() + value.s().len();
+    }
+    if total > 256 * 1024 {
+        e.too_long(at, 256 * 1024);
+    }
+}
+
+impl Strategy for StorageClass {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let provisioner = At::field(obj, "provisioner");
+        if provisioner.s().is_empty() {
+            e.required(&provisioner, "");
+        } else {
+            for message in names::qualified_name(&provisioner.s().to_lowercase()) {
+                e.invalid(&provisioner, &message);
+            }
+        }
+        parameters(&mut e, &At::field(obj, "parameters"), false);
+        e.one_of_if_set(&At::field(obj, "reclaimPolicy"), &["Delete", "Retain"]);
+        let mode = At::field(obj, "volumeBindingMode");
+        if !mode.is_set() {
+            e.required(&mode, "");
+        } else {
+            e.one_of(&mode, &["Immediate", "WaitForFirstConsumer"]);
+        }
+        for term in At::field(obj, "allowedTopologies").items() {
+            for expression in term.get("matchLabelExpressions").items() {
+                let (key, values) = (expression.get("key"), expression.get("values"));
+                if values.len() == 0 {
+                    e.required(&values, "");
+                }
+                let mut seen = Vec::new();
+                for value in values.items() {
+                    e.messages(&value, names::label_value(value.s()));
+                    if seen.contains(&value.s()) {
+                        e.duplicate(&value, value.s());
+                    }
+                    seen.push(value.s());
+                }
+                checks::label_key(&mut e, &key, key.s());
+            }
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs(self.validate(cx, new));
+        for (field, detail) in [
+            ("parameters", "updates to parameters are forbidden."),
+            ("provisioner", "updates to provisioner are forbidden."),
+            ("reclaimPolicy", "updates to reclaimPolicy are forbidden."),
+        ] {
+            if !same(&new[field], &old[field]) {
+                e.forbidden(&At::field(new, field), detail);
+            }
+        }
+        e.immutable(&At::field(new, "volumeBindingMode"), &old["volumeBindingMode"]);
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let default =
+            ["storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class"]
+                .iter()
+                .any(|a| meta::annotation(obj, a) == Some("true"));
+        let name = if default { format!("{} (default)", meta::name(obj)) } else { meta::name(obj).to_owned() };
+        vec![
+            json!(name),
+            table::or(&obj["provisioner"], ""),
+            table::or(&obj["reclaimPolicy"], "Delete"),
+            table::or(&obj["volumeBindingMode"], "<unset>"),
+            json!(obj["allowVolumeExpansion"] == true),
+            table::age(obj, now),
+        ]
+    }
+}
+
+impl Strategy for CsiDriver {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        volume_source::csi_driver_name(&mut e, &At::field(obj, "metadata").get("name"));
+        let spec = At::field(obj, "spec");
+        for field in ["attachRequired", "podInfoOnMount", "storageCapacity"] {
+            if !spec.get(field).is_set() {
+                e.required(&spec.get(field), "");
+            }
+        }
+        e.one_of_if_set(&spec.get("fsGroupPolicy"), &["File", "None", "ReadWriteOnceWithFSType"]);
+        let mut seen = Vec::new();
+        for request in spec.get("tokenRequests").items() {
+            let (audience, seconds) = (request.get("audience"), request.get("expirationSeconds"));
+            if seen.contains(&audience.s()) {
+                e.duplicate(&audience, audience.s());
+            }
+            seen.push(audience.s());
+            if seconds.int().is_some_and(|n| n < 600) {
+                e.invalid(&seconds, "may not specify a duration less than 10 minutes");
+            }
+        }
+        for mode in spec.get("volumeLifecycleModes").items() {
+            e.one_of(&mode, &["Ephemeral", "Persistent"]);
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs(self.validate(cx, new));
+        let spec = At::field(new, "spec");
+        e.immutable(&spec.get("attachRequired"), &old["spec"]["attachRequired"]);
+        e.immutable(&spec.get("volumeLifecycleModes"), &old["spec"]["volumeLifecycleModes"]);
+        e.0
+    }
+
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        let spec = &obj["spec"];
+        if spec["tokenRequests"].as_array().is_some_and(|t| !t.is_empty())
+            && spec["serviceAccountTokenInSecrets"].is_null()
+        {
+            return vec!["spec.serviceAccountTokenInSecrets is unset; if supported by this CSI driver, set to true to prevent possible logging of tokens in volume attributes".to_owned()];
+        }
+        Vec::new()
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let spec = &obj["spec"];
+        let audiences: Vec<&str> = spec["tokenRequests"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|t| t["audience"].as_str().unwrap_or_default())
+            .collect();
+        let requests = if audiences.is_empty() { "<unset>".to_owned() } else { audiences.join(",") };
+        let modes = match table::join(&spec["volumeLifecycleModes"], ",") {
+            modes if modes.is_empty() => "<none>".to_owned(),
+            modes => modes,
+        };
+        vec![
+            table::name(obj),
+            json!(spec["attachRequired"] != false),
+            json!(spec["podInfoOnMount"] == true),
+            json!(spec["storageCapacity"] == true),
+            json!(requests),
+            json!(spec["requiresRepublish"] == true),
+            json!(modes),
+            table::age(obj, now),
+        ]
+    }
+}
+
+impl Strategy for CsiNode {
+    fn default(&self, obj: &mut Value) {
+        if obj["spec"]["drivers"].is_null() {
+            if !obj["spec"].is_object() {
+                obj["spec"] = json!({});
+            }
+            obj["spec"]["drivers"] = Value::Null;
+        }
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let mut seen = Vec::new();
+        for driver in At::field(obj, "spec").get("drivers").items() {
+            let (name, node) = (driver.get("name"), driver.get("nodeID"));
+            volume_source::csi_driver_name(&mut e, &name);
+            if node.s().is_empty() {
+                e.required(&node, "");
+            } else if node.s().len() > 256 {
+                e.invalid(&node, "must be 256 characters or less");
+            }
+            e.non_negative(&driver.get("allocatable.count"));
+            if seen.contains(&name.s()) {
+                e.duplicate(&name, name.s());
+            }
+            seen.push(name.s());
+            for key in driver.get("topologyKeys").items() {
+                if key.s().is_empty() {
+                    e.required(&key, "");
+                } else {
+                    e.qualified_name(&key);
+                }
+            }
+        }
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        vec![table::name(obj), json!(table::count(&obj["spec"]["drivers"])), table::age(obj, now)]
+    }
+}
+
+impl Strategy for VolumeAttachment {
+    fn default(&self, obj: &mut Value) {
+        if obj["status"]["attached"].is_null() {
+            obj["status"]["attached"] = json!(false);
+        }
+    }
+
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        obj["status"] = json!({"attached": false});
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let spec = At::field(obj, "spec");
+        volume_source::csi_driver_name(&mut e, &spec.get("attacher"));
+        let source = spec.get("source");
+        let (name, inline) = (source.get("persistentVolumeName"), source.get("inlineVolumeSpec"));
+        match (name.is_set(), inline.is_set()) {
+            (false, false) => {
+                e.required(&source, "must specify exactly one of inlineVolumeSpec and persistentVolumeName")
+            }
+            (true, true) => {
+                e.forbidden(&source, "must specify exactly one of inlineVolumeSpec and persistentVolumeName")
+            }
+            (true, false) if name.s().is_empty() => e.required(&name, ""),
+            _ => {}
+        }
+        let node = spec.get("nodeName");
+        e.dns_subdomain(&node);
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs(self.validate(cx, new));
+        if !same(&new["spec"], &old["spec"]) {
+            e.invalid(&At::field(new, "spec"), "field is immutable");
+        }
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let spec = &obj["spec"];
+        vec![
+            table::name(obj),
+            table::or(&spec["attacher"], ""),
+            table::or(&spec["source"]["persistentVolumeName"], ""),
+            table::or(&spec["nodeName"], ""),
+            json!(obj["status"]["attached"] == true),
+            table::age(obj, now),
+        ]
+    }
+}
+
+impl Strategy for VolumeAttributesClass {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        volume_source::csi_driver_name(&mut e, &At::field(obj, "driverName"));
+        parameters(&mut e, &At::field(obj, "parameters"), true);
+        e.0
+    }
+
+    fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        for (field, detail) in [
+            ("driverName", "updates to driverName are forbidden."),
+            ("parameters", "updates to parameters are forbidden."),
+        ] {
+            if !same(&new[field], &old[field]) {
+                e.forbidden(&At::field(new, field), detail);
+            }
+        }
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        vec![table::name(obj), table::or(&obj["driverName"], ""), table::age(obj, now)]
+    }
+}
+
+impl Strategy for CsiStorageCapacity {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let class = At::field(obj, "storageClassName");
+        e.dns_subdomain(&class);
+        selector::label_selector(&mut e, &At::field(obj, "nodeTopology"));
+        for field in ["capacity", "maximumVolumeSize"] {
+            resources::non_negative_quantity(&mut e, &At::field(obj, field));
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs(self.validate(cx, new));
+        for field in ["nodeTopology", "storageClassName"] {
+            if !same(&new[field], &old[field]) {
+                e.invalid_as(&At::field(new, field), sorted(&new[field]), "field is immutable");
+            }
+        }
+        e.0
+    }
+}

@@ -1,0 +1,221 @@
+//! Webhook configurations.
+
+use isopod_api::{field::ErrorList, names};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{expressions, pod_defaults};
+use crate::{
+    registry::{
+        strategy::{Context, Strategy},
+        table,
+    },
+    validation::{At, Errs, selector},
+};
+
+/// `validatingwebhookconfigurations` and `mutatingwebhookconfigurations`.
+pub(crate) struct WebhookConfiguration {
+    /// Mutating webhooks can be reinvoked.
+    pub(crate) mutating: bool,
+}
+
+impl Strategy for WebhookConfiguration {
+    fn default(&self, obj: &mut Value) {
+        for webhook in obj["webhooks"].as_array_mut().into_iter().flatten() {
+            pod_defaults::set(webhook, "failurePolicy", json!("Fail"));
+            pod_defaults::set(webhook, "matchPolicy", json!("Equivalent"));
+            pod_defaults::set(webhook, "namespaceSelector", json!({}));
+            pod_defaults::set(webhook, "objectSelector", json!({}));
+            pod_defaults::set(webhook, "timeoutSeconds", json!(10));
+            if self.mutating {
+                pod_defaults::set(webhook, "reinvocationPolicy", json!("Never"));
+            }
+            for rule in webhook["rules"].as_array_mut().into_iter().flatten() {
+                pod_defaults::set(rule, "scope", json!("*"));
+            }
+            if let Some(service) = webhook.pointer_mut("/clientConfig/service") {
+                pod_defaults::set(service, "port", json!(443));
+            }
+            pod_defaults::drop_nulls(webhook);
+        }
+        super::clean(obj, &[""]);
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        let list = At::field(obj, "webhooks");
+        let mut seen = Vec::new();
+        for at in list.items() {
+            self.webhook(&mut e, &at);
+            let name = at.get("name");
+            if seen.contains(&name.s()) {
+                e.duplicate(&name, name.s());
+            }
+            seen.push(name.s());
+        }
+        e.0
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        vec![table::name(obj), json!(table::count(&obj["webhooks"])), table::age(obj, now)]
+    }
+}
+
+impl WebhookConfiguration {
+    fn webhook(&self, e: &mut Errs, at: &At<'_>) {
+        let name = at.get("name");
+        fully_qualified(e, &name);
+        for rule in at.get("rules").items() {
+            rule_with_operations(e, &rule);
+        }
+        e.one_of_if_set(&at.get("failurePolicy"), &["Fail", "Ignore"]);
+        e.one_of_if_set(&at.get("matchPolicy"), &["Equivalent", "Exact"]);
+        let effects = at.get("sideEffects");
+        if !effects.is_set() {
+            e.required(&effects, "must specify one of None, NoneOnDryRun");
+        } else {
+            e.one_of(&effects, &["None", "NoneOnDryRun"]);
+        }
+        let seconds = at.get("timeoutSeconds");
+        if seconds.int().is_some_and(|n| !(1..=30).contains(&n)) {
+            e.invalid(&seconds, "the timeout value must be between 1 and 30 seconds");
+        }
+        selector::label_selector(e, &at.get("namespaceSelector"));
+        selector::label_selector(e, &at.get("objectSelector"));
+        if self.mutating {
+            e.one_of_if_set(&at.get("reinvocationPolicy"), &["IfNeeded", "Never"]);
+        }
+        client_config(e, &at.get("clientConfig"));
+        review_versions(e, &at.get("admissionReviewVersions"));
+        expressions::match_conditions(e, &at.get("matchConditions"));
+    }
+}
+
+fn fully_qualified(e: &mut Errs, at: &At<'_>) {
+    if at.s().is_empty() {
+        return e.required(at, "");
+    }
+    let messages = names::dns1123_subdomain(at.s());
+    if messages.is_empty() && at.s().split('.').count() < 3 {
+        return e.invalid(at, "should be a domain with at least three segments separated by dots");
+    }
+    e.messages(at, messages);
+}
+
+fn review_versions(e: &mut Errs, at: &At<'_>) {
+    let versions = at.strings();
+    if versions.is_empty() {
+        return e.required(at, "must specify one of v1, v1beta1");
+    }
+    let mut seen = Vec::new();
+    for item in at.items() {
+        if seen.contains(&item.s()) {
+            e.invalid(&item, "duplicate version");
+        }
+        e.messages(&item, names::dns1035_label(item.s()));
+        seen.push(item.s());
+    }
+    if !versions.iter().any(|v| ["v1", "v1beta1"].contains(v)) {
+        e.invalid(at, "must include at least one of v1, v1beta1");
+    }
+}
+
+/// `clientConfig`: a URL or a service.
+pub(crate) fn client_config(e: &mut Errs, at: &At<'_>) {
+    let (url, service) = (at.get("url"), at.get("service"));
+    if url.is_set() == service.is_set() {
+        return e.required(at, "exactly one of url or service is required");
+    }
+    if url.is_set() {
+        https_url(e, &url);
+        return;
+    }
+    for field in ["name", "namespace"] {
+        let field = service.get(field);
+        if field.s().is_empty() {
+            e.required(&field, "");
+        }
+    }
+    let path = service.get("path");
+    if path.is_set() && !path.s().starts_with('/') {
+        e.invalid(&path, "must start with a '/'");
+    }
+    let port = service.get("port");
+    if port.is_set() && !(1..=65535).contains(&port.int0()) {
+        e.invalid(&port, "port is not valid: must be between 1 and 65535, inclusive");
+    }
+}
+
+fn https_url(e: &mut Errs, at: &At<'_>) {
+    const FORM: &str = "desired format: https://host[/path]";
+    let Some((scheme, rest)) = at.s().split_once("://") else {
+        return e.required(at, &format!("url must be a valid URL: parse error; {FORM}"));
+    };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    if scheme != "https" {
+        e.invalid_as(at, scheme, &format!("'https' is the only allowed URL scheme; {FORM}"));
+    }
+    if authority.is_empty() {
+        e.invalid_as(at, "", &format!("host must be specified; {FORM}"));
+    }
+    if let Some((user, _)) = authority.split_once('@') {
+        e.invalid_as(at, user, "user information is not permitted in the URL");
+    }
+    if rest.contains('#') {
+        e.invalid_as(at, rest.split('#').nth(1).unwrap_or_default(), "fragments are not permitted in the URL");
+    }
+    if rest.contains('?') {
+        e.invalid_as(at, rest.split('?').nth(1).unwrap_or_default(), "query parameters are not permitted in the URL");
+    }
+}
+
+/// A rule of webhooks and policies.
+pub(crate) fn rule_with_operations(e: &mut Errs, at: &At<'_>) {
+    let operations = at.get("operations");
+    if operations.len() == 0 {
+        e.required(&operations, "");
+    }
+    if operations.len() > 1 && operations.strings().contains(&"*") {
+        e.invalid(&operations, "if '*' is present, must not specify other operations");
+    }
+    for operation in operations.items() {
+        e.one_of(&operation, &["*", "CONNECT", "CREATE", "DELETE", "UPDATE"]);
+    }
+    for (field, what) in [("apiGroups", "API groups"), ("apiVersions", "API versions")] {
+        let list = at.get(field);
+        if list.len() == 0 {
+            e.required(&list, "");
+        }
+        if list.len() > 1 && list.strings().contains(&"*") {
+            e.invalid(&list, &format!("if '*' is present, must not specify other {what}"));
+        }
+        if field == "apiVersions" {
+            for item in list.items() {
+                if item.s().is_empty() {
+                    e.required(&item, "");
+                }
+            }
+        }
+    }
+    resources(e, &at.get("resources"));
+    e.one_of_if_set(&at.get("scope"), &["*", "Cluster", "Namespaced"]);
+}
+
+fn resources(e: &mut Errs, at: &At<'_>) {
+    let all = at.strings();
+    if all.is_empty() {
+        e.required(at, "");
+    }
+    if all.contains(&"*/*") && all.len() > 1 {
+        e.invalid(at, "if '*/*' is present, must not specify other resources");
+    }
+    let plain = all.iter().filter(|r| !r.contains('/')).count();
+    if all.contains(&"*") && plain > 1 {
+        e.invalid(at, "if '*' is present, must not specify other resources without subresources");
+    }
+    for item in at.items() {
+        if item.s().is_empty() {
+            e.required(&item, "");
+        }
+    }
+}
