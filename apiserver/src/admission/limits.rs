@@ -50,7 +50,7 @@ fn default_pod(pod: &mut Value, ranges: &[Value]) {
     for range in ranges {
         for limit in list(&range["spec"], "limits").iter().filter(|limit| limit["type"] == "Container") {
             for (field, kind) in [("containers", "container"), ("initContainers", "init container")] {
-                for container in pod["spec"][field].as_array_mut().into_iter().flatten() {
+                for container in pod["spec"].get_mut(field).and_then(Value::as_array_mut).into_iter().flatten() {
                     notes.extend(default_container(container, kind, limit));
                 }
             }

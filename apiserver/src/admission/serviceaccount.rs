@@ -95,7 +95,7 @@ fn mount_token(spec: &mut Value) {
     let name = existing.clone().unwrap_or_else(|| format!("{VOLUME_PREFIX}{}", suffix()));
     let mut used = false;
     for field in ["initContainers", "containers"] {
-        for container in spec[field].as_array_mut().into_iter().flatten() {
+        for container in spec.get_mut(field).and_then(Value::as_array_mut).into_iter().flatten() {
             if list(container, "volumeMounts").iter().any(|mount| mount["mountPath"] == MOUNT_PATH) {
                 continue;
             }

@@ -86,7 +86,7 @@ fn significant(old: &Value, new: &Value) -> bool {
             spec.as_object_mut().map(|spec| spec.remove(field));
         }
         for container in ["containers", "initContainers"] {
-            for container in spec[container].as_array_mut().into_iter().flatten() {
+            for container in spec.get_mut(container).and_then(Value::as_array_mut).into_iter().flatten() {
                 container["image"] = Value::Null;
                 container["resources"] = Value::Null;
             }
