@@ -9,6 +9,7 @@ pub mod cache;
 pub mod elect;
 pub mod merge;
 pub mod objects;
+pub mod placement;
 pub mod quantity;
 pub mod queue;
 pub mod record;

@@ -5,13 +5,20 @@
 //! The binary that runs this gives a client; leader election is optional.
 
 mod context;
+mod daemon_set;
 mod deployment;
+mod discovery;
 mod endpoints;
 mod expectations;
+mod gc;
+mod namespace;
+mod node;
 mod ownership;
 mod pod_control;
 mod pods;
 mod replica;
+mod revisions;
+mod root_ca;
 mod service_account;
 mod written;
 
@@ -68,6 +75,9 @@ pub enum Error {
 
 /// Runs all controllers until `stop`.
 pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) -> Result<(), Error> {
+    let read =
+        |path: &PathBuf| std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.clone(), source });
+    let root_ca = read(&config.root_ca)?;
     let objects = Objects::new(client, "kube-controller-manager");
     let leading = if config.leader_elect {
         let election = Election::new("kube-controller-manager");
@@ -86,7 +96,7 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
         () = ctx.synced() => {}
         () = leading.cancelled() => return ended(&stop),
     }
-    start(&ctx);
+    start(&ctx, root_ca);
     leading.cancelled().await;
     ended(&stop)
 }
@@ -96,7 +106,9 @@ fn ended(stop: &CancellationToken) -> Result<(), Error> {
 }
 
 /// Every controller subscribes once all caches are complete, so none plans from half a picture.
-fn start(ctx: &Arc<Context>) {
+fn start(ctx: &Arc<Context>, root_ca: String) {
+    node::ipam::start(ctx);
+    node::lifecycle::start(ctx);
     replica::start::<ReplicaSet>(ctx);
     replica::start::<ReplicationController>(ctx);
     deployment::start(ctx);
@@ -104,4 +116,10 @@ fn start(ctx: &Arc<Context>) {
     endpoints::legacy::start(ctx);
     endpoints::mirror::start(ctx);
     service_account::start(ctx);
+    root_ca::start(ctx, root_ca);
+    namespace::start(ctx);
+    gc::start(ctx);
+    daemon_set::start(ctx);
+    node::eviction::start(ctx);
+    node::pod_gc::start(ctx);
 }
