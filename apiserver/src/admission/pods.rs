@@ -9,6 +9,9 @@ use super::{Operation, Plugin, Request, list, push};
 /// Priorities from priority classes.
 pub(super) struct Priority;
 
+/// Classes the cluster itself needs.
+const SYSTEM_CLASSES: [&str; 2] = ["system-cluster-critical", "system-node-critical"];
+
 fn priority_classes() -> Gvr {
     Gvr::new("scheduling.k8s.io", "v1", "priorityclasses")
 }
@@ -70,7 +73,14 @@ impl Plugin for Priority {
     }
 
     fn admit<'a>(&'a self, request: &'a mut Request<'_>) -> BoxFuture<'a, Result<(), Status>> {
-        let result = if request.creates("", "pods") { prioritize(request) } else { Ok(()) };
+        let removes = request.operation == Operation::Delete && request.is("scheduling.k8s.io", "priorityclasses");
+        let result = if request.creates("", "pods") {
+            prioritize(request)
+        } else if removes && SYSTEM_CLASSES.contains(&request.name) {
+            Err(request.forbidden("this is a system priority class and cannot be deleted"))
+        } else {
+            Ok(())
+        };
         Box::pin(async { result })
     }
 

@@ -3,7 +3,10 @@
 //! A change of any of the four resources makes a new index, but only objects whose revision has changed are parsed again,
 //! so that the cost of a change is one parse and the moving of pointers.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+};
 
 use arc_swap::ArcSwap;
 use isopod_api::{gvk::Gvr, selector::LabelSelector};
@@ -33,7 +36,7 @@ struct Role {
 }
 
 /// A subject of a binding as requests carry it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug)]
 enum Subject {
     User(String),
     Group(String),
@@ -96,7 +99,28 @@ struct Grant {
 }
 
 type Key = (String, String);
-type Index = HashMap<Subject, Vec<Grant>>;
+
+/// Grants by who has them.
+#[derive(Debug, Default)]
+struct Index {
+    users: HashMap<String, Vec<Grant>>,
+    groups: HashMap<String, Vec<Grant>>,
+}
+
+impl Index {
+    fn add(&mut self, subject: &Subject, grant: Grant) {
+        let (map, name) = match subject {
+            Subject::User(name) => (&mut self.users, name),
+            Subject::Group(name) => (&mut self.groups, name),
+        };
+        map.entry(name.clone()).or_default().push(grant);
+    }
+
+    fn of<'a>(&'a self, user: &'a UserInfo) -> impl Iterator<Item = &'a Grant> {
+        let own = self.users.get(&user.name).into_iter();
+        own.chain(user.groups.iter().filter_map(|group| self.groups.get(group))).flatten()
+    }
+}
 
 /// All roles and bindings at one moment.
 #[derive(Debug, Default)]
@@ -112,8 +136,11 @@ fn key(object: &Object) -> Key {
     (object.namespace.to_string(), object.name.to_string())
 }
 
+/// Asked on every request, so the names are made once.
 fn generations(objects: &dyn Objects) -> [u64; 4] {
-    ["clusterroles", "roles", "clusterrolebindings", "rolebindings"].map(|r| objects.generation(&gvr(r)))
+    static RESOURCES: OnceLock<[Gvr; 4]> = OnceLock::new();
+    let resources = RESOURCES.get_or_init(|| ["clusterroles", "roles", "clusterrolebindings", "rolebindings"].map(gvr));
+    resources.each_ref().map(|resource| objects.generation(resource))
 }
 
 impl Policy {
@@ -169,7 +196,7 @@ impl Policy {
                     binding.role_kind, binding.role_name
                 );
                 let grant = Grant { order, reason: reason.into(), rules: rules.clone() };
-                index.entry(subject.clone()).or_default().push(grant);
+                index.add(subject, grant);
             }
         }
         self.bindings.insert(key, binding);
@@ -216,13 +243,11 @@ impl Policy {
         rules
     }
 
-    fn grants<'a>(&'a self, user: &UserInfo, namespace: &str) -> Vec<&'a Grant> {
-        let mut subjects = vec![Subject::User(user.name.clone())];
-        subjects.extend(user.groups.iter().cloned().map(Subject::Group));
+    fn grants<'a>(&'a self, user: &'a UserInfo, namespace: &str) -> Vec<&'a Grant> {
         let mut out = Vec::new();
         for index in [Some(&self.cluster), self.namespaces.get(namespace)].into_iter().flatten() {
             let start = out.len();
-            out.extend(subjects.iter().filter_map(|subject| index.get(subject)).flatten());
+            out.extend(index.of(user));
             out[start..].sort_by_key(|grant: &&Grant| grant.order);
         }
         out
