@@ -2,7 +2,9 @@
 //! logs, exec, proxies.
 
 mod access;
+mod binding;
 mod connect;
+mod eviction;
 mod proxy;
 mod query;
 mod tokens;
@@ -119,6 +121,9 @@ fn tokens_and_reviews(services: &Services, endpoints: &mut Endpoints) {
         let review = access::AccessReview { authorizer: services.authorizer.clone(), subject };
         add("authorization.k8s.io", resource, "", Arc::new(review));
     }
+    add("", "pods", "binding", Arc::new(binding::Binding));
+    add("", "bindings", "", Arc::new(binding::Binding));
+    add("", "pods", "eviction", Arc::new(eviction::Eviction));
     let rules = access::RulesReview { authorizer: services.authorizer.clone() };
     add("authorization.k8s.io", "selfsubjectrulesreviews", "", Arc::new(rules));
 }

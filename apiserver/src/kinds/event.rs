@@ -1,6 +1,9 @@
 //! Events, of both API groups.
 
-use isopod_api::{field::ErrorList, meta};
+use isopod_api::{
+    field::{ErrorList, Path},
+    meta,
+};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -9,12 +12,10 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, same},
+    validation::{At, Errs},
 };
 
-/// `events` of the core group.
-pub(crate) struct CoreEvent;
-/// `events` of events.k8s.io.
+/// `events` of both groups: stored in the core group's form, shown in either.
 pub(crate) struct Event;
 
 /// The names the two groups give to the same fields.
@@ -51,28 +52,22 @@ fn text<'a>(v: &'a Value, field: &str) -> &'a str {
     v[field].as_str().unwrap_or_default()
 }
 
-/// A cluster-scoped object's events live in `default` (or where they like, in the core group).
-fn namespace_matches(obj: &Value, names: &Names) -> bool {
-    let (own, involved) = (meta::namespace(obj), text(&obj[names.object], "namespace"));
-    if involved.is_empty() { matches!(own, "default" | "kube-system") } else { own == involved }
-}
-
-fn legacy(e: &mut Errs, obj: &Value) {
+/// A cluster-scoped object's events live in `default` or `kube-system`.
+fn involved_namespace(e: &mut Errs, obj: &Value) {
     let at = At::field(obj, CORE.object).get("namespace");
-    if !namespace_matches(obj, &CORE) {
+    let own = meta::namespace(obj);
+    let fits = if at.s().is_empty() { matches!(own, "default" | "kube-system") } else { own == at.s() };
+    if !fits {
         e.invalid_str(&at, "does not match event.namespace");
     }
 }
 
-fn new_style(e: &mut Errs, obj: &Value, names: &Names) {
-    let controller = At::field(obj, names.controller);
-    if names.object == "involvedObject" {
-        legacy(e, obj);
-        if controller.s().is_empty() {
-            e.required(&controller, "");
-        }
-    } else if !namespace_matches(obj, names) {
-        e.invalid_str(&At::field(obj, names.object).get("namespace"), "does not match event.namespace");
+/// What an event with a time must have; fields are named as the client's group names them.
+fn complete(e: &mut Errs, obj: &Value, names: &Names) {
+    involved_namespace(e, obj);
+    let controller = At::new(Path::new(names.controller), &obj[CORE.controller]);
+    if controller.s().is_empty() {
+        e.required(&controller, "");
     }
     e.qualified_name(&controller);
     for field in ["reportingInstance", "action", "reason"] {
@@ -83,7 +78,7 @@ fn new_style(e: &mut Errs, obj: &Value, names: &Names) {
             e.invalid(&at, "can have at most 128 characters");
         }
     }
-    let message = At::field(obj, names.message);
+    let message = At::new(Path::new(names.message), &obj[CORE.message]);
     if message.s().len() > 1024 {
         e.invalid(&message, "can have at most 1024 characters");
     }
@@ -148,44 +143,37 @@ fn source(obj: &Value, names: &Names) -> String {
     if instance.is_empty() { component.to_owned() } else { format!("{component}, {instance}") }
 }
 
-fn fields(obj: &Value, names: &Names) -> Vec<(&'static str, String)> {
-    let involved = &obj[names.object];
-    let owned = |v: &Value, field: &str| text(v, field).to_owned();
-    let component = text(&obj[names.source], "component");
-    let source = if component.is_empty() { text(obj, names.controller) } else { component };
-    if names.object == "regarding" {
-        return vec![
-            ("type", owned(obj, "type")),
-            ("regarding.kind", owned(involved, "kind")),
-            ("regarding.namespace", owned(involved, "namespace")),
-            ("regarding.name", owned(involved, "name")),
-            ("regarding.uid", owned(involved, "uid")),
-            ("reason", owned(obj, "reason")),
-            ("reportingController", owned(obj, "reportingController")),
-        ];
-    }
-    vec![
-        ("type", owned(obj, "type")),
-        ("involvedObject.kind", owned(involved, "kind")),
-        ("involvedObject.namespace", owned(involved, "namespace")),
-        ("involvedObject.name", owned(involved, "name")),
-        ("involvedObject.uid", owned(involved, "uid")),
-        ("involvedObject.apiVersion", owned(involved, "apiVersion")),
-        ("involvedObject.resourceVersion", owned(involved, "resourceVersion")),
-        ("involvedObject.fieldPath", owned(involved, "fieldPath")),
-        ("reason", owned(obj, "reason")),
-        ("reportingComponent", owned(obj, "reportingComponent")),
-        ("source", source.to_owned()),
-    ]
-}
-
-impl Strategy for CoreEvent {
-    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+impl Strategy for Event {
+    fn validate(&self, cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        if obj["eventTime"].is_null() {
-            legacy(&mut e, obj);
-        } else {
-            new_style(&mut e, obj, &CORE);
+        let strict = cx.gvr.group == "events.k8s.io";
+        match (strict, obj["eventTime"].is_null()) {
+            (false, true) => involved_namespace(&mut e, obj),
+            (false, false) => complete(&mut e, obj, &CORE),
+            (true, true) => e.required(&At::field(obj, "eventTime"), ""),
+            (true, false) => complete(&mut e, obj, &NEW),
+        }
+        if strict {
+            event_type(&mut e, obj);
+        }
+        e.0
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs(self.validate(cx, new));
+        if cx.gvr.group == "events.k8s.io" {
+            for (field, shown) in [
+                ("reportingComponent", "reportingController"),
+                ("reportingInstance", "reportingInstance"),
+                ("action", "action"),
+                ("reason", "reason"),
+                ("involvedObject", "regarding"),
+                ("related", "related"),
+                ("message", "note"),
+                ("type", "type"),
+            ] {
+                e.immutable(&At::new(Path::new(shown), &new[field]), &old[field]);
+            }
         }
         e.0
     }
@@ -195,7 +183,23 @@ impl Strategy for CoreEvent {
     }
 
     fn fields(&self, obj: &Value) -> Vec<(&'static str, String)> {
-        fields(obj, &CORE)
+        let involved = &obj[CORE.object];
+        let owned = |v: &Value, field: &str| text(v, field).to_owned();
+        let component = text(&obj["source"], "component");
+        let source = if component.is_empty() { text(obj, CORE.controller) } else { component };
+        vec![
+            ("type", owned(obj, "type")),
+            ("involvedObject.kind", owned(involved, "kind")),
+            ("involvedObject.namespace", owned(involved, "namespace")),
+            ("involvedObject.name", owned(involved, "name")),
+            ("involvedObject.uid", owned(involved, "uid")),
+            ("involvedObject.apiVersion", owned(involved, "apiVersion")),
+            ("involvedObject.resourceVersion", owned(involved, "resourceVersion")),
+            ("involvedObject.fieldPath", owned(involved, "fieldPath")),
+            ("reason", owned(obj, "reason")),
+            ("reportingComponent", owned(obj, "reportingComponent")),
+            ("source", source.to_owned()),
+        ]
     }
 
     fn field_names(&self) -> &'static [&'static str] {
@@ -215,56 +219,6 @@ impl Strategy for CoreEvent {
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
-        cells(obj, now, &CORE)
-    }
-}
-
-impl Strategy for Event {
-    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
-        let mut e = Errs::new();
-        if obj["eventTime"].is_null() {
-            e.required(&At::field(obj, "eventTime"), "");
-            event_type(&mut e, obj);
-        } else {
-            new_style(&mut e, obj, &NEW);
-            event_type(&mut e, obj);
-        }
-        e.0
-    }
-
-    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        let mut e = Errs(self.validate(cx, new));
-        for field in
-            ["reportingController", "reportingInstance", "action", "reason", "regarding", "related", "note", "type"]
-        {
-            if !same(&new[field], &old[field]) {
-                e.immutable(&At::field(new, field), &old[field]);
-            }
-        }
-        e.0
-    }
-
-    fn allow_create_on_update(&self) -> bool {
-        true
-    }
-
-    fn fields(&self, obj: &Value) -> Vec<(&'static str, String)> {
-        fields(obj, &NEW)
-    }
-
-    fn field_names(&self) -> &'static [&'static str] {
-        &[
-            "type",
-            "regarding.kind",
-            "regarding.namespace",
-            "regarding.name",
-            "regarding.uid",
-            "reason",
-            "reportingController",
-        ]
-    }
-
-    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
-        cells(obj, now, &NEW)
+        cells(obj, now, if obj.get(NEW.object).is_some() { &NEW } else { &CORE })
     }
 }

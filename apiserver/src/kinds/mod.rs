@@ -50,7 +50,7 @@ mod webhooks;
 static TABLE: &[(&str, &str, &dyn Strategy)] = &[
     ("", "configmaps", &config::ConfigMap),
     ("", "endpoints", &endpoints::Endpoints),
-    ("", "events", &event::CoreEvent),
+    ("", "events", &event::Event),
     ("", "limitranges", &quota::LimitRange),
     ("", "namespaces", &namespace::Namespace),
     ("", "nodes", &node::Node),

@@ -75,8 +75,9 @@ impl Registry {
             }
             let name = meta::name(&obj).to_owned();
             let cx = self.context(resource, "", namespace, &name, writer);
-            resource.strategy.prepare_for_create(&cx, &mut obj);
+            // The uid comes first: Jobs put it into their selector.
             metadata::for_create(resource, &mut obj);
+            resource.strategy.prepare_for_create(&cx, &mut obj);
             let reservation = resource.strategy.reserve(&cx, &mut obj, None)?;
             let mut errors = validation::meta::create(&resource.gvr, resource.info.namespaced, &obj);
             errors.extend(resource.strategy.validate(&cx, &obj));

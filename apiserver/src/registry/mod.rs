@@ -208,7 +208,10 @@ impl Objects for Registry {
                 Ok(new)
             };
             let target = Target { resource, namespace, name, subresource };
-            let outcome = self.update_object(target, &edit, Rules::PATCH, &mut writer).await?;
+            // A binding leaves no trace in managedFields.
+            let tracking = if subresource == "binding" { update::Tracking::Done } else { update::Tracking::Update };
+            let rules = Rules { tracking, ..Rules::PATCH };
+            let outcome = self.update_object(target, &edit, rules, &mut writer).await?;
             Ok(outcome.object.value())
         })
     }

@@ -160,7 +160,9 @@ impl Registry {
         self.admit(Pass::Mutating, &admission, &mut new, writer).await?;
         let cx = self.context(resource, subresource, namespace, name, writer);
         resource.strategy.prepare_for_update(&cx, &mut new, &old);
-        metadata::bump_generation(resource, &mut new, &old);
+        if subresource != "binding" {
+            metadata::bump_generation(resource, &mut new, &old);
+        }
         let reservation = resource.strategy.reserve(&cx, &mut new, Some(&old))?;
         let mut errors = validation::meta::update(&resource.gvr, &new, &old);
         errors.extend(resource.strategy.validate_update(&cx, &new, &old));
