@@ -24,7 +24,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let bind: SocketAddr = ([127, 0, 0, 1], port).into();
     let config = Config {
         bind,
-        advertise: bind.ip(),
+        // Endpoints may not be loopback addresses.
+        advertise: [192, 0, 2, 1].into(),
         tls_cert: path("apiserver.crt"),
         tls_key: path("apiserver.key"),
         client_ca: path("ca.crt"),
