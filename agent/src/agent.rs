@@ -22,7 +22,7 @@ use crate::{
     events::Recorder,
     host::NodeHost,
     images::{ImageError, ImageService, LocalImages},
-    network::PodNetwork,
+    network::{BridgeNetwork, NetworkConfig, PodNetwork},
     node,
     objects::Objects,
     paths::Paths,
@@ -75,6 +75,12 @@ impl From<CgroupError> for Error {
 
 /// Runs the agent until `stop`; pods keep running.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
+    let network = network(&config).await?;
+    run_on(config, network, stop).await
+}
+
+/// The same on a given network.
+pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: CancellationToken) -> Result<(), Error> {
     let paths = config.paths.clone();
     for dir in [paths.etc(), paths.state(), paths.pods(), paths.images(), paths.run_pods(), paths.logs()] {
         fs::create_dir_all(&dir).map_err(|source| Error::Directory { path: dir, source })?;
@@ -88,7 +94,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
     let node_name: Arc<str> = config.node_name.as_str().into();
     let server = bind(&config).await?;
     let api = Api::start(config.kubeconfig.clone(), stop.clone());
-    let network = network(&config, &stop).await?;
     let machine = node::info::machine(&config);
     let manifests = config.kubelet.static_pod_path.clone().unwrap_or_else(|| paths.manifests());
     load_images(&local, &config).await;
@@ -258,6 +263,15 @@ pub fn cleanup(paths: &Paths) -> Result<(), Error> {
     if errors.is_empty() { Ok(()) } else { Err(Error::Leftovers(errors.join("; "))) }
 }
 
-async fn network(_config: &Config, _stop: &CancellationToken) -> Result<Arc<dyn PodNetwork>, Error> {
-    Err(Error::Network("not there".into()))
+async fn network(config: &Config) -> Result<Arc<dyn PodNetwork>, Error> {
+    let wanted = NetworkConfig {
+        cluster_cidrs: vec![config.cluster_cidr],
+        service_cidrs: vec![config.service_cidr],
+        ..NetworkConfig::new(config.paths.clone())
+    };
+    let network = BridgeNetwork::start(wanted).await.map_err(|e| Error::Network(e.to_string()))?;
+    if let Some(cidr) = config.kubelet.pod_cidr {
+        network.set_pod_cidr(vec![cidr]);
+    }
+    Ok(Arc::new(network))
 }

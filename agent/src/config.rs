@@ -36,6 +36,10 @@ pub struct Config {
     pub serving_key: PathBuf,
     /// CA whose client certificates the server accepts.
     pub client_ca: PathBuf,
+    /// Pod addresses of the whole cluster.
+    pub cluster_cidr: ipnet::IpNet,
+    /// Service addresses.
+    pub service_cidr: ipnet::IpNet,
     /// Name of the control plane's image to assemble from this executable, if any.
     pub control_plane_image: Option<String>,
 }

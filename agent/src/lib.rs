@@ -27,6 +27,6 @@ mod spec;
 mod tokens;
 mod volumes;
 
-pub use agent::{Error, cleanup, run, stop_all_pods, wait_for_file};
+pub use agent::{Error, cleanup, run, run_on, stop_all_pods, wait_for_file};
 pub use config::{Config, KubeletConfiguration};
 pub use paths::Paths;

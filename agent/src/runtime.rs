@@ -21,7 +21,7 @@ use isopod_runtime::supervisor::{
     protocol::{Answer, ContainerStatus, Event, Exit, Failure, FailureKind, Message, Op, PodConfig, Request, VERSION},
 };
 use tokio::{
-    io::{AsyncReadExt, unix::AsyncFd},
+    io::unix::AsyncFd,
     sync::{mpsc, oneshot},
 };
 
@@ -186,35 +186,22 @@ pub(crate) async fn launch(
     std::fs::create_dir_all(dir).map_err(file_error(dir))?;
     let text = serde_json::to_vec(pod).map_err(|e| file_error(&path)(e.into()))?;
     std::fs::write(&path, text).map_err(file_error(&path))?;
-    let log_path = dir.join("supervisor.log");
-    let log = std::fs::File::create(&log_path).map_err(file_error(&log_path))?;
-    // A process group of its own, so that a terminal's Ctrl-C for the agent is not one for the pods.
-    let mut child = tokio::process::Command::new(binary)
+    // It leaves this process (so that it outlives it) and tells in one line whether it listens.
+    let said = tokio::process::Command::new(binary)
         .arg("supervise")
         .arg(dir)
         .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(log)
         .process_group(0)
-        .kill_on_drop(false)
-        .spawn()
+        .output()
+        .await
         .map_err(|source| RuntimeError::Execute { binary: binary.to_path_buf(), source })?;
-    // The supervisor says that it listens by writing to, or closing, its output.
-    if let Some(mut out) = child.stdout.take() {
-        let mut word = [0u8; 64];
-        let _ = out.read(&mut word).await;
+    let line = String::from_utf8_lossy(&said.stdout);
+    if !line.starts_with("ready") {
+        let more = String::from_utf8_lossy(&said.stderr);
+        let text = format!("{} {}", line.trim().trim_start_matches("error: "), more.trim());
+        return Err(RuntimeError::NotStarted(text.trim().to_string()));
     }
-    match connect(dir, events) {
-        Ok(s) => {
-            tokio::spawn(async move { child.wait().await });
-            Ok(s)
-        }
-        Err(e) => {
-            let said = std::fs::read_to_string(&log_path).unwrap_or_default();
-            let said = said.trim();
-            Err(RuntimeError::NotStarted(if said.is_empty() { e.to_string() } else { said.to_string() }))
-        }
-    }
+    connect(dir, events).map_err(|e| RuntimeError::NotStarted(e.to_string()))
 }
 
 /// Connects to the supervisor that listens in `dir`.

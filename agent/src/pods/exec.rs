@@ -20,14 +20,15 @@ use isopod_runtime::supervisor::protocol::Op;
 /// Output kept of a probe or hook.
 const OUTPUT: u64 = 10 * 1024;
 
-/// Where a container instance keeps config.json, its writable layer and its termination message.
+/// Where a container instance keeps its bundle, its writable layer and its termination message. The bundle is a directory of
+/// its own because the container's root is mounted over it, in the container's view.
 pub(crate) fn bundle(paths: &Paths, uid: &str, container: &str, attempt: u32) -> PathBuf {
     paths.pod(uid).join("containers").join(container).join(attempt.to_string())
 }
 
 /// The container's own process with another command.
 pub(crate) fn process(bundle: &Path, command: &[String], tty: bool) -> io::Result<Value> {
-    let config: Value = serde_json::from_slice(&std::fs::read(bundle.join("config.json"))?)?;
+    let config: Value = serde_json::from_slice(&std::fs::read(bundle.join("bundle/config.json"))?)?;
     let mut process = config["process"].clone();
     process["args"] = json!(command);
     process["terminal"] = json!(tty);

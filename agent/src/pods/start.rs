@@ -289,7 +289,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
                 ended: None,
             }
         };
-        for dir in ["upper", "work", "rootfs"] {
+        for dir in ["upper", "work", "bundle"] {
             fs::create_dir_all(bundle.join(dir)).map_err(disk(&bundle))?;
         }
         let mounts = mounts(job, &bundle, prepared, &env)?;
@@ -309,7 +309,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
         })
         .map_err(Failure::config)?;
         let text = serde_json::to_vec(&document).map_err(|e| Failure::config(e.to_string()))?;
-        fs::write(bundle.join("config.json"), text).map_err(disk(&bundle))?;
+        fs::write(bundle.join("bundle/config.json"), text).map_err(disk(&bundle))?;
         Ok((id, bundle, document))
     };
     let (id, bundle, document) =
@@ -344,7 +344,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
     }
     let op = Op::Create {
         container: id.clone(),
-        bundle: bundle.clone(),
+        bundle: bundle.join("bundle"),
         rootfs: Rootfs::Overlay { lower: image.layers.clone(), upper: bundle.join("upper"), work: bundle.join("work") },
         log_path: Some(log),
         stdin: c.stdin == Some(true),

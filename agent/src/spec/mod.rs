@@ -101,7 +101,6 @@ pub(crate) fn build(i: &Inputs<'_>) -> Result<Value, String> {
     }
     Ok(json!({
         "ociVersion": "1.2.0",
-        "hostname": i.hostname,
         "root": {"path": "rootfs", "readonly": security::read_only_root(c)},
         "process": {
             "terminal": c.tty == Some(true),

@@ -101,6 +101,8 @@ impl Node {
                 serving_cert: paths.pki().join("kubelet.crt"),
                 serving_key: paths.pki().join("kubelet.key"),
                 client_ca: paths.pki().join("ca.crt"),
+                cluster_cidr: settings.pod_cidr,
+                service_cidr: settings.service_cidr,
                 control_plane_image: control_plane.then(|| manifests::IMAGE.to_owned()),
             },
             proxy: isopod_netproxy::Config {
