@@ -322,12 +322,7 @@ async fn attach_with_a_terminal_forwards_sizes() {
     client.send(Message::Binary(size)).await.unwrap();
     assert_eq!(fixture.resized.recv().await, Some(TerminalSize { width: 100, height: 30 }));
     client.send(Message::Binary(Bytes::from_static(b"\x00ping"))).await.unwrap();
-    loop {
-        let message = client.next().await.unwrap().unwrap();
-        if message.into_data() == &b"\x01ping"[..] {
-            break;
-        }
-    }
+    while client.next().await.unwrap().unwrap().into_data() != b"\x01ping"[..] {}
 }
 
 /// A server that answers one connection with what it got, in upper case.

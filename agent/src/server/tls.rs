@@ -1,6 +1,11 @@
 //! TLS of the node's server: its certificate, the CA clients are checked against, and who a client is.
 
-use std::{fs::File, io::BufReader, path::PathBuf, sync::Arc};
+use std::{
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use rustls::{
     RootCertStore, ServerConfig,
@@ -59,25 +64,21 @@ impl Identity {
     }
 }
 
-fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let error = |source| Error::Read { path: path.clone(), source };
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let error = |source| Error::Read { path: path.to_path_buf(), source };
     let file = File::open(path).map_err(error)?;
     rustls_pemfile::certs(&mut BufReader::new(file)).collect::<Result<_, _>>().map_err(error)
 }
 
-fn key(path: &PathBuf) -> Result<PrivateKeyDer<'static>, Error> {
-    let error = |source| Error::Read { path: path.clone(), source };
+fn key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
+    let error = |source| Error::Read { path: path.to_path_buf(), source };
     let file = File::open(path).map_err(error)?;
     let key = rustls_pemfile::private_key(&mut BufReader::new(file)).map_err(error)?;
-    key.ok_or_else(|| Error::NoKey { path: path.clone() })
+    key.ok_or_else(|| Error::NoKey { path: path.to_path_buf() })
 }
 
 /// The server's TLS configuration. Clients without a certificate get in as far as /healthz.
-pub(crate) fn server_config(
-    cert: &PathBuf,
-    key_path: &PathBuf,
-    client_ca: &PathBuf,
-) -> Result<Arc<ServerConfig>, Error> {
+pub(crate) fn server_config(cert: &Path, key_path: &Path, client_ca: &Path) -> Result<Arc<ServerConfig>, Error> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(client_ca)? {
         roots.add(certificate).map_err(Error::Refused)?;

@@ -79,7 +79,7 @@ impl Usage {
     fn add(&mut self, other: &Self) {
         for (ours, theirs) in [(&mut self.requests, &other.requests), (&mut self.limits, &other.limits)] {
             for (name, amount) in theirs {
-                let sum = ours.get(name).map_or_else(|| amount.clone(), |have| have.add(amount));
+                let sum = ours.get(name).map_or(*amount, |have| have.add(amount));
                 ours.insert(name.clone(), sum);
             }
         }
@@ -89,7 +89,7 @@ impl Usage {
         for (ours, theirs) in [(&mut self.requests, &other.requests), (&mut self.limits, &other.limits)] {
             for (name, amount) in theirs {
                 if ours.get(name).is_none_or(|have| have < amount) {
-                    ours.insert(name.clone(), amount.clone());
+                    ours.insert(name.clone(), *amount);
                 }
             }
         }

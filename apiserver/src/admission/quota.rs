@@ -36,7 +36,7 @@ fn amounts(value: &Value) -> Amounts {
 
 fn add(to: &mut Amounts, name: impl Into<String>, amount: &Quantity) {
     let name = name.into();
-    let sum = to.get(&name).map_or_else(|| amount.clone(), |have| have.add(amount));
+    let sum = to.get(&name).map_or(*amount, |have| have.add(amount));
     to.insert(name, sum);
 }
 
@@ -129,7 +129,7 @@ fn pod_usage(pod: &Value, mut out: Amounts) -> Amounts {
             continue;
         }
         for (name, amount) in used {
-            let amount = sidecars.get(&name).map_or_else(|| amount.clone(), |have| have.add(&amount));
+            let amount = sidecars.get(&name).map_or(amount, |have| have.add(&amount));
             if peak.get(&name).is_none_or(|have| *have < amount) {
                 peak.insert(name, amount);
             }

@@ -4,7 +4,7 @@
 //! node, a secret, a node); it is good as long as all of those still exist with the same UIDs. The signature of a token
 //! that has been seen is not computed again; everything else is looked at every time.
 
-use std::{collections::HashMap, fs, path::PathBuf, sync::Arc};
+use std::{collections::HashMap, fs, path::Path, sync::Arc};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use isopod_api::{gvk::Gvr, meta};
@@ -76,16 +76,16 @@ pub struct Claims {
     pub sub: String,
 }
 
-fn read(path: &PathBuf) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(|source| Error::Read { path: path.clone(), source })
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    fs::read(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })
 }
 
-fn content(path: &PathBuf, reason: impl std::fmt::Display) -> Error {
-    Error::Content { path: path.clone(), reason: reason.to_string() }
+fn content(path: &Path, reason: impl std::fmt::Display) -> Error {
+    Error::Content { path: path.to_path_buf(), reason: reason.to_string() }
 }
 
 /// The DER of the first PEM block of a file.
-fn pem(path: &PathBuf, text: &[u8]) -> Result<Vec<u8>, Error> {
+fn pem(path: &Path, text: &[u8]) -> Result<Vec<u8>, Error> {
     let (_, block) = x509_parser::pem::parse_x509_pem(text).map_err(|error| content(path, error))?;
     Ok(block.contents)
 }
@@ -361,6 +361,8 @@ pub fn jwks(config: &Config) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
     use crate::admission::testing::FakeObjects;
 

@@ -63,6 +63,6 @@ mod tests {
         let mut done = view.clone();
         done["rules"] = json!([rule]);
         assert_eq!(changed(&done, &roles), None);
-        assert_eq!(changed(&view, &[view.clone()]), None, "nothing selected is no rules, however written");
+        assert_eq!(changed(&view, std::slice::from_ref(&view)), None, "nothing selected is no rules, however written");
     }
 }

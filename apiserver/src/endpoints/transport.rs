@@ -3,7 +3,7 @@
 //! A request is passed on as it is, upgrades included: after a 101 the two connections are joined byte by byte, so every
 //! protocol between client and node (SPDY, WebSocket, a tunnel of one in the other) goes through untranslated.
 
-use std::{fs::File, io, io::BufReader, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs::File, io, io::BufReader, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty};
@@ -79,20 +79,20 @@ pub(crate) struct Transport {
     unchecked: Arc<ClientConfig>,
 }
 
-fn pem_error(path: &PathBuf) -> impl Fn(io::Error) -> Error + use<> {
-    let path = path.clone();
+fn pem_error(path: &Path) -> impl Fn(io::Error) -> Error + use<> {
+    let path = path.to_path_buf();
     move |source| Error::Read { path: path.clone(), source }
 }
 
-fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, Error> {
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
     let file = File::open(path).map_err(pem_error(path))?;
     rustls_pemfile::certs(&mut BufReader::new(file)).collect::<Result<_, _>>().map_err(pem_error(path))
 }
 
-fn key(path: &PathBuf) -> Result<PrivateKeyDer<'static>, Error> {
+fn key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
     let file = File::open(path).map_err(pem_error(path))?;
     let key = rustls_pemfile::private_key(&mut BufReader::new(file)).map_err(pem_error(path))?;
-    key.ok_or_else(|| Error::Content { path: path.clone(), reason: "no private key in it".to_owned() })
+    key.ok_or_else(|| Error::Content { path: path.to_path_buf(), reason: "no private key in it".to_owned() })
 }
 
 impl Transport {

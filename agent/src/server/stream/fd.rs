@@ -25,6 +25,7 @@ impl FdStream {
         Self::new(fd, Interest::WRITABLE)
     }
 
+    #[expect(deprecated, reason = "its successor is unsafe; an OwnedFd keeps the descriptor as the contract asks")]
     fn new(fd: OwnedFd, interest: Interest) -> io::Result<Self> {
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;

@@ -180,7 +180,7 @@ impl ReadTask {
     }
 
     async fn open(&mut self, id: u32, fin: bool, headers: Headers) {
-        if id % 2 == 0 || id <= self.last || self.open.len() >= MAX_STREAMS {
+        if id.is_multiple_of(2) || id <= self.last || self.open.len() >= MAX_STREAMS {
             let _ = self.frames.send(Frame::Reset { id, status: REFUSED }).await;
             return;
         }

@@ -358,7 +358,7 @@ impl Decoder {
     fn headers(&mut self, block: &[u8]) -> Result<Headers, Error> {
         let plain = self.decompress(block)?;
         let mut rest = plain.as_slice();
-        let mut text = |limit: &mut &[u8]| -> Result<String, Error> {
+        let text = |limit: &mut &[u8]| -> Result<String, Error> {
             if limit.len() < 4 {
                 return Err(Error::Truncated("header block"));
             }
