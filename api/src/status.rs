@@ -48,11 +48,11 @@ pub struct Status {
     /// Text.
     pub message: String,
     /// What it is about.
-    pub details: Option<Details>,
+    pub details: Option<Box<Details>>,
     /// `Success` instead of `Failure`.
     pub success: bool,
     /// List metadata (`{}` unless set).
-    pub metadata: Map<String, Value>,
+    pub metadata: Box<Map<String, Value>>,
 }
 
 /// Reasons as upstream spells them.
@@ -121,19 +121,19 @@ impl Status {
             message: message.into(),
             details: None,
             success: false,
-            metadata: Map::new(),
+            metadata: Box::default(),
         }
     }
 
     /// A failure with details.
     pub fn with_details(mut self, details: Details) -> Self {
-        self.details = Some(details);
+        self.details = Some(Box::new(details));
         self
     }
 
     /// Success, as delete answers.
     pub fn success(details: Option<Details>) -> Self {
-        Self { code: 0, success: true, details, ..Self::generic(0, "", "") }
+        Self { code: 0, success: true, details: details.map(Box::new), ..Self::generic(0, "", "") }
     }
 
     /// 404 for an object.
@@ -305,7 +305,7 @@ impl Status {
 
     /// Adds a cause to the details.
     pub fn cause(mut self, reason: &str, message: impl Into<String>, field: &str) -> Self {
-        let details = self.details.get_or_insert_with(Details::default);
+        let details = self.details.get_or_insert_with(Box::default);
         details.causes.push(Cause { reason: reason.into(), message: message.into(), field: field.into() });
         self
     }

@@ -56,6 +56,10 @@ impl Request<'_> {
     fn reset_fields(&self) -> Set {
         let mut out = Set::default();
         let field = |name: &str| [Element::Field(name.to_owned())];
+        // A certificate request is immutable but for what its subresources do.
+        if self.subresource.is_empty() && self.gvk.kind == "CertificateSigningRequest" {
+            out.insert(&field("spec"));
+        }
         match self.subresource {
             "" if self.has_status => out.insert(&field("status")),
             "status" => out.insert(&field("spec")),
@@ -169,6 +173,11 @@ fn record_update(req: &Request<'_>, managers: &mut Managers, old: &Value, new: &
 
 /// Sets `metadata.managedFields` of `new` after a create, update or patch.
 pub fn update(req: &Request<'_>, live: Option<&Value>, new: &mut Value) {
+    track(req, live, new);
+    schema::seal(req.def, new);
+}
+
+fn track(req: &Request<'_>, live: Option<&Value>, new: &mut Value) {
     let given = if req.subresource.is_empty() { Some(&*new) } else { None };
     let reset = given.is_some_and(is_reset);
     let mut managers = if reset {

@@ -192,13 +192,11 @@ impl Set {
         out
     }
 
+    /// Upstream lists the members of a level before anything below it.
     fn collect(&self, prefix: &str, out: &mut Vec<String>) {
+        out.extend(self.0.iter().filter(|(_, node)| node.member).map(|(element, _)| format!("{prefix}{element}")));
         for (element, node) in &self.0 {
-            let path = format!("{prefix}{element}");
-            if node.member {
-                out.push(path.clone());
-            }
-            node.children.collect(&path, out);
+            node.children.collect(&format!("{prefix}{element}"), out);
         }
     }
 }
@@ -217,7 +215,7 @@ mod tests {
         let item = list.shift_remove("k:{\"b\":1,\"a\":\"x\"}").unwrap();
         list.insert("k:{\"a\":\"x\",\"b\":1}".into(), item);
         assert_eq!(set.to_value(), want);
-        assert_eq!(set.paths(), [".data", ".data.a", ".l[a=\"x\",b=1]", ".l[a=\"x\",b=1].z", ".l[=\"q\"]"]);
+        assert_eq!(set.paths(), [".data", ".data.a", ".l[a=\"x\",b=1]", ".l[=\"q\"]", ".l[a=\"x\",b=1].z"]);
         let b = Set::from_value(&json!({"f:data": {"f:a": {}}})).unwrap();
         assert_eq!(set.intersection(&b), b);
         assert!(b.difference(&set).is_empty());

@@ -8,6 +8,7 @@
 
 mod strategic;
 
+use json_patch::{AddOperation, PatchOperation, ReplaceOperation};
 use serde_json::Value;
 pub use strategic::strategic_merge;
 
@@ -71,7 +72,6 @@ pub fn json_patch(doc: &mut Value, body: &[u8]) -> Result<(), Status> {
             operations.len()
         )));
     }
-    let mut patch = Vec::with_capacity(operations.len());
     for operation in operations {
         if !operation.is_object() {
             let kind = go_kind(&operation);
@@ -79,9 +79,21 @@ pub fn json_patch(doc: &mut Value, body: &[u8]) -> Result<(), Status> {
                 "json: cannot unmarshal {kind} into Go value of type handlers.jsonPatchOp"
             )));
         }
-        patch.push(serde_json::from_value(operation).map_err(|_| rejected())?);
+        let operation: PatchOperation = serde_json::from_value(operation).map_err(|_| rejected())?;
+        json_patch::patch(doc, &[lenient(doc, operation)]).map_err(|_| rejected())?;
     }
-    json_patch::patch(doc, &patch).map_err(|_| rejected())
+    Ok(())
+}
+
+/// Upstream's `replace` of a missing object field adds it.
+fn lenient(doc: &Value, operation: PatchOperation) -> PatchOperation {
+    let PatchOperation::Replace(ReplaceOperation { path, value }) = operation else { return operation };
+    let parent = path.parent().and_then(|parent| parent.resolve(doc).ok());
+    if parent.is_some_and(Value::is_object) {
+        PatchOperation::Add(AddOperation { path, value })
+    } else {
+        PatchOperation::Replace(ReplaceOperation { path, value })
+    }
 }
 
 /// Applies an RFC 7396 document.
@@ -113,6 +125,15 @@ mod tests {
             let error = json_patch(&mut doc.clone(), body.as_bytes()).unwrap_err();
             assert_eq!((error.code, error.message), (code, message), "{body}");
         }
+    }
+
+    #[test]
+    fn replace_of_a_missing_field_adds_it() {
+        let mut doc = json!({"data": {}, "l": []});
+        json_patch(&mut doc, br#"[{"op":"replace","path":"/data/x","value":"1"}]"#).unwrap();
+        assert_eq!(doc["data"]["x"], "1");
+        assert!(json_patch(&mut doc, br#"[{"op":"replace","path":"/l/0","value":"1"}]"#).is_err());
+        assert!(json_patch(&mut doc, br#"[{"op":"replace","path":"/no/x","value":"1"}]"#).is_err());
     }
 
     #[test]

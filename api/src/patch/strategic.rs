@@ -131,9 +131,8 @@ fn merge_field(original: &mut Object, key: String, value: Value, def: Option<&De
 fn without_directives(value: Value) -> Option<Value> {
     match value {
         Value::Object(mut map) => {
-            match map.shift_remove(PATCH).as_ref().and_then(Value::as_str) {
-                Some("delete") => return None,
-                Some(_) | None => {}
+            if map.shift_remove(PATCH).is_some_and(|directive| directive == "delete") {
+                return None;
             }
             map.shift_remove(RETAIN_KEYS);
             let mut out = Object::new();

@@ -151,10 +151,12 @@ pub(super) fn read(name: &'static str, data: &[u8], depth: usize) -> Result<Opti
             let time = Timestamp::new(number(1), nanos).map_err(|_| refuse())?;
             if matches!(special, Special::Time) { meta::time(time) } else { meta::micro_time(time) }.into()
         }
-        Special::Quantity => bytes(1).last().map(text).filter(|t| !t.is_empty()).unwrap_or_else(|| "0".into()).into(),
-        Special::IntOrString if number(1) == 1 => bytes(3).last().map(text).unwrap_or_default().into(),
+        Special::Quantity => {
+            bytes(1).next_back().map(text).filter(|t| !t.is_empty()).unwrap_or_else(|| "0".into()).into()
+        }
+        Special::IntOrString if number(1) == 1 => bytes(3).next_back().map(text).unwrap_or_default().into(),
         Special::IntOrString => number(2).into(),
-        Special::RawJson => match bytes(1).last().filter(|data| !data.is_empty()) {
+        Special::RawJson => match bytes(1).next_back().filter(|data| !data.is_empty()) {
             Some(data) => serde_json::from_slice(data).map_err(|_| refuse())?,
             None => Value::Null,
         },

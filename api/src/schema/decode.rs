@@ -98,17 +98,8 @@ pub(super) fn is_zero(v: &Value) -> bool {
     }
 }
 
-fn keep(field: &Field, value: &mut Value) -> bool {
-    match field.zero {
-        Zero::Drop => !is_zero(value),
-        Zero::Pointer | Zero::Print => true,
-        Zero::Null => {
-            if matches!(value, Value::Array(a) if a.is_empty()) {
-                *value = Value::Null;
-            }
-            true
-        }
-    }
+fn keep(field: &Field, value: &Value) -> bool {
+    field.zero != Zero::Drop || !is_zero(value)
 }
 
 impl<'a> Decoder<'a> {
@@ -135,7 +126,7 @@ impl<'a> Decoder<'a> {
             }
             self.path.push_str(&key);
             if let Some(field) = def.field(&key) {
-                if self.duplicates.iter().any(|d| *d == self.path) {
+                if self.duplicates.contains(&self.path) {
                     self.strict.push(format!("duplicate field {}", crate::text::quote(&self.path)));
                 }
                 self.fields.push(&field.name);
@@ -143,7 +134,7 @@ impl<'a> Decoder<'a> {
                 let ok = !value.is_null() && self.value(&field.ty, &mut value);
                 self.owner = owner;
                 self.fields.pop();
-                if ok && keep(field, &mut value) {
+                if ok && keep(field, &value) {
                     map.insert(key, value);
                 }
             } else if def.opaque {
@@ -209,7 +200,7 @@ impl<'a> Decoder<'a> {
                 for (key, mut value) in std::mem::take(map) {
                     self.path.push('.');
                     self.path.push_str(&key);
-                    if self.duplicates.iter().any(|d| *d == self.path) {
+                    if self.duplicates.contains(&self.path) {
                         self.strict.push(format!("duplicate field {}", crate::text::quote(&self.path)));
                     }
                     if value.is_null() {

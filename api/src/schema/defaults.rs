@@ -59,6 +59,24 @@ fn fill_object(def: &Definition, map: &mut Object) {
     }
 }
 
+/// Turns empty lists into `null` where that is how Go prints what comes back from storage.
+pub fn seal(def: &Definition, obj: &mut Value) {
+    if let Value::Object(map) = obj {
+        seal_object(def, map);
+    }
+}
+
+fn seal_object(def: &Definition, map: &mut Object) {
+    for field in &def.fields {
+        let Some(value) = map.get_mut(&*field.name) else { continue };
+        if field.zero == Zero::Null && matches!(value, Value::Array(items) if items.is_empty()) {
+            *value = Value::Null;
+        } else {
+            each_object(&field.ty, value, &mut seal_object);
+        }
+    }
+}
+
 /// Calls `f` for every struct directly inside a value of type `ty`.
 fn each_object(ty: &Type, value: &mut Value, f: &mut dyn FnMut(&Definition, &mut Object)) {
     match (ty, value) {
@@ -253,19 +271,15 @@ fn before(def: &Definition, map: &mut Object) {
         "api.apps.v1.StatefulSetUpdateStrategy" => stateful_set_strategy(map),
         "api.apps.v1.StatefulSet" => stateful_set(map),
         "api.autoscaling.v2.HorizontalPodAutoscalerBehavior" => hpa_behavior(map),
-        "api.networking.v1.NetworkPolicySpec" => {
-            if map.get("policyTypes").is_none_or(is_zero) {
-                let mut types = vec!["Ingress"];
-                if map.get("egress").is_some_and(|e| !is_zero(e)) {
-                    types.push("Egress");
-                }
-                map.insert("policyTypes".into(), types.into());
+        "api.networking.v1.NetworkPolicySpec" if map.get("policyTypes").is_none_or(is_zero) => {
+            let mut types = vec!["Ingress"];
+            if map.get("egress").is_some_and(|e| !is_zero(e)) {
+                types.push("Egress");
             }
+            map.insert("policyTypes".into(), types.into());
         }
-        "api.rbac.v1.Subject" => {
-            if text(map, "apiGroup").is_empty() && matches!(text(map, "kind"), "User" | "Group") {
-                map.insert("apiGroup".into(), "rbac.authorization.k8s.io".into());
-            }
+        "api.rbac.v1.Subject" if text(map, "apiGroup").is_empty() && matches!(text(map, "kind"), "User" | "Group") => {
+            map.insert("apiGroup".into(), "rbac.authorization.k8s.io".into());
         }
         "api.resource.v1.ExactDeviceRequest" | "api.resource.v1.DeviceSubRequest" => {
             if text(map, "allocationMode").is_empty() {

@@ -13,6 +13,7 @@
 //!   (`unknown field "spec.foo"`, `duplicate field "data.a"`); [`decode_failure`] and [`strict_failure`] make the 400.
 //! - [`default`] applies constant and conditional defaults and then fills in the zero values that Go always prints
 //!   (`status: {}`, `resources: {}`). [`fill`] does only the latter.
+//! - [`seal`] is the last step before storing; [`crate::apply::update`] includes it.
 //!
 //! Definitions are parsed from an embedded table one by one, when first used.
 
@@ -28,7 +29,7 @@ use std::{
 };
 
 pub use decode::{DecodeError, decode, prune};
-pub use defaults::{default, fill};
+pub use defaults::{default, fill, seal};
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
