@@ -116,7 +116,7 @@ fn too_many(cause: String, seconds: u32) -> Status {
         Status::too_many_requests("Cannot evict pod as it would violate the pod's disruption budget.", seconds);
     let cause = Cause { reason: "DisruptionBudget".to_owned(), message: cause, field: String::new() };
     let retry = status.details.take().map(|d| d.retry_after_seconds).unwrap_or_default();
-    status.details = Some(Details { causes: vec![cause], retry_after_seconds: retry, ..Details::default() });
+    status.details = Some(Box::new(Details { causes: vec![cause], retry_after_seconds: retry, ..Details::default() }));
     status
 }
 
