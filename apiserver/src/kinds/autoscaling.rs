@@ -43,10 +43,7 @@ impl Strategy for HorizontalPodAutoscaler {
     }
 
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
-        obj["status"] = json!({"currentReplicas": 0, "desiredReplicas": 0});
-        if obj["apiVersion"] != "autoscaling/v1" {
-            obj["status"]["currentMetrics"] = Value::Null;
-        }
+        obj["status"] = json!({"desiredReplicas": 0, "currentMetrics": null});
     }
 
     fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {

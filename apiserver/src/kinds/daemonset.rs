@@ -19,6 +19,9 @@ use crate::{
 /// `daemonsets`.
 pub(crate) struct DaemonSet;
 
+/// Counts changes of the template for clients of an API version that is gone.
+const GENERATION: &str = "deprecated.daemonset.template.generation";
+
 impl Strategy for DaemonSet {
     fn default(&self, obj: &mut Value) {
         super::template_defaults(obj, "/spec/template/spec");
@@ -34,6 +37,18 @@ impl Strategy for DaemonSet {
             pod_defaults::set(&mut strategy["rollingUpdate"], "maxSurge", json!(0));
         }
         pod_defaults::drop_nulls(strategy);
+        if isopod_api::meta::annotation(obj, GENERATION).is_none() {
+            isopod_api::meta::set_annotation(obj, GENERATION, "1");
+        }
+    }
+
+    fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {
+        if !cx.subresource.is_empty() {
+            return;
+        }
+        let before = isopod_api::meta::annotation(old, GENERATION).and_then(|g| g.parse::<i64>().ok()).unwrap_or(1);
+        let changed = new["spec"]["template"] != old["spec"]["template"];
+        isopod_api::meta::set_annotation(new, GENERATION, &(before + i64::from(changed)).to_string());
     }
 
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {

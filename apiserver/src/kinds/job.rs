@@ -131,8 +131,13 @@ fn generate_selector(obj: &mut Value) {
     if !obj["spec"]["template"].is_object() {
         return;
     }
+    // Labels that were defaulted from the template's stay the same as the template's.
+    let shared = obj["metadata"]["labels"] == obj["spec"]["template"]["metadata"]["labels"];
     for (key, value) in [("controller-uid", &uid), (UID_LABEL, &uid), ("job-name", &name), (NAME_LABEL, &name)] {
         obj["spec"]["template"]["metadata"]["labels"][key] = json!(value);
+    }
+    if shared {
+        obj["metadata"]["labels"] = obj["spec"]["template"]["metadata"]["labels"].clone();
     }
     if obj["spec"]["selector"].is_null() {
         obj["spec"]["selector"] = json!({});

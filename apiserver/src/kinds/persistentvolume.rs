@@ -237,35 +237,47 @@ fn sources(e: &mut Errs, spec: &At<'_>) {
     }
 }
 
+/// Unknown data sources are dropped; the two fields say the same when one is missing.
+fn data_sources(spec: &mut Value) {
+    let known = |source: &Value| {
+        let pair = (source["apiGroup"].as_str().unwrap_or_default(), source["kind"].as_str().unwrap_or_default());
+        matches!(pair, ("", "PersistentVolumeClaim") | ("snapshot.storage.k8s.io", "VolumeSnapshot"))
+    };
+    if spec["dataSource"].is_object() && !known(&spec["dataSource"]) {
+        spec["dataSource"] = Value::Null;
+    }
+    // The two data source fields say the same when one is missing.
+    let plain = |v: &Value| {
+        let mut v = v.clone();
+        pod_defaults::set(&mut v, "apiGroup", Value::Null);
+        v
+    };
+    match (spec["dataSource"].is_object(), spec["dataSourceRef"].is_object()) {
+        (true, false) => spec["dataSourceRef"] = plain(&spec["dataSource"]),
+        (false, true) if spec["dataSourceRef"]["namespace"].as_str().unwrap_or_default().is_empty() => {
+            spec["dataSource"] = plain(&spec["dataSourceRef"]);
+        }
+        _ => {}
+    }
+    for field in ["dataSource", "dataSourceRef"] {
+        if spec[field].is_object() && spec[field].get("apiGroup").is_none() {
+            spec[field]["apiGroup"] = Value::Null;
+        }
+    }
+    pod_defaults::drop_nulls(spec);
+}
+
 impl Strategy for PersistentVolumeClaim {
     fn default(&self, obj: &mut Value) {
         if obj["status"]["phase"].as_str().unwrap_or_default().is_empty() {
             obj["status"]["phase"] = json!("Pending");
-        }
-        let spec = &mut obj["spec"];
-        // The two data source fields say the same when one is missing.
-        let plain = |v: &Value| {
-            let mut v = v.clone();
-            pod_defaults::set(&mut v, "apiGroup", Value::Null);
-            v
-        };
-        match (spec["dataSource"].is_object(), spec["dataSourceRef"].is_object()) {
-            (true, false) => spec["dataSourceRef"] = plain(&spec["dataSource"]),
-            (false, true) if spec["dataSourceRef"]["namespace"].as_str().unwrap_or_default().is_empty() => {
-                spec["dataSource"] = plain(&spec["dataSourceRef"]);
-            }
-            _ => {}
-        }
-        for field in ["dataSource", "dataSourceRef"] {
-            if spec[field].is_object() && spec[field].get("apiGroup").is_none() {
-                spec[field]["apiGroup"] = Value::Null;
-            }
         }
         super::clean(obj, &["/spec", ""]);
     }
 
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({"phase": "Pending"});
+        data_sources(&mut obj["spec"]);
     }
 
     fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {

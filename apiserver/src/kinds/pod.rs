@@ -18,6 +18,12 @@ impl Strategy for Pod {
         if let Some(spec) = obj.get_mut("spec") {
             pod_defaults::pod(spec);
         }
+        if let Some(conditions) = obj.pointer_mut("/status/conditions").and_then(Value::as_array_mut) {
+            for condition in conditions {
+                pod_defaults::set(condition, "lastProbeTime", Value::Null);
+                pod_defaults::set(condition, "lastTransitionTime", Value::Null);
+            }
+        }
     }
 
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
@@ -71,6 +77,8 @@ impl Strategy for Pod {
         let (spec, old_spec) = (At::field(new, "spec"), At::field(old, "spec"));
         match cx.subresource {
             "status" => pod_update::status(&mut e, new, old),
+            // The endpoint has checked what a binding changes.
+            "binding" => {}
             "ephemeralcontainers" => {
                 metadata_and_spec(&mut e, &spec);
                 pod_update::ephemeral(&mut e, &spec.get("ephemeralContainers"), &old_spec.get("ephemeralContainers"));

@@ -20,6 +20,7 @@ pub(crate) fn pod(spec: &mut Value) {
         host_ports(spec);
     }
     pod_level(spec);
+    drop_nulls(spec);
 }
 
 /// `spec` of a template.

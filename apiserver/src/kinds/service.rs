@@ -179,6 +179,14 @@ fn needs_node_port(spec: &Value) -> bool {
 /// An update that leaves out allocated values keeps them.
 fn patch_allocated(new: &mut Value, old: &Value) {
     let (before, spec) = (&old["spec"], &mut new["spec"]);
+    // A client that knows only clusterIP changes both.
+    if spec["clusterIPs"] == before["clusterIPs"] && text(spec, "clusterIP") != text(before, "clusterIP") {
+        if text(spec, "clusterIP").is_empty() {
+            remove(spec, "clusterIPs");
+        } else if spec["clusterIPs"].as_array().is_some_and(|l| !l.is_empty()) {
+            spec["clusterIPs"][0] = spec["clusterIP"].clone();
+        }
+    }
     if needs_address(before) && matches!(text(spec, "type"), "ClusterIP" | "NodePort" | "LoadBalancer") {
         if text(spec, "clusterIP").is_empty() && spec["clusterIPs"].as_array().is_none_or(Vec::is_empty) {
             spec["clusterIP"] = before["clusterIP"].clone();
@@ -276,6 +284,9 @@ fn families(new: &mut Value, old: Option<&Value>, family: &str) -> Result<(), St
     }
     let mut e = Errs::new();
     check::cluster_ips(&mut e, &At::field(new, "spec"), old.is_some());
+    if let Some(old) = old {
+        check::unchanged_addresses(&mut e, new, old);
+    }
     if !e.is_empty() {
         return Err(invalid(new, e.0));
     }

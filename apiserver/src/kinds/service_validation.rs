@@ -279,8 +279,8 @@ fn traffic_policies(e: &mut Errs, spec: &At<'_>) {
     e.one_of_if_set(&spec.get("trafficDistribution"), &["PreferClose", "PreferSameNode", "PreferSameZone"]);
 }
 
-/// What may not change once set.
-pub(crate) fn update(e: &mut Errs, new: &Value, old: &Value) {
+/// The first address and family may not change once set.
+pub(crate) fn unchanged_addresses(e: &mut Errs, new: &Value, old: &Value) {
     let (spec, before) = (At::field(new, "spec"), At::field(old, "spec"));
     let fixed = |s: &At<'_>| s.get("type").s() != "ExternalName";
     if fixed(&spec) && fixed(&before) {
@@ -298,6 +298,11 @@ pub(crate) fn update(e: &mut Errs, new: &Value, old: &Value) {
             e.invalid(&at, "may not change once set");
         }
     }
+}
+
+/// What else may not change once set.
+pub(crate) fn update(e: &mut Errs, new: &Value, old: &Value) {
+    let (spec, before) = (At::field(new, "spec"), At::field(old, "spec"));
     let (class, was) = (spec.get("loadBalancerClass"), before.get("loadBalancerClass"));
     let both = spec.get("type").s() == "LoadBalancer" && before.get("type").s() == "LoadBalancer";
     if both && !same(class.v, was.v) {

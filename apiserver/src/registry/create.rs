@@ -50,6 +50,7 @@ impl Registry {
         metadata::place(resource, namespace, &mut obj)?;
         decode::complete(resource, &mut obj);
         metadata::dedup_owners(&mut obj, writer);
+        let versioned = !matches!(meta::resource_version(&obj), "" | "0");
         meta::set_resource_version(&mut obj, "");
         if tracking == Tracking::Update {
             managed::track(resource, None, &mut obj, &writer.options.manager, "");
@@ -88,6 +89,9 @@ impl Registry {
             writer.warnings.extend(warnings);
             let admission = Admission { name: &name, ..admission };
             self.admit(Pass::Validating, &admission, &mut obj, writer).await?;
+            if versioned {
+                return Err(Status::unknown("resourceVersion should not be set on objects to be created"));
+            }
             let draft = Draft::new(obj, resource.strategy);
             if draft.stored.len() > OBJECT_MAX {
                 return Err(Status::unknown("etcdserver: request is too large"));

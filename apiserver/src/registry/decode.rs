@@ -143,7 +143,7 @@ fn identify(gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
             )
         }
         _ => format!(
-            "no kind \"{}\" is registered for version \"{api_version}\" in scheme \"k8s.io/kubernetes/pkg/api/legacyscheme/scheme.go:30\"",
+            "no kind \"{}\" is registered for version \"{api_version}\" in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
             found.kind
         ),
     };

@@ -89,7 +89,9 @@ pub(super) fn for_create(resource: &Resource, obj: &mut Value) {
     meta::set_creation_timestamp(obj, &meta::now());
     meta::set_uid(obj, &uuid::Uuid::new_v4().to_string());
     meta::set_resource_version(obj, "");
-    meta::set_generation(obj, i64::from(has_generation(&resource.group_resource())));
+    if has_generation(&resource.group_resource()) {
+        meta::set_generation(obj, 1);
+    }
 }
 
 /// What an update may not change or may leave out is taken from the stored object.

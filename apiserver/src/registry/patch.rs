@@ -123,11 +123,11 @@ fn decode_patched(
         let version = found.api_version();
         let detail = match schema::lookup(&found) {
             Some(_) => format!(
-                "unable to convert {found} to {gvk}: no kind \"{}\" is registered for the internal version of group \"{}\" in scheme \"k8s.io/kubernetes/pkg/api/legacyscheme/scheme.go:30\"",
+                "unable to convert {found} to {gvk}: no kind \"{}\" is registered for the internal version of group \"{}\" in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
                 found.kind, found.group
             ),
             None => format!(
-                "no kind \"{}\" is registered for version \"{version}\" in scheme \"k8s.io/kubernetes/pkg/api/legacyscheme/scheme.go:30\"",
+                "no kind \"{}\" is registered for version \"{version}\" in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
                 found.kind
             ),
         };

@@ -34,7 +34,7 @@ impl Resource {
 
     /// Group and kind.
     pub(crate) fn group_kind(&self) -> GroupKind {
-        self.gvk.group_kind()
+        self.storage.group_kind()
     }
 
     /// Whether objects must be converted between the served and the stored version.

@@ -79,7 +79,7 @@ pub(crate) fn cidr(e: &mut Errs, at: &At<'_>) -> bool {
 /// An address that other machines may use: not unspecified, loopback, link-local or multicast of link scope.
 pub(crate) fn non_special_ip(e: &mut Errs, at: &At<'_>) {
     let Ok(ip) = parse_ip(at.s()) else {
-        return e.invalid_str(at, NOT_AN_IP);
+        return e.invalid_str(at, "must be a valid IP address");
     };
     let link_local = match ip {
         IpAddr::V4(v4) => v4.is_link_local(),

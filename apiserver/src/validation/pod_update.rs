@@ -34,6 +34,9 @@ fn container_updates(e: &mut Errs, new: &At<'_>, old: &At<'_>) -> bool {
     }
     for at in new.items() {
         let image = at.get("image");
+        if image.s().is_empty() {
+            e.required(&image, "");
+        }
         if !image.s().is_empty() && image.s().trim() != image.s() {
             e.invalid(&image, "must not have leading or trailing whitespace");
         }

@@ -55,7 +55,7 @@ pub(crate) fn for_replicas(e: &mut Errs, spec: &At<'_>) {
     let selector_at = spec.get("selector");
     let nothing = !selector_at.is_set();
     let matched = match selector::matches(selector_at.v, template.get("metadata.labels").v) {
-        None => return,
+        None => return e.invalid(&selector_at, "invalid label selector"),
         Some(matched) => matched,
     };
     if nothing || (!selector::is_empty(&selector_at) && !matched) {
