@@ -1,19 +1,56 @@
 //! YAML to [`Value`], as upstream converts it on the way in: keys become strings, the result is what the same document in
 //! JSON would give.
 
+use serde::de::DeserializeSeed;
 use serde_json::{Map, Number, Value};
 use serde_yaml_ng::Value as Yaml;
+
+use crate::schema::json::Seed;
 
 /// Text that is not YAML, or YAML that is not JSON.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Error(pub String);
 
-/// Parses one document. Duplicate keys are an error.
+/// Parses one document; of duplicate keys the last one counts.
 pub fn parse(text: &str) -> Result<Value, Error> {
-    let yaml: Yaml =
-        serde_yaml_ng::from_str(text).map_err(|e| Error(format!("error converting YAML to JSON: yaml: {e}")))?;
-    convert(yaml)
+    parse_strict(text).map(|(value, _)| value)
+}
+
+/// Parses one document and reports duplicate keys the way strict field validation does:
+/// `line 7: key "a" already set in map`.
+pub fn parse_strict(text: &str) -> Result<(Value, Vec<String>), Error> {
+    let (mut path, mut duplicates) = (String::new(), Vec::new());
+    let seed = Seed { path: &mut path, duplicates: &mut duplicates };
+    let value = seed
+        .deserialize(serde_yaml_ng::Deserializer::from_str(text))
+        .map_err(|e| Error(format!("error converting YAML to JSON: yaml: {e}")))?;
+    Ok((whole_numbers(value), duplicates.iter().map(|path| duplicate(text, path)).collect()))
+}
+
+/// The line of the second occurrence of a key. The parser does not say where it was, so the text is searched.
+fn duplicate(text: &str, path: &str) -> String {
+    let key = path.rsplit('.').next().unwrap_or(path);
+    let names_key = |line: &str| {
+        let line = line.trim_start().trim_start_matches("- ");
+        let line = line.trim_start_matches(['"', '\'']);
+        line.strip_prefix(key).is_some_and(|rest| rest.trim_start_matches(['"', '\'']).trim_start().starts_with(':'))
+    };
+    let line = text.lines().enumerate().filter(|(_, line)| names_key(line)).nth(1).map_or(0, |(i, _)| i + 1);
+    format!("line {line}: key {} already set in map", crate::text::quote(key))
+}
+
+/// `1.0` is 1 in the JSON that upstream makes of YAML.
+fn whole_numbers(value: Value) -> Value {
+    match value {
+        Value::Number(n) => match n.as_f64() {
+            Some(f) if n.is_f64() && f.fract() == 0.0 && f.abs() < 1e15 => (f as i64).into(),
+            _ => Value::Number(n),
+        },
+        Value::Array(items) => items.into_iter().map(whole_numbers).collect(),
+        Value::Object(map) => Value::Object(map.into_iter().map(|(k, v)| (k, whole_numbers(v))).collect()),
+        other => other,
+    }
 }
 
 /// Parses all documents of a stream, skipping empty ones.
@@ -91,5 +128,13 @@ mod tests {
         assert_eq!(parse_all("---\na: 1\n---\n---\nb: 2\n").unwrap(), [json!({"a": 1}), json!({"b": 2})]);
         assert_eq!(to_string(&json!({"b": 1, "a": "x"})), "a: x\nb: 1\n");
         assert!(parse("a: [").is_err());
+        assert_eq!(parse("a: 2.0").unwrap(), json!({"a": 2}));
+    }
+
+    #[test]
+    fn reports_duplicates() {
+        let (value, duplicates) = parse_strict("kind: X\ndata:\n  a: \"1\"\n  a: \"2\"\n").unwrap();
+        assert_eq!(value, json!({"kind": "X", "data": {"a": "2"}}));
+        assert_eq!(duplicates, ["line 4: key \"a\" already set in map"]);
     }
 }

@@ -35,9 +35,10 @@ pub fn parse(bytes: &[u8]) -> Result<Parsed, Error> {
     }
 }
 
-struct Seed<'a> {
-    path: &'a mut String,
-    duplicates: &'a mut Vec<String>,
+/// Builds a value from any self-describing format, noting duplicate keys.
+pub(crate) struct Seed<'a> {
+    pub(crate) path: &'a mut String,
+    pub(crate) duplicates: &'a mut Vec<String>,
 }
 
 impl<'de> DeserializeSeed<'de> for Seed<'_> {
