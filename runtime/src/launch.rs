@@ -225,9 +225,9 @@ impl<'a> Launch<'a> {
         let own_pid_namespace = pid_namespace.as_ref().map(|fd| enter_pid_namespace(fd.as_fd())).transpose()?;
         let into = prepared.join.as_ref().and_then(|j| j.into.as_ref()).map(AsFd::as_fd);
         let cloned = sys::clone_process(prepared.flags, into);
-        if let Some(own) = own_pid_namespace {
-            move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))
-                .context(|| "return to our PID namespace".into())?;
+        // Only here: the child was born in the other namespace and must stay.
+        if !matches!(cloned, Ok(Cloned::Child)) {
+            return_to(own_pid_namespace)?;
         }
         match cloned.context(|| "clone the container's init".into())? {
             Cloned::Child => {
@@ -333,6 +333,15 @@ pub(crate) fn enter_pid_namespace(namespace: BorrowedFd<'_>) -> Result<OwnedFd> 
     move_into_link_name_space(namespace, Some(LinkNameSpaceType::ProcessID))
         .context(|| "enter PID namespace".into())?;
     Ok(own)
+}
+
+/// Makes this process's children be born in its own PID namespace again.
+fn return_to(own: Option<OwnedFd>) -> Result<()> {
+    match own {
+        Some(own) => move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))
+            .context(|| "return to our PID namespace".into()),
+        None => Ok(()),
+    }
 }
 
 fn write_maps(pid: i32, config: &Config) -> Result<()> {
@@ -470,9 +479,9 @@ impl Exec<'_> {
         };
         let into = prepared.join.as_ref().and_then(|j| j.into.as_ref()).map(AsFd::as_fd);
         let cloned = sys::clone_process(0, into);
-        if let Some(own) = back {
-            move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))
-                .context(|| "return to our PID namespace".into())?;
+        // Only here: the child was born in the other namespace and must stay.
+        if !matches!(cloned, Ok(Cloned::Child)) {
+            return_to(back)?;
         }
         match cloned.context(|| "clone the process".into())? {
             Cloned::Child => {

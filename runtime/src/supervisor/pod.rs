@@ -147,6 +147,13 @@ fn enter_namespaces(pod: &PodConfig) -> Result<()> {
 fn start_pod_init() -> Result<PodInit> {
     match sys::clone_process(libc::CLONE_NEWPID as u64, None).context(|| "clone the pod's init".into())? {
         Cloned::Child => {
+            // The caller waits for the end of our streams; this process must not hold them.
+            if let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+                for stream in 0..3 {
+                    drop(sys::dup_to_stream(null.as_fd(), stream));
+                }
+                std::mem::forget(null);
+            }
             sys::close_all_except(&mut []);
             let _ = rustix::thread::set_name(c"pause");
             let _ = rustix::process::setsid();
