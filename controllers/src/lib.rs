@@ -4,22 +4,31 @@
 //! and, per key, observes, plans (pure) and applies (idempotent). Nothing polls; what must happen at a time is a timer.
 //! The binary that runs this gives a client; leader election is optional.
 
+mod autoscaler;
+mod certificates;
+mod cluster_role;
 mod context;
+mod cron_job;
 mod daemon_set;
 mod deployment;
 mod discovery;
+mod disruption;
 mod endpoints;
 mod expectations;
 mod gc;
+mod job;
 mod namespace;
 mod node;
 mod ownership;
 mod pod_control;
 mod pods;
+mod quota;
 mod replica;
 mod revisions;
 mod root_ca;
 mod service_account;
+mod stateful_set;
+mod volumes;
 mod written;
 
 use context::Context;
@@ -118,8 +127,126 @@ fn start(ctx: &Arc<Context>, root_ca: String) {
     service_account::start(ctx);
     root_ca::start(ctx, root_ca);
     namespace::start(ctx);
-    gc::start(ctx);
+    let collector = gc::start(ctx);
+    quota::start(ctx, collector);
     daemon_set::start(ctx);
+    job::start(ctx);
+    stateful_set::start(ctx);
+    cron_job::start(ctx);
+    disruption::start(ctx);
+    cluster_role::start(ctx);
+    certificates::start(ctx);
+    volumes::start(ctx);
+    autoscaler::start(ctx);
     node::eviction::start(ctx);
     node::pod_gc::start(ctx);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use isopod_client::testing::Fake;
+    use serde_json::{Value, json};
+
+    fn config(ca: &std::path::Path) -> Config {
+        Config {
+            cluster_cidr: "10.244.0.0/16".parse().unwrap(),
+            node_mask: 24,
+            service_cidr: "10.96.0.0/16".parse().unwrap(),
+            ca_cert: ca.into(),
+            ca_key: ca.into(),
+            sa_key: ca.into(),
+            root_ca: ca.into(),
+            leader_elect: false,
+            node_grace: Duration::from_secs(50),
+        }
+    }
+
+    fn deployment(image: &str) -> Value {
+        json!({
+            "metadata": {"name": "web", "namespace": "ns"},
+            "spec": {"replicas": 3, "selector": {"matchLabels": {"app": "web"}}, "template": {
+                "metadata": {"labels": {"app": "web"}}, "spec": {"containers": [{"name": "c", "image": image}]}}},
+        })
+    }
+
+    /// Plays the scheduler and the kubelet: every pod runs and is ready at once.
+    fn run_pods(fake: &Fake) {
+        for pod in fake.list("/api/v1/pods") {
+            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            if pod["status"]["phase"] != "Running" {
+                fake.patch(
+                    "/api/v1/pods",
+                    "ns",
+                    name,
+                    &json!({"spec": {"nodeName": "n1"}, "status": {
+                    "phase": "Running", "podIP": "10.244.0.9", "podIPs": [{"ip": "10.244.0.9"}], "conditions": [
+                    {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}}),
+                );
+            }
+        }
+    }
+
+    fn images(fake: &Fake) -> Vec<String> {
+        let pods = fake.list("/api/v1/pods");
+        let image = |p: &Value| p.pointer("/spec/containers/0/image").and_then(Value::as_str).map(str::to_owned);
+        pods.iter().filter_map(image).collect()
+    }
+
+    #[test]
+    fn a_deployment_rolls_out_heals_and_moves_to_a_new_template() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let fake = Fake::default();
+            fake.create("/api/v1/namespaces", json!({"metadata": {"name": "ns"}}));
+            fake.create("/api/v1/nodes", json!({"metadata": {"name": "n1"}}));
+            fake.create(
+                "/api/v1/services",
+                json!({"metadata": {"name": "web", "namespace": "ns"}, "spec": {
+                "clusterIP": "10.96.0.9", "selector": {"app": "web"}, "ports": [{"port": 80, "protocol": "TCP"}]}}),
+            );
+            let stop = CancellationToken::new();
+            let running = tokio::spawn(run(fake.client(), config(file.path()), stop.clone()));
+            fake.create("/apis/apps/v1/deployments", deployment("one"));
+            let complete = |f: &Fake, image: &str| {
+                run_pods(f);
+                let d = f.get("/apis/apps/v1/deployments", "ns", "web")?;
+                let status = &d["status"];
+                (status["availableReplicas"] == 3
+                    && status["updatedReplicas"] == 3
+                    && status["replicas"] == 3
+                    && images(f) == [image, image, image])
+                .then_some(d)
+            };
+            let d = fake.until(|f| complete(f, "one")).await.expect("first rollout");
+            assert_eq!(d["metadata"]["annotations"][deployment::plan::REVISION], "1");
+            let endpoints = |f: &Fake| {
+                let slices = f.list("/apis/discovery.k8s.io/v1/endpointslices");
+                slices.first().and_then(|s| s["endpoints"].as_array().map(Vec::len))
+            };
+            assert!(fake.until(|f| (endpoints(f) == Some(3)).then_some(())).await.is_some());
+            let part = |f: &Fake| f.get("/api/v1/nodes", "", "n1")?["spec"]["podCIDR"].as_str().map(str::to_owned);
+            assert_eq!(fake.until(part).await.as_deref(), Some("10.244.0.0/24"));
+            assert!(fake.until(|f| f.get("/api/v1/serviceaccounts", "ns", "default")).await.is_some());
+            assert!(fake.until(|f| f.get("/api/v1/configmaps", "ns", root_ca::NAME)).await.is_some());
+
+            let victim = fake.list("/api/v1/pods")[0]["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+            fake.delete("/api/v1/pods", "ns", &victim);
+            assert!(fake.until(|f| complete(f, "one")).await.is_some(), "a deleted pod is replaced");
+
+            fake.patch(
+                "/apis/apps/v1/deployments",
+                "ns",
+                "web",
+                &json!({"metadata": {"generation": 2}, "spec": {
+                "template": {"spec": {"containers": [{"name": "c", "image": "two"}]}}}}),
+            );
+            let d = fake.until(|f| complete(f, "two")).await.expect("second rollout");
+            assert_eq!(d["metadata"]["annotations"][deployment::plan::REVISION], "2");
+            assert_eq!(fake.list("/apis/apps/v1/replicasets").len(), 2);
+            stop.cancel();
+            assert!(running.await.unwrap().is_ok());
+        });
+    }
 }
