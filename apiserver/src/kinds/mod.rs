@@ -141,6 +141,17 @@ pub fn strategy_for(gvr: &Gvr) -> &'static dyn Strategy {
     INDEX.get(&(gvr.group.as_str(), gvr.resource.as_str())).copied().unwrap_or(&Generic)
 }
 
+/// The warning that goes with every answer about a deprecated resource.
+pub fn deprecation(gvr: &Gvr) -> Option<String> {
+    match (gvr.group.as_str(), gvr.resource.as_str()) {
+        ("", "endpoints") => {
+            Some("v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice".to_owned())
+        }
+        ("", "componentstatuses") => Some("v1 ComponentStatus is deprecated in v1.19+".to_owned()),
+        _ => None,
+    }
+}
+
 /// Defaults of the pod spec at a JSON pointer.
 fn template_defaults(obj: &mut Value, pointer: &str) {
     if let Some(spec) = obj.pointer_mut(pointer) {

@@ -42,6 +42,11 @@ impl Strategy for Pod {
         match cx.subresource {
             "" => {
                 new["status"] = old["status"].clone();
+                for field in ["priority", "preemptionPolicy"] {
+                    let kept = old["spec"][field].clone();
+                    pod_defaults::set(&mut new["spec"], field, kept);
+                }
+                pod_defaults::drop_nulls(&mut new["spec"]);
                 ungated(new, old);
             }
             "ephemeralcontainers" => keep_all_but(new, old, &["ephemeralContainers"]),

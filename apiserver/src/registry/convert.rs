@@ -84,6 +84,7 @@ fn hpa_to_v1(obj: &mut Value) {
         }
     }
     if let Some(status) = obj.get_mut("status").and_then(Value::as_object_mut) {
+        status.entry("currentReplicas").or_insert(json!(0));
         if let Some(conditions) =
             status.shift_remove("conditions").filter(|c| c.as_array().is_some_and(|a| !a.is_empty()))
         {

@@ -3,7 +3,7 @@
 use isopod_api::{
     field::{Error, ErrorList, Path},
     gvk::{GroupKind, Gvk},
-    meta, selector,
+    meta,
     status::Status,
 };
 use serde_json::{Value, json};
@@ -38,7 +38,10 @@ fn selector_text(selector: &Value) -> String {
     let Some(map) = selector.as_object() else { return String::new() };
     let labelled = map.contains_key("matchLabels") || map.contains_key("matchExpressions");
     if labelled {
-        return selector::LabelSelector::from_value(Some(selector)).map(|s| s.to_string()).unwrap_or_default();
+        return match super::table::selector(selector) {
+            text if text == "<none>" => String::new(),
+            text => text,
+        };
     }
     // ReplicationControllers have the labels themselves.
     let mut pairs: Vec<_> = map.iter().map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default())).collect();

@@ -69,7 +69,8 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
     let watchable = matches!(&*info.verb, "list" | "watch");
     call.style.accepted = negotiate(header_text(&call.parts, header::ACCEPT), watchable)?;
     call.style.pretty |= call.style.accepted.pretty;
-    match &*info.verb {
+    let deprecation = crate::kinds::deprecation(&resource.gvr);
+    let answer = match &*info.verb {
         "get" => get(app, &resource, call).await,
         "list" => list_objects(&resource, call).await,
         "watch" => watch_objects(app, &resource, call).await,
@@ -78,7 +79,11 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
         "patch" => patch(app, &resource, call).await,
         "delete" | "deletecollection" => delete(app, &resource, call).await,
         _ => Err(Status::method_not_allowed()),
-    }
+    };
+    answer.map(|mut response| {
+        respond::add_warnings(response.headers_mut(), deprecation.as_slice());
+        response
+    })
 }
 
 /// Refuses verbs a path does not have.

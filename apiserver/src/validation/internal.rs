@@ -194,8 +194,16 @@ enum Op {
 }
 
 fn script(a: &[String], b: &[String]) -> Vec<Op> {
-    let head = a.iter().zip(b).take_while(|(x, y)| x == y).count();
-    let tail = a[head..].iter().rev().zip(b[head..].iter().rev()).take_while(|(x, y)| x == y).count();
+    // Where both ends could take a line, the longer end gets it.
+    let equal = |pairs: &mut dyn Iterator<Item = (&String, &String)>| pairs.take_while(|(x, y)| x == y).count();
+    let mut head = equal(&mut a.iter().zip(b));
+    let mut tail = equal(&mut a.iter().rev().zip(b.iter().rev()));
+    if tail >= head {
+        let rest = a.len().min(b.len()) - tail;
+        head = head.min(rest);
+    } else {
+        tail = tail.min(a.len().min(b.len()) - head);
+    }
     let (am, bm) = (&a[head..a.len() - tail], &b[head..b.len() - tail]);
     let mut longest = vec![vec![0u32; bm.len() + 1]; am.len() + 1];
     for i in (0..am.len()).rev() {
