@@ -28,6 +28,11 @@ pub(crate) fn data() -> Value {
     serde_json::from_str(include_str!("../../data/bootstrap-policy.json")).unwrap_or_default()
 }
 
+/// The rows of one of the data's tables.
+fn rows<'a>(data: &'a Value, table: &str) -> impl Iterator<Item = &'a Value> {
+    data[table].as_array().into_iter().flatten()
+}
+
 /// Writes the initial objects. Runs before the server answers `/readyz`, after the caches are loaded.
 pub async fn run(config: &Config, objects: Arc<dyn Objects>) -> Result<(), Status> {
     let data = data();

@@ -19,7 +19,7 @@ fn with_kind(row: &Value, api_version: &str, kind: &str) -> Value {
 /// The four namespaces.
 pub(super) async fn namespaces(objects: &dyn Objects, data: &Value) -> Result<(), Status> {
     let gvr = Gvr::new("", "v1", "namespaces");
-    for row in data["namespaces"].as_array().into_iter().flatten() {
+    for row in super::rows(data, "namespaces") {
         ensure(objects, &gvr, "", with_kind(row, "v1", "Namespace")).await?;
     }
     Ok(())
@@ -34,7 +34,7 @@ pub(super) async fn classes(objects: &dyn Objects, data: &Value) -> Result<(), S
         ("flowSchemas", flow, "flowschemas", "FlowSchema"),
     ] {
         let gvr = Gvr::new(group, "v1", resource);
-        for row in data[field].as_array().into_iter().flatten() {
+        for row in super::rows(data, field) {
             let mut object = with_kind(row, &gvr.api_version(), kind);
             let status = object.as_object_mut().and_then(|object| object.remove("status"));
             let name = meta::name(&object).to_owned();

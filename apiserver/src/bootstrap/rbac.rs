@@ -15,8 +15,32 @@ use crate::{
 
 const AUTOUPDATE: &str = "rbac.authorization.kubernetes.io/autoupdate";
 
+/// What isopod adds to upstream's policy: an agent is also its node's service proxy, under its own identity.
+fn own() -> Value {
+    let labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
+    let annotations = json!({ AUTOUPDATE: "true" });
+    let reads = |group: &str, resources: &[&str]| json!({ "verbs": ["get", "list", "watch"], "apiGroups": [group], "resources": resources });
+    json!({
+        "clusterRoles": [{
+            "name": "isopod:node", "labels": labels, "annotations": annotations,
+            "rules": [
+                reads("", &["namespaces", "nodes", "pods", "services"]),
+                reads("discovery.k8s.io", &["endpointslices"]),
+                reads("networking.k8s.io", &["networkpolicies", "servicecidrs"]),
+            ],
+        }],
+        "clusterRoleBindings": [{
+            "name": "isopod:node", "labels": labels, "annotations": annotations,
+            "roleRef": { "apiGroup": GROUP, "kind": "ClusterRole", "name": "isopod:node" },
+            "subjects": [{ "kind": "Group", "apiGroup": GROUP, "name": "system:nodes" }],
+        }],
+    })
+}
+
 /// Brings all roles and bindings up to date.
 pub(super) async fn reconcile(objects: &dyn Objects, data: &Value) -> Result<(), Status> {
+    let own = own();
+
     for (field, resource, kind) in [
         ("clusterRoles", "clusterroles", "ClusterRole"),
         ("roles", "roles", "Role"),
@@ -24,7 +48,7 @@ pub(super) async fn reconcile(objects: &dyn Objects, data: &Value) -> Result<(),
         ("roleBindings", "rolebindings", "RoleBinding"),
     ] {
         let gvr = gvr(resource);
-        for expected in data[field].as_array().into_iter().flatten() {
+        for expected in super::rows(data, field).chain(super::rows(&own, field)) {
             one(objects, &gvr, kind, &object(kind, expected)).await?;
         }
     }

@@ -84,17 +84,13 @@ impl Node {
             .collect();
         let kubeconfig = kubeconfig.unwrap_or_else(|| paths.kubeconfig("agent"));
         let control_plane = paths.pki().join("ca.key").exists();
-        let mut labels = labels?;
-        if control_plane {
-            labels.insert("node-role.kubernetes.io/control-plane".to_owned(), String::new());
-        }
         let resolv_conf = kubelet.resolv_conf.clone();
         Ok(Self {
             agent: isopod_agent::Config {
                 paths: paths.clone(),
                 node_name: settings.node_name.clone(),
                 node_ip: Some(settings.node_ip),
-                labels,
+                labels: labels?,
                 kubeconfig: Some(kubeconfig.clone()),
                 runtime_binary,
                 kubelet,

@@ -6,7 +6,11 @@ use anyhow::{Context, Result, bail};
 use futures::{StreamExt, TryStreamExt};
 use isopod_agent::Paths;
 use k8s_openapi::api::core::v1::Node as NodeObject;
-use kube::{Api, runtime::watcher};
+use kube::{
+    Api,
+    api::{Patch, PatchParams},
+    runtime::watcher,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::agent::Node;
@@ -82,7 +86,8 @@ async fn report(
         wait_for_api(&client).await;
         progress.done("API server answers");
         progress.begin("node");
-        wait_for_node(client, &settings.node_name).await?;
+        wait_for_node(client.clone(), &settings.node_name).await?;
+        label_control_plane(client, &settings.node_name).await?;
         progress.done(&format!("node {} is Ready", settings.node_name));
         let total = progress.finish();
         let root = if paths.root() == std::path::Path::new("/") {
@@ -136,6 +141,17 @@ async fn wait_for_node(client: kube::Client, name: &str) -> Result<()> {
             Err(error) => tracing::debug!(%error, "watch of the node"),
         }
     }
+}
+
+/// Gives the node its role. A node may not do this itself, or any machine could pass for the control plane.
+async fn label_control_plane(client: kube::Client, name: &str) -> Result<()> {
+    let nodes: Api<NodeObject> = Api::all(client);
+    let labels = serde_json::json!({ "metadata": { "labels": { "node-role.kubernetes.io/control-plane": "" } } });
+    nodes
+        .patch(name, &PatchParams::default(), &Patch::Merge(labels))
+        .await
+        .with_context(|| format!("label node {name} as control plane"))?;
+    Ok(())
 }
 
 fn is_ready(node: &NodeObject) -> bool {
