@@ -2,7 +2,11 @@
 
 pub(crate) mod element;
 pub(crate) mod kernel;
+#[cfg(test)]
+mod packets;
 pub(crate) mod skeleton;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) mod trace;
 pub(crate) mod wire;

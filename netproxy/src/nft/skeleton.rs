@@ -75,6 +75,7 @@ pub(crate) fn render(family: Family, settings: &Settings, chains: &Chains) -> St
     text.line(0, "}");
     text.line(0, &format!("flush {table}"));
     text.line(0, &format!("{table} {{"));
+    text.primer();
     text.refusals();
     for n in 1..=chains.picks {
         text.picks(n);
@@ -92,7 +93,9 @@ pub(crate) fn render(family: Family, settings: &Settings, chains: &Chains) -> St
 /// Only further chains, for a table that is loaded already.
 pub(crate) fn render_more(family: Family, settings: &Settings, old: &Chains, new: &Chains) -> String {
     let mut text = Text { out: String::new(), family, settings };
+    text.line(0, &format!("flush chain {} {} primer", family.nft(), settings.table));
     text.line(0, &format!("table {} {} {{", family.nft(), settings.table));
+    text.primer();
     for n in old.picks + 1..=new.picks {
         text.picks(n);
     }
@@ -204,33 +207,43 @@ impl Text<'_> {
     }
 
     fn maps(&mut self) {
-        // `th dport` would do for a first load, but nft 1.0.6 cannot read such a declaration back from the kernel.
-        let key = format!("{} . meta l4proto . tcp dport", self.ip("daddr"));
-        let field = |kind: char| match kind {
-            'a' => self.ip("daddr"),
-            't' => "meta l4proto".into(),
-            'p' => "tcp dport".into(),
-            _ => "numgen random mod 2".into(),
+        let address = if self.family == Family::V4 { "ipv4_addr" } else { "ipv6_addr" };
+        let daddr = self.ip("daddr");
+        // The index has no type name: these maps are declared by example. `th dport` would do for a first load, but
+        // nft 1.0.6 cannot read such a declaration back from the kernel.
+        let example = [daddr.as_str(), "meta l4proto", "tcp dport", "numgen random mod 2"];
+        let named = [address, "inet_proto", "inet_service", ""];
+        let spell = |map: &Map, words: [&str; 4]| -> String {
+            let word = |kind: char| words["atpi".find(kind).unwrap_or(0)];
+            shape(*map).chars().map(word).collect::<Vec<_>>().join(" . ")
         };
         let mut lines = Vec::new();
         for map in Map::ALL {
-            let fields = shape(*map).chars().map(field).collect::<Vec<String>>().join(" . ");
             let name = map.name();
             lines.push(match map {
-                Map::Allowed => format!("set {name} {{ typeof {fields}; flags interval; }}"),
-                Map::Firewall | Map::Hairpin | Map::ClusterIps => format!("set {name} {{ typeof {fields}; }}"),
-                Map::Endpoints | Map::NodePortEndpoints => {
-                    format!("map {name} {{ typeof {fields} : {} . tcp dport; }}", self.ip("daddr"))
+                Map::Allowed => format!("set {name} {{ type {}; flags interval; }}", spell(map, named)),
+                Map::Firewall | Map::Hairpin | Map::ClusterIps => {
+                    format!("set {name} {{ type {}; }}", spell(map, named))
                 }
-                _ => format!("map {name} {{ typeof {fields} : verdict; }}"),
+                Map::Endpoints | Map::NodePortEndpoints => {
+                    format!("map {name} {{ typeof {} : {daddr} . tcp dport; }}", spell(map, example))
+                }
+                _ => format!("map {name} {{ type {} : verdict; }}", spell(map, named)),
             });
         }
         lines.push(format!(
-            "map affinity {{ typeof {} . {key} : {} . tcp dport; size 1048576; flags dynamic,timeout; timeout 3h; }}",
-            self.ip("saddr"),
-            self.ip("daddr"),
+            "map affinity {{ type {address} . {address} . inet_proto . inet_service : {address} . inet_service; \
+             size 1048576; flags dynamic,timeout; timeout 3h; }}"
         ));
         lines.iter().for_each(|l| self.line(1, l));
+    }
+
+    /// A chain nobody goes to, which has to come first: in the first rule of a text that uses a map declared by the
+    /// example of `tcp dport`, nft 1.0.6 matches TCP only.
+    fn primer(&mut self) {
+        let (family, key) = (self.family.nft(), self.key());
+        let rule = |key: &str, map: &str| format!("dnat {family} to {key} . numgen random mod 2 map @{map}");
+        self.chain("primer", &[rule(&key, "endpoints"), rule("meta l4proto . th dport", "np_endpoints")]);
     }
 
     fn refusals(&mut self) {
