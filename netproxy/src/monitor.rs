@@ -81,3 +81,40 @@ pub(crate) async fn run(
 async fn drain(socket: &mut TokioSocket) {
     while let Ok(Ok(_)) = tokio::time::timeout(Duration::ZERO, socket.recv_from_full()).await {}
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::{shadow::Shadow, tests::service},
+        nft::{kernel::Kernel, tests as nft},
+    };
+
+    #[test]
+    fn foreign_changes_are_heard_and_own_ones_are_not() {
+        nft::in_own_network(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let mut kernel = Kernel::open(nft::settings()).unwrap();
+                kernel.reconcile(&[]).unwrap();
+                let socket = open().unwrap();
+                let (inputs, mut heard) = mpsc::channel(8);
+                let report = Report { netlink_port: kernel.port(), ..Report::default() };
+                let (keep, report) = watch::channel(report);
+                tokio::spawn(run(socket, "isopod-test".into(), report, inputs));
+                // Ours, and another table: no reason to look.
+                let mut shadow = Shadow::default();
+                shadow.set_service(service("ns", "web", &["10.96.0.9"], &[("p", 80, 0)]));
+                kernel.apply(&shadow.flush()).unwrap();
+                let nft = |edit: &str| assert!(std::process::Command::new("nft").arg(edit).status().unwrap().success());
+                nft("add table ip other");
+                let quiet = tokio::time::timeout(3 * SETTLE, heard.recv()).await;
+                assert!(quiet.is_err(), "{quiet:?}");
+                nft("flush map ip isopod-test unavailable");
+                let told = tokio::time::timeout(Duration::from_secs(1), heard.recv()).await.unwrap();
+                assert!(matches!(told, Some(Input::Verify)));
+                drop(keep);
+            });
+        });
+    }
+}

@@ -36,6 +36,9 @@ pub(crate) enum Lookup {
 /// A named port: name, protocol, number.
 type Port = (Arc<str>, Protocol, u16);
 
+/// What an address is called: a service, or a host of it.
+type Pointer = (ServiceName, Option<Box<str>>);
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Host {
     /// Its own label: the pod's host name, or its address with dashes.
@@ -56,7 +59,7 @@ enum Entry {
 pub(crate) struct Zone {
     domain: String,
     namespaces: HashMap<Arc<str>, HashMap<Arc<str>, Entry>>,
-    reverse: HashMap<IpAddr, Vec<(ServiceName, Option<Box<str>>)>>,
+    reverse: HashMap<IpAddr, Vec<Pointer>>,
     serial: u32,
     ready: bool,
 }
@@ -148,7 +151,7 @@ impl Zone {
     /// Names of an address; empty when none is known.
     pub(crate) fn names_of(&self, address: &IpAddr) -> Vec<String> {
         let list = self.reverse.get(address).map(Vec::as_slice).unwrap_or_default();
-        let spell = |(name, host): &(ServiceName, Option<Box<str>>)| match host {
+        let spell = |(name, host): &Pointer| match host {
             Some(host) => format!("{host}.{}", self.full(name)),
             None => self.full(name),
         };

@@ -6,7 +6,7 @@ pub(crate) mod kernel;
 mod packets;
 pub(crate) mod skeleton;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(test)]
 pub(crate) mod trace;
 pub(crate) mod wire;

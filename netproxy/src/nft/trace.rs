@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::element::{Chain, Element, Family, Key, Map, Value};
+use super::element::{Chain, Element, Key, Map, Value};
 use crate::model::{objects::Protocol, plan::LOCAL_BASE};
 
 /// A connection's first packet.
@@ -140,13 +140,12 @@ impl Tracer {
 
 fn socket(key: &Key) -> SocketAddr {
     let bytes = key.bytes();
-    let (ip, port): (IpAddr, &[u8]) = match Family::V4 {
-        Family::V4 if bytes.len() == 8 => (IpAddr::from([bytes[0], bytes[1], bytes[2], bytes[3]]), &bytes[4..6]),
-        _ => {
-            let mut address = [0; 16];
-            address.copy_from_slice(&bytes[..16]);
-            (IpAddr::from(address), &bytes[16..18])
-        }
+    let (ip, port): (IpAddr, &[u8]) = if bytes.len() == 8 {
+        (IpAddr::from([bytes[0], bytes[1], bytes[2], bytes[3]]), &bytes[4..6])
+    } else {
+        let mut address = [0; 16];
+        address.copy_from_slice(&bytes[..16]);
+        (IpAddr::from(address), &bytes[16..18])
     };
     SocketAddr::new(ip, u16::from_be_bytes([port[0], port[1]]))
 }

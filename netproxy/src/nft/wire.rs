@@ -167,10 +167,13 @@ fn put_element(out: &mut Vec<u8>, element: &Element, with_value: bool) {
     });
 }
 
+/// Whether elements are added, and where.
+type Target = (bool, Family, Map);
+
 /// Collects changes of elements and writes them as one transaction.
 #[derive(Default)]
 pub(crate) struct Batch {
-    lists: Vec<((bool, Family, Map), Vec<Vec<u8>>)>,
+    lists: Vec<(Target, Vec<Vec<u8>>)>,
     size: usize,
 }
 
