@@ -89,21 +89,6 @@ impl Cgroups {
         Ok(tree)
     }
 
-    /// Whether memory is a v2 controller here.
-    pub(crate) fn is_v2(&self) -> bool {
-        !self.hierarchies.v1.contains_key("memory")
-    }
-
-    /// A v1 hierarchy's mount point.
-    pub(crate) fn v1(&self, controller: &str) -> Option<&Path> {
-        self.hierarchies.v1.get(controller).map(PathBuf::as_path)
-    }
-
-    /// The v2 mount point.
-    pub(crate) fn v2(&self) -> Option<&Path> {
-        self.hierarchies.v2.as_deref()
-    }
-
     /// The pod's group, relative to each hierarchy's mount point.
     pub(crate) fn pod_group(&self, qos: Qos, uid: &str) -> String {
         match qos {

@@ -18,7 +18,7 @@ use std::{
 
 use isopod_runtime::supervisor::{
     client::Connection,
-    protocol::{Answer, ContainerStatus, Event, Exit, Failure, FailureKind, Message, Op, PodConfig, Request, VERSION},
+    protocol::{Answer, ContainerStatus, Event, Exit, Failure, Message, Op, PodConfig, Request, VERSION},
 };
 use tokio::{
     io::unix::AsyncFd,
@@ -56,16 +56,6 @@ pub(crate) enum RuntimeError {
         /// Why.
         source: io::Error,
     },
-}
-
-impl RuntimeError {
-    /// The failure's kind, when the supervisor answered.
-    pub(crate) fn kind(&self) -> Option<FailureKind> {
-        match self {
-            Self::Failure(f) => Some(f.kind),
-            _ => None,
-        }
-    }
 }
 
 /// What a supervisor tells by itself.

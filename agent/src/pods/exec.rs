@@ -32,12 +32,11 @@ pub(crate) fn process(bundle: &Path, command: &[String], tty: bool) -> io::Resul
     let mut process = config["process"].clone();
     process["args"] = json!(command);
     process["terminal"] = json!(tty);
-    if tty {
-        if let Some(env) = process["env"].as_array_mut()
-            && !env.iter().any(|e| e.as_str().is_some_and(|e| e.starts_with("TERM=")))
-        {
-            env.push(json!("TERM=xterm"));
-        }
+    if tty
+        && let Some(env) = process["env"].as_array_mut()
+        && !env.iter().any(|e| e.as_str().is_some_and(|e| e.starts_with("TERM=")))
+    {
+        env.push(json!("TERM=xterm"));
     }
     Ok(process)
 }

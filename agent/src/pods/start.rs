@@ -48,7 +48,7 @@ pub(crate) enum Progress {
     /// The postStart hook is done (or there is none).
     Started { name: String, id: String },
     /// The postStart hook failed: the container is to be stopped.
-    HookFailed { name: String, id: String, message: String },
+    HookFailed { name: String, id: String },
     /// It did not come to a process.
     Failed { name: String, reason: &'static str, message: String, ended: Option<Box<Instance>> },
     /// The pod ends.
@@ -141,7 +141,7 @@ async fn attempt(job: &mut Job, report: &(impl Fn(Progress) + Send + Sync)) -> R
         if let Err(message) = ran {
             tracing::info!(container = name, message, "postStart hook failed");
             job.ctx.events.container(&job.pod, &name, Kind::Warning, "FailedPostStartHook", "PostStartHook failed");
-            report(Progress::HookFailed { name, id, message });
+            report(Progress::HookFailed { name, id });
             return Ok(());
         }
     }

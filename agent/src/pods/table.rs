@@ -36,7 +36,6 @@ pub(crate) struct Snapshot {
     pub(crate) containers: BTreeMap<String, ContainerView>,
     pub(crate) netns: Option<PathBuf>,
     pub(crate) host_network: bool,
-    pub(crate) cgroup: Option<String>,
     pub(crate) supervisor: Option<Supervisor>,
 }
 

@@ -118,7 +118,6 @@ impl Handle {
 /// One pod's worker.
 pub(super) struct Worker {
     pub(super) ctx: Arc<Context>,
-    pub(super) source: Source,
     pub(super) pod: Arc<Pod>,
     pub(super) pods: watch::Sender<Arc<Pod>>,
     pub(super) ephemeral: Vec<Container>,
@@ -239,7 +238,6 @@ impl Worker {
             pods: watch::channel(pod.clone()).0,
             addresses: watch::channel(Addresses { pod: Vec::new(), host: ctx.machine.ips.clone() }).0,
             ctx,
-            source,
             pod,
             state,
             dirty: true,
@@ -557,7 +555,6 @@ impl Worker {
             containers: containers.collect(),
             netns: self.state.sandbox.as_ref().and_then(|s| s.netns.clone()),
             host_network: self.pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true)),
-            cgroup: self.state.sandbox.as_ref().map(|s| s.cgroup.clone()),
             supervisor: self.live.as_ref().map(|l| l.supervisor.clone()),
             pod: Arc::new(pod),
         };
