@@ -108,6 +108,9 @@ async fn finalize(ctx: &Context, name: &str) -> Result<(), Error> {
     }
 }
 
+/// The finalizers of each object that is left.
+type Leftovers = Vec<Vec<String>>;
+
 /// Deletes content and counts what is left.
 async fn empty(ctx: &Context, namespace: &str, discovered: Discovered) -> Progress {
     let mut progress = Progress { undiscovered: discovered.failed, ..Progress::default() };
@@ -120,7 +123,7 @@ async fn empty(ctx: &Context, namespace: &str, discovered: Discovered) -> Progre
             let result = clear(ctx, namespace, &resource).await;
             (resource, result)
         });
-        let results: Vec<(ResourceType, Result<Vec<Vec<String>>, kube::Error>)> =
+        let results: Vec<(ResourceType, Result<Leftovers, kube::Error>)> =
             stream::iter(work).buffer_unordered(AT_ONCE).collect().await;
         for (resource, result) in results {
             match result {
@@ -162,7 +165,7 @@ async fn list(ctx: &Context, path: &str) -> Result<Vec<SlimMeta>, kube::Error> {
 }
 
 /// Empties one collection; returns the finalizers of each object that is left.
-async fn clear(ctx: &Context, namespace: &str, resource: &ResourceType) -> Result<Vec<Vec<String>>, kube::Error> {
+async fn clear(ctx: &Context, namespace: &str, resource: &ResourceType) -> Result<Leftovers, kube::Error> {
     let path = resource.collection_in(namespace);
     let present = match list(ctx, &path).await {
         Err(error) if is_not_found(&error) => return Ok(Vec::new()),

@@ -10,10 +10,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 type Key = (String, String);
 
+/// Object UID -> revision, and when it was written.
+type Revisions = HashMap<String, (u64, Instant)>;
+
 /// Revisions written, per key and object UID.
 #[derive(Default)]
 pub(crate) struct Written {
-    state: Mutex<HashMap<Key, HashMap<String, (u64, Instant)>>>,
+    state: Mutex<HashMap<Key, Revisions>>,
 }
 
 fn revision<T: HasMeta>(object: &T) -> u64 {

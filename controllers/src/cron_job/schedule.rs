@@ -145,10 +145,11 @@ impl Fields {
         let mut date = start.date();
         // Five years hold every schedule that can happen at all.
         for _ in 0..=5 * 366 {
-            if has(self.months, date.month()) && self.day(date) {
-                if let Some(found) = self.on(date, after, start, zone) {
-                    return Some(found);
-                }
+            if has(self.months, date.month())
+                && self.day(date)
+                && let Some(found) = self.on(date, after, start, zone)
+            {
+                return Some(found);
             }
             date = date.checked_add(1.day()).ok()?;
         }

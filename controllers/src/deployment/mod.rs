@@ -214,7 +214,7 @@ impl Controller {
             changed.spec.get_or_insert_default().min_ready_seconds = d.spec.as_ref().and_then(|s| s.min_ready_seconds);
             let written = self.ctx.objects.update(&new, &changed, "").await?;
             sets.new = Some(written.unwrap_or(new));
-            let revision = sets.new.as_ref().map(|rs| revision_of(rs)).unwrap_or(revision);
+            let revision = sets.new.as_ref().map(revision_of).unwrap_or(revision);
             let d = self.set_revision(d, revision).await?;
             let progressing = d.status.as_ref().and_then(|s| status::condition(s, "Progressing")).is_some();
             if status::deadline(&d).is_some() && !progressing {

@@ -183,7 +183,7 @@ pub(crate) fn plan(job: &Job, owned: &[Arc<Pod>], now: Timestamp) -> Plan {
     let uncounted = plan.status.uncounted_terminated_pods.clone().unwrap_or_default();
     let succeeded = n(plan.status.succeeded) + count(uncounted.succeeded.unwrap_or_default().len());
     let failures = n(plan.status.failed) + count(uncounted.failed.unwrap_or_default().len());
-    decide(&view, &mut plan, job, fatal, succeeded, failures, active.len());
+    decide(&view, &mut plan, fatal, succeeded, failures, active.len());
     if holds(&plan.status, "FailureTarget").is_some() || holds(&plan.status, "SuccessCriteriaMet").is_some() {
         plan.delete = active;
         plan.status.active = None;
@@ -280,7 +280,6 @@ fn count_finished(view: &View<'_>, plan: &mut Plan, owned: &[Arc<Pod>]) -> Optio
 fn decide(
     view: &View<'_>,
     plan: &mut Plan,
-    job: &Job,
     fatal: Option<(&'static str, String)>,
     succeeded: i32,
     failures: i32,
@@ -321,7 +320,7 @@ fn decide(
     }
     let complete = match spec.completions {
         None => succeeded > 0 && active == 0,
-        Some(wanted) => succeeded >= wanted && (active == 0 || succeeded >= wanted),
+        Some(wanted) => succeeded >= wanted,
     };
     if complete {
         let text = "Reached expected number of succeeded pods";
@@ -330,7 +329,6 @@ fn decide(
         let text = "Matched rules at index 0";
         set_condition(&mut plan.status, "SuccessCriteriaMet", "True", "SuccessPolicy", text, view.now);
     }
-    let _ = job;
 }
 
 fn succeeds_early(view: &View<'_>, status: &JobStatus) -> bool {
