@@ -388,13 +388,13 @@ fn finish(f: Finish<'_>) -> Result<Ready> {
     let mut late = f.seccomp.cloned();
     // Without no_new_privs installing a filter takes CAP_SYS_ADMIN, which is about to go. With a listener it must be
     // handed over while the maker still listens.
-    if late.as_ref().is_some_and(|s| !no_new_privs || s.notifies) {
-        if let Some(program) = late.take() {
-            let listener = sys::install_seccomp(&program.instructions, program.flags)
-                .context(|| "install seccomp filter".into())?;
-            if let Some(listener) = listener {
-                f.channel.report(&Report::Listener, Some(listener.as_fd()))?;
-            }
+    if late.as_ref().is_some_and(|s| !no_new_privs || s.notifies)
+        && let Some(program) = late.take()
+    {
+        let listener =
+            sys::install_seccomp(&program.instructions, program.flags).context(|| "install seccomp filter".into())?;
+        if let Some(listener) = listener {
+            f.channel.report(&Report::Listener, Some(listener.as_fd()))?;
         }
     }
     // As root first: a directory only root may enter is still the one that was asked for.

@@ -126,7 +126,7 @@ fn retry(mut call: impl FnMut() -> rustix::io::Result<OwnedFd>) -> io::Result<Ow
 
 /// Whether a descriptor lies on the file system of this type.
 pub(crate) fn is_on(fd: BorrowedFd<'_>, magic: i64) -> bool {
-    fstatfs(fd).is_ok_and(|s| s.f_type as i64 == magic)
+    fstatfs(fd).is_ok_and(|s| s.f_type == magic)
 }
 
 /// The host's procfs, known to be one.

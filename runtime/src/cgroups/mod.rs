@@ -453,10 +453,10 @@ impl Cgroup {
         for hierarchy in &self.joined {
             let name = hierarchy.mount_point().file_name().map(|n| n.to_string_lossy().into_owned());
             let Some(name) = name else { continue };
-            if let Hierarchy::V1 { controllers, .. } = hierarchy {
-                if controllers.len() > 1 {
-                    view.links.extend(controllers.iter().filter(|c| **c != name).map(|c| (c.clone(), name.clone())));
-                }
+            if let Hierarchy::V1 { controllers, .. } = hierarchy
+                && controllers.len() > 1
+            {
+                view.links.extend(controllers.iter().filter(|c| **c != name).map(|c| (c.clone(), name.clone())));
             }
             view.directories.push((name, self.dir(hierarchy)));
         }

@@ -89,10 +89,10 @@ pub(super) fn run(root: &Path, args: &RunArgs) -> Result<i32> {
     let id = state.id.clone();
     drop(dir);
     let code = foreground::attend(&signals, launched.pid, launched.master.as_ref().map(AsFd::as_fd))?;
-    if !args.keep {
-        if let Ok(dir) = StateDir::open(root, &id) {
-            finish(dir, &state)?;
-        }
+    if !args.keep
+        && let Ok(dir) = StateDir::open(root, &id)
+    {
+        finish(dir, &state)?;
     }
     Ok(code)
 }
@@ -104,12 +104,12 @@ pub(super) fn finish(dir: StateDir, state: &State) -> Result<()> {
         result = cgroup.kill_and_wait().and_then(|()| cgroup.remove());
     }
     // Hooks may fail, the removal goes on.
-    if let Ok(config) = Config::load(&state.bundle) {
-        if let Some(all) = config.spec.hooks() {
-            let told = hook_state(state, "stopped", 0);
-            if let Err(e) = hooks::run("poststop", all.poststop().as_ref(), &told) {
-                eprintln!("isopod-runtime: {e}");
-            }
+    if let Ok(config) = Config::load(&state.bundle)
+        && let Some(all) = config.spec.hooks()
+    {
+        let told = hook_state(state, "stopped", 0);
+        if let Err(e) = hooks::run("poststop", all.poststop().as_ref(), &told) {
+            eprintln!("isopod-runtime: {e}");
         }
     }
     result.and(dir.remove())

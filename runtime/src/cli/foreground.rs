@@ -66,10 +66,10 @@ pub(super) fn attend(signals: &Signals, pid: i32, master: Option<BorrowedFd<'_>>
         {
             output = None;
         }
-        if let (Some(from), Some(to), Some(true)) = (input, master, ready.next()) {
-            if !tty::pump(from, to).unwrap_or(false) {
-                input = None;
-            }
+        if let (Some(from), Some(to), Some(true)) = (input, master, ready.next())
+            && !tty::pump(from, to).unwrap_or(false)
+        {
+            input = None;
         }
     }
 }
@@ -83,11 +83,11 @@ fn readable(fd: BorrowedFd<'_>) -> bool {
 fn forward(signals: &Signals, pid: i32, master: Option<BorrowedFd<'_>>) {
     while let Ok(Some(info)) = signals.fd.read_signal() {
         let signal = info.ssi_signo as i32;
-        if signal == Signal::SIGWINCH as i32 {
-            if let Some(master) = master {
-                tty::copy_size(io::stdin().as_fd(), master);
-                continue;
-            }
+        if signal == Signal::SIGWINCH as i32
+            && let Some(master) = master
+        {
+            tty::copy_size(io::stdin().as_fd(), master);
+            continue;
         }
         if ![libc::SIGCHLD, libc::SIGURG, libc::SIGPIPE].contains(&signal) {
             drop(sys::kill(pid, signal));

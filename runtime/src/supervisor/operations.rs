@@ -2,7 +2,7 @@
 
 use std::{
     os::fd::{AsFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process};
@@ -395,8 +395,8 @@ fn take_marked(marked: [bool; 3], fds: Vec<OwnedFd>) -> Result<[Option<OwnedFd>;
     Ok(marked.map(|m| if m { fds.next() } else { None }))
 }
 
-fn seccomp_of(bundle: &PathBuf) -> Result<Option<LinuxSeccomp>> {
-    let config = Config::read(&config_path(bundle), bundle.clone())?;
+fn seccomp_of(bundle: &Path) -> Result<Option<LinuxSeccomp>> {
+    let config = Config::read(&config_path(bundle), bundle.to_owned())?;
     Ok(config.spec.linux().as_ref().and_then(|l| l.seccomp().clone()))
 }
 
