@@ -62,6 +62,11 @@ impl Paths {
         self.root.join("var/lib/isopod")
     }
 
+    /// Unpacked images.
+    pub fn image_store(&self) -> PathBuf {
+        self.state().join("image-store")
+    }
+
     /// `var/lib/isopod/images`: image archives and the content store.
     pub fn images(&self) -> PathBuf {
         self.state().join("images")

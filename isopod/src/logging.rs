@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use tracing_subscriber::EnvFilter;
 
 fn filter() -> EnvFilter {
-    EnvFilter::try_from_env("ISOPOD_LOG").unwrap_or_else(|_| EnvFilter::new("info"))
+    EnvFilter::try_from_env("ISOPOD_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,kube_client::client::builder=off,kube_runtime=error"))
 }
 
 /// Lines to standard error.

@@ -20,8 +20,13 @@ pub(super) fn stop_everything(paths: &Paths) -> Result<()> {
     let _lock = lock::take(&paths.run())?;
     let settings = Settings::resolve(&paths.etc().join("cluster.yaml"), crate::node::Options::default())?;
     super::serve(2, |_| async {
+        let network = isopod_agent::network::NetworkConfig {
+            cluster_cidrs: vec![settings.pod_cidr],
+            service_cidrs: vec![settings.service_cidr],
+            ..isopod_agent::network::NetworkConfig::new(paths.clone())
+        };
         let pods = isopod_agent::stop_all_pods(paths).await.context("stop pods");
-        let network = isopod_agent::network::cleanup(paths, settings.service_cidr).await.context("remove pod network");
+        let network = isopod_agent::network::BridgeNetwork::cleanup_all(&network).await.context("remove pod network");
         let config = isopod_netproxy::Config {
             service_cidrs: vec![settings.service_cidr],
             cluster_cidrs: vec![settings.pod_cidr],

@@ -87,7 +87,7 @@ async fn bearer(client: kube::Client, hours: u32) -> Result<String> {
         let binding = ClusterRoleBinding {
             metadata: ObjectMeta { name: Some(format!("{ACCOUNT}{suffix}")), ..ObjectMeta::default() },
             role_ref: RoleRef {
-                api_group: "rbac.authorization.k8s.io".to_owned(),
+                api_group: Some("rbac.authorization.k8s.io".to_owned()),
                 kind: "ClusterRole".to_owned(),
                 name: role.to_owned(),
             },
@@ -101,12 +101,15 @@ async fn bearer(client: kube::Client, hours: u32) -> Result<String> {
         exists(bindings.create(&PostParams::default(), &binding).await).with_context(|| format!("bind role {role}"))?;
     }
     let request = TokenRequest {
-        spec: TokenRequestSpec { expiration_seconds: Some(i64::from(hours) * 3600), ..TokenRequestSpec::default() },
+        spec: Some(TokenRequestSpec {
+            expiration_seconds: Some(i64::from(hours) * 3600),
+            ..TokenRequestSpec::default()
+        }),
         ..TokenRequest::default()
     };
     let answer =
         accounts.create_token_request(ACCOUNT, &PostParams::default(), &request).await.context("request token")?;
-    answer.status.map(|status| status.token).ok_or_else(|| anyhow!("the API server answered without a token"))
+    answer.status.and_then(|status| status.token).ok_or_else(|| anyhow!("the API server answered without a token"))
 }
 
 /// Creating what is already there is fine.

@@ -52,8 +52,9 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
     bootstrap::manifests(paths, &settings)?;
     progress.done("certificates, kubeconfigs, manifests");
     let node = Node::new(paths, &settings, runtime, None, None, &[])?;
-    let result = super::serve(2, |stop| async {
-        let watch = tokio::spawn(report(progress, paths.clone(), settings, stop.clone(), log.display().to_string()));
+    let shown = paths.clone();
+    let result = super::serve(2, |stop| async move {
+        let watch = tokio::spawn(report(progress, shown, settings, stop.clone(), log.display().to_string()));
         let result = node.run(stop.clone()).await;
         stop.cancel();
         watch.await.context("progress task")?.and(result)
