@@ -182,7 +182,8 @@ fn items<'a>(map: &'a mut Object, field: &str) -> impl Iterator<Item = &'a mut O
 
 /// `Always` for the tag `latest`, which a missing tag means too; a digest is never latest.
 fn pull_policy(image: &str) -> &'static str {
-    let latest = !image.contains('@')
+    let latest = !image.is_empty()
+        && !image.contains('@')
         && match image.rsplit('/').next().unwrap_or(image).rsplit_once(':') {
             Some((_, tag)) => tag == "latest",
             None => true,

@@ -61,6 +61,8 @@ impl Plugin for StorageObjectInUseProtection {
             Some("kubernetes.io/pvc-protection")
         } else if request.creates("", "persistentvolumes") {
             Some("kubernetes.io/pv-protection")
+        } else if request.creates("storage.k8s.io", "volumeattributesclasses") {
+            Some("kubernetes.io/vac-protection")
         } else {
             None
         };

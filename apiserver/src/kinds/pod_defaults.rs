@@ -101,6 +101,7 @@ fn tag(image: &str) -> &str {
     match (last.split_once(':'), digest) {
         (Some((_, tag)), _) => tag,
         (None, Some(_)) => "",
+        (None, None) if image.is_empty() => "",
         (None, None) => "latest",
     }
 }

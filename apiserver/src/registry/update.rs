@@ -114,7 +114,13 @@ impl Registry {
                 metadata::place(resource, namespace, &mut new)?;
                 metadata::check_name(&new, target.name)?;
                 if !meta::uid(&new).is_empty() && !rules.from_current {
-                    return Err(uid_conflict(resource, target.name, meta::uid(&new), ""));
+                    return Err(uid_conflict(
+                        resource,
+                        &shown_key(resource, namespace, target.name),
+                        target.name,
+                        meta::uid(&new),
+                        "",
+                    ));
                 }
                 match self.create_tracked(resource, namespace, new, rules.tracking, writer).await {
                     Ok(object) => return Ok(Outcome { object, created: true }),
@@ -221,8 +227,15 @@ fn finished(resource: &Resource, new: &Value) -> bool {
         && !held_by_spec
 }
 
-fn uid_conflict(resource: &Resource, name: &str, wanted: &str, found: &str) -> Status {
-    let message = format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}");
+/// The key upstream names in storage errors.
+fn shown_key(resource: &Resource, namespace: &str, name: &str) -> String {
+    resource.info.key(namespace, name).unwrap_or_default()
+}
+
+fn uid_conflict(resource: &Resource, key: &str, name: &str, wanted: &str, found: &str) -> Status {
+    let message = format!(
+        "StorageError: invalid object, Code: 4, Key: {key}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}"
+    );
     Status::conflict(&resource.group_resource(), name, message)
 }
 
@@ -236,7 +249,13 @@ fn check_preconditions(
 ) -> Result<(), Status> {
     let uid = meta::uid(new);
     if !rules.from_current && !uid.is_empty() && uid != meta::uid(old) {
-        return Err(uid_conflict(resource, name, uid, meta::uid(old)));
+        return Err(uid_conflict(
+            resource,
+            &shown_key(resource, meta::namespace(old), name),
+            name,
+            uid,
+            meta::uid(old),
+        ));
     }
     match meta::resource_version(new) {
         "" | "0" if rules.from_current || resource.strategy.allow_unconditional_update() => Ok(()),

@@ -1,6 +1,6 @@
 //! `meta.k8s.io` tables.
 
-use isopod_api::{field, gvk::GroupKind, status::Status};
+use isopod_api::{field, status::Status};
 use serde_json::{Value, json};
 
 use super::{meta_version, partial};
@@ -27,7 +27,7 @@ impl Include {
             other => {
                 let path = field::Path::new("includeObject");
                 let error = field::Error::invalid(&path, other, "must be 'Metadata', 'Object', 'None', or empty");
-                Err(Status::invalid(&GroupKind::new("meta.k8s.io", "TableOptions"), "", vec![error]))
+                Err(Status::bad_request(format!("Unable to convert to Table as requested: {error}")))
             }
         }
     }
