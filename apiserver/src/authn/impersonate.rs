@@ -35,9 +35,12 @@ pub(crate) fn impersonate(
         if groups.is_empty() && uid.is_empty() && extra.is_empty() {
             return Ok(user);
         }
-        return Err(Status::internal(format!(
-            "requested {} without impersonating a user",
-            if groups.is_empty() { "extra" } else { "groups" }
+        let quoted: Vec<String> = groups.iter().map(|g| format!("{g:?}")).collect();
+        let groups =
+            if quoted.is_empty() { "[]string(nil)".into() } else { format!("[]string{{{}}}", quoted.join(", ")) };
+        let extra = if extra.is_empty() { "map[string][]string(nil)".into() } else { format!("{extra:?}") };
+        return Err(Status::bad_request(format!(
+            "requested &user.DefaultInfo{{Name:\"\", UID:{uid:?}, Groups:{groups}, Extra:{extra}}} without impersonating a user name"
         )));
     }
     let check = |group: &str, resource: &str, subresource: &str, namespace: &str, name: &str| {

@@ -3,8 +3,8 @@
 use isopod_api::{gvk::Gvk, meta, schema, status::Status};
 use serde_json::Value;
 
-use super::metadata;
 use super::{Registry, Resource, Writer};
+use super::{managed, metadata};
 use crate::{
     admission::{Operation, Request},
     server::request::RequestInfo,
@@ -87,6 +87,10 @@ impl Registry {
         }
         if resource.info.namespaced {
             metadata::place(resource, &info.namespace, &mut object)?;
+        }
+        let review = info.subresource.is_empty() && schema::lookup(gvk).is_some_and(|d| d.field("metadata").is_some());
+        if review && gvk.group == "authorization.k8s.io" {
+            managed::track(resource, gvk, None, &mut object, &writer.options.manager, "");
         }
         let name = if info.name.is_empty() { meta::name(&object).to_owned() } else { info.name.clone() };
         let admission = Admission {

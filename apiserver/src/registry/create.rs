@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use isopod_api::{meta, status::Status};
+use isopod_api::{gvk::Gvk, meta, status::Status};
 use isopod_store::Expect;
 use serde_json::Value;
 
@@ -48,12 +48,21 @@ impl Registry {
         let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
         let namespace = if resource.info.namespaced { namespace } else { "" };
         metadata::place(resource, namespace, &mut obj)?;
+        let manager = writer.options.manager.clone();
+        let tracked = resource.converted() && Gvk::of(&obj) == resource.gvk;
+        if tracked {
+            // Ownership is in terms of the version the client speaks.
+            decode::complete_served(resource, &mut obj);
+            if tracking == Tracking::Update {
+                managed::track(resource, &resource.gvk, None, &mut obj, &manager, "");
+            }
+        }
         decode::complete(resource, &mut obj);
         metadata::dedup_owners(&mut obj, writer);
         let versioned = !matches!(meta::resource_version(&obj), "" | "0");
         meta::set_resource_version(&mut obj, "");
-        if tracking == Tracking::Update {
-            managed::track(resource, None, &mut obj, &writer.options.manager, "");
+        if tracking == Tracking::Update && !tracked {
+            managed::track(resource, &resource.storage, None, &mut obj, &manager, "");
         }
         let name = meta::name(&obj).to_owned();
         let admission = Admission {

@@ -35,10 +35,14 @@ pub(super) fn check_depth(bytes: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Result<Parsed, String>, Status> {
+/// A parsed body, and strict errors the parser itself found.
+type Body = (Parsed, Vec<String>);
+
+fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Result<Body, String>, Status> {
     match media(content_type) {
         "application/json" => Ok(check_depth(bytes)
             .and_then(|()| schema::json::parse(bytes).map_err(|e| e.to_string()))
+            .map(|parsed| (parsed, Vec::new()))
             .map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))),
         "application/yaml" => Ok(parse_yaml(bytes)),
         _ => Err(Status::unsupported_media_type(
@@ -48,15 +52,16 @@ fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Result<Parsed, Stri
 }
 
 /// Duplicate keys are reported like unknown fields, not refused: the last one counts.
-fn parse_yaml(bytes: &[u8]) -> Result<Parsed, String> {
+fn parse_yaml(bytes: &[u8]) -> Result<Body, String> {
     let text = std::str::from_utf8(bytes).map_err(|e| e.to_string())?;
-    let value = yaml::parse(text).map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))?;
-    Ok(Parsed { value, duplicates: Vec::new() })
+    let (value, repeated) =
+        yaml::parse_strict(text).map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))?;
+    Ok((Parsed { value, duplicates: Vec::new() }, repeated))
 }
 
 /// A body as a bare value (DeleteOptions).
 pub(super) fn body(bytes: &[u8], content_type: Option<&str>) -> Result<Value, Status> {
-    let parsed = parse(bytes, content_type)?.map_err(Status::bad_request)?;
+    let (parsed, _) = parse(bytes, content_type)?.map_err(Status::bad_request)?;
     Ok(parsed.value)
 }
 
@@ -68,8 +73,8 @@ pub(crate) fn object(
     validation: FieldValidation,
     warnings: &mut Vec<String>,
 ) -> Result<Value, Status> {
-    let parsed = parse(bytes, content_type)?.map_err(|e| unrecognized(gvk, &e, bytes))?;
-    typed(gvk, parsed.value, &parsed.duplicates, validation, warnings)
+    let (parsed, strict) = parse(bytes, content_type)?.map_err(|e| unrecognized(gvk, &e, bytes))?;
+    typed(gvk, parsed, strict, validation, warnings)
 }
 
 fn unrecognized(gvk: &Gvk, error: &str, body: &[u8]) -> Status {
@@ -93,17 +98,19 @@ fn unrecognized(gvk: &Gvk, error: &str, body: &[u8]) -> Status {
 /// Checks kind, version, fields and types of a parsed object.
 pub(crate) fn typed(
     gvk: &Gvk,
-    mut value: Value,
-    duplicates: &[String],
+    parsed: Parsed,
+    mut strict: Vec<String>,
     validation: FieldValidation,
     warnings: &mut Vec<String>,
 ) -> Result<Value, Status> {
+    let Parsed { mut value, duplicates } = parsed;
     if value.is_object() {
         identify(gvk, &mut value)?;
     }
     let Some(definition) = schema::lookup(gvk) else { return Ok(value) };
-    let strict = schema::decode(definition, &mut value, duplicates)
+    let found = schema::decode(definition, &mut value, &duplicates)
         .map_err(|e| schema::decode_failure(&value, &gvk.kind, &e.to_string()))?;
+    strict.extend(found);
     match validation {
         FieldValidation::Strict if !strict.is_empty() => Err(schema::strict_failure(&value, &gvk.kind, &strict)),
         FieldValidation::Warn => {
@@ -160,15 +167,21 @@ fn go_package(group: &str) -> &str {
     }
 }
 
+fn fill_in(value: &mut Value, gvk: &Gvk) {
+    value["kind"] = gvk.kind.as_str().into();
+    value["apiVersion"] = gvk.api_version().into();
+    if let Some(definition) = schema::lookup(gvk) {
+        schema::default(definition, value);
+    }
+}
+
+/// Defaults of the served version.
+pub(super) fn complete_served(resource: &Resource, value: &mut Value) {
+    fill_in(value, &resource.gvk);
+}
+
 /// Turns a decoded object of the served version into a complete one of the stored version: defaults, conversion.
 pub(crate) fn complete(resource: &Resource, value: &mut Value) {
-    let fill_in = |value: &mut Value, gvk: &Gvk| {
-        value["kind"] = gvk.kind.as_str().into();
-        value["apiVersion"] = gvk.api_version().into();
-        if let Some(definition) = schema::lookup(gvk) {
-            schema::default(definition, value);
-        }
-    };
     if resource.converted() && Gvk::of(value) == resource.gvk {
         fill_in(value, &resource.gvk);
         *value = convert(std::mem::take(value), &resource.storage);

@@ -121,6 +121,9 @@ impl Registry {
             self.admit(Pass::Mutating, &admission, &mut none, writer).await?;
             self.admit(Pass::Validating, &admission, &mut none, writer).await?;
             let expect = Expect::Revision(current.revision);
+            if orphans_unasked(resource, options) {
+                writer.warnings.push("child pods are preserved by default when jobs are deleted; set propagationPolicy=Background to remove them or set propagationPolicy=Orphan to suppress this warning".into());
+            }
             let (expect, last) = match plan(resource, &old, options) {
                 Plan::Pending => return Ok(Deleted { object: current, gone: false }),
                 Plan::Remove => (expect, current),
@@ -248,6 +251,12 @@ fn mark(resource: &Resource, new: &mut Value, seconds: i64) {
     if generation > 0 && metadata::has_generation(&resource.group_resource()) {
         meta::set_generation(new, generation + 1);
     }
+}
+
+/// Whether a Job's pods stay behind without anyone having said so.
+fn orphans_unasked(resource: &Resource, options: &Value) -> bool {
+    let asked = ["propagationPolicy", "orphanDependents"].iter().any(|k| options.get(*k).is_some_and(|v| !v.is_null()));
+    resource.gvr.group == "batch" && resource.gvr.resource == "jobs" && !asked
 }
 
 /// Namespaces end in two steps: Terminating, then gone when both lists of finalizers are empty.

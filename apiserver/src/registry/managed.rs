@@ -17,10 +17,23 @@ fn request<'a>(
 }
 
 /// Records an update by a manager. `old` is the stored object.
-pub(super) fn track(resource: &Resource, old: Option<&Value>, new: &mut Value, manager: &str, subresource: &str) {
+pub(super) fn track(
+    resource: &Resource,
+    gvk: &Gvk,
+    old: Option<&Value>,
+    new: &mut Value,
+    manager: &str,
+    subresource: &str,
+) {
     let now = meta::now();
-    if let Some(request) = request(resource, &resource.storage, manager, subresource, &now) {
+    if let Some(request) = request(resource, gvk, manager, subresource, &now) {
         apply::update(&request, old, new);
+    }
+    // A Scale of 0 has no replicas field that could be owned.
+    if subresource == "scale" && new["spec"]["replicas"] == 0 {
+        let mut entries = meta::managed_fields(new).to_vec();
+        entries.retain(|e| e["subresource"] != "scale" || e["manager"] != manager);
+        meta::set(new, "managedFields", entries);
     }
 }
 
@@ -37,6 +50,13 @@ pub(super) fn apply(
     let request = request(resource, &resource.gvk, manager, subresource, &now)
         .ok_or_else(|| Status::internal("the kind has no schema"))?;
     let live = Some(current).filter(|c| !c.is_null());
-    let merged = apply::apply(&request, live, applied, force)?;
-    super::decode::typed(&resource.gvk, merged, &[], FieldValidation::Ignore, &mut Vec::new())
+    let mut merged = apply::apply(&request, live, applied, force)?;
+    for field in ["name", "namespace", "uid", "resourceVersion"] {
+        let from = if field == "name" && live.is_none() { applied } else { current };
+        if meta::text(&merged, field).is_empty() && !meta::text(from, field).is_empty() {
+            meta::set(&mut merged, field, meta::text(from, field));
+        }
+    }
+    let parsed = schema::json::Parsed { value: merged, duplicates: Vec::new() };
+    super::decode::typed(&resource.gvk, parsed, Vec::new(), FieldValidation::Ignore, &mut Vec::new())
 }

@@ -119,19 +119,18 @@ fn decode_patched(
     };
     let found = Gvk::of(&new);
     if found != *gvk {
-        let shown = new.clone();
-        let version = found.api_version();
         let detail = match schema::lookup(&found) {
-            Some(_) => format!(
-                "unable to convert {found} to {gvk}: no kind \"{}\" is registered for the internal version of group \"{}\" in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
-                found.kind, found.group
-            ),
+            Some(other) => match schema::decode(other, &mut new.clone(), &[]) {
+                Err(error) => error.to_string(),
+                Ok(_) => format!("converting ({}.{}) to ({gvk}): unknown conversion", found.version, found.kind),
+            },
             None => format!(
-                "no kind \"{}\" is registered for version \"{version}\" in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
-                found.kind
+                "no kind \"{}\" is registered for version \"{}\" in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
+                found.kind,
+                found.api_version()
             ),
         };
-        return Err(invalid(&shown, detail));
+        return Err(invalid(&new, detail));
     }
     let Some(definition) = schema::lookup(gvk) else { return Ok(new) };
     let mut decoded = new.clone();
@@ -216,19 +215,24 @@ impl Registry {
 
 /// An applied configuration must say what it is.
 fn check_applied(resource: &Resource, target: Target<'_>, mut applied: Value) -> Result<Value, Status> {
-    let found = Gvk::of(&applied);
-    if found.kind.is_empty() || found.version.is_empty() {
-        let missing = if found.kind.is_empty() { "Kind" } else { "apiVersion" };
+    if !applied.is_object() {
+        let found = match &applied {
+            Value::Array(_) => "array",
+            Value::String(_) => "string",
+            Value::Bool(_) => "bool",
+            Value::Number(_) => "number",
+            _ => "null",
+        };
         return Err(Status::bad_request(format!(
-            "error decoding YAML: Object '{missing}' is missing in '{}'",
-            applied
+            "error decoding YAML: error unmarshaling JSON: while decoding JSON: json: cannot unmarshal {found} into Go value of type map[string]interface {{}}"
         )));
+    }
+    let found = Gvk::of(&applied);
+    if found.kind != resource.gvk.kind || found.group != resource.gvk.group {
+        return Err(Status::bad_request(format!("invalid object type: {found}")));
     }
     if isopod_api::meta::name(&applied).is_empty() {
         isopod_api::meta::set_name(&mut applied, target.name);
-    }
-    if resource.info.namespaced && isopod_api::meta::namespace(&applied).is_empty() {
-        isopod_api::meta::set_namespace(&mut applied, target.namespace);
     }
     Ok(applied)
 }

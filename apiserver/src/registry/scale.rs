@@ -3,7 +3,7 @@
 use isopod_api::{
     field::{Error, ErrorList, Path},
     gvk::{GroupKind, Gvk},
-    meta,
+    meta, selector,
     status::Status,
 };
 use serde_json::{Value, json};
@@ -27,21 +27,24 @@ pub(crate) fn of(obj: &Value) -> Value {
         spec["replicas"] = replicas.into();
     }
     let mut status = json!({"replicas": obj["status"]["replicas"].as_i64().unwrap_or(0)});
-    let selector = selector_text(&obj["spec"]["selector"]);
+    let stateful = obj["kind"] == "StatefulSet";
+    let selector = selector_text(&obj["spec"]["selector"], stateful);
     if !selector.is_empty() {
         status["selector"] = selector.into();
     }
     json!({"kind": "Scale", "apiVersion": "autoscaling/v1", "metadata": metadata, "spec": spec, "status": status})
 }
 
-fn selector_text(selector: &Value) -> String {
+/// StatefulSets print equality as a set, as upstream does; the others as `key=value`.
+fn selector_text(selector: &Value, stateful: bool) -> String {
     let Some(map) = selector.as_object() else { return String::new() };
-    let labelled = map.contains_key("matchLabels") || map.contains_key("matchExpressions");
-    if labelled {
-        return match super::table::selector(selector) {
-            text if text == "<none>" => String::new(),
-            text => text,
-        };
+    let expressions = map.get("matchExpressions").is_some_and(|e| e.as_array().is_some_and(|e| !e.is_empty()));
+    let map = match map.get("matchLabels").and_then(Value::as_object) {
+        Some(labels) if !expressions && !stateful => labels,
+        _ => map,
+    };
+    if map.contains_key("matchLabels") || map.contains_key("matchExpressions") {
+        return selector::LabelSelector::from_value(Some(selector)).map(|s| s.to_string()).unwrap_or_default();
     }
     // ReplicationControllers have the labels themselves.
     let mut pairs: Vec<_> = map.iter().map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default())).collect();

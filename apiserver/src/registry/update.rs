@@ -146,20 +146,24 @@ impl Registry {
     ) -> Result<Step, Status> {
         let Target { resource, namespace, name, subresource } = target;
         let old = current.value();
-        let mut new = if resource.converted() {
-            edit(&convert(old.clone(), &resource.gvk), &mut writer.warnings)?
-        } else {
-            edit(&old, &mut writer.warnings)?
-        };
+        let served = resource.converted().then(|| convert(old.clone(), &resource.gvk));
+        let mut new = edit(served.as_ref().unwrap_or(&old), &mut writer.warnings)?;
         metadata::place(resource, namespace, &mut new)?;
         metadata::check_name(&new, name)?;
+        let mut tracking = rules.tracking;
+        if let Some(served) = served.filter(|s| tracking == Tracking::Update && Gvk::of(s) == Gvk::of(&new)) {
+            // Ownership is in terms of the version the client speaks.
+            decode::complete_served(resource, &mut new);
+            managed::track(resource, &resource.gvk, Some(&served), &mut new, &writer.options.manager, subresource);
+            tracking = Tracking::Done;
+        }
         decode::complete(resource, &mut new);
         check_preconditions(resource, name, &new, current, &old, rules)?;
         metadata::dedup_owners(&mut new, writer);
         compose(resource, subresource, &mut new, &old);
         metadata::for_update(&mut new, &old);
-        if rules.tracking == Tracking::Update {
-            managed::track(resource, Some(&old), &mut new, &writer.options.manager, subresource);
+        if tracking == Tracking::Update {
+            managed::track(resource, &resource.storage, Some(&old), &mut new, &writer.options.manager, subresource);
         }
         let admission =
             Admission { operation: Operation::Update, resource, gvk: None, subresource, namespace, name, old: &old };

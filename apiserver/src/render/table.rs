@@ -43,7 +43,7 @@ pub(super) fn table(
     with_columns: bool,
 ) -> Value {
     let now = jiff::Timestamp::now();
-    let rows: Vec<Value> = objects
+    let rows = objects
         .iter()
         .map(|object| {
             let mut row = json!({"cells": resource.strategy.cells(object, now)});
@@ -58,8 +58,12 @@ pub(super) fn table(
             };
             row
         })
-        .collect();
-    let columns = if with_columns { definitions(&table::columns(&resource.gvr)) } else { Value::Null };
+        .collect::<Vec<Value>>();
+    let own = table::columns(&resource.gvr);
+    // Upstream's default convertor leaves the rows of an empty list out.
+    let default = own.last().is_some_and(|c| c.name == "Created At");
+    let rows = if rows.is_empty() && default { Value::Null } else { rows.into() };
+    let columns = if with_columns { definitions(&own) } else { Value::Null };
     json!({"kind": "Table", "apiVersion": meta_version(beta), "metadata": metadata,
         "columnDefinitions": columns, "rows": rows})
 }

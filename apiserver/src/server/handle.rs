@@ -11,6 +11,7 @@ use serde_json::json;
 use super::{
     App, forbidden, limits,
     negotiate::{Accepted, negotiate},
+    openapi,
     query::Query,
     request::RequestInfo,
     resources, respond,
@@ -174,6 +175,7 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
             let keys = serde_json::to_vec(&serviceaccount::jwks(&app.config)).unwrap_or_default();
             Some(respond::with_type(200, "application/jwk-set+json", keys))
         }
+        path if path.starts_with("openapi/") => openapi::answer(path, &call.query, call.style).await,
         _ => discovery::answer(&request, call.style),
     };
     match response {

@@ -6,6 +6,7 @@ mod health;
 mod limits;
 mod metrics;
 pub(crate) mod negotiate;
+mod openapi;
 pub(crate) mod query;
 pub(crate) mod request;
 mod resources;

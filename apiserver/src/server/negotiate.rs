@@ -41,14 +41,16 @@ pub(crate) struct Accepted {
     pub(crate) transform: Transform,
     /// `pretty` in the media type.
     pub(crate) pretty: bool,
-    /// Aggregated discovery was asked for: `v2` or `v2beta1`.
+    /// Whether the transformation names a list kind; `None` when both will do.
+    pub(crate) list: Option<bool>,
+    /// Aggregated discovery was asked for: `v2`.
     pub(crate) discovery: Option<&'static str>,
 }
 
 impl Accepted {
     /// Plain JSON.
     pub(crate) const JSON: Self =
-        Self { media: Media::Json, transform: Transform::None, pretty: false, discovery: None };
+        Self { media: Media::Json, transform: Transform::None, pretty: false, list: None, discovery: None };
 }
 
 const ROUTES: [&str; 3] = ["application/json", "application/yaml", "application/vnd.kubernetes.protobuf"];
@@ -108,7 +110,7 @@ fn accept(clause: &Clause<'_>) -> Option<Accepted> {
         _ => return None,
     };
     let param = |name: &str| clause.params.iter().find(|(k, _)| *k == name).map(|(_, v)| *v);
-    let mut accepted = Accepted { media, transform: Transform::None, pretty: false, discovery: None };
+    let mut accepted = Accepted { media, transform: Transform::None, pretty: false, list: None, discovery: None };
     accepted.pretty = matches!(param("pretty"), Some("1" | "true"));
     let Some(target) = param("as") else { return Some(accepted) };
     match (target, param("g"), param("v")) {
@@ -116,6 +118,7 @@ fn accept(clause: &Clause<'_>) -> Option<Accepted> {
             accepted.transform = Transform::Table(v == "v1beta1");
         }
         ("PartialObjectMetadata" | "PartialObjectMetadataList", Some("meta.k8s.io"), Some(v @ ("v1" | "v1beta1"))) => {
+            accepted.list = Some(target.ends_with("List"));
             accepted.transform = Transform::Partial(v == "v1beta1");
         }
         ("APIGroupDiscoveryList", Some("apidiscovery.k8s.io"), Some("v2")) => accepted.discovery = Some("v2"),

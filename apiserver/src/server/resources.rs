@@ -107,13 +107,32 @@ fn check_method(resource: &Resource, call: &Call, method: &Method) -> Result<(),
     if allowed && resource.offers("", &info.verb) { Ok(()) } else { refuse() }
 }
 
-fn rendering(call: &Call) -> Result<Rendering, Status> {
+fn rendering(call: &Call, resource: &Resource) -> Result<Rendering, Status> {
+    let list = call.info.is_collection() && matches!(&*call.info.verb, "list" | "deletecollection");
+    if let Some(asked) = call.style.accepted.list.filter(|asked| *asked != list && call.info.verb != "watch") {
+        let package = match resource.gvk.group.as_str() {
+            "" => "core",
+            group => group.split('.').next().unwrap_or(group),
+        };
+        let kind = &resource.gvk.kind;
+        return Err(Status::not_acceptable(match asked {
+            true => format!(
+                "you requested PartialObjectMetadataList, but the requested object is not a list (*{package}.{kind})"
+            ),
+            false => format!(
+                "you requested PartialObjectMetadata, but the requested object is a list (*{package}.{kind}List)"
+            ),
+        }));
+    }
     Rendering::new(call.style.accepted.transform, &call.query)
 }
 
 async fn get(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
-    let rendering = rendering(&call)?;
+    let rendering = rendering(&call, resource)?;
     let info = &call.info;
+    if !matches!(&*info.subresource, "" | "status" | "scale" | "approval" | "ephemeralcontainers" | "resize") {
+        return Err(Status::service_unavailable(format!("{} is not served here", info.subresource)));
+    }
     let object = app.registry.get_object(resource, &info.namespace, &info.name, &call.query).await?;
     if info.subresource == "scale" {
         return Ok(respond::value(call.style, 200, &scale::of(&object.value())));
@@ -122,7 +141,7 @@ async fn get(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response
 }
 
 async fn list_objects(resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
-    let rendering = rendering(&call)?;
+    let rendering = rendering(&call, resource)?;
     if resource.store.is_none() {
         let metadata = json!({"resourceVersion": ""});
         return Ok(render::list(resource, Vec::new(), metadata, rendering, call.style));
@@ -134,7 +153,7 @@ async fn list_objects(resource: &Arc<Resource>, call: Call) -> Result<Response<B
 }
 
 async fn watch_objects(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
-    let rendering = rendering(&call)?;
+    let rendering = rendering(&call, resource)?;
     let info = &call.info;
     let selection = Selection::parse(resource, &info.namespace, &info.name, &call.query)?;
     let request = WatchRequest { selection, rendering, stop: app.stop.clone() };
@@ -215,7 +234,7 @@ async fn create(app: &Arc<App>, resource: &Arc<Resource>, mut call: Call) -> Res
         }
         None if !info.subresource.is_empty() => Err(Status::method_not_allowed()),
         None => {
-            let rendering = rendering(&call)?;
+            let rendering = rendering(&call, resource)?;
             let created = app.registry.create_object(resource, &info.namespace, object, &mut writer).await;
             created.map(|object| render::one(resource, &object, rendering, true))
         }
@@ -234,7 +253,7 @@ fn target<'c>(resource: &'c Arc<Resource>, call: &'c Call) -> Target<'c> {
 async fn update(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
     let body = take_body(&mut call).await?;
     let Input { mut writer, content_type } = input(&call, "UpdateOptions", false)?;
-    let rendering = rendering(&call)?;
+    let rendering = rendering(&call, resource)?;
     let target = target(resource, &call);
     let gvk = body_kind(resource, target.subresource);
     let validation = writer.options.validation;
@@ -268,7 +287,7 @@ async fn patch(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Re
     let kind = PatchKind::parse(header_text(&call.parts, header::CONTENT_TYPE), false)?;
     let body = take_body(&mut call).await?;
     let Input { mut writer, .. } = input(&call, "PatchOptions", kind == PatchKind::Apply)?;
-    let rendering = rendering(&call)?;
+    let rendering = rendering(&call, resource)?;
     let request = PatchRequest { target: target(resource, &call), kind, body: &body };
     Ok(match app.registry.patch_object(request, &mut writer).await {
         Ok(outcome) => {
@@ -283,7 +302,7 @@ async fn delete(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<R
     let body = take_body(&mut call).await?;
     let content_type = header_text(&call.parts, header::CONTENT_TYPE);
     let options = delete_options(&body, content_type, &call.query)?;
-    let rendering = rendering(&call)?;
+    let rendering = rendering(&call, resource)?;
     let mut writer = Writer { admission: true, ..Writer::internal(&call.user) };
     let info = &call.info;
     if info.verb == "deletecollection" {

@@ -1,0 +1,52 @@
+//! /openapi/v2 and /openapi/v3: documents are built when asked for, off the async threads, and not kept.
+
+use http::{HeaderValue, Response, header};
+use isopod_api::openapi;
+
+use super::{
+    query::Query,
+    respond::{self, Style},
+};
+use crate::endpoints::Body;
+
+/// Upstream answers an unknown document with nothing at all.
+fn not_found() -> Response<Body> {
+    let mut response = respond::text(404, "");
+    response.headers_mut().remove(header::CONTENT_TYPE);
+    response
+}
+
+/// Answers `openapi/...`; `None` when the path is not one of them.
+pub(super) async fn answer(path: &str, query: &Query, style: Style) -> Option<Response<Body>> {
+    if path == "openapi/v2" {
+        let document = tokio::task::spawn_blocking(|| openapi::v2(&|_, _| None)).await.ok()?;
+        return Some(respond::json(style, 200, document.into()));
+    }
+    if path == "openapi/v3" {
+        let index = serde_json::to_vec(&openapi::v3_index(&[])).unwrap_or_default();
+        return Some(respond::text(200, index));
+    }
+    let name = path.strip_prefix("openapi/v3/")?.to_owned();
+    let parts: Vec<String> = name.split('/').map(str::to_owned).collect();
+    let built = tokio::task::spawn_blocking(move || {
+        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        match parts[..] {
+            ["version"] => Some(openapi::v3_version()),
+            ["api", version] => openapi::v3("", version, &|_, _| None),
+            ["apis", group, version] if !group.is_empty() => openapi::v3(group, version, &|_, _| None),
+            _ => None,
+        }
+    });
+    let Some(document) = built.await.ok()? else { return Some(not_found()) };
+    let mut response = respond::json(style, 200, document.into());
+    let hash = query.text("hash");
+    if !hash.is_empty() {
+        // The hash names the content: it never changes.
+        let headers = response.headers_mut();
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("public, immutable"));
+        if let Ok(tag) = HeaderValue::from_str(&format!("\"{hash}\"")) {
+            headers.insert(header::ETAG, tag);
+        }
+    }
+    Some(response)
+}
