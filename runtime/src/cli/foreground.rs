@@ -8,9 +8,11 @@ use std::{
 use nix::sys::{
     signal::{SigSet, Signal},
     signalfd::{SfdFlags, SignalFd},
-    wait::{WaitPidFlag, WaitStatus, waitpid},
 };
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    process::WaitOptions,
+};
 
 use crate::{
     error::{Context, Result},
@@ -97,11 +99,14 @@ fn forward(signals: &Signals, pid: i32, master: Option<BorrowedFd<'_>>) {
 
 fn reap(pid: i32) -> Result<Option<i32>> {
     loop {
-        match waitpid(nix::unistd::Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(_, code)) => return Ok(Some(code)),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Some(128 + signal as i32)),
-            Ok(_) => return Ok(None),
-            Err(nix::errno::Errno::EINTR) => {}
+        // Not nix's waitpid: it cannot name real-time signals and loses whom they killed.
+        match rustix::process::waitpid(rustix::process::Pid::from_raw(pid), WaitOptions::NOHANG) {
+            Ok(Some((_, status))) => {
+                let killed = status.terminating_signal().map(|s| 128 + s);
+                return Ok(killed.or_else(|| status.exit_status()));
+            }
+            Ok(None) => return Ok(None),
+            Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e).context(|| "wait for the container".into()),
         }
     }

@@ -10,11 +10,12 @@ use std::{
 use nix::sys::{
     signal::{SigSet, Signal},
     signalfd::{SfdFlags, SignalFd},
-    wait::{WaitPidFlag, WaitStatus, waitpid},
+    wait::waitpid,
 };
 use rustix::{
     event::epoll,
     net::{AddressFamily, SocketFlags, SocketType},
+    process::WaitOptions,
 };
 
 use super::{
@@ -339,13 +340,14 @@ impl Server {
     /// Collects every child that ended, the pod's orphans among them.
     pub(super) fn reap(&mut self) {
         loop {
-            let (pid, code, signal) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), code, None),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid.as_raw(), 128 + signal as i32, Some(signal as i32)),
-                Ok(WaitStatus::StillAlive) | Err(nix::errno::Errno::ECHILD) => return,
-                // Killed by a real-time signal, which nix cannot name, is reported as an error after the reaping.
-                Ok(_) | Err(_) => continue,
+            // Not nix's waitpid: it cannot name real-time signals and loses whom they killed.
+            let (pid, status) = match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => (pid.as_raw_nonzero().get(), status),
+                Err(rustix::io::Errno::INTR) => continue,
+                Ok(None) | Err(_) => return,
             };
+            let signal = status.terminating_signal();
+            let code = signal.map_or_else(|| status.exit_status().unwrap_or(255), |s| 128 + s);
             self.ended(pid, code, signal);
         }
     }
