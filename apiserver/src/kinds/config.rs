@@ -171,16 +171,12 @@ fn by_type(e: &mut Errs, obj: &Value, data: &At<'_>) {
         }
         "kubernetes.io/dockercfg" => docker(e, data, ".dockercfg"),
         "kubernetes.io/dockerconfigjson" => docker(e, data, ".dockerconfigjson"),
-        "kubernetes.io/basic-auth" => {
-            if data.v.get("username").is_none() && data.v.get("password").is_none() {
-                required(e, "username");
-                required(e, "password");
-            }
+        "kubernetes.io/basic-auth" if data.v.get("username").is_none() && data.v.get("password").is_none() => {
+            required(e, "username");
+            required(e, "password");
         }
-        "kubernetes.io/ssh-auth" => {
-            if decoded_len(data.key("ssh-privatekey").v) == 0 {
-                e.required(&data.key("ssh-privatekey"), "");
-            }
+        "kubernetes.io/ssh-auth" if decoded_len(data.key("ssh-privatekey").v) == 0 => {
+            e.required(&data.key("ssh-privatekey"), "");
         }
         "kubernetes.io/tls" => {
             required(e, "tls.crt");

@@ -41,7 +41,7 @@ fn of(resources: &[Value]) -> &'static str {
 }
 
 /// Adds positive cpu and memory; returns how many of the two there were.
-fn add<'a>(sums: &mut BTreeMap<&'a str, Quantity>, list: &Value) -> usize {
+fn add(sums: &mut BTreeMap<&str, Quantity>, list: &Value) -> usize {
     let mut seen = 0;
     for name in ["cpu", "memory"] {
         let Some(value) = quantity(&list[name]).filter(|q| q.milli_value() > 0) else { continue };

@@ -293,7 +293,12 @@ pub(crate) fn unchanged_addresses(e: &mut Errs, new: &Value, old: &Value) {
             e.invalid(&at, "may not change once set");
         }
         let (families, were) = (spec.get("ipFamilies"), before.get("ipFamilies"));
-        if families.len() > 0 && were.len() > 0 && families.strings()[0] != were.strings()[0] && first == was {
+        if e.is_empty()
+            && families.len() > 0
+            && were.len() > 0
+            && families.strings()[0] != were.strings()[0]
+            && first == was
+        {
             let at = At::new(families.path.index(0), families.v);
             e.invalid(&at, "may not change once set");
         }

@@ -212,12 +212,8 @@ pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
     if !nominated.s().is_empty() {
         e.dns_subdomain(&nominated);
     }
-    let never = match old["spec"]["restartPolicy"].as_str() {
-        Some(policy @ ("Never" | "OnFailure")) => policy,
-        _ => "",
-    };
-    if !never.is_empty() {
-        no_restart(e, &after.get("containerStatuses"), &before.get("containerStatuses"), never);
+    if let Some(policy @ ("Never" | "OnFailure")) = old["spec"]["restartPolicy"].as_str() {
+        no_restart(e, &after.get("containerStatuses"), &before.get("containerStatuses"), policy);
     }
     for (i, ip) in after.get("podIPs").items().into_iter().enumerate() {
         if i > 1 {

@@ -109,9 +109,7 @@ fn app_armor(e: &mut Errs, at: &At<'_>) {
     let (kind, local) = (at.get("type"), at.get("localhostProfile"));
     match kind.s() {
         "Localhost" => {
-            if !local.is_set() {
-                e.required(&local, "must be set when AppArmor type is Localhost");
-            } else if local.s().trim().is_empty() {
+            if local.s().trim().is_empty() {
                 e.required(&local, "must be set when AppArmor type is Localhost");
             } else if local.s().trim() != local.s() {
                 e.invalid(&local, "must not be padded with whitespace");
