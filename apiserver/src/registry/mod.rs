@@ -65,7 +65,6 @@ const STORED_ELSEWHERE: [(&str, &str, &str, &str, &str); 2] = [
 pub(crate) struct Registry {
     cache: Cache,
     served: HashMap<Gvr, Arc<Resource>>,
-    by_kind: HashMap<Gvk, Gvr>,
     versions: BTreeMap<String, Vec<String>>,
     plugins: Vec<Box<dyn Plugin>>,
     services: ServiceAllocator,
@@ -99,7 +98,6 @@ impl Registry {
     ) -> Result<Self, isopod_store::Error> {
         let cache = Cache::new(engine);
         let mut served = HashMap::new();
-        let mut by_kind = HashMap::new();
         let mut versions: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for info in resources::all() {
             let resource = build(&cache, info);
@@ -107,11 +105,10 @@ impl Registry {
             if !known.contains(&info.version) {
                 known.push(info.version.clone());
             }
-            by_kind.insert(resource.gvk.clone(), resource.gvr.clone());
             served.insert(resource.gvr.clone(), Arc::new(resource));
         }
         cache.load()?;
-        Ok(Self { cache, served, by_kind, versions, plugins, services })
+        Ok(Self { cache, served, versions, plugins, services })
     }
 
     /// A served resource.
@@ -122,11 +119,6 @@ impl Registry {
     /// All served resources.
     pub(crate) fn resources(&self) -> impl Iterator<Item = &Arc<Resource>> {
         self.served.values()
-    }
-
-    /// The resource of a kind.
-    pub(crate) fn by_kind(&self, gvk: &Gvk) -> Option<&Arc<Resource>> {
-        self.served.get(self.by_kind.get(gvk)?)
     }
 
     /// Served versions of a group; `None` when the group is unknown.

@@ -72,18 +72,6 @@ pub(crate) fn one(resource: &Resource, object: &Object, rendering: Rendering, fi
     serde_json::to_vec(&value).unwrap_or_default().into()
 }
 
-/// A value that is not stored in this form (a write's answer, a Scale).
-pub(crate) fn value(resource: &Resource, value: Value, rendering: Rendering) -> Value {
-    match rendering.transform {
-        Transform::None => value,
-        Transform::Partial(beta) => partial(&value, beta),
-        Transform::Table(beta) => {
-            let metadata = json!({"resourceVersion": isopod_api::meta::resource_version(&value)});
-            table::table(resource, &[value], metadata, beta, rendering.include, true)
-        }
-    }
-}
-
 /// A bookmark's object.
 pub(crate) fn bookmark(object: Value, rendering: Rendering) -> Value {
     match rendering.transform {

@@ -29,11 +29,6 @@ pub(crate) struct Style {
     pub(crate) gzip: bool,
 }
 
-impl Style {
-    /// Plain JSON.
-    pub(crate) const PLAIN: Self = Self { accepted: Accepted::JSON, pretty: false, gzip: false };
-}
-
 /// A body held in memory.
 pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed()

@@ -171,7 +171,7 @@ mod tests {
     fn documents() {
         let value = json!({"b": {"c": [{"x": 1, "a": "2"}, ["k"], {}], "e": []}, "a": "2024-01-01T00:00:00Z", "s": "- x",
             "t": "a\nb\n", "n": null, "w": "yes", ".": {}, "k:{\"a\":1}": {}, "v": "a: b", "f": "1.5"});
-        let expected = ".: {}\na: \"2024-01-01T00:00:00Z\"\nb:\n  c:\n  - a: \"2\"\n    x: 1\n  - - k\n  - {}\n  e: []\nf: \"1.5\"\nk:{\"a\":1}: {}\nn: null\ns: '- x'\nt: |\n  a\n  b\nv: 'a: b'\nw: \"yes\"\n";
+        let expected = ".: {}\na: \"2024-01-01T00:00:00Z\"\nb:\n  c:\n  - a: \"2\"\n    x: 1\n  - - k\n  - {}\n  e: []\nf: \"1.5\"\nk:{\"a\":1}: {}\n\"n\": null\ns: '- x'\nt: |\n  a\n  b\nv: 'a: b'\nw: \"yes\"\n";
         assert_eq!(encode(&value), expected);
     }
 
