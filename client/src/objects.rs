@@ -118,8 +118,13 @@ pub struct List<T> {
     #[serde(default)]
     pub metadata: ListMeta,
     /// The objects.
-    #[serde(default = "Vec::new")]
+    #[serde(default = "Vec::new", deserialize_with = "null_is_empty")]
     pub items: Vec<T>,
+}
+
+/// An empty list of metadata is `null` on the wire.
+fn null_is_empty<'de, T: Deserialize<'de>, D: serde::Deserializer<'de>>(items: D) -> Result<Vec<T>, D::Error> {
+    Ok(Option::deserialize(items)?.unwrap_or_default())
 }
 
 /// What a list says about itself.

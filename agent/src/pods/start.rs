@@ -250,13 +250,11 @@ async fn environment(job: &Job, addresses: &Addresses) -> Result<Vec<(String, St
         let got = ctx.objects.hold(&key).get().await.map_err(Failure::config)?;
         objects.insert(key, got);
     }
-    // Without an API server there are no services to know of; with one they have to have been read.
-    if ctx.api.get().is_some() && tokio::time::timeout(Duration::from_secs(5), ctx.services.synced()).await.is_err() {
-        let is_static = job.pod.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(crate::sources::SOURCE));
-        if !is_static {
-            let text = "services have not yet been read at least once, cannot construct envvars";
-            return Err(Failure::config(text.into()));
-        }
+    // Services have to have been read; a static pod cannot wait for that, it may be the API server.
+    let is_static = job.pod.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(crate::sources::SOURCE));
+    if !is_static && tokio::time::timeout(Duration::from_secs(5), ctx.services.synced()).await.is_err() {
+        let text = "services have not yet been read at least once, cannot construct envvars";
+        return Err(Failure::config(text.into()));
     }
     let links = job.pod.spec.as_ref().is_none_or(|s| s.enable_service_links != Some(false));
     let services = ctx.services.variables(namespace, links);

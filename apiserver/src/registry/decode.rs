@@ -1,6 +1,6 @@
 //! From request bodies to objects: media types, syntax, kind and version, unknown fields, types, defaults.
 
-use isopod_api::{gvk::Gvk, meta, schema, schema::json::Parsed, status::Status, yaml};
+use isopod_api::{gvk::Gvk, meta, protobuf, schema, schema::json::Parsed, status::Status, yaml};
 use serde_json::Value;
 
 use super::{Resource, convert::convert, options::FieldValidation};
@@ -45,6 +45,9 @@ fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Result<Body, String
             .map(|parsed| (parsed, Vec::new()))
             .map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))),
         "application/yaml" => Ok(parse_yaml(bytes)),
+        "application/vnd.kubernetes.protobuf" => Ok(protobuf::decode(bytes)
+            .map(|value| Parsed { value, duplicates: Vec::new() })
+            .map_err(|e| format!("couldn't get version/kind; protobuf parse error: {e}"))),
         _ => Err(Status::unsupported_media_type(
             "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml, application/vnd.kubernetes.protobuf",
         )),
