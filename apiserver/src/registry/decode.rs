@@ -46,7 +46,7 @@ fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Result<Body, String
             .map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))),
         "application/yaml" => Ok(parse_yaml(bytes)),
         "application/vnd.kubernetes.protobuf" => Ok(protobuf::decode(bytes)
-            .map(|value| Parsed { value, duplicates: Vec::new() })
+            .map(|value| (Parsed { value, duplicates: Vec::new() }, Vec::new()))
             .map_err(|e| format!("couldn't get version/kind; protobuf parse error: {e}"))),
         _ => Err(Status::unsupported_media_type(
             "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml, application/vnd.kubernetes.protobuf",
