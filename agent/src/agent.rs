@@ -90,7 +90,8 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     }
     pods::record::prune(&paths.starts());
     let cgroups = Cgroups::open(&paths.instance())?;
-    let local = LocalImages::open(&paths.image_store(), paths.etc().join("certs.d"), paths.state().join("config.json"))?;
+    let local =
+        LocalImages::open(&paths.image_store(), paths.etc().join("certs.d"), paths.state().join("config.json"))?;
     let node_name: Arc<str> = config.node_name.as_str().into();
     let server = bind(&config).await?;
     let api = Api::start(config.kubeconfig.clone(), stop.clone());

@@ -15,7 +15,8 @@ use crate::{
 
 const AUTOUPDATE: &str = "rbac.authorization.kubernetes.io/autoupdate";
 
-/// What isopod adds to upstream's policy: an agent is also its node's service proxy, under its own identity.
+/// What isopod adds to upstream's policy. An agent is also its node's service proxy, under its own identity. All
+/// controllers run under one identity; it holds the key of the CA, so nothing less than everything would be a limit.
 fn own() -> Value {
     let labels = json!({ "kubernetes.io/bootstrapping": "rbac-defaults" });
     let annotations = json!({ AUTOUPDATE: "true" });
@@ -28,11 +29,18 @@ fn own() -> Value {
                 reads("discovery.k8s.io", &["endpointslices"]),
                 reads("networking.k8s.io", &["networkpolicies", "servicecidrs"]),
             ],
+        }, {
+            "name": "isopod:controllers", "labels": labels, "annotations": annotations,
+            "rules": [{ "verbs": ["*"], "apiGroups": ["*"], "resources": ["*"] }],
         }],
         "clusterRoleBindings": [{
             "name": "isopod:node", "labels": labels, "annotations": annotations,
             "roleRef": { "apiGroup": GROUP, "kind": "ClusterRole", "name": "isopod:node" },
             "subjects": [{ "kind": "Group", "apiGroup": GROUP, "name": "system:nodes" }],
+        }, {
+            "name": "isopod:controllers", "labels": labels, "annotations": annotations,
+            "roleRef": { "apiGroup": GROUP, "kind": "ClusterRole", "name": "isopod:controllers" },
+            "subjects": [{ "kind": "User", "apiGroup": GROUP, "name": "system:kube-controller-manager" }],
         }],
     })
 }
