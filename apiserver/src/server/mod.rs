@@ -1,5 +1,6 @@
 //! HTTP: connections, TLS, the pipeline of a request, negotiation, responses.
 
+mod descriptions;
 pub(crate) mod forbidden;
 mod handle;
 mod health;

@@ -4,6 +4,7 @@ use http::{HeaderValue, Response, header};
 use isopod_api::openapi;
 
 use super::{
+    descriptions::Descriptions,
     query::Query,
     respond::{self, Style},
 };
@@ -19,7 +20,11 @@ fn not_found() -> Response<Body> {
 /// Answers `openapi/...`; `None` when the path is not one of them.
 pub(super) async fn answer(path: &str, query: &Query, style: Style) -> Option<Response<Body>> {
     if path == "openapi/v2" {
-        let document = tokio::task::spawn_blocking(|| openapi::v2(&|_, _| None)).await.ok()?;
+        let document = tokio::task::spawn_blocking(|| {
+            let texts = Descriptions::load();
+            openapi::v2(&|definition, field| texts.of(definition, field))
+        });
+        let document = document.await.ok()?;
         return Some(respond::json(style, 200, document.into()));
     }
     if path == "openapi/v3" {
@@ -30,10 +35,12 @@ pub(super) async fn answer(path: &str, query: &Query, style: Style) -> Option<Re
     let parts: Vec<String> = name.split('/').map(str::to_owned).collect();
     let built = tokio::task::spawn_blocking(move || {
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        let texts = Descriptions::load();
+        let describe = |definition: &str, field: Option<&str>| texts.of(definition, field);
         match parts[..] {
             ["version"] => Some(openapi::v3_version()),
-            ["api", version] => openapi::v3("", version, &|_, _| None),
-            ["apis", group, version] if !group.is_empty() => openapi::v3(group, version, &|_, _| None),
+            ["api", version] => openapi::v3("", version, &describe),
+            ["apis", group, version] if !group.is_empty() => openapi::v3(group, version, &describe),
             _ => None,
         }
     });
