@@ -11,6 +11,9 @@ use crate::authn::UserInfo;
 /// One stored object as the watch cache keeps it.
 pub use crate::cache::Object;
 
+/// A change of an object; it may refuse.
+pub type Modification<'a> = Box<dyn Fn(&mut Value) -> Result<(), Status> + Send + Sync + 'a>;
+
 /// The API server's own view of its objects. Reads come from the watch cache and see every acknowledged write.
 pub trait Objects: Send + Sync {
     /// One object.
@@ -38,7 +41,7 @@ pub trait Objects: Send + Sync {
         name: &'a str,
         subresource: &'a str,
         user: &'a UserInfo,
-        change: Box<dyn Fn(&mut Value) -> Result<(), Status> + Send + Sync + 'a>,
+        change: Modification<'a>,
     ) -> BoxFuture<'a, Result<Value, Status>>;
 
     /// Deletes with DeleteOptions (an object, may be `{}`).

@@ -195,7 +195,7 @@ impl Fake {
             self.state.lock().requests.push(format!("{} {path}", parts.method));
         }
         let Some(target) = target(path) else { return answer(Err(not_found(path))) };
-        if query.get("watch").is_some() {
+        if query.contains_key("watch") {
             return self.watch(target, &query);
         }
         answer(match parts.method {

@@ -202,15 +202,6 @@ fn fits(path: &Path, purpose: &Purpose) -> bool {
         })
 }
 
-/// The `sha256:HEX` of a certificate's public key, as `kubeadm join` takes it.
-pub(crate) fn public_key_hash(pem: &[u8]) -> Result<String> {
-    use sha2::{Digest, Sha256};
-    let (_, pem) = x509_parser::pem::parse_x509_pem(pem).map_err(|error| anyhow::anyhow!("CA certificate: {error}"))?;
-    let cert = pem.parse_x509().context("CA certificate")?;
-    let hash = Sha256::digest(cert.public_key().raw);
-    Ok(format!("sha256:{}", hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -244,10 +244,9 @@ fn layout_name(descriptor: &Descriptor, path: &Path) -> String {
 /// The archive's file name without its endings, as an image name.
 fn stem(path: &Path) -> String {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("image").to_lowercase();
-    let name = [".zst", ".gz", ".tgz", ".tar"]
+    [".zst", ".gz", ".tgz", ".tar"]
         .iter()
-        .fold(name, |name, ending| name.strip_suffix(ending).map_or(name.clone(), str::to_owned));
-    name
+        .fold(name, |name, ending| name.strip_suffix(ending).map_or(name.clone(), str::to_owned))
 }
 
 fn add(

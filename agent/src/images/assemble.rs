@@ -49,7 +49,7 @@ pub(super) fn assemble(store: &Store, name: &str, path: &Path, file_name: &str) 
         fs::copy(path, &target).map_err(store_error("copy to", &target))?;
         store.add_layer(&diff_id, &dir, meta.size())?;
     }
-    store.add_image(&[name.clone()], image.clone(), config.as_bytes())?;
+    store.add_image(std::slice::from_ref(&name), image.clone(), config.as_bytes())?;
     store.handle(&name, &image, None)
 }
 

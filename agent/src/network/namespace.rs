@@ -116,5 +116,5 @@ pub(crate) fn unpin(path: &Path) -> Result<(), Error> {
 /// Whether a namespace is pinned there.
 pub(crate) fn is_pinned(path: &Path) -> bool {
     const NSFS: i64 = 0x6e73_6673;
-    nix::sys::statfs::statfs(path).is_ok_and(|s| s.filesystem_type().0 as i64 == NSFS)
+    nix::sys::statfs::statfs(path).is_ok_and(|s| s.filesystem_type().0 == NSFS)
 }

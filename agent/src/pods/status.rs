@@ -276,7 +276,7 @@ fn conditions(
     };
     let sandbox = v.state.sandbox.is_some() && !over;
     let scheduled = (true, None, None);
-    let all: [(&str, (bool, Option<&str>, Option<String>)); 5] = [
+    let all = [
         ("PodReadyToStartContainers", (sandbox, None, None)),
         ("Initialized", initialized),
         ("Ready", ready),

@@ -1,7 +1,7 @@
 //! Static pods: manifests in a directory, as upstream reads them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -83,10 +83,12 @@ fn read(path: &Path, node: &str, said: &mut BTreeMap<PathBuf, String>) -> Manife
                         pod.metadata.namespace.clone().unwrap_or_default(),
                         pod.metadata.name.clone().unwrap_or_default(),
                     );
-                    if all.contains_key(&key) {
-                        tracing::error!(path = %file.display(), "pod {}/{} is in another manifest already", key.0, key.1);
-                    } else {
-                        all.insert(key, Arc::new(pod));
+                    match all.entry(key) {
+                        Entry::Vacant(place) => _ = place.insert(Arc::new(pod)),
+                        Entry::Occupied(taken) => {
+                            let (namespace, name) = taken.key();
+                            tracing::error!(path = %file.display(), "pod {namespace}/{name} is in another manifest already");
+                        }
                     }
                 }
             }

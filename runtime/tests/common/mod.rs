@@ -1,5 +1,6 @@
 //! Bundles, containers and pods for the kernel tests. They need root; as another user they do nothing.
 #![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "a fixture fails its test by panicking")]
 
 use std::{
     fs,

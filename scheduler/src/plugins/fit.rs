@@ -80,7 +80,7 @@ mod tests {
         assert_eq!(least_allocated(&want("1", "2Gi"), node), (75 + 50) / 2);
         assert_eq!(least_allocated(&want("8", "2Gi"), node), 25);
         assert_eq!(balance(&want("2", "2Gi"), node), 75);
-        assert_eq!(balance(&want("4", "1"), node), 50 + (50 + 50 - 100) / 2);
+        assert_eq!(balance(&want("4", "1"), node), 50);
         assert_eq!(balance(&pod("p", json!({"containers": []})), node), 0);
     }
 

@@ -119,7 +119,8 @@ fn foreign_and_damaged_files_are_refused() {
         let file = std::fs::OpenOptions::new().write(true).open(dir.join(FILE_NAME)).unwrap();
         file.set_len(file.metadata().unwrap().len() / 2).unwrap();
     };
-    let cases: [(&str, &dyn Fn(&Path)); 3] = [("text", &text), ("other database", &other), ("cut", &cut)];
+    type Damage<'a> = &'a dyn Fn(&Path);
+    let cases: [(&str, Damage<'_>); 3] = [("text", &text), ("other database", &other), ("cut", &cut)];
     for (name, make) in cases {
         let dir = tempfile::tempdir().unwrap();
         make(dir.path());

@@ -403,7 +403,7 @@ impl Decoder {
                 Ok(_) => {}
             }
             let full = out.len() == out.capacity();
-            if (done == block.len() && !full) || (out.len() == out_before && !full) {
+            if !full && (done == block.len() || out.len() == out_before) {
                 return Ok(out);
             }
         }
