@@ -1,4 +1,5 @@
 //! Containers by the command line: exit codes, isolation, limits, exec, terminals, seccomp.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

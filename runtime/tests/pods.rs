@@ -1,4 +1,5 @@
 //! The supervisor: logs, exits that last, attach, exec, an agent that comes and goes, nothing left behind.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Bad input: one clear error each, and nothing left behind.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 

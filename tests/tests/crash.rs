@@ -1,4 +1,5 @@
 //! Killing processes at work: pods go on, services answer, nothing acknowledged is lost.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     fs,

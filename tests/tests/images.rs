@@ -1,4 +1,5 @@
 //! Where images come from, and what is refused.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 

@@ -1,4 +1,5 @@
 //! An unmodified kubectl, doing what people do with it.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use isopod_tests::{Cluster, Net, eventually};
 

@@ -1,4 +1,5 @@
 //! What happens to containers that end, and to pods that go.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use isopod_tests::{Cluster, Net, eventually};
 

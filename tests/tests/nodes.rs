@@ -1,4 +1,5 @@
 //! Two machines, one cluster.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{fs, process::Stdio};
 

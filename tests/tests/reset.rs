@@ -1,4 +1,5 @@
 //! What `down` and `reset` leave behind.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use isopod_tests::{Cluster, Net, snapshot::Snapshot};
 

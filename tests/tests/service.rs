@@ -1,4 +1,5 @@
 //! Services as pods and the node see them.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     collections::BTreeMap,

@@ -1,4 +1,5 @@
 //! Static pods need no API server.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{fs, process::Stdio};
 
