@@ -3,11 +3,13 @@
 TARGET   := x86_64-unknown-linux-gnu
 RELEASE  := target/$(TARGET)/release
 PREFIX   ?= /usr/local
-PACKAGES := build-essential nftables iproute2 busybox-static tini procps curl jq conntrack kmod util-linux \
-            docker-registry apache2-utils skopeo crun runc podman containernetworking-plugins
+# What the tests use of Debian: tools on the virtual hosts, a real registry; for benches the peers.
+TEST_PACKAGES  := build-essential nftables iproute2 busybox-static tini procps curl jq conntrack util-linux bsdutils openssl \
+                  docker-registry apache2-utils skopeo
+BENCH_PACKAGES := $(TEST_PACKAGES) crun runc
 ROOT_DIR ?= /
 
-.PHONY: up test check bench install uninstall build deps test-deps
+.PHONY: up test check bench install uninstall build deps test-deps bench-deps
 
 build:
 	cargo build --release --bins
@@ -21,8 +23,11 @@ deps:
 	@command -v nft >/dev/null && command -v cc >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends build-essential nftables; }
 
 test-deps:
-	@dpkg -s $(PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; }
+	@dpkg -s $(TEST_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TEST_PACKAGES) >/dev/null; }
 	@cargo nextest --version >/dev/null 2>&1 || cargo install --locked cargo-nextest
+
+bench-deps:
+	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BENCH_PACKAGES) >/dev/null; }
 
 # Everything, unattended: lints, unit tests, kernel tests and end-to-end tests on virtual hosts. Needs root.
 test: test-deps check
@@ -33,7 +38,7 @@ check: deps
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
-bench: test-deps build
+bench: test-deps bench-deps build
 	cargo run --release -p isopod-tests --bin bench
 
 install: build
