@@ -31,8 +31,8 @@ bench-deps:
 
 # Everything, unattended: lints, unit tests, kernel tests and end-to-end tests on virtual hosts. Needs root.
 test: test-deps check
-	cargo build --workspace --bins
-	cargo nextest run --workspace --no-fail-fast
+	cargo build --workspace --all-targets --locked
+	cargo nextest run --workspace --locked --no-fail-fast
 
 check: deps
 	cargo fmt --all --check
