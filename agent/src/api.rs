@@ -1,13 +1,17 @@
 //! The connection to the API server: there, not there yet, or never.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use futures::StreamExt;
 use kube::Client;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// Where everyone gets the client from; empty while the node stands alone.
+/// Where everyone gets the client from; empty while the node stands alone and until its server has answered once, so that
+/// nobody's back-off grows while a server starts.
 #[derive(Clone)]
 pub(crate) struct Api {
     client: watch::Receiver<Option<Client>>,
@@ -54,19 +58,48 @@ async fn follow(path: &Path, sender: &watch::Sender<Option<Client>>) {
         }
     };
     loop {
-        match std::fs::read(path) {
-            Ok(text) if text != seen => match load(path).await {
-                Ok(client) => {
-                    seen = text;
-                    sender.send_replace(Some(client));
-                }
-                Err(e) => tracing::warn!(path = %path.display(), error = %e, "kubeconfig is not usable"),
-            },
-            _ => {}
+        let text = std::fs::read(path).ok().filter(|text| *text != seen);
+        let client = match &text {
+            Some(_) => load(path).await.inspect_err(|error| {
+                tracing::warn!(path = %path.display(), %error, "kubeconfig is not usable");
+            }),
+            None => Err(String::new()),
+        };
+        // Cancel-safe: asking a server whether it is there can begin anew.
+        tokio::select! {
+            client = async { match client {
+                Ok(client) => { wait_for_server(&client).await; client }
+                Err(_) => std::future::pending().await,
+            } } => {
+                seen = text.unwrap_or_default();
+                sender.send_replace(Some(client));
+            }
+            change = changes.next() => if change.is_none() { changes = futures::stream::pending().boxed() },
         }
-        if changes.next().await.is_none() {
-            std::future::pending::<()>().await;
+    }
+}
+
+/// Waits until the API server answers; what it then refuses is for those who ask. A server that is not there yet cannot
+/// be watched, so it is tried again after a tenth of the time waited so far.
+pub async fn wait_for_server(client: &Client) {
+    let mut pause = Duration::from_millis(10);
+    loop {
+        let Ok(request) = http::Request::get("/readyz").body(Vec::new()) else { return };
+        match client.request_text(request).await {
+            Ok(_) => return,
+            Err(kube::Error::Api(status)) if status.code < 500 => return,
+            Err(error) => tracing::trace!(%error, "API server"),
         }
+        tokio::time::sleep(pause).await;
+        pause = pause.mul_f64(1.1).min(Duration::from_secs(2));
+    }
+}
+
+/// What the API server said when it answered and refused; `None` while it cannot be reached.
+pub(crate) fn refusal(e: &kube::Error) -> Option<String> {
+    match e {
+        kube::Error::Api(s) if s.code < 500 => Some(format!("{} ({} {})", s.message, s.code, s.reason)),
+        _ => None,
     }
 }
 
@@ -75,7 +108,7 @@ async fn load(path: &Path) -> Result<Client, String> {
     let options = kube::config::KubeConfigOptions::default();
     let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|e| e.to_string())?;
     // Watches end by the server's timeout; a request that hangs longer than this is a dead connection.
-    config.read_timeout = Some(std::time::Duration::from_secs(330));
+    config.read_timeout = Some(Duration::from_secs(330));
     Client::try_from(config).map_err(|e| e.to_string())
 }
 

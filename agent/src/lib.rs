@@ -28,5 +28,6 @@ mod tokens;
 mod volumes;
 
 pub use agent::{Error, cleanup, run, run_on, stop_all_pods, wait_for_file};
+pub use api::wait_for_server;
 pub use config::{Config, KubeletConfiguration};
 pub use paths::Paths;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, error::ErrorKind};
 use isopod_agent::Paths;
 
 use crate::{commands, error::Usage};
@@ -50,12 +50,18 @@ pub(crate) fn parse() -> Result<Cli> {
     match Cli::try_parse() {
         Ok(cli) => Ok(cli),
         Err(error) if !error.use_stderr() => error.exit(),
-        Err(error) => {
-            let text = error.to_string();
-            let text = text.trim_start_matches("error: ").trim_end();
-            Err(Usage(text.to_owned()).into())
-        }
+        Err(error) => Err(Usage(sentence(&error)).into()),
     }
+}
+
+/// What clap has to say in one line: its first paragraph, without the usage that `--help` shows.
+fn sentence(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "say what to do (see `isopod --help`)".to_owned();
+    }
+    let text = error.to_string();
+    let first = text.trim_start_matches("error: ").split("\n\n").next().unwrap_or_default();
+    format!("{} (see `isopod --help`)", first.lines().map(str::trim).collect::<Vec<_>>().join(" "))
 }
 
 /// Runs the command.
@@ -83,10 +89,23 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::{CommandFactory, Parser};
 
     #[test]
     fn the_command_line_is_consistent() {
         super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bad_options_get_one_line() {
+        for (args, wanted) in [
+            (&["isopod", "up", "--nonsense"][..], "unexpected argument '--nonsense' found"),
+            (&["isopod", "fly"], "unrecognized subcommand 'fly'"),
+            (&["isopod", "up", "--api-port", "x"], "invalid value 'x' for '--api-port <API_PORT>'"),
+            (&["isopod"], "say what to do"),
+        ] {
+            let text = super::sentence(&super::Cli::try_parse_from(args).err().unwrap());
+            assert!(text.starts_with(wanted) && !text.contains('\n'), "{text}");
+        }
     }
 }

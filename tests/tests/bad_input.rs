@@ -26,7 +26,7 @@ fn a_machine_that_cannot_run_says_why() {
     listener.kill().unwrap();
     listener.wait().unwrap();
     host.sh("pkill -x busybox");
-    let ran = host.sh(&format!("mkdir -p /opt/empty; PATH=/opt/empty {isopod} up --nonsense"));
+    let ran = host.sh(&format!("mkdir -p /run/empty; PATH=/run/empty {isopod} up --nonsense"));
     assert!(ran.code == 64 && ran.err.contains("--nonsense") && one_line(&ran.err), "{ran:?}");
     let ran = host.sh(&format!("mount -t tmpfs none /usr/sbin; {isopod} up; e=$?; umount /usr/sbin; exit $e"));
     assert!(ran.code == 1 && ran.err.contains("apt-get install nftables"), "{ran:?}");
@@ -44,6 +44,9 @@ fn a_machine_that_cannot_run_says_why() {
     .unwrap();
     let ran = up(&[]);
     assert!(ran.code == 64 && ran.err.contains("config.yaml") && ran.err.contains("nonsense"), "{ran:?}");
+    for left in ["pki", "cluster.yaml", "admin.conf", "manifests"] {
+        assert!(!host.path(&format!("/etc/isopod/{left}")).exists(), "{left} was made all the same");
+    }
     assert_eq!(host.sh("pgrep isopod").code, 1);
 }
 

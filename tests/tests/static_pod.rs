@@ -5,7 +5,7 @@ use std::{fs, process::Stdio};
 
 use isopod_tests::{Cluster, Net, eventually, host::binaries};
 
-const MANIFEST: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: alone}\nspec:\n  containers:\n  \
+const MANIFEST: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: alone}\nspec:\n  terminationGracePeriodSeconds: 1\n  containers:\n  \
                         - {name: c, image: 'busybox:1', command: [sh, -c, 'echo here; exec sleep 100000']}\n";
 
 #[test]

@@ -103,6 +103,8 @@ struct Inner {
     /// Held while nft runs, so that the last writer is the latest.
     rules: Mutex<()>,
     ranges: watch::Sender<Ranges>,
+    /// Told when `ranges` was written.
+    turned: watch::Sender<()>,
     wanted: watch::Sender<Vec<IpNet>>,
     filling: AtomicBool,
     counter: AtomicU64,
@@ -186,6 +188,7 @@ impl BridgeNetwork {
             state: Mutex::new(state),
             rules: Mutex::new(()),
             ranges: watch::Sender::new(Ranges::Unknown),
+            turned: watch::Sender::new(()),
             wanted,
             filling: AtomicBool::new(false),
             counter: AtomicU64::new(0),
@@ -268,6 +271,7 @@ impl Inner {
             }
         };
         self.ranges.send_replace(outcome);
+        self.turned.send_replace(());
         self.refill();
     }
 
@@ -564,5 +568,9 @@ impl PodNetwork for BridgeNetwork {
 
     fn not_ready(&self) -> Option<String> {
         self.inner.ready().err().map(|e| e.0)
+    }
+
+    fn changes(&self) -> watch::Receiver<()> {
+        self.inner.turned.subscribe()
     }
 }

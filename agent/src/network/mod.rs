@@ -99,4 +99,7 @@ pub trait PodNetwork: Send + Sync + 'static {
 
     /// Why pods cannot get a network now (the message of a not ready node), if so.
     fn not_ready(&self) -> Option<String>;
+
+    /// Told whenever [`PodNetwork::not_ready`] may have another answer.
+    fn changes(&self) -> tokio::sync::watch::Receiver<()>;
 }

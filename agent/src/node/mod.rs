@@ -24,7 +24,11 @@ use kube::{
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::{api::is_code, context::Context, events::Kind};
+use crate::{
+    api::{is_code, refusal},
+    context::Context,
+    events::Kind,
+};
 
 fn now() -> Time {
     let t = Timestamp::now();
@@ -108,20 +112,42 @@ pub(crate) async fn run(ctx: Arc<Context>, stop: CancellationToken) {
     }
 }
 
+/// First pause after a failed request.
+const PAUSE: Duration = Duration::from_millis(50);
+
 async fn pause(d: &mut Duration) {
     tokio::time::sleep(*d).await;
     *d = (*d * 2).min(Duration::from_secs(7));
 }
 
+/// Says why something does not work: a refusal once, for a person to act on; an unreachable server is no news.
+#[derive(Default)]
+struct Complaint {
+    said: Option<String>,
+}
+
+impl Complaint {
+    fn say(&mut self, what: &str, error: &kube::Error) {
+        match refusal(error) {
+            Some(why) if self.said.as_ref() != Some(&why) => {
+                tracing::warn!("{what}: the API server says: {why}");
+                self.said = Some(why);
+            }
+            _ => tracing::debug!(%error, "{what}"),
+        }
+    }
+}
+
 /// Registers, then follows the Node: its pod range goes to the network, its status is kept.
 async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Sender<Option<String>>) {
     let nodes: Api<Node> = Api::all(client.clone());
-    let mut wait = Duration::from_millis(50);
+    let (mut wait, mut complaint) = (PAUSE, Complaint::default());
+    let mut network = ctx.network.changes();
     let mut node = loop {
         match register(ctx, &nodes).await {
             Ok(node) => break node,
             Err(error) => {
-                tracing::debug!(%error, "node not registered yet");
+                complaint.say("node not registered yet", &error);
                 pause(&mut wait).await;
             }
         }
@@ -132,9 +158,12 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
     let mut tick = tokio::time::interval(k.node_status_update_frequency.max(Duration::from_secs(1)));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut written = tokio::time::Instant::now() - k.node_status_report_frequency;
+    let mut retry = PAUSE;
     loop {
+        let mut failed = false;
         uid.send_replace(node.metadata.uid.clone());
         take_pod_cidr(ctx, &node);
+        network.borrow_and_update();
         let fresh = tokio::time::Instant::now() - written >= k.node_status_report_frequency;
         let (patch, changed, events) = status_patch(ctx, &node);
         if changed || fresh {
@@ -142,20 +171,27 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
                 Ok(n) => {
                     node = n;
                     written = tokio::time::Instant::now();
+                    (retry, complaint) = (PAUSE, Complaint::default());
                     for (reason, text) in events {
                         ctx.events.node(&ctx.node_name, Kind::Normal, &reason, text);
                     }
                 }
-                Err(error) => tracing::debug!(%error, "node status not written"),
+                Err(error) => {
+                    complaint.say("node status not written", &error);
+                    failed = true;
+                }
             }
         }
+        // Cancel-safe: what a stream or channel has is still there in the next round.
         tokio::select! {
             _ = tick.tick() => {}
+            Ok(()) = network.changed() => {}
+            () = tokio::time::sleep(retry), if failed => retry = (retry * 2).min(Duration::from_secs(7)),
             event = stream.next() => match event {
                 Some(Ok(Some(n))) => node = n,
                 Some(Ok(None)) => match register(ctx, &nodes).await {
                     Ok(n) => node = n,
-                    Err(error) => tracing::debug!(%error, "node not registered again"),
+                    Err(error) => complaint.say("node not registered again", &error),
                 },
                 Some(Err(error)) => tracing::debug!(%error, "watch of the node"),
                 None => return,
@@ -327,7 +363,7 @@ async fn lease(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Rec
     let seconds = ctx.config.kubelet.node_lease_duration_seconds.max(4);
     let every = Duration::from_secs(u64::try_from(seconds / 4).unwrap_or(10));
     let name = ctx.node_name.to_string();
-    let mut wait = Duration::from_millis(200);
+    let (mut wait, mut complaint) = (PAUSE, Complaint::default());
     loop {
         let renew = MicroTime(Timestamp::now());
         let patch = json!({"spec": {"renewTime": renew, "holderIdentity": name, "leaseDurationSeconds": seconds}});
@@ -358,11 +394,11 @@ async fn lease(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Rec
         }
         match result {
             Ok(_) => {
-                wait = Duration::from_millis(200);
+                (wait, complaint) = (PAUSE, Complaint::default());
                 tokio::time::sleep(every).await;
             }
             Err(error) => {
-                tracing::debug!(%error, "lease not renewed");
+                complaint.say("node lease not renewed", &error);
                 pause(&mut wait).await;
             }
         }

@@ -172,6 +172,8 @@ impl Worker {
                 self.sandbox = Making::Done;
                 self.record.phase("sandbox", Some(took));
                 self.state.sandbox = Some(live.sandbox.clone());
+                self.state.ips = live.ips.clone();
+                self.state.lost = false;
                 self.dirty = true;
                 self.addresses.send_replace(Addresses { pod: live.ips.clone(), host: self.ctx.machine.ips.clone() });
                 self.live = Some(live);
@@ -297,9 +299,13 @@ impl Worker {
             record.last = Some(old);
             record.restarts = instance.attempt;
         }
+        let early = self.early.remove(&instance.id);
         record.current = Some(instance);
         self.begins(name);
         self.dirty = true;
+        if let Some(status) = early {
+            self.exited(&status);
+        }
     }
 
     fn started(&mut self, name: &str, id: &str) {

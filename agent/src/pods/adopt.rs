@@ -27,6 +27,8 @@ impl Worker {
         match sandbox::join(&self.ctx, &self.pod, &sandbox, self.events.clone()).await {
             Ok((live, containers)) => {
                 self.addresses.send_replace(Addresses { pod: live.ips.clone(), host: self.ctx.machine.ips.clone() });
+                self.state.ips = live.ips.clone();
+                self.state.lost = false;
                 self.live = Some(live);
                 self.sandbox = Making::Done;
                 self.reconcile(&containers).await;

@@ -86,7 +86,8 @@ pub(crate) async fn capture(
                 },
             }
         };
-        while let Ok(n) = reader.try_read(&mut buffer) {
+        // Asked of the kernel: the reactor may not have seen yet that there is something to read.
+        while let Ok(n) = rustix::io::read(&reader, &mut buffer[..]) {
             if n == 0 || said.len() as u64 >= OUTPUT {
                 break;
             }

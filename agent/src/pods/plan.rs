@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{Container, PodSpec};
 
-use super::state::{Backoff, Ended, Nanos, PodState, SECOND};
+use super::state::{Backoff, Ended, Nanos, PodState, Record, SECOND};
 use crate::qos::is_sidecar;
 
 /// First wait between restarts.
@@ -131,7 +131,7 @@ fn running(v: &View<'_>, c: &Container) -> bool {
 }
 
 fn any_running(v: &View<'_>) -> bool {
-    v.state.containers.values().any(|r| r.current.as_ref().is_some_and(|i| i.running()))
+    v.state.containers.values().any(Record::running)
 }
 
 /// Init containers and sidecars; true when the regular containers may run.
@@ -270,7 +270,7 @@ pub(crate) fn next_backoff(previous: Option<Backoff>, finished_at: Nanos, now: N
 #[cfg(test)]
 mod tests {
     use super::{
-        super::state::{Instance, Record, Sandbox},
+        super::state::{Instance, Sandbox},
         *,
     };
 

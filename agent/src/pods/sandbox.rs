@@ -115,6 +115,13 @@ pub(crate) async fn create(
         let made = made.map_err(|e| format!("failed to set up the pod's network: {e}"))?;
         (Some(made.netns), made.ips)
     };
+    if attempt > 0 {
+        // Nothing of the last sandbox may live on beside this one. Its groups go too: a kernel that was told to kill a
+        // group by cgroup.kill also kills what is cloned from there into a newer group.
+        let old = ctx.cgroups.pod_group(qos::class(spec), uid(pod));
+        ctx.cgroups.kill(&old);
+        remove_group(ctx, &old).await?;
+    }
     let group = cgroup(ctx, pod)?;
     let hostname = write_files(ctx, pod, &ips).map_err(|e| format!("failed to write the pod's files: {e}"))?;
     let shm = shared_memory(ctx, pod)?;
@@ -142,7 +149,12 @@ pub(crate) async fn create(
     let supervisor = runtime::launch(&ctx.config.runtime_binary, &dir, &config, events)
         .await
         .map_err(|e| format!("failed to start the supervisor: {e}"))?;
-    supervisor.subscribe().await.map_err(|e| e.to_string())?;
+    // What a supervisor that died had is listed as ended; nobody asks for it any more.
+    for old in supervisor.subscribe().await.map_err(|e| e.to_string())? {
+        if let Err(error) = supervisor.done(Op::Delete { container: old.id }).await {
+            tracing::warn!(pod = name(pod), %error, "leftovers of an earlier supervisor");
+        }
+    }
     Ok(Live { supervisor, sandbox: Sandbox { attempt, netns, ips: ips.clone(), cgroup: group }, ips, hostname, shm })
 }
 

@@ -31,6 +31,10 @@ pub(crate) struct PodState {
     pub(crate) start_time: Nanos,
     /// The network and supervisor made for it; `None` when there is none (yet, or any more).
     pub(crate) sandbox: Option<Sandbox>,
+    /// The sandbox is gone against our will and its successor is not there yet.
+    pub(crate) lost: bool,
+    /// The pod's addresses, also when it has ended.
+    pub(crate) ips: Vec<IpAddr>,
     /// All init containers have done their part in this sandbox.
     pub(crate) initialized: bool,
     /// By container name.
@@ -114,6 +118,13 @@ pub(crate) struct Ended {
     pub(crate) reason: String,
     pub(crate) message: String,
     pub(crate) finished_at: Nanos,
+}
+
+impl Record {
+    /// Whether its newest instance runs.
+    pub(crate) fn running(&self) -> bool {
+        self.current.as_ref().is_some_and(Instance::running)
+    }
 }
 
 impl Instance {

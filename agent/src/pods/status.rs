@@ -120,7 +120,8 @@ fn container(v: &View<'_>, c: &Container, default_waiting: &str, is_init: bool) 
 /// Phase from the containers' records.
 fn phase(v: &View<'_>) -> &'static str {
     let Some(spec) = &v.pod.spec else { return "Pending" };
-    if v.state.failure.is_some() {
+    // A pod is over when nothing of it runs any more, not before.
+    if v.state.failure.is_some() && !v.state.containers.values().any(Record::running) {
         return "Failed";
     }
     let current = |c: &Container| v.state.current(&c.name);
@@ -191,16 +192,13 @@ pub(crate) fn generate(v: &View<'_>) -> PodStatus {
         v.ephemeral.iter().map(|c| container(v, c, "ContainerCreating", false)).collect();
     let phase = phase(v);
     let conditions = conditions(v, spec, phase, &init, &regular);
-    let ips: Vec<IpAddr> = if spec.host_network == Some(true) {
-        v.host_ips.to_vec()
-    } else {
-        v.state.sandbox.as_ref().map(|s| s.ips.clone()).unwrap_or_default()
-    };
+    let ips: Vec<IpAddr> = if spec.host_network == Some(true) { v.host_ips.to_vec() } else { v.state.ips.clone() };
+    let failure = v.state.failure.as_ref().filter(|_| phase == "Failed");
     PodStatus {
         phase: Some(phase.into()),
         conditions: Some(conditions),
-        reason: v.state.failure.as_ref().map(|f| f.reason.clone()),
-        message: v.state.failure.as_ref().map(|f| f.message.clone()),
+        reason: failure.map(|f| f.reason.clone()),
+        message: failure.map(|f| f.message.clone()),
         host_ip: v.host_ips.first().map(ToString::to_string),
         host_ips: Some(v.host_ips.iter().map(|ip| HostIP { ip: ip.to_string() }).collect()),
         pod_ip: ips.first().map(ToString::to_string),
@@ -274,7 +272,7 @@ fn conditions(
     } else {
         containers_ready.clone()
     };
-    let sandbox = v.state.sandbox.is_some() && !over;
+    let sandbox = v.state.sandbox.is_some() && !v.state.lost && !over;
     let scheduled = (true, None, None);
     let all = [
         ("PodReadyToStartContainers", (sandbox, None, None)),
@@ -365,8 +363,8 @@ mod tests {
 
     fn state(containers: &[(&str, Record)], initialized: bool) -> PodState {
         let mut s = PodState::new(1_000_000_000);
-        s.sandbox =
-            Some(Sandbox { attempt: 0, netns: None, ips: vec!["10.0.0.2".parse().unwrap()], cgroup: String::new() });
+        s.ips = vec!["10.0.0.2".parse().unwrap()];
+        s.sandbox = Some(Sandbox { attempt: 0, netns: None, ips: s.ips.clone(), cgroup: String::new() });
         s.initialized = initialized;
         s.containers = containers.iter().map(|(n, r)| (n.to_string(), r.clone())).collect();
         s
@@ -437,6 +435,13 @@ mod tests {
         st.failure = Some(super::super::state::PodFailure { reason: "DeadlineExceeded".into(), message: "m".into() });
         let s = generated(json!({"restartPolicy":"Never","containers":[{"name":"c"}]}), st, &[]);
         assert_eq!((s.phase.as_deref(), s.reason.as_deref()), (Some("Failed"), Some("DeadlineExceeded")));
+        // An ended pod keeps its address; a failing one is not over before its containers are.
+        assert_eq!(s.pod_ip.as_deref(), Some("10.0.0.2"));
+        let mut st = state(&[("c", instance(true, None))], true);
+        st.failure = Some(super::super::state::PodFailure { reason: "DeadlineExceeded".into(), message: "m".into() });
+        st.sandbox = None;
+        let s = generated(json!({"containers":[{"name":"c"}]}), st, &[]);
+        assert_eq!((s.phase.as_deref(), s.reason, s.pod_ip.as_deref()), (Some("Running"), None, Some("10.0.0.2")));
     }
 
     #[test]

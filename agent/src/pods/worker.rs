@@ -132,6 +132,8 @@ pub(super) struct Worker {
     pub(super) starting: BTreeMap<String, CancellationToken>,
     pub(super) stopping: std::collections::BTreeSet<String>,
     pub(super) ends: HashMap<String, Ends>,
+    /// Exits, by container id, that were told before the start that led to them.
+    pub(super) early: HashMap<String, ContainerStatus>,
     pub(super) probes: HashMap<String, Vec<(crate::probes::Kind, tokio::task::AbortHandle)>>,
     pub(super) waiting: BTreeMap<String, status::Waiting>,
     pub(super) retry: BTreeMap<String, Nanos>,
@@ -249,6 +251,7 @@ impl Worker {
             starting: BTreeMap::new(),
             stopping: Default::default(),
             ends: HashMap::new(),
+            early: HashMap::new(),
             probes: HashMap::new(),
             waiting: BTreeMap::new(),
             retry: BTreeMap::new(),
@@ -296,6 +299,7 @@ impl Worker {
                 self.removed = true;
                 self.live = None;
                 self.state.sandbox = self.state.sandbox.take().filter(|_| self.deleting);
+                self.state.lost = false;
                 self.state.finished = true;
                 self.dirty = true;
             }
@@ -381,8 +385,10 @@ impl Worker {
         tracing::warn!(pod = sandbox::name(&self.pod), "the pod's supervisor is gone");
         self.live = None;
         self.prepared.send_replace(None);
-        let names: Vec<String> = self.state.containers.keys().cloned().collect();
-        for name in names {
+        let running = self.state.containers.iter().filter(|(_, r)| r.running());
+        let running: Vec<(String, u32)> =
+            running.filter_map(|(name, r)| Some((name.clone(), r.current.as_ref()?.attempt))).collect();
+        for (name, attempt) in running {
             self.ended_with(&name, || Ended {
                 code: 137,
                 signal: None,
@@ -390,9 +396,17 @@ impl Worker {
                 message: "The container could not be located when the pod was terminated".into(),
                 finished_at: now(),
             });
+            let bundle = super::exec::bundle(&self.ctx.config.paths, self.uid(), &name, attempt);
+            if let Err(error) = crate::volumes::mounts::remove_tree(&bundle) {
+                tracing::debug!(%error, "container directory");
+            }
         }
-        if let Some(s) = &self.state.sandbox {
+        self.early.clear();
+        self.state.lost = true;
+        if let Some(s) = &mut self.state.sandbox {
             self.ctx.cgroups.kill(&s.cgroup);
+            // Init containers that ran in the old sandbox do not count for the next.
+            s.attempt += 1;
         }
         let text = "Pod sandbox changed, it will be killed and re-created.";
         if !self.terminating {
@@ -407,7 +421,13 @@ impl Worker {
     /// Records an exit.
     pub(super) fn exited(&mut self, status: &ContainerStatus) {
         let Some(exit) = &status.exit else { return };
-        let Some((name, instance)) = self.state.by_id(&status.id) else { return };
+        let Some((name, instance)) = self.state.by_id(&status.id) else {
+            // The supervisor's word and the start's own come by different ways.
+            if !self.starting.is_empty() {
+                self.early.insert(status.id.clone(), status.clone());
+            }
+            return;
+        };
         let (name, attempt) = (name.clone(), instance.attempt);
         if instance.started_at.is_none() {
             instance.started_at = status.started_at;

@@ -1,6 +1,10 @@
 //! `isopod agent`: the node agent, with the service proxy and DNS beside it.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, anyhow};
 use isopod_agent::{KubeletConfiguration, Paths};
@@ -52,6 +56,11 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
     result
 }
 
+/// The agent's configuration; the defaults without a file.
+pub(crate) fn configuration(path: &Path) -> Result<KubeletConfiguration> {
+    KubeletConfiguration::load(path).map_err(|error| Usage(error.to_string()).into())
+}
+
 impl Node {
     /// Reads the agent's configuration and puts everything together.
     pub(crate) fn new(
@@ -63,11 +72,7 @@ impl Node {
         labels: &[String],
     ) -> Result<Self> {
         let config_path = config.unwrap_or_else(|| paths.config());
-        let mut kubelet = if config_path.exists() {
-            KubeletConfiguration::load(&config_path).map_err(|error| Usage(error.to_string()))?
-        } else {
-            KubeletConfiguration::default()
-        };
+        let mut kubelet = configuration(&config_path)?;
         kubelet.port = settings.agent_port;
         let cluster_domain = kubelet.cluster_domain.clone();
         let cluster_dns = kubelet.cluster_dns.first().copied().or(settings.dns_ip());
@@ -135,6 +140,8 @@ async fn run_proxy(config: isopod_netproxy::Config, kubeconfig: PathBuf, stop: C
     let mut pause = Duration::from_millis(200);
     loop {
         let client = super::client(&kubeconfig).await?;
+        // For a while only: without an API server DNS still has something to say.
+        let _ = tokio::time::timeout(Duration::from_secs(10), super::answers(&client, &stop)).await;
         match isopod_netproxy::run(client, config.clone(), stop.clone()).await {
             Ok(()) => return Ok(()),
             Err(_) if stop.is_cancelled() => return Ok(()),

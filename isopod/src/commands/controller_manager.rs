@@ -48,6 +48,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let kubeconfig = args.kubeconfig;
     super::serve(1, |stop| async move {
         let client = super::client(&kubeconfig).await?;
+        if !super::answers(&client, &stop).await {
+            return Ok(());
+        }
         isopod_controllers::run(client, config, stop).await.context("controllers")
     })
 }

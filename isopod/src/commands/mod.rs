@@ -64,3 +64,12 @@ pub(crate) async fn client(path: &Path) -> Result<kube::Client> {
         .with_context(text)?;
     kube::Client::try_from(config).with_context(text)
 }
+
+/// Waits until the API server answers, so that no watch's back-off grows while it starts; `false` when told to stop.
+pub(crate) async fn answers(client: &kube::Client, stop: &CancellationToken) -> bool {
+    // Cancel-safe: asking has no effect.
+    tokio::select! {
+        () = stop.cancelled() => false,
+        () = isopod_agent::wait_for_server(client) => true,
+    }
+}

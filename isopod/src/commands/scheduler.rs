@@ -20,6 +20,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     super::serve(1, |stop| async move {
         let config = isopod_scheduler::Config { leader_elect: args.leader_elect, ..Default::default() };
         let client = super::client(&args.kubeconfig).await?;
+        if !super::answers(&client, &stop).await {
+            return Ok(());
+        }
         isopod_scheduler::run(client, config, stop).await.context("scheduler")
     })
 }

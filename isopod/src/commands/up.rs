@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::Node as NodeObject;
 use kube::{
     Api,
     api::{Patch, PatchParams},
-    runtime::watcher,
+    runtime::{WatchStreamExt, watcher},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -36,6 +36,8 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
     progress.begin("preflight");
     let cluster = paths.etc().join("cluster.yaml");
     let settings = Settings::resolve(&cluster, args.node)?;
+    // A file of the administrator's that is wrong is told before anything is made.
+    super::agent::configuration(&paths.config())?;
     let lock = lock::take(&paths.run())?;
     let mut ports = vec![("the agent", "--agent-port", settings.agent_port)];
     if !control_plane_runs(paths) {
@@ -84,7 +86,7 @@ async fn report(
     let ready = async {
         progress.begin("API server");
         let client = super::client(&paths.kubeconfig("admin")).await?;
-        wait_for_api(&client).await;
+        isopod_agent::wait_for_server(&client).await;
         progress.done("API server answers");
         progress.begin("node");
         wait_for_node(client.clone(), &settings.node_name).await?;
@@ -118,22 +120,9 @@ async fn report(
     }
 }
 
-/// Waits until the API server answers /readyz. A server that is not there yet cannot be watched: this one wait retries.
-async fn wait_for_api(client: &kube::Client) {
-    loop {
-        let request = http::Request::get("/readyz").body(Vec::new());
-        if let Ok(request) = request
-            && client.request_text(request).await.is_ok()
-        {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
 async fn wait_for_node(client: kube::Client, name: &str) -> Result<()> {
     let nodes: Api<NodeObject> = Api::all(client);
-    let mut events = watcher::watch_object(nodes, name).boxed();
+    let mut events = watcher::watch_object(nodes, name).default_backoff().boxed();
     loop {
         match events.try_next().await {
             Ok(Some(Some(node))) if is_ready(&node) => return Ok(()),

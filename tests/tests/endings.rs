@@ -1,0 +1,158 @@
+//! Hooks, probes, deadlines, sidecars and last words, on real pods; and what happens when a pod's supervisor dies.
+
+use std::fs;
+
+use isopod_tests::{Cluster, Net, eventually};
+
+const PODS: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: live}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: c
+    image: busybox:1
+    command: [sh, -c, 'touch /tmp/ok; sleep 2; rm /tmp/ok; sleep 1000']
+    livenessProbe: {exec: {command: [cat, /tmp/ok]}, periodSeconds: 1, failureThreshold: 1}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: slow}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: c
+    image: busybox:1
+    command: [sleep, '1000']
+    startupProbe: {exec: {command: ['false']}, periodSeconds: 1, failureThreshold: 2}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: hooks}
+spec:
+  containers:
+  - name: c
+    image: busybox:1
+    command: [sh, -c, 'trap "echo term >> /host/hooks; exit 0" TERM; while true; do sleep 0.1; done']
+    lifecycle:
+      postStart: {exec: {command: [sh, -c, 'echo post >> /host/hooks']}}
+      preStop: {exec: {command: [sh, -c, 'sleep 0.3; echo pre >> /host/hooks']}}
+    readinessProbe: {exec: {command: [grep, post, /host/hooks]}, periodSeconds: 1}
+    volumeMounts: [{name: host, mountPath: /host}]
+  volumes: [{name: host, hostPath: {path: /var/lib/hooks, type: DirectoryOrCreate}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: late}
+spec:
+  activeDeadlineSeconds: 2
+  terminationGracePeriodSeconds: 1
+  containers:
+  - {name: c, image: 'busybox:1', command: [sleep, '1000']}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: words}
+spec:
+  restartPolicy: Never
+  containers:
+  - {name: c, image: 'busybox:1', command: [sh, -c, 'echo -n goodbye > /dev/termination-log; exit 4']}
+  - {name: l, image: 'busybox:1', command: [sh, -c, 'echo from the log; exit 5'], terminationMessagePolicy: FallbackToLogsOnError}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: side}
+spec:
+  restartPolicy: Never
+  initContainers:
+  - name: s
+    image: busybox:1
+    restartPolicy: Always
+    command: [sh, -c, 'trap "echo side-end >> /host/side; exit 0" TERM; echo side >> /host/side; while true; do sleep 0.1; done']
+    startupProbe: {exec: {command: [grep, side, /host/side]}, periodSeconds: 1}
+    volumeMounts: [{name: host, mountPath: /host}]
+  - name: i
+    image: busybox:1
+    command: [sh, -c, 'echo init >> /host/side']
+    volumeMounts: [{name: host, mountPath: /host}]
+  containers:
+  - name: c
+    image: busybox:1
+    command: [sh, -c, 'sleep 0.5; echo main >> /host/side']
+    volumeMounts: [{name: host, mountPath: /host}]
+  volumes: [{name: host, hostPath: {path: /var/lib/hooks, type: DirectoryOrCreate}}]
+"#;
+
+#[test]
+fn hooks_probes_deadlines_and_last_words() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    c.apply(PODS);
+    let told = |file: &str| fs::read_to_string(c.host.path(&format!("/var/lib/hooks/{file}"))).unwrap_or_default();
+
+    c.wait_field("pod words", ".status.phase", |phase| phase == "Failed");
+    let words = c.get("pod words");
+    let ended = |name: &str| {
+        let all = words["status"]["containerStatuses"].as_array().unwrap();
+        let one = all.iter().find(|s| s["name"] == name).unwrap();
+        let t = &one["state"]["terminated"];
+        (t["exitCode"].clone(), t["reason"].clone(), t["message"].clone())
+    };
+    assert_eq!(ended("c"), (4.into(), "Error".into(), "goodbye".into()));
+    assert_eq!(ended("l"), (5.into(), "Error".into(), "from the log\n".into()));
+    c.wait_field("pod words", ".status.podIP", |ip| ip.starts_with("10.244."));
+
+    c.wait_ready("hooks");
+    c.k("delete pod hooks --timeout=30s");
+    assert_eq!(told("hooks"), "post\npre\nterm\n");
+
+    c.wait_field("pod side", ".status.phase", |phase| phase == "Succeeded");
+    assert_eq!(told("side"), "side\ninit\nmain\nside-end\n");
+
+    c.wait_field("pod late", ".status.reason", |reason| reason == "DeadlineExceeded");
+    let late = c.get("pod late");
+    assert_eq!(late["status"]["phase"], "Failed");
+    assert!(late["status"]["podIP"].as_str().unwrap().starts_with("10.244."));
+    assert_eq!(late["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"], 137);
+
+    for (pod, probe) in [("live", "liveness"), ("slow", "startup")] {
+        c.wait_field(&format!("pod {pod}"), ".status.containerStatuses[0].restartCount", |n| {
+            n.parse::<u32>().is_ok_and(|n| n >= 1)
+        });
+        let events = c.k(&format!("get events --field-selector involvedObject.name={pod}"));
+        assert!(events.contains("Unhealthy") && events.contains(&format!("failed {probe} probe")), "{events}");
+    }
+}
+
+#[test]
+fn a_pod_survives_the_death_of_its_supervisor() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    c.apply(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  initContainers:\n  - {name: i, image: 'busybox:1', \
+         command: [sh, -c, 'echo ran >> /host/init'], volumeMounts: [{name: host, mountPath: /host}]}\n  containers:\n  \
+         - {name: c, image: 'busybox:1', command: [sleep, '54321']}\n  \
+         volumes: [{name: host, hostPath: {path: /var/lib/death, type: DirectoryOrCreate}}]\n",
+    );
+    c.wait_ready("p");
+    let before = c.get("pod p");
+    let uid = before["metadata"]["uid"].as_str().unwrap();
+    c.host.must(&format!("kill -9 $(cat /run/isopod/pods/{uid}/supervisor.pid)"));
+    c.wait_field("pod p", ".status.containerStatuses[0].restartCount", |n| n == "1");
+    c.wait_ready("p");
+    let after = c.get("pod p");
+    assert_eq!(after["status"]["podIP"], before["status"]["podIP"]);
+    assert_eq!(fs::read_to_string(c.host.path("/var/lib/death/init")).unwrap(), "ran\nran\n");
+    assert_eq!(c.host.must("pgrep -f 'sleep 5432[1]' | wc -l").trim(), "1");
+    eventually("it is told", || {
+        let events = c.k("get events --field-selector involvedObject.name=p");
+        if events.contains("SandboxChanged") { Ok(()) } else { Err(events) }
+    });
+    c.k("delete pod p --timeout=30s");
+    eventually("nothing is left", || {
+        let ran =
+            c.host.sh(&format!("find /var/lib/isopod/pods /run/isopod/pods /sys/fs/cgroup -name '*{uid}*' | grep ."));
+        if ran.code == 1 { Ok(()) } else { Err(ran) }
+    });
+}
