@@ -1,7 +1,8 @@
-//! Certificate requests: approves those of nodes for themselves, signs approved ones with the cluster's CA, forgets old
-//! ones.
+//! Certificate requests: approves those of nodes for themselves (their identity, and the certificate they serve with),
+//! signs approved ones with the cluster's CA, forgets old ones.
 
 use crate::context::Context;
+use ipnet::IpNet;
 use isopod_client::objects::{DeleteOptions, HasMeta, is_not_found};
 use isopod_client::{Queue, spawn_workers};
 use jiff::{SignedDuration, Timestamp};
@@ -10,6 +11,7 @@ use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessRevie
 use k8s_openapi::api::certificates::v1::{
     CertificateSigningRequest, CertificateSigningRequestCondition, CertificateSigningRequestSpec,
 };
+use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use rcgen::{
     CertificateSigningRequestParams, DnType, DnValue, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
@@ -78,6 +80,9 @@ async fn sync(ctx: &Context, name: &str) -> Result<Option<Duration>, Error> {
         sign(ctx, &csr, now).await?;
     } else if let Some(reason) = self_request(ctx, &csr).await? {
         approve(ctx, &csr, reason, now).await?;
+    } else if own_serving(&csr.spec, &ctx.caches.nodes.list(), &ctx.config.service_cidr, &servers(ctx)) {
+        approve(ctx, &csr, "Auto approving kubelet serving certificate for the requesting node's own names.", now)
+            .await?;
     }
     Ok(Some(again))
 }
@@ -118,6 +123,51 @@ async fn self_request(ctx: &Context, csr: &CertificateSigningRequest) -> Result<
         }
     }
     Ok(None)
+}
+
+/// Whether a request is a node's own for a certificate that names nothing but this node.
+///
+/// The certificate comes from the CA that clients of the API server trust, so a node must not get another's name: neither
+/// a service's, nor an API server's, nor another node's. A node that has told its addresses gets those and loopback, one
+/// that is only joining any address that is nobody else's.
+fn own_serving(
+    spec: &CertificateSigningRequestSpec,
+    nodes: &[Arc<Node>],
+    services: &IpNet,
+    servers: &[String],
+) -> bool {
+    let user = spec.username.as_deref().unwrap_or_default();
+    let Some(own) = user.strip_prefix("system:node:").filter(|_| spec.signer_name == KUBELET_SERVING) else {
+        return false;
+    };
+    let is_node = spec.groups.iter().flatten().any(|group| group == "system:nodes");
+    let Ok(params) = request(spec) else { return false };
+    if !is_node || check(spec, &params).is_err() {
+        return false;
+    }
+    let addresses = |node: &Node| -> Vec<String> {
+        let status = node.status.as_ref().and_then(|s| s.addresses.as_ref());
+        status.into_iter().flatten().map(|a| a.address.clone()).collect()
+    };
+    let known: Vec<String> = nodes.iter().filter(|n| n.name() == own).flat_map(|n| addresses(n)).collect();
+    let others: Vec<String> = nodes.iter().filter(|n| n.name() != own).flat_map(|n| addresses(n)).collect();
+    params.params.subject_alt_names.iter().all(|name| match name {
+        SanType::DnsName(name) => name.as_str() == own,
+        SanType::IpAddress(address) if address.is_loopback() => true,
+        SanType::IpAddress(address) => {
+            let text = address.to_string();
+            let taken = services.contains(address) || others.contains(&text) || servers.contains(&text);
+            let free = !address.is_unspecified() && !taken;
+            free && (known.is_empty() || known.contains(&text))
+        }
+        _ => false,
+    })
+}
+
+/// Addresses of the API servers.
+fn servers(ctx: &Context) -> Vec<String> {
+    let slice = ctx.caches.slices.get("default", "kubernetes");
+    slice.iter().flat_map(|s| s.endpoints.iter().flatten()).flat_map(|e| e.addresses.clone()).collect()
 }
 
 async fn allowed(ctx: &Context, spec: &CertificateSigningRequestSpec, sub: &str) -> Result<bool, Error> {
@@ -276,4 +326,66 @@ fn issue(ctx: &Context, spec: &CertificateSigningRequestSpec, now: Timestamp) ->
     let key = KeyPair::from_pem(&read(&ctx.config.ca_key)?)?;
     let issuer = Issuer::from_ca_cert_pem(&read(&ctx.config.ca_cert)?, key)?;
     Ok(params.signed_by(&issuer)?.pem())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::{NodeAddress, NodeStatus};
+    use rcgen::{CertificateParams, DistinguishedName};
+
+    fn node(name: &str, address: &str) -> Arc<Node> {
+        let address = NodeAddress { type_: "InternalIP".into(), address: address.into() };
+        let mut node = Node { status: Some(NodeStatus::default()), ..Node::default() };
+        node.metadata.name = Some(name.into());
+        node.status.get_or_insert_default().addresses = Some(vec![address]);
+        Arc::new(node)
+    }
+
+    fn wish(user: &str, subject: &str, names: &[&str]) -> CertificateSigningRequestSpec {
+        let mut params = CertificateParams::new(names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>()).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
+        params.distinguished_name.push(DnType::CommonName, subject);
+        let pem = params.serialize_request(&KeyPair::generate().unwrap()).unwrap().pem().unwrap();
+        CertificateSigningRequestSpec {
+            request: ByteString(pem.into_bytes()),
+            signer_name: KUBELET_SERVING.into(),
+            username: Some(user.into()),
+            groups: Some(vec!["system:nodes".into(), "system:authenticated".into()]),
+            usages: Some(vec!["digital signature".into(), "server auth".into()]),
+            ..CertificateSigningRequestSpec::default()
+        }
+    }
+
+    #[test]
+    fn nodes_get_serving_certificates_for_their_own_names_only() {
+        let (two, services) = ("system:node:two", "10.96.0.0/16".parse().unwrap());
+        let servers = vec!["10.88.0.9".to_owned()];
+        let joining = vec![node("one", "10.88.0.1")];
+        let joined = vec![node("one", "10.88.0.1"), node("two", "10.88.0.2")];
+        let cases: [(&str, &[&str], bool, bool); 8] = [
+            ("its own", &["two", "10.88.0.2", "127.0.0.1"], true, true),
+            ("an address it does not have", &["two", "10.88.0.3"], true, false),
+            ("another node's name", &["one", "10.88.0.2"], false, false),
+            ("another node's address", &["two", "10.88.0.1"], false, false),
+            ("a service's address", &["two", "10.96.0.1"], false, false),
+            ("a service's name", &["kubernetes.default.svc"], false, false),
+            ("an API server's address", &["two", "10.88.0.9"], false, false),
+            ("every address", &["two", "0.0.0.0"], false, false),
+        ];
+        for (what, names, before, after) in cases {
+            let spec = wish(two, two, names);
+            assert_eq!(own_serving(&spec, &joining, &services, &servers), before, "{what}, joining");
+            assert_eq!(own_serving(&spec, &joined, &services, &servers), after, "{what}, joined");
+        }
+        let stranger = wish("system:node:three", two, &["two"]);
+        assert!(!own_serving(&stranger, &joined, &services, &servers), "for another node");
+        let mut no_node = wish(two, two, &["two"]);
+        no_node.groups = Some(vec!["system:authenticated".into()]);
+        assert!(!own_serving(&no_node, &joined, &services, &servers), "not in the nodes' group");
+        let mut client = wish(two, two, &["two"]);
+        client.signer_name = KUBELET_CLIENT.into();
+        assert!(!own_serving(&client, &joined, &services, &servers), "another signer");
+    }
 }
