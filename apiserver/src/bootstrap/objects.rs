@@ -73,6 +73,10 @@ pub(super) async fn service(config: &Config, objects: &dyn Objects) -> Result<()
     }
     let services = Gvr::new("", "v1", "services");
     ensure(objects, &services, "default", kubernetes_service(config)).await?;
+    // Endpoints may not be loopback: a pod's own loopback is not this server. A host without a network has none.
+    if config.advertise.is_loopback() || config.advertise.is_unspecified() {
+        return Ok(());
+    }
     let endpoints = Gvr::new("", "v1", "endpoints");
     publish(objects, &endpoints, kubernetes_endpoints(config), &["subsets"]).await?;
     let slices = Gvr::new("discovery.k8s.io", "v1", "endpointslices");
