@@ -6,7 +6,10 @@ use std::{
 };
 
 use futures::StreamExt;
-use kube::Client;
+use kube::{
+    Client,
+    runtime::utils::{Backoff, ResetTimerBackoff},
+};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -112,7 +115,59 @@ async fn load(path: &Path) -> Result<Client, String> {
     Client::try_from(config).map_err(|e| e.to_string())
 }
 
+/// Pauses between attempts to watch: short, so that pods follow an API server as soon as it is back, and longer only when
+/// it stays away. The jitter keeps many nodes apart.
+#[derive(Debug, Default)]
+struct Pauses {
+    failures: u32,
+}
+
+const FIRST: Duration = Duration::from_millis(20);
+const SHORT: Duration = Duration::from_millis(80);
+const LONGEST: Duration = Duration::from_secs(1);
+/// From this many failures on it is no restart but an outage.
+const OUTAGE: u32 = 300;
+/// So long without trouble, and it is over. (Every attempt begins with a sign of life, which tells nothing.)
+const CALM: Duration = Duration::from_secs(5);
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let grown = FIRST * 2u32.saturating_pow(self.failures.min(8));
+        let pause = grown.min(if self.failures < OUTAGE { SHORT } else { LONGEST });
+        self.failures = self.failures.saturating_add(1);
+        Some(pause.mul_f64(rand::random_range(0.75..1.25)))
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
+/// How watches pause after a failure.
+pub(crate) fn pauses() -> impl Backoff + 'static {
+    ResetTimerBackoff::new(Pauses::default(), CALM)
+}
+
 /// Whether a kube error is this HTTP code.
 pub(crate) fn is_code(e: &kube::Error, code: u16) -> bool {
     matches!(e, kube::Error::Api(s) if s.code == code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_stay_short_through_a_restart_and_grow_in_an_outage() {
+        let mut pauses = Pauses::default();
+        assert!(pauses.next().unwrap() <= FIRST.mul_f64(1.25));
+        assert!(pauses.nth(20).unwrap() <= SHORT.mul_f64(1.25));
+        assert!(pauses.nth(OUTAGE as usize).unwrap() >= LONGEST.mul_f64(0.75));
+        pauses.reset();
+        assert!(pauses.next().unwrap() <= FIRST.mul_f64(1.25));
+    }
 }

@@ -168,7 +168,7 @@ async fn one<K>(api: kube::Api<K>, name: &str, sender: &watch::Sender<Known>)
 where
     K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + Into<Object> + 'static,
 {
-    let mut stream = std::pin::pin!(watcher::watch_object(api, name).default_backoff());
+    let mut stream = std::pin::pin!(watcher::watch_object(api, name).backoff(crate::api::pauses()));
     while let Some(next) = stream.next().await {
         match next {
             Ok(Some(o)) => publish(sender, Known::Present(Arc::new(o.into()))),

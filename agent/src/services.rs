@@ -61,7 +61,7 @@ impl Services {
 async fn follow(api: Api, table: &RwLock<Table>, synced: &watch::Sender<bool>) {
     let Some(client) = api.wait().await else { return };
     let services: kube::Api<ApiService> = kube::Api::all(client);
-    let mut stream = std::pin::pin!(watcher(services, watcher::Config::default()).default_backoff());
+    let mut stream = std::pin::pin!(watcher(services, watcher::Config::default()).backoff(crate::api::pauses()));
     let mut fresh: Option<Table> = None;
     while let Some(event) = stream.next().await {
         match event {

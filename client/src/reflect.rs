@@ -38,8 +38,9 @@ pub struct Source {
 const PAGE: usize = 500;
 const PARTIAL_LIST: &str = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
 const PARTIAL: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json";
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-const RETRY_MAX: Duration = Duration::from_secs(5);
+const RETRY_FIRST: Duration = Duration::from_millis(20);
+/// Short: a control plane that comes back is followed at once.
+const RETRY_MAX: Duration = Duration::from_millis(150);
 
 /// Runs until `stop`.
 pub async fn reflect<T, S>(client: Client, source: Source, sink: &S, stop: CancellationToken)

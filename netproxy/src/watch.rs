@@ -1,8 +1,8 @@
 //! The watches: services, endpoint slices and nodes, each parsed at once and handed on small.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt};
 use ipnet::IpNet;
 use k8s_openapi::api::{
     core::v1::{Node, Service as ServiceObject},
@@ -10,7 +10,11 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client,
-    runtime::{WatchStreamExt, watcher},
+    runtime::{
+        WatchStreamExt,
+        utils::{Backoff, ResetTimerBackoff},
+        watcher,
+    },
 };
 use tokio::sync::{mpsc, watch};
 
@@ -35,13 +39,72 @@ pub(crate) struct NodeInfo {
 /// All nodes by name.
 pub(crate) type Nodes = HashMap<String, NodeInfo>;
 
+/// Pauses between attempts to reach the API server: short, so that services follow it as soon as it is back. Asking a
+/// machine that refuses costs a packet; the jitter keeps many nodes apart.
+#[derive(Debug, Default)]
+struct Pauses {
+    failures: u32,
+}
+
+impl Pauses {
+    const FIRST: Duration = Duration::from_millis(20);
+    const LOCAL: Duration = Duration::from_millis(80);
+    /// From here on it is no restart but an outage.
+    const OUTAGE: u32 = 300;
+    const LONGEST: Duration = Duration::from_secs(1);
+
+    fn base(&self) -> Duration {
+        let grown = Self::FIRST * 2u32.saturating_pow(self.failures.min(8));
+        grown.min(if self.failures < Self::OUTAGE { Self::LOCAL } else { Self::LONGEST })
+    }
+}
+
+/// So long without trouble, and it is over. (Every attempt begins with a sign of life, which tells nothing.)
+const CALM: Duration = Duration::from_secs(5);
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let pause = self.base();
+        self.failures = self.failures.saturating_add(1);
+        Some(pause.mul_f64(rand::random_range(0.75..1.25)))
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
+/// The events of a watch that never ends. A trouble is told once, and so is its end.
 fn events<K>(api: Api<K>) -> impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send + Unpin
 where
     K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
     let kind = std::any::type_name::<K>().rsplit("::").next().unwrap_or_default();
-    let log = move |error: &watcher::Error| tracing::warn!(kind, %error, "watch interrupted; it begins again");
-    watcher(api, watcher::Config::default()).default_backoff().inspect_err(log).boxed()
+    let mut trouble: Option<String> = None;
+    watcher(api, watcher::Config::default())
+        .backoff(ResetTimerBackoff::new(Pauses::default(), CALM))
+        .inspect(move |event| match event {
+            Err(error) => {
+                let text = crate::sync::Chain(error).to_string();
+                tracing::debug!(kind, error = text, "watch interrupted");
+                if trouble.is_none() {
+                    tracing::info!(kind, error = text, "watch interrupted; trying until it is back");
+                }
+                trouble = Some(text);
+            }
+            // A list begins before it is known to succeed.
+            Ok(watcher::Event::Init) => {}
+            Ok(_) => {
+                if trouble.take().is_some() {
+                    tracing::info!(kind, "watch is back");
+                }
+            }
+        })
+        .boxed()
 }
 
 /// Watches services until the receiver is gone.
@@ -157,5 +220,28 @@ pub(crate) async fn nodes(client: Client, own: String, inputs: mpsc::Sender<Inpu
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_stay_short_through_a_restart_and_grow_in_an_outage() {
+        let mut pauses = Pauses::default();
+        let first: Vec<u128> = (0..4)
+            .map(|_| {
+                let base = pauses.base().as_millis();
+                let pause = pauses.next().unwrap().as_millis();
+                assert!(pause * 4 >= base * 3 - 4 && pause * 4 <= base * 5, "{pause} of {base}");
+                base
+            })
+            .collect();
+        assert_eq!(first, [20, 40, 80, 80]);
+        pauses.nth(Pauses::OUTAGE as usize);
+        assert_eq!(pauses.base(), Pauses::LONGEST);
+        pauses.reset();
+        assert_eq!(pauses.base(), Pauses::FIRST);
     }
 }

@@ -153,7 +153,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
         }
     };
     tracing::info!(node = %ctx.node_name, "node registered");
-    let mut stream = watcher::watch_object(nodes.clone(), &ctx.node_name).default_backoff().boxed();
+    let mut stream = watcher::watch_object(nodes.clone(), &ctx.node_name).backoff(crate::api::pauses()).boxed();
     let k = &ctx.config.kubelet;
     let mut tick = tokio::time::interval(k.node_status_update_frequency.max(Duration::from_secs(1)));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -12,7 +12,7 @@ use std::{
 
 use futures::{Stream, StreamExt, stream::BoxStream};
 use k8s_openapi::api::core::v1::Pod;
-use kube::runtime::{WatchStreamExt, utils::Backoff, watcher};
+use kube::runtime::{WatchStreamExt, watcher};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -133,28 +133,7 @@ fn pod_events(
 ) -> impl Stream<Item = watcher::Result<watcher::Event<Pod>>> + Send + use<> {
     let pods: kube::Api<Pod> = kube::Api::all(client);
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
-    watcher(pods, config).backoff(Patience::default())
-}
-
-/// Pauses between tries to watch pods: this node's work waits for them, and one node's tries hurt no server.
-#[derive(Default)]
-struct Patience {
-    tries: i32,
-}
-
-impl Iterator for Patience {
-    type Item = Duration;
-
-    fn next(&mut self) -> Option<Duration> {
-        self.tries = (self.tries + 1).min(30);
-        Some(Duration::from_millis(20).mul_f64(1.2f64.powi(self.tries)))
-    }
-}
-
-impl Backoff for Patience {
-    fn reset(&mut self) {
-        self.tries = 0;
-    }
+    watcher(pods, config).backoff(crate::api::pauses())
 }
 
 impl Manager {
