@@ -31,14 +31,29 @@ fn two_nodes_share_pods_and_services() {
     for (from, to) in [("web-one", "web-two"), ("web-two", "web-one")] {
         let ip = c.get(&format!("pod {to}"))["status"]["podIP"].as_str().unwrap().to_owned();
         eventually(&format!("{from} reaches {to}"), || {
-            let ran = c.kubectl(&format!("exec {from} -- wget -T 3 -q -O- http://{ip}:8080/"));
+            let ran = c.kubectl(&format!("exec {from} -- timeout 3 wget -q -O- http://{ip}:8080/"));
             if ran.out.trim() == to { Ok(()) } else { Err(ran) }
         });
         eventually(&format!("the service reaches both from {from}"), || {
-            let ran =
-                c.kubectl(&format!("exec {from} -- sh -c 'for i in $(seq 40); do wget -T 3 -q -O- http://web/; done'"));
+            let ran = c.kubectl(&format!(
+                "exec {from} -- sh -c 'for i in $(seq 40); do timeout 3 wget -q -O- http://web/; done'"
+            ));
             if ran.out.contains("web-one") && ran.out.contains("web-two") { Ok(()) } else { Err(ran) }
         });
+    }
+    c.apply(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: local}\nspec: {selector: {app: web}, type: NodePort, \
+         externalTrafficPolicy: Local, ports: [{port: 80, targetPort: 8080, nodePort: 30080}]}\n",
+    );
+    for (from, to, pod) in [(&one, &two, "web-two"), (&two, &one, "web-one")] {
+        let url = format!("http://{}:30080/", to.address);
+        eventually(&format!("{pod} alone answers on its node's port"), || {
+            let ran = from.sh(&format!("for i in $(seq 10); do curl -s -m 3 {url}; done"));
+            if ran.out.lines().count() == 10 && ran.out.lines().all(|l| l == pod) { Ok(()) } else { Err(ran) }
+        });
+        // The client's own address, not the node's.
+        let log = c.k(&format!("logs {pod}"));
+        assert!(log.contains(&from.address), "{log}");
     }
     assert_eq!(c.k("exec web-two -- hostname").trim(), "web-two");
     assert!(c.k("logs web-two").contains("started web-two"));

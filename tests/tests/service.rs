@@ -106,3 +106,30 @@ fn readiness_decides_who_gets_traffic() {
     let events = c.k("get events --field-selector reason=Unhealthy");
     assert!(events.contains("Readiness probe failed"), "{events}");
 }
+
+#[test]
+fn clients_stick_and_names_resolve_under_load() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    c.apply(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: sticky}\nspec: {selector: {app: web}, sessionAffinity: ClientIP, \
+         ports: [{port: 80, targetPort: 8080}]}\n---\n\
+         apiVersion: v1\nkind: Pod\nmetadata: {name: mapped}\nspec:\n  containers: [{name: c, image: 'web:1', ports: \
+         [{containerPort: 8080, hostPort: 8088}]}]\n",
+    );
+    three_pods(&c);
+    c.wait_ready("mapped");
+    let sticky = "exec client -- sh -c 'for i in $(seq 30); do wget -q -O- http://sticky/; done'";
+    eventually("one pod answers one client", || {
+        let text = c.k(sticky);
+        let answered = answers(&text);
+        if answered.len() == 1 && answered.values().all(|n| *n == 30) { Ok(()) } else { Err(text) }
+    });
+    let mapped = format!("http://{}:8088/", c.host.address);
+    assert_eq!(c.host.must(&format!("curl -s -m 5 {mapped}")).trim(), "mapped");
+    assert_eq!(c.host.must("curl -s -m 5 http://127.0.0.1:8088/").trim(), "mapped");
+    assert_eq!(c.k(&format!("exec client -- wget -q -O- {mapped}")).trim(), "mapped");
+    let load = answers(&c.k("exec client -- sh -c 'for i in $(seq 8); do (for j in $(seq 50); do \
+         nslookup web.default.svc.cluster.local >/dev/null 2>&1 && echo ok || echo lost; done) & done; wait'"));
+    assert_eq!(load, BTreeMap::from([("ok".to_owned(), 400)]));
+}
