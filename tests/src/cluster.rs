@@ -10,6 +10,11 @@ use serde_json::Value;
 
 use crate::{Host, Ran, eventually, eventually_within, host::binaries, image::Image};
 
+/// What `isopod up` writes, without thresholds for disks.
+const CONFIGURATION: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
+                             clusterDNS: [10.96.0.10]\nclusterDomain: cluster.local\n\
+                             evictionHard: {memory.available: 100Mi}\n";
+
 /// `isopod up` on a host, with kubectl.
 pub struct Cluster {
     /// Where it runs.
@@ -28,8 +33,13 @@ impl Cluster {
         cluster
     }
 
-    /// busybox:1 and web:1 in the host's image directory.
+    /// busybox:1 and web:1 in the host's image directory, and a configuration that does not mind how full the disk of the
+    /// machine under the virtual hosts is.
     pub fn install_images(host: &Host) {
+        let config = host.path("/etc/isopod/config.yaml");
+        if !config.exists() {
+            fs::write(config, CONFIGURATION).unwrap();
+        }
         let images = host.path("/var/lib/isopod/images");
         Image::busybox("busybox:1").save(&images.join("busybox.tar"));
         Image::web("web:1").save(&images.join("web.tar"));
