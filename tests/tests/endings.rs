@@ -1,4 +1,5 @@
 //! Hooks, probes, deadlines, sidecars and last words, on real pods; and what happens when a pod's supervisor dies.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 
@@ -130,7 +131,7 @@ fn a_pod_survives_the_death_of_its_supervisor() {
     let mut net = Net::new();
     let c = Cluster::start(&net.host("one"));
     c.apply(
-        "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  initContainers:\n  - {name: i, image: 'busybox:1', \
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  terminationGracePeriodSeconds: 1\n  initContainers:\n  - {name: i, image: 'busybox:1', \
          command: [sh, -c, 'echo ran >> /host/init'], volumeMounts: [{name: host, mountPath: /host}]}\n  containers:\n  \
          - {name: c, image: 'busybox:1', command: [sleep, '54321']}\n  \
          volumes: [{name: host, hostPath: {path: /var/lib/death, type: DirectoryOrCreate}}]\n",
