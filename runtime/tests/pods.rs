@@ -86,6 +86,7 @@ impl Pod {
             log_path: Some(self.log(bundle)),
             stdin,
             stdin_once,
+            pid_of: None,
         };
         match self.call(op).unwrap() {
             Answer::Created { pid } => pid,
@@ -406,6 +407,7 @@ fn failures_are_told_and_leave_nothing() {
         log_path: None,
         stdin: false,
         stdin_once: false,
+        pid_of: None,
     };
     assert_eq!(kind(pod.call(create(&bundle))), FailureKind::Invalid);
     assert!(pod.list().is_empty());
@@ -446,6 +448,7 @@ fn an_overlay_root_keeps_its_layers_clean() {
         log_path: Some(pod.log(&bundle)),
         stdin: false,
         stdin_once: false,
+        pid_of: None,
     };
     pod.call(op).unwrap();
     pod.start(&bundle);
