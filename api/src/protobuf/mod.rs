@@ -9,7 +9,7 @@
 
 mod read;
 mod special;
-mod write;
+pub(crate) mod write;
 
 use std::{
     collections::HashMap,

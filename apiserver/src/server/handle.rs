@@ -179,7 +179,7 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
             let keys = serde_json::to_vec(&serviceaccount::jwks(&app.config)).unwrap_or_default();
             Some(respond::with_type(200, "application/jwk-set+json", keys))
         }
-        path if path.starts_with("openapi/") => openapi::answer(path, &call.query, call.style).await,
+        path if path.starts_with("openapi/") => openapi::answer(path, &call.query, accept, call.style).await,
         _ => discovery::answer(&request, call.style),
     };
     match response {
