@@ -227,6 +227,36 @@ fn a_real_time_signal_ends_a_container_too() {
 }
 
 #[test]
+fn a_container_sees_its_targets_processes() {
+    if !possible() {
+        return;
+    }
+    let mut pod = Pod::new(PidMode::Container);
+    pod.call(Op::Subscribe).unwrap();
+    let target = pod.bundle(&["sleep", "1234"]);
+    let debugger = pod.bundle(&["sh", "-c", "tr '\\0' ' ' < /proc/1/cmdline; echo"]);
+    debugger.write();
+    let join = |pod: &Pod| Op::Create {
+        container: debugger.id.clone(),
+        bundle: debugger.dir.path().to_owned(),
+        rootfs: Rootfs::Directory,
+        log_path: Some(pod.log(&debugger)),
+        stdin: false,
+        stdin_once: false,
+        pid_of: Some(target.id.clone()),
+    };
+    let early = join(&pod);
+    assert!(pod.call(early).is_err(), "the target does not run yet");
+    pod.create(&target, false, false);
+    pod.start(&target);
+    let op = join(&pod);
+    pod.call(op).unwrap();
+    pod.start(&debugger);
+    assert_eq!(pod.ended().id, debugger.id);
+    assert_eq!(pod.entries(&debugger)[0].2.trim(), "sleep 1234");
+}
+
+#[test]
 fn an_agent_that_dies_comes_back_to_running_containers() {
     if !possible() {
         return;
