@@ -1,12 +1,12 @@
 //! What a host has in its kernel: mounts, links, namespaces, cgroups, nft tables, routes, processes. Two snapshots are
-//! compared line by line to show that nothing was left behind.
+//! compared line by line, and how often each line comes, to show that nothing was left behind.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use crate::Host;
 
-/// The lines of one look at a host.
-pub struct Snapshot(BTreeSet<String>);
+/// The lines of one look at a host, and how many there are of each.
+pub struct Snapshot(BTreeMap<String, usize>);
 
 const SCRIPT: &str = r#"
 awk '{print "mount " $5 " " $(NF-2)}' /proc/self/mountinfo
@@ -25,14 +25,62 @@ impl Snapshot {
     /// Looks at the host. The look's own processes are not in it.
     pub fn take(host: &Host) -> Self {
         let own = ["process sh", "process cat", "process find", "process awk", "process sed", "process ls"];
-        let text = host.must(SCRIPT);
-        Self(text.lines().filter(|line| !own.contains(line)).map(str::to_owned).collect())
+        Self::count(host.must(SCRIPT).lines().filter(|line| !own.contains(line)).map(str::to_owned))
     }
 
-    /// What is in one but not in the other, marked `+` (new) and `-` (gone).
+    /// The same with all pre-made pod networks alike: the pool always holds as many, under ever new names.
+    pub fn pooled(&self) -> Self {
+        let alike = |line: &str| {
+            let cut = |line: String, mark: &str| match line.split_once(mark) {
+                Some((before, after)) => {
+                    let rest = after.trim_start_matches(|c: char| c.is_ascii_hexdigit() || c == ':');
+                    format!("{before}{mark}*{rest}")
+                }
+                None => line,
+            };
+            ["isov", ".slot-", "fe80::"].into_iter().fold(line.to_owned(), cut)
+        };
+        Self::count(self.0.iter().flat_map(|(line, n)| std::iter::repeat_n(alike(line), *n)))
+    }
+
+    fn count(lines: impl Iterator<Item = String>) -> Self {
+        let mut counted = BTreeMap::new();
+        lines.for_each(|line| *counted.entry(line).or_default() += 1);
+        Self(counted)
+    }
+
+    /// What there is more or less of later, marked `+` (new) and `-` (gone).
     pub fn diff(&self, later: &Snapshot) -> Vec<String> {
-        let new = later.0.difference(&self.0).map(|line| format!("+ {line}"));
-        let gone = self.0.difference(&later.0).map(|line| format!("- {line}"));
-        new.chain(gone).collect()
+        let times = |snapshot: &Snapshot, line: &String| snapshot.0.get(line).copied().unwrap_or(0);
+        let more = |of: &Snapshot, than: &Snapshot, sign: char| {
+            let lines = of.0.iter().filter(|(line, n)| times(than, line) < **n);
+            lines.map(|(line, n)| format!("{sign} {line} ({})", n - times(than, line))).collect::<Vec<_>>()
+        };
+        [more(later, self, '+'), more(self, later, '-')].concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Snapshot;
+
+    fn snapshot(lines: &[&str]) -> Snapshot {
+        Snapshot::count(lines.iter().map(|line| (*line).to_owned()))
+    }
+
+    #[test]
+    fn counts_and_pools() {
+        let before =
+            snapshot(&["process a", "link isov12ab@if2:", "address isov12ab fe80::1:2/64", "mount x/.slot-1 nsfs"]);
+        let after = snapshot(&[
+            "process a",
+            "process a",
+            "link isovffff@if2:",
+            "address isovffff fe80::3/64",
+            "mount x/.slot-17 nsfs",
+        ]);
+        assert_eq!(before.diff(&after).len(), 7);
+        assert_eq!(before.pooled().diff(&after.pooled()), ["+ process a (1)"]);
+        assert_eq!(after.pooled().diff(&before.pooled()), ["- process a (1)"]);
     }
 }

@@ -230,9 +230,11 @@ impl BridgeNetwork {
         let table = config.table();
         let removed = tokio::task::spawn_blocking(move || rules::remove(&table)).await;
         note(removed.unwrap_or(Ok(())).map_err(Into::into));
-        match std::fs::remove_dir_all(config.records_dir()) {
+        // The ranges stay: pods get addresses after the next start before the API server tells them again.
+        let pods = config.records_dir().join("pods");
+        match std::fs::remove_dir_all(&pods) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                note(Err(NetworkError(format!("remove {}: {e}", config.records_dir().display()))));
+                note(Err(NetworkError(format!("remove {}: {e}", pods.display()))));
             }
             _ => {}
         }

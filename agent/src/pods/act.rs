@@ -52,18 +52,23 @@ impl Worker {
         for (name, reason) in &plan.stop {
             self.stop(name, reason);
         }
-        if !plan.start.is_empty() {
+        let lasts = !self.terminating && !self.state.finished && !self.removing && !plan.finish;
+        // Starts under way wait for both: what failed is tried again also when nothing new is to be started.
+        let wanted = !plan.start.is_empty() || !self.starting.is_empty();
+        if lasts && (wanted || matches!(self.sandbox, Making::Failed(..))) {
             self.make_sandbox();
-            self.make_volumes();
-            self.start(&plan.start);
         }
+        if lasts && (wanted || matches!(self.volumes, Making::Failed(..))) {
+            self.make_volumes();
+        }
+        self.start(&plan.start);
         if plan.finish {
             self.finish();
         }
         let planned = plan.wake.map(|w| instant(w, at));
         let shown = self.pull_shown.values().min().map(|w| instant(*w, at));
         let making = [self.sandbox, self.volumes].into_iter().filter_map(|m| match m {
-            Making::Failed(when, _) if !self.terminating => Some(when),
+            Making::Failed(when, _) if lasts => Some(when),
             _ => None,
         });
         let remove = self.remove_again.filter(|_| !self.removing);
@@ -231,14 +236,6 @@ impl Worker {
         });
     }
 
-    /// The id of an ephemeral container's target.
-    fn target(&self, name: &str) -> Option<String> {
-        let list = self.pod.spec.as_ref()?.ephemeral_containers.as_ref()?;
-        let target = list.iter().find(|c| c.name == name)?.target_container_name.as_ref()?;
-        let instance = self.state.containers.get(target)?.current.as_ref()?;
-        instance.running().then(|| instance.id.clone())
-    }
-
     fn start(&mut self, names: &[String]) {
         let mut turn: Option<oneshot::Receiver<()>> = None;
         for name in names {
@@ -252,7 +249,6 @@ impl Worker {
             let job = start::Job {
                 ctx: self.ctx.clone(),
                 pod: self.pod.clone(),
-                target: self.target(name),
                 container,
                 attempt,
                 prepared: self.prepared.subscribe(),

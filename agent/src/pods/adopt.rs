@@ -40,6 +40,8 @@ impl Worker {
             Err(error) => {
                 tracing::warn!(pod = sandbox::name(&self.pod), error, "the pod's supervisor cannot be joined");
                 self.lost();
+                // The machine or a person ended it, not its own failure: as after a restart of the kubelet, nothing waits.
+                self.state.containers.values_mut().for_each(|r| r.backoff = None);
                 self.clear_leftovers().await;
             }
         }

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha512};
 use crate::{
     endpoints::Body,
     server::{
-        negotiate::{Accepted, Binary, negotiate},
+        negotiate::{Accepted, negotiate},
         respond::{self, Style},
     },
 };
@@ -53,7 +53,7 @@ pub(crate) fn answer(request: &DiscoveryRequest<'_>, style: Style) -> Option<Res
         },
         _ => None,
     }?;
-    let accepted = match negotiate(request.accept, false, Binary::Served) {
+    let accepted = match negotiate(request.accept, false) {
         Ok(accepted) => accepted,
         Err(status) => return Some(respond::status(style, &status)),
     };

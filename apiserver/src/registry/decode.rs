@@ -124,11 +124,6 @@ pub(crate) fn typed(
     }
 }
 
-/// Kinds that are no longer served but still understood in bodies.
-fn old_name(found: &Gvk, wanted: &Gvk) -> bool {
-    wanted.kind == "Eviction" && found.kind == wanted.kind && found.group == wanted.group && found.version == "v1beta1"
-}
-
 /// Fills in a missing kind and version, refuses others than the expected.
 fn identify(gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
     let version = gvk.api_version();
@@ -140,10 +135,6 @@ fn identify(gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
     value["apiVersion"] = api_version.as_str().into();
     let found = Gvk::from_api_version(&api_version, &kind);
     if found == *gvk {
-        return Ok(());
-    }
-    if old_name(&found, gvk) {
-        value["apiVersion"] = version.as_str().into();
         return Ok(());
     }
     if found.kind == gvk.kind && found.group == gvk.group && schema::lookup(&found).is_some() {

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{
     App, forbidden, limits,
-    negotiate::{Accepted, Binary, negotiate},
+    negotiate::{Accepted, negotiate},
     openapi,
     query::Query,
     request::RequestInfo,
@@ -50,11 +50,6 @@ pub(super) async fn handle(
     let query = Query::parse(request.uri().query().unwrap_or(""));
     let info = RequestInfo::new(request.method().as_str(), request.uri().path(), &query);
     let style = Style { accepted: Accepted::JSON, pretty: pretty(&request, &query), gzip: takes_gzip(&request) };
-    // Errors are written in the encoding the client prefers, never transformed.
-    let accepted =
-        negotiate(request.headers().get(header::ACCEPT).and_then(|v| v.to_str().ok()), false, Binary::Served);
-    let media = accepted.map_or(Accepted::JSON.media, |accepted| accepted.media);
-    let errors = Style { accepted: Accepted { media, ..Accepted::JSON }, ..style };
     let head = request.method() == Method::HEAD;
     let running = app.counters.start(&info);
     let long = info.long_running();
@@ -71,10 +66,10 @@ pub(super) async fn handle(
     };
     let mut response = match outcome {
         Ok(Ok(response)) => response,
-        Ok(Err(status)) => respond::status(errors, &status),
+        Ok(Err(status)) => respond::status(style, &status),
         Err(_) => {
             tracing::error!(path = counted.path, "a request panicked");
-            respond::status(errors, &Status::internal("the server panicked; see its log"))
+            respond::status(style, &Status::internal("the server panicked; see its log"))
         }
     };
     drop(running);
@@ -126,7 +121,8 @@ async fn answer(
     authorize(app, &info, &user)?;
     let (parts, body) = request.into_parts();
     let mut call = Call { parts, body: Some(body), info, query, user, style };
-    if let Ok(accepted) = negotiate(header_text(&call.parts, header::ACCEPT), false, Binary::Served) {
+    if let Ok(accepted) = negotiate(header_text(&call.parts, header::ACCEPT), false) {
+        // Errors are written in the negotiated encoding too, never transformed.
         call.style.pretty |= accepted.pretty;
     }
     if call.info.resource_request {
@@ -179,7 +175,7 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
             let keys = serde_json::to_vec(&serviceaccount::jwks(&app.config)).unwrap_or_default();
             Some(respond::with_type(200, "application/jwk-set+json", keys))
         }
-        path if path.starts_with("openapi/") => openapi::answer(path, &call.query, accept, call.style).await,
+        path if path.starts_with("openapi/") => openapi::answer(path, &call.query, call.style).await,
         _ => discovery::answer(&request, call.style),
     };
     match response {

@@ -6,7 +6,6 @@ use bytes::Bytes;
 use http::{Method, Request, Response, header};
 use isopod_api::{
     gvk::{Gvk, Gvr},
-    protobuf,
     status::Status,
 };
 use serde_json::{Value, json};
@@ -15,7 +14,7 @@ use super::{
     App,
     handle::{Call, header_text},
     limits,
-    negotiate::{Binary, Media, negotiate},
+    negotiate::negotiate,
     respond::{self, Style},
 };
 use crate::{
@@ -68,9 +67,7 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
         return connect.connect(request).await;
     }
     let watchable = matches!(&*info.verb, "list" | "watch");
-    let body = body_kind(&resource, &info.subresource);
-    let binary = if protobuf::supported(&body) { Binary::Served } else { Binary::MetadataOnly };
-    call.style.accepted = negotiate(header_text(&call.parts, header::ACCEPT), watchable, binary)?;
+    call.style.accepted = negotiate(header_text(&call.parts, header::ACCEPT), watchable)?;
     call.style.pretty |= call.style.accepted.pretty;
     let deprecation = crate::kinds::deprecation(&resource.gvr);
     let answer = match &*info.verb {
@@ -159,12 +156,11 @@ async fn watch_objects(app: &App, resource: &Arc<Resource>, call: Call) -> Resul
     let rendering = rendering(&call, resource)?;
     let info = &call.info;
     let selection = Selection::parse(resource, &info.namespace, &info.name, &call.query)?;
-    let media = call.style.accepted.media;
-    let request = WatchRequest { selection, rendering, binary: media == Media::Protobuf, stop: app.stop.clone() };
+    let request = WatchRequest { selection, rendering, stop: app.stop.clone() };
     let body = watch(resource, &call.query, request).await?;
     let mut response = Response::new(body);
-    let content_type = header::HeaderValue::from_static(media.stream_type());
-    response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+    let json = header::HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, json);
     Ok(response)
 }
 

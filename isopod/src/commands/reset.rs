@@ -46,6 +46,12 @@ fn remove(path: &Path, failures: &mut Vec<String>) {
     match result {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        // Somebody mounted a file system there: it stays, empty.
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy && is_empty(path) => {}
         Err(error) => failures.push(format!("{}: {error}", path.display())),
     }
+}
+
+fn is_empty(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none())
 }

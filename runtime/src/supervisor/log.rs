@@ -114,13 +114,13 @@ impl LogWriter {
         self.partial[stream as usize] = partial;
     }
 
-    /// Writes unfinished lines as they are: nothing more will come.
+    /// Writes unfinished lines as partial ones, so that readers do not end what the container did not end.
     pub(crate) fn finish(&mut self, batch: &mut Vec<u8>) {
         for stream in [Stream::Stdout, Stream::Stderr] {
             let partial = std::mem::take(&mut self.partial[stream as usize]);
             if !partial.is_empty() {
                 batch.clear();
-                self.entry(stream, b'F', &partial, &[], batch);
+                self.entry(stream, b'P', &partial, &[], batch);
                 self.write(batch);
             }
         }
@@ -311,7 +311,7 @@ mod tests {
             own("stderr", "F", "err"),
             own("stdout", "F", "two"),
             own("stdout", "F", ""),
-            own("stdout", "F", "end"),
+            own("stdout", "P", "end"),
         ];
         assert_eq!(texts(&dir.path().join("0.log")), expected);
     }
