@@ -36,24 +36,28 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
     c.wait_field("pod denied", ".status.containerStatuses[0].state.waiting.reason", |r| {
         r == "ErrImagePull" || r == "ImagePullBackOff"
     });
+    assert!(c.k("get events --field-selector reason=Failed").contains("may require authorization"));
     c.apply(&pod("granted", "team/pulled:1", "good"));
     c.wait_field("pod granted", ".status.phase", |phase| phase == "Succeeded");
     assert_eq!(c.k("logs granted"), "from the registry");
     let id = c.get("pod granted")["status"]["containerStatuses"][0]["imageID"].as_str().unwrap().to_owned();
     assert!(id.contains("@sha256:"), "{id}");
     // Damage the largest blob that the first image does not share: one byte in the middle of the layer.
-    registry_host.must(
+    let damaged = registry_host.must(
         "cd /var/lib/registry/docker/registry/v2; \
          for link in repositories/team/broken/_layers/sha256/*; do d=${link##*/}; \
            [ -d repositories/team/pulled/_layers/sha256/$d ] && continue; \
            f=blobs/sha256/$(echo $d | cut -c1-2)/$d/data; \
-           [ $(stat -c %s $f) -gt 100000 ] && printf X | dd of=$f bs=1 seek=50000 conv=notrunc 2>/dev/null; done; true",
+           [ $(stat -c %s $f) -gt 100000 ] && printf X | dd of=$f bs=1 seek=50000 conv=notrunc 2>/dev/null && echo $d; done; true",
     );
+    let damaged = damaged.trim();
+    assert_eq!(damaged.len(), 64, "one blob: {damaged:?}");
     c.apply(&pod("corrupt", "team/broken:1", "good"));
     c.wait_field("pod corrupt", ".status.containerStatuses[0].state.waiting.message", |message| {
         message.contains("digest") || message.contains("Back-off")
     });
-    assert!(c.k("get events --field-selector reason=Failed").contains("digest"));
+    let events = c.k("get events --field-selector reason=Failed");
+    assert!(events.contains(&format!("Expected sha256:{damaged}")), "{events}");
     assert_eq!(c.host.must("ls /var/lib/isopod/image-store/tmp | wc -l").trim(), "0");
     c.apply(&pod("missing", "team/none:1", "good"));
     c.wait_field("pod missing", ".status.containerStatuses[0].state.waiting.reason", |r| {

@@ -1,7 +1,7 @@
 //! What `down` and `reset` leave behind.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use isopod_tests::{Cluster, Net, snapshot::Snapshot};
+use isopod_tests::{Cluster, Host, Net, eventually, snapshot::Snapshot};
 
 #[test]
 fn reset_leaves_nothing() {
@@ -34,10 +34,83 @@ fn down_keeps_the_data_and_up_goes_on() {
     let mut net = Net::new();
     let mut c = Cluster::start(&net.host("one"));
     c.k("create configmap kept --from-literal=a=b");
+    c.k("create deployment web --image=web:1 --replicas=2");
+    c.k("rollout status deployment/web --timeout=60s");
     let ran = c.isopod(&["down"]);
     assert_eq!(ran.code, 0, "{ran:?}");
     c.wait_up();
     assert_eq!(c.host.sh("pgrep isopod").code, 1);
     c.up();
     assert_eq!(c.get("configmap kept")["data"]["a"], "b");
+    // Containers of the same pods start again, in new sandboxes.
+    c.wait_field("deployment web", ".status.readyReplicas", |n| n == "2");
+    eventually("both serve", || {
+        let running = c.host.sh("pgrep -xc httpd").out;
+        if running.trim() == "2" { Ok(()) } else { Err(running) }
+    });
+}
+
+/// Files and records that pods have beside what the kernel knows of them, without those of the control plane.
+fn records(host: &Host) -> String {
+    host.must(
+        "ls /var/lib/isopod/network/pods; \
+         for d in /var/lib/isopod/pods/* /run/isopod/pods/*; do \
+             grep -qs '\"kubernetes.io/config.source\":\"file\"' /var/lib/isopod/pods/${d##*/}/pod.json || echo $d; done; \
+         ls /var/log/pods | grep -v ^kube-system_ || true",
+    )
+}
+
+#[track_caller]
+fn converges(c: &Cluster, before: &Snapshot) {
+    eventually("nothing of the pods is left", || {
+        let diff = before.diff(&Snapshot::take(&c.host).pooled());
+        let records = records(&c.host);
+        if diff.is_empty() && records.is_empty() { Ok(()) } else { Err((diff, records)) }
+    });
+}
+
+/// The host with its pool of pod networks filled: two looks in a row see the same.
+fn settled(c: &Cluster) -> Snapshot {
+    let mut last = Snapshot::take(&c.host).pooled();
+    eventually("the host is at rest", || {
+        let now = Snapshot::take(&c.host).pooled();
+        let diff = std::mem::replace(&mut last, now).diff(&last);
+        if diff.is_empty() { Ok(()) } else { Err(diff) }
+    });
+    last
+}
+
+#[test]
+fn thirty_pods_come_and_go_and_leave_nothing() {
+    let mut net = Net::new();
+    let mut c = Cluster::start(&net.host("one"));
+    c.k("create deployment first --image=web:1");
+    c.k("rollout status deployment/first --timeout=60s");
+    c.k("delete deployment first");
+    c.k("wait --for=delete pod -l app=first --timeout=60s");
+    let before = settled(&c);
+    c.k("create deployment web --image=web:1 --replicas=30");
+    c.k("rollout status deployment/web --timeout=60s");
+    c.k("delete deployment web");
+    c.k("wait --for=delete pod -l app=web --timeout=60s");
+    converges(&c, &before);
+    // Once more, and the agent dies in the midst of it, again and again.
+    c.k("create deployment web --image=web:1 --replicas=30");
+    for part in [0, 5, 20] {
+        eventually("some run", || {
+            let running = c.host.sh("pgrep -xc httpd").out;
+            if running.trim().parse::<u32>().is_ok_and(|n| n >= part) { Ok(()) } else { Err(running) }
+        });
+        c.kill_agent();
+        c.up();
+    }
+    c.k("rollout status deployment/web --timeout=60s");
+    let restarts = c.k("get pods -l app=web -o jsonpath='{.items[*].status.containerStatuses[0].restartCount}'");
+    assert_eq!(restarts, ["0"; 30].join(" "));
+    assert_eq!(c.host.must("pgrep -xc httpd").trim(), "30");
+    c.k("delete deployment web --wait=false");
+    c.kill_agent();
+    c.up();
+    c.k("wait --for=delete pod -l app=web --timeout=60s");
+    converges(&c, &before);
 }
