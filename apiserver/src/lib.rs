@@ -12,6 +12,7 @@ pub mod authz;
 pub mod bootstrap;
 pub mod cache;
 pub mod config;
+mod custom;
 mod discovery;
 pub mod endpoints;
 pub mod kinds;

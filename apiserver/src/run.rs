@@ -18,6 +18,7 @@ use crate::{
         serviceaccount,
     },
     authz, bootstrap,
+    custom::controller::Controller,
     endpoints::{self, Services},
     objects::Objects,
     registry::Registry,
@@ -83,15 +84,20 @@ async fn serve(
         health: Health::default(),
         stop: stop.clone(),
     });
+    let mut controller = Controller::new(Arc::clone(&registry), stop.clone());
+    if let Err(error) = controller.pass().await {
+        tracing::warn!(%error, "custom resources");
+    }
     tracing::info!(address = ?server.address(), "API server listens");
     let serving = tokio::spawn(server.serve(Arc::clone(&app)));
     bootstrap::run(config, Arc::clone(&objects)).await.map_err(|status| Error::Bootstrap(status.message))?;
     app.health.bootstrapped.store(true, Ordering::Release);
     let maintaining = tokio::spawn(bootstrap::maintain(Arc::clone(config), objects, stop.clone()));
+    let following = tokio::spawn(controller.run());
     let tidying = tokio::spawn(tidy(registry, stop.clone()));
     stop.cancelled().await;
     app.health.stopping.store(true, Ordering::Release);
-    for task in [serving, maintaining, tidying] {
+    for task in [serving, maintaining, tidying, following] {
         if task.await.is_err() {
             tracing::error!("a part of the server panicked");
         }

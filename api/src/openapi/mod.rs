@@ -113,6 +113,11 @@ fn section<I: Iterator<Item = (String, Value)>>(key: &str, entries: I, out: &mut
 
 /// The v2 document.
 pub fn v2(describe: Describe<'_>) -> Vec<u8> {
+    v2_with(&[], describe)
+}
+
+/// The v2 document with custom resources, by group and version.
+pub fn v2_with(custom: &[(&str, &str, Vec<CrdPaths<'_>>)], describe: Describe<'_>) -> Vec<u8> {
     let mut head = Map::new();
     head.insert("swagger".into(), "2.0".into());
     head.insert("info".into(), info());
@@ -121,13 +126,19 @@ pub fn v2(describe: Describe<'_>) -> Vec<u8> {
     out.push(b',');
     let all = group_versions();
     let operations = all.iter().flat_map(|(group, version)| paths::built_in(group, version, Dialect::V2));
-    section("paths", operations, &mut out);
+    let own = |(group, version, crds): &(&str, &str, Vec<CrdPaths<'_>>)| {
+        crds.iter().flat_map(|crd| paths::custom(group, version, crd, Dialect::V2)).collect::<Vec<_>>()
+    };
+    section("paths", operations.chain(custom.iter().flat_map(own)), &mut out);
     out.push(b',');
     let mut names: Vec<_> = schema::definition_names().collect();
     names.sort_unstable();
     let definitions =
         names.into_iter().filter_map(|n| Some((n.to_owned(), schemas::definition(n, Dialect::V2, describe)?)));
-    section("definitions", definitions, &mut out);
+    let own = |(group, version, crds): &(&str, &str, Vec<CrdPaths<'_>>)| {
+        crds.iter().flat_map(|crd| schemas::custom(group, version, crd, Dialect::V2)).collect::<Vec<_>>()
+    };
+    section("definitions", definitions.chain(custom.iter().flat_map(own)), &mut out);
     out.push(b',');
     section("parameters", paths::shared_parameters(), &mut out);
     out.extend_from_slice(b",\"securityDefinitions\":{\"BearerToken\":{\"description\":\"Bearer Token authentication\",\"type\":\"apiKey\",\"name\":\"authorization\",\"in\":\"header\"}},\"security\":[{\"BearerToken\":[]}]}");
@@ -171,8 +182,8 @@ pub fn crd_v3(group: &str, version: &str, crds: &[CrdPaths<'_>], describe: Descr
     let mut operations = Vec::new();
     let mut own = Vec::new();
     for crd in crds {
-        operations.extend(paths::custom(group, version, crd));
-        own.extend(schemas::custom(group, version, crd));
+        operations.extend(paths::custom(group, version, crd, Dialect::V3));
+        own.extend(schemas::custom(group, version, crd, Dialect::V3));
     }
     v3_document(operations, shared.into_iter().chain(own))
 }

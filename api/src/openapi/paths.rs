@@ -370,8 +370,8 @@ pub(super) fn built_in(group: &str, version: &str, dialect: Dialect) -> Vec<(Str
 }
 
 /// The paths of a CRD's version.
-pub(super) fn custom(group: &str, version: &str, crd: &CrdPaths<'_>) -> Vec<(String, Value)> {
-    let writer = Writer { group, version, dialect: Dialect::V3 };
+pub(super) fn custom(group: &str, version: &str, crd: &CrdPaths<'_>, dialect: Dialect) -> Vec<(String, Value)> {
+    let writer = Writer { group, version, dialect };
     let (item, list) = (custom_name(group, version, crd.kind), custom_name(group, version, crd.list_kind));
     let mut out = Vec::new();
     let shape = Shape {

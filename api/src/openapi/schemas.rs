@@ -171,12 +171,45 @@ pub(super) fn custom_name(group: &str, version: &str, kind: &str) -> String {
     format!("{}.{version}.{kind}", parts.join("."))
 }
 
+/// Removes what v2 cannot say; old clients would refuse objects by it.
+fn simplify(schema: &mut Value) {
+    let Value::Object(map) = schema else { return };
+    let nullable = map.shift_remove("nullable").is_some_and(|n| n == true);
+    for key in ["allOf", "anyOf", "oneOf", "not"] {
+        map.shift_remove(key);
+    }
+    if nullable || map.get("x-kubernetes-int-or-string").is_some_and(|v| v == true) {
+        map.shift_remove("type");
+        map.shift_remove("properties");
+        map.shift_remove("items");
+    }
+    if map.get("x-kubernetes-preserve-unknown-fields").is_some_and(|v| v == true) {
+        map.shift_remove("items");
+        map.shift_remove("properties");
+        map.shift_remove("type");
+    }
+    if let Some(Value::Object(properties)) = map.get_mut("properties") {
+        properties.values_mut().for_each(simplify);
+    }
+    for key in ["items", "additionalProperties"] {
+        if let Some(below) = map.get_mut(key) {
+            simplify(below);
+        }
+    }
+}
+
 /// The schemas of a CRD's version: the kind and its list.
-pub(super) fn custom(group: &str, version: &str, crd: &CrdPaths<'_>) -> Vec<(String, Value)> {
+pub(super) fn custom(group: &str, version: &str, crd: &CrdPaths<'_>, dialect: Dialect) -> Vec<(String, Value)> {
     let gvk = |kind: &str| json!([{"group": group, "kind": kind, "version": version}]);
-    let meta = |kind: &str| json!({"allOf": [reference(&format!("io.k8s.apimachinery.pkg.apis.meta.v1.{kind}"), Dialect::V3)]});
+    let meta = |kind: &str| {
+        let target = reference(&format!("io.k8s.apimachinery.pkg.apis.meta.v1.{kind}"), dialect);
+        if dialect == Dialect::V3 { json!({"allOf": [target]}) } else { target }
+    };
     let mut item =
         crd.schema.cloned().unwrap_or_else(|| json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true}));
+    if dialect == Dialect::V2 {
+        simplify(&mut item);
+    }
     if let Value::Object(map) = &mut item {
         let properties = map.entry("properties").or_insert_with(|| Value::Object(Map::new()));
         properties["apiVersion"] = json!({"type": "string"});
@@ -187,7 +220,7 @@ pub(super) fn custom(group: &str, version: &str, crd: &CrdPaths<'_>) -> Vec<(Str
     let name = custom_name(group, version, crd.kind);
     let list = json!({"type": "object", "required": ["items"], "properties": {
         "apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": meta("ListMeta"),
-        "items": {"type": "array", "items": reference(&name, Dialect::V3)}},
+        "items": {"type": "array", "items": reference(&name, dialect)}},
         "x-kubernetes-group-version-kind": gvk(crd.list_kind)});
     vec![(name, item), (custom_name(group, version, crd.list_kind), list)]
 }

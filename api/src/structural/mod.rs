@@ -180,6 +180,16 @@ impl Structural {
     pub fn validate(&self, obj: &Value, old: Option<&Value>) -> ErrorList {
         validate::validate(&self.schema, obj, old)
     }
+
+    /// Validates nothing but status, as writes to its subresource do.
+    pub fn validate_status(&self, obj: &Value, old: Option<&Value>) -> ErrorList {
+        match (properties(&self.schema).and_then(|p| p.get("status")), obj.get("status")) {
+            (Some(schema), Some(status)) => {
+                validate::validate_at(schema, status, old.and_then(|o| o.get("status")), "status")
+            }
+            _ => ErrorList::new(),
+        }
+    }
 }
 
 fn join(path: &str, name: &str) -> String {

@@ -34,6 +34,14 @@ pub(super) fn validate(schema: &Value, value: &Value, old: Option<&Value>) -> Er
     errors
 }
 
+/// Validates a member of an object; texts name what is below it only.
+pub(super) fn validate_at(schema: &Value, value: &Value, old: Option<&Value>, member: &str) -> ErrorList {
+    let mut errors = ErrorList::new();
+    let place = Place { path: Path::new(member), name: String::new() };
+    check(schema, value, old, &place, false, &mut errors);
+    errors
+}
+
 fn type_name(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",

@@ -65,6 +65,23 @@ impl Cache {
         Arc::clone(cache)
     }
 
+    /// Adds a resource while everything runs: its history starts now.
+    pub(crate) fn register_live(&self, prefix: &str, strategy: &'static dyn Strategy) -> Arc<ResourceCache> {
+        let mut resources = self.feed.resources.write();
+        let cache = resources.entry(prefix.into()).or_insert_with(|| {
+            let cache = ResourceCache::new(prefix, strategy, false, Arc::clone(&self.feed.revision));
+            let revision = self.feed.revision.load(Ordering::Acquire);
+            cache.loaded(revision, revision);
+            Arc::new(cache)
+        });
+        Arc::clone(cache)
+    }
+
+    /// Forgets a resource whose definition is gone.
+    pub(crate) fn forget(&self, prefix: &str) {
+        self.feed.resources.write().remove(prefix);
+    }
+
     /// Reads everything under `/registry/` and follows the store from there.
     pub(crate) fn load(&self) -> Result<(), isopod_store::Error> {
         let sink: Arc<dyn Sink> = Arc::clone(&self.feed) as Arc<dyn Sink>;

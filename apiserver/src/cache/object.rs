@@ -113,14 +113,14 @@ impl Draft {
         let fields = strategy.fields(&value).into_iter().map(|(k, v)| (k, v.into())).collect();
         let (head, body_offset) = arrange(&mut value);
         let stored = Bytes::from(serde_json::to_vec(&value).unwrap_or_default());
-        let head = Head { labels: head.labels, ..head };
+        let body_offset = if strategy.whole_items() { 1 } else { body_offset };
         Self { object: head.into_object(stored.clone(), body_offset, fields), stored }
     }
 
     /// Reads the stored form back.
     pub(crate) fn load(stored: Bytes, strategy: &dyn Strategy) -> Result<Self, serde_json::Error> {
         let parsed: Stored<'_> = serde_json::from_slice(&stored)?;
-        let body_offset = head_len(&parsed.kind, &parsed.api_version);
+        let body_offset = if strategy.whole_items() { 1 } else { head_len(&parsed.kind, &parsed.api_version) };
         let fields = if strategy.field_names().is_empty() {
             Box::default()
         } else {

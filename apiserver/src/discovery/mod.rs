@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha512};
 
 use crate::{
+    custom::Served,
     endpoints::Body,
     server::{
         negotiate::{Accepted, negotiate},
@@ -34,20 +35,21 @@ pub(crate) struct DiscoveryRequest<'a> {
 }
 
 /// Answers a discovery request; `None` when the path is no discovery path.
-pub(crate) fn answer(request: &DiscoveryRequest<'_>, style: Style) -> Option<Response<Body>> {
+pub(crate) fn answer(request: &DiscoveryRequest<'_>, style: Style, custom: &Served) -> Option<Response<Body>> {
     let parts: Vec<&str> = request.path.split('/').collect();
     let aggregatable = matches!(parts[..], ["api"] | ["apis"]);
     let document = match parts[..] {
         ["api"] => Some(legacy(request.address)),
-        ["apis"] => Some(groups()),
-        ["api", "v1"] => Some(resource_list("", "v1")),
+        ["apis"] => Some(groups(custom)),
+        ["api", "v1"] => Some(resource_list("", "v1", custom)),
         ["api", _] => return Some(respond::status(style, &Status::no_route())),
-        ["apis", group] => match resources::groups().iter().find(|g| g.name == group) {
+        ["apis", group] => match all_groups(custom).find(|g| g.name == group) {
             Some(group) => Some(with_header("APIGroup", group_value(group))),
             None => return Some(respond::page_not_found()),
         },
-        ["apis", group, version] => match resources::groups().iter().find(|g| g.name == group) {
-            Some(g) if g.versions.iter().any(|v| v == version) => Some(resource_list(group, version)),
+        ["apis", group, version] => match all_groups(custom).find(|g| g.name == group) {
+            Some(g) if g.versions.iter().any(|v| v == version) => Some(resource_list(group, version, custom)),
+            Some(g) if custom.groups().iter().any(|c| c.name == g.name) => return Some(respond::page_not_found()),
             Some(_) => return Some(respond::status(style, &Status::no_route())),
             None => return Some(respond::page_not_found()),
         },
@@ -66,17 +68,17 @@ pub(crate) fn answer(request: &DiscoveryRequest<'_>, style: Style) -> Option<Res
         let text = "only the following media types are accepted: application/json, application/yaml, application/vnd.kubernetes.protobuf";
         return Some(respond::status(style, &Status::not_acceptable(text)));
     }
-    Some(aggregated(parts[0] == "api", request.etag, style))
+    Some(aggregated(parts[0] == "api", request.etag, style, custom))
 }
 
-fn aggregated(legacy: bool, etag: Option<&str>, style: Style) -> Response<Body> {
+fn aggregated(legacy: bool, etag: Option<&str>, style: Style, custom: &Served) -> Response<Body> {
     let items: Vec<Value> = if legacy {
-        vec![json!({"metadata": {}, "versions": [aggregated_version("", "v1")]})]
+        vec![json!({"metadata": {}, "versions": [aggregated_version("", "v1", custom)]})]
     } else {
         let version = |group: &resources::Group| -> Vec<Value> {
-            group.versions.iter().map(|v| aggregated_version(&group.name, v)).collect()
+            group.versions.iter().map(|v| aggregated_version(&group.name, v, custom)).collect()
         };
-        resources::groups().iter().map(|g| json!({"metadata": {"name": g.name}, "versions": version(g)})).collect()
+        all_groups(custom).map(|g| json!({"metadata": {"name": g.name}, "versions": version(g)})).collect()
     };
     let value = json!({"kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {}, "items": items});
     let hash = Sha512::digest(value.to_string().as_bytes());
@@ -116,14 +118,25 @@ fn group_value(group: &resources::Group) -> Value {
     json!({"name": group.name, "versions": versions, "preferredVersion": version(&group.preferred)})
 }
 
-fn groups() -> Value {
-    let groups: Vec<Value> = resources::groups().iter().map(group_value).collect();
+/// Built-in groups, then custom ones by name.
+fn all_groups(custom: &Served) -> impl Iterator<Item = &resources::Group> {
+    resources::groups().iter().chain(custom.groups())
+}
+
+/// The resources of a group and version.
+fn in_version<'a>(group: &'a str, version: &'a str, custom: &'a Served) -> impl Iterator<Item = &'a Resource> {
+    let built_in = resources::in_version(group, version).map(|r| -> &'a Resource { r });
+    built_in.chain(custom.in_version(group, version).into_iter().map(|r| &r.info))
+}
+
+fn groups(custom: &Served) -> Value {
+    let groups: Vec<Value> = all_groups(custom).map(group_value).collect();
     json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
 }
 
-fn resource_list(group: &str, version: &str) -> Value {
+fn resource_list(group: &str, version: &str, custom: &Served) -> Value {
     let mut list = Vec::new();
-    for resource in resources::in_version(group, version) {
+    for resource in in_version(group, version, custom) {
         let mut entry = Map::new();
         entry.insert("name".into(), resource.plural.as_str().into());
         entry.insert("singularName".into(), resource.singular.as_str().into());
@@ -162,8 +175,8 @@ fn resource_list(group: &str, version: &str) -> Value {
     out.into()
 }
 
-fn aggregated_version(group: &str, version: &str) -> Value {
-    let items: Vec<Value> = resources::in_version(group, version).map(aggregated_resource).collect();
+fn aggregated_version(group: &str, version: &str, custom: &Served) -> Value {
+    let items: Vec<Value> = in_version(group, version, custom).map(aggregated_resource).collect();
     json!({"version": version, "resources": items, "freshness": "Current"})
 }
 
@@ -194,7 +207,7 @@ fn aggregated_resource(resource: &Resource) -> Value {
 }
 
 /// The paths listed at `/`.
-pub(crate) fn paths() -> Value {
+pub(crate) fn paths(custom: &Served) -> Value {
     let mut paths = vec![
         "/.well-known/openid-configuration".to_owned(),
         "/api".into(),
@@ -202,7 +215,7 @@ pub(crate) fn paths() -> Value {
         "/apis".into(),
         "/apis/".into(),
     ];
-    for group in resources::groups() {
+    for group in all_groups(custom) {
         paths.push(format!("/apis/{}", group.name));
         paths.extend(group.versions.iter().map(|v| format!("/apis/{}/{v}", group.name)));
     }

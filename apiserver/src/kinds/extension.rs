@@ -63,6 +63,16 @@ impl Strategy for CustomResourceDefinition {
         }
     }
 
+    fn prepare_for_delete(&self, obj: &mut Value) {
+        let mut finalizers: Vec<String> = meta::finalizers(obj).iter().map(|f| (*f).to_owned()).collect();
+        if !finalizers.iter().any(|f| f == crate::custom::controller::FINALIZER) {
+            finalizers.push(crate::custom::controller::FINALIZER.to_owned());
+            meta::set(obj, "finalizers", json!(finalizers));
+        }
+        let message = "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon";
+        crate::custom::names::set(&mut obj["status"], "Terminating", true, "InstanceDeletionPending", message);
+    }
+
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         definition(&mut e, obj);
@@ -82,7 +92,19 @@ impl Strategy for CustomResourceDefinition {
         for field in ["kind", "plural"] {
             e.immutable(&spec.get("names").get(field), &old["spec"]["names"][field]);
         }
+        stored_versions(&mut e, new);
         e.0
+    }
+}
+
+/// Versions objects may still be stored in must stay.
+fn stored_versions(e: &mut Errs, obj: &Value) {
+    let known = |name: &str| obj["spec"]["versions"].as_array().is_some_and(|v| v.iter().any(|v| v["name"] == name));
+    for at in At::field(obj, "status").get("storedVersions").items() {
+        let name = at.s();
+        if !known(name) {
+            e.invalid(&at, &format!("missing from spec.versions; {name} was previously a storage version, and must remain in spec.versions until a storage migration ensures no data remains persisted in {name} and removes {name} from status.storedVersions"));
+        }
     }
 }
 
@@ -130,14 +152,9 @@ fn versions(e: &mut Errs, list: &At<'_>) {
         let schema = at.get("schema.openAPIV3Schema");
         if !schema.is_set() {
             e.required(&schema, "schemas are required");
-        } else if schema.get("type").s() != "object" {
-            if schema.get("type").s().is_empty() {
-                e.required(&schema.get("type"), "must not be empty at the root");
-            } else {
-                e.invalid(&schema.get("type"), "must be object at the root");
-            }
         }
     }
+    super::crd_schema::check(e, list);
     if storage != 1 {
         e.invalid_as(list, list.v.clone(), "must have exactly one version marked as storage version");
     }

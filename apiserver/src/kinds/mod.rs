@@ -12,6 +12,7 @@ mod autoscaling;
 mod certificates;
 mod cluster;
 mod config;
+mod crd_schema;
 mod cron;
 mod cronjob;
 mod daemonset;

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     admission::Operation,
-    cache::{Draft, Object, Write, key},
+    cache::{Object, Write, key},
     validation,
 };
 
@@ -101,7 +101,7 @@ impl Registry {
             if versioned {
                 return Err(Status::unknown("resourceVersion should not be set on objects to be created"));
             }
-            let draft = Draft::new(obj, resource.strategy);
+            let draft = resource.draft(obj);
             if draft.stored.len() > OBJECT_MAX {
                 return Err(Status::unknown("etcdserver: request is too large"));
             }

@@ -1,6 +1,13 @@
 //! From request bodies to objects: media types, syntax, kind and version, unknown fields, types, defaults.
 
-use isopod_api::{gvk::Gvk, meta, protobuf, schema, schema::json::Parsed, status::Status, yaml};
+use isopod_api::{
+    field::{Error, Path},
+    gvk::Gvk,
+    meta, protobuf, schema,
+    schema::json::Parsed,
+    status::Status,
+    yaml,
+};
 use serde_json::Value;
 
 use super::{Resource, convert::convert, options::FieldValidation};
@@ -70,6 +77,7 @@ pub(super) fn body(bytes: &[u8], content_type: Option<&str>) -> Result<Value, St
 
 /// Decodes a body as an object of `gvk`, without defaults.
 pub(crate) fn object(
+    resource: &Resource,
     gvk: &Gvk,
     bytes: &[u8],
     content_type: Option<&str>,
@@ -77,7 +85,7 @@ pub(crate) fn object(
     warnings: &mut Vec<String>,
 ) -> Result<Value, Status> {
     let (parsed, strict) = parse(bytes, content_type)?.map_err(|e| unrecognized(gvk, &e, bytes))?;
-    typed(gvk, parsed, strict, validation, warnings)
+    typed(resource, gvk, parsed, strict, validation, warnings)
 }
 
 fn unrecognized(gvk: &Gvk, error: &str, body: &[u8]) -> Status {
@@ -100,6 +108,7 @@ fn unrecognized(gvk: &Gvk, error: &str, body: &[u8]) -> Status {
 
 /// Checks kind, version, fields and types of a parsed object.
 pub(crate) fn typed(
+    resource: &Resource,
     gvk: &Gvk,
     parsed: Parsed,
     mut strict: Vec<String>,
@@ -108,10 +117,11 @@ pub(crate) fn typed(
 ) -> Result<Value, Status> {
     let Parsed { mut value, duplicates } = parsed;
     if value.is_object() {
-        identify(gvk, &mut value)?;
+        identify(resource, gvk, &mut value)?;
     }
-    let Some(definition) = schema::lookup(gvk) else { return Ok(value) };
-    let found = schema::decode(definition, &mut value, &duplicates)
+    let found = resource
+        .schema(gvk)
+        .decode(&mut value, &duplicates)
         .map_err(|e| schema::decode_failure(&value, &gvk.kind, &e.to_string()))?;
     strict.extend(found);
     match validation {
@@ -125,7 +135,7 @@ pub(crate) fn typed(
 }
 
 /// Fills in a missing kind and version, refuses others than the expected.
-fn identify(gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
+fn identify(resource: &Resource, gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
     let version = gvk.api_version();
     let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let (kind, api_version) = (text(value, "kind"), text(value, "apiVersion"));
@@ -136,6 +146,9 @@ fn identify(gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
     let found = Gvk::from_api_version(&api_version, &kind);
     if found == *gvk {
         return Ok(());
+    }
+    if resource.custom.is_some() && *gvk == resource.gvk {
+        return Err(mistaken(value, &found, gvk));
     }
     if found.kind == gvk.kind && found.group == gvk.group && schema::lookup(&found).is_some() {
         return Err(Status::bad_request(format!(
@@ -163,6 +176,19 @@ fn identify(gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
     )))
 }
 
+/// A custom resource's body that is of another kind or version.
+fn mistaken(value: &Value, found: &Gvk, wanted: &Gvk) -> Status {
+    if found.api_version() != wanted.api_version() {
+        return Status::bad_request(format!(
+            "the API version in the data ({}) does not match the expected API version ({})",
+            found.api_version(),
+            wanted.api_version()
+        ));
+    }
+    let error = Error::invalid(&Path::new("kind"), found.kind.as_str(), format!("must be {}", wanted.kind));
+    Status::invalid(&wanted.group_kind(), meta::name(value), vec![error])
+}
+
 fn go_package(group: &str) -> &str {
     match group {
         "" => "core",
@@ -170,33 +196,29 @@ fn go_package(group: &str) -> &str {
     }
 }
 
-fn fill_in(value: &mut Value, gvk: &Gvk) {
+fn fill_in(resource: &Resource, value: &mut Value, gvk: &Gvk) {
     value["kind"] = gvk.kind.as_str().into();
     value["apiVersion"] = gvk.api_version().into();
-    if let Some(definition) = schema::lookup(gvk) {
-        schema::default(definition, value);
-    }
+    resource.schema(gvk).default(value);
 }
 
 /// Defaults of the served version.
 pub(super) fn complete_served(resource: &Resource, value: &mut Value) {
-    fill_in(value, &resource.gvk);
+    fill_in(resource, value, &resource.gvk);
 }
 
 /// Turns a decoded object of the served version into a complete one of the stored version: defaults, conversion.
 pub(crate) fn complete(resource: &Resource, value: &mut Value) {
     if resource.converted() && Gvk::of(value) == resource.gvk {
-        fill_in(value, &resource.gvk);
+        fill_in(resource, value, &resource.gvk);
         *value = convert(std::mem::take(value), &resource.storage);
     }
-    fill_in(value, &resource.storage);
+    fill_in(resource, value, &resource.storage);
     resource.strategy.default(value);
     meta::metadata_mut(value).shift_remove("selfLink");
 }
 
 /// Adds to an object with nothing in it what upstream's encoder always prints.
 pub(super) fn complete_empty(resource: &Resource, value: &mut Value) {
-    if let Some(definition) = schema::lookup(&resource.gvk) {
-        schema::fill(definition, value);
-    }
+    resource.schema(&resource.gvk).fill(value);
 }

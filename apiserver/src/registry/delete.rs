@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     admission::Operation,
-    cache::{Draft, Object, Write, key},
+    cache::{Object, Write, key},
 };
 
 const ORPHAN: &str = "orphan";
@@ -106,7 +106,7 @@ impl Registry {
         let dry_run = writer.options.dry_run;
         loop {
             let current = store.get(&key).ok_or_else(|| Status::not_found(&resource.group_resource(), name))?;
-            let old = current.value();
+            let old = resource.value(&current);
             check_preconditions(resource, name, options, &old)?;
             let admission = Admission {
                 operation: Operation::Delete,
@@ -128,7 +128,7 @@ impl Registry {
                 Plan::Pending => return Ok(Deleted { object: current, gone: false }),
                 Plan::Remove => (expect, current),
                 Plan::Mark(new, gone) => {
-                    let draft = Draft::new(new, resource.strategy);
+                    let draft = resource.draft(new);
                     if dry_run {
                         return Ok(Deleted { object: Arc::new(draft.finish(current.revision)), gone });
                     }
@@ -236,6 +236,9 @@ fn plan(resource: &Resource, old: &Value, options: &Value) -> Plan {
         return Plan::Pending;
     }
     set_finalizers(resource, &mut new, old, options);
+    if meta::deletion_timestamp(old).is_none() {
+        resource.strategy.prepare_for_delete(&mut new);
+    }
     if meta::finalizers(&new).is_empty() {
         return Plan::Remove;
     }
@@ -248,7 +251,7 @@ fn mark(resource: &Resource, new: &mut Value, seconds: i64) {
     let at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
     meta::set_deletion_timestamp(new, Some(&meta::time(at)));
     let generation = meta::generation(new);
-    if generation > 0 && metadata::has_generation(&resource.group_resource()) {
+    if generation > 0 && metadata::has_generation(resource) {
         meta::set_generation(new, generation + 1);
     }
 }

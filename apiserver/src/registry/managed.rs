@@ -6,13 +6,14 @@ use serde_json::Value;
 use super::{Resource, options::FieldValidation};
 
 fn request<'a>(
-    resource: &Resource,
+    resource: &'a Resource,
     gvk: &'a Gvk,
     manager: &'a str,
     subresource: &'a str,
     now: &'a str,
 ) -> Option<apply::Request<'a>> {
-    let def = schema::lookup(gvk)?;
+    let schema = resource.schema(gvk);
+    let def = schema.definition()?;
     Some(apply::Request { def, gvk, manager, subresource, has_status: resource.has_status(), now })
 }
 
@@ -57,6 +58,9 @@ pub(super) fn apply(
             meta::set(&mut merged, field, meta::text(from, field));
         }
     }
+    if let Some(undeclared) = resource.custom.as_ref().and_then(|c| c.undeclared(&merged)) {
+        return Err(Status::unknown(format!("failed to convert new object: {undeclared}")));
+    }
     let parsed = schema::json::Parsed { value: merged, duplicates: Vec::new() };
-    super::decode::typed(&resource.gvk, parsed, Vec::new(), FieldValidation::Ignore, &mut Vec::new())
+    super::decode::typed(resource, &resource.gvk, parsed, Vec::new(), FieldValidation::Ignore, &mut Vec::new())
 }

@@ -1,6 +1,6 @@
 //! Metadata rules of writes: what the system fills in, what clients may not change, when the generation goes up.
 
-use isopod_api::{gvk::GroupResource, meta, status::Status};
+use isopod_api::{meta, status::Status};
 use serde_json::Value;
 
 use super::{Resource, Writer};
@@ -37,8 +37,10 @@ const GENERATIONS: [(&str, &[&str]); 13] = [
 ];
 
 /// Whether objects of a resource have a generation.
-pub(super) fn has_generation(gr: &GroupResource) -> bool {
-    GENERATIONS.iter().any(|(group, plurals)| *group == gr.group && plurals.contains(&gr.resource.as_str()))
+pub(super) fn has_generation(resource: &Resource) -> bool {
+    let gr = resource.group_resource();
+    resource.custom.is_some()
+        || GENERATIONS.iter().any(|(group, plurals)| *group == gr.group && plurals.contains(&gr.resource.as_str()))
 }
 
 /// Puts the request's namespace into an object, or refuses another one.
@@ -89,7 +91,7 @@ pub(super) fn for_create(resource: &Resource, obj: &mut Value) {
     meta::set_creation_timestamp(obj, &meta::now());
     meta::set_uid(obj, &uuid::Uuid::new_v4().to_string());
     meta::set_resource_version(obj, "");
-    if has_generation(&resource.group_resource()) {
+    if has_generation(resource) {
         meta::set_generation(obj, 1);
     }
 }
@@ -113,13 +115,15 @@ pub(super) fn for_update(new: &mut Value, old: &Value) {
 
 /// Raises the generation when anything but metadata and status changed.
 pub(super) fn bump_generation(resource: &Resource, new: &mut Value, old: &Value) {
-    if !has_generation(&resource.group_resource()) {
+    if !has_generation(resource) {
         return;
     }
     let rest = |obj: &Value| -> Vec<(String, Value)> {
         let members = obj.as_object().into_iter().flatten();
         let mut out: Vec<_> = members
-            .filter(|(k, _)| !matches!(k.as_str(), "kind" | "apiVersion" | "metadata" | "status"))
+            .filter(|(k, _)| !matches!(k.as_str(), "kind" | "apiVersion" | "metadata"))
+            // Without the subresource, status is like everything else in a custom resource.
+            .filter(|(k, _)| k.as_str() != "status" || (resource.custom.is_some() && !resource.has_status()))
             .map(|(k, v)| (k.clone(), v.clone()))
             .collect();
         out.sort_by(|a, b| a.0.cmp(&b.0));

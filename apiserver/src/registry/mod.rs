@@ -24,6 +24,7 @@ use std::{
     sync::Arc,
 };
 
+use arc_swap::ArcSwap;
 use futures::future::BoxFuture;
 use isopod_api::{
     gvk::{Gvk, Gvr},
@@ -38,7 +39,7 @@ pub(crate) use list::list;
 pub(crate) use options::{WriteOptions, delete_options};
 pub(crate) use patch::{PatchKind, PatchRequest};
 pub(crate) use reads::{object_bytes, object_value};
-pub(crate) use resource::Resource;
+pub(crate) use resource::{Behaved, Resource};
 pub(crate) use selection::Selection;
 pub(crate) use update::{Missing, Rules, Target};
 pub(crate) use watch::{WatchRequest, watch};
@@ -48,6 +49,7 @@ use crate::{
     alloc::ServiceAllocator,
     authn::UserInfo,
     cache::{Cache, Object, ResourceCache},
+    custom::{Publication, STORED, Served},
     kinds,
     objects::Objects,
 };
@@ -65,6 +67,7 @@ const STORED_ELSEWHERE: [(&str, &str, &str, &str, &str); 2] = [
 pub(crate) struct Registry {
     cache: Cache,
     served: HashMap<Gvr, Arc<Resource>>,
+    custom: ArcSwap<Served>,
     versions: BTreeMap<String, Vec<String>>,
     plugins: Vec<Box<dyn Plugin>>,
     services: ServiceAllocator,
@@ -107,18 +110,35 @@ impl Registry {
             }
             served.insert(resource.gvr.clone(), Arc::new(resource));
         }
+        register_custom(&cache)?;
         cache.load()?;
-        Ok(Self { cache, served, versions, plugins, services })
+        let custom = ArcSwap::from_pointee(Served::default());
+        Ok(Self { cache, served, custom, versions, plugins, services })
     }
 
     /// A served resource.
-    pub(crate) fn resource(&self, gvr: &Gvr) -> Option<&Arc<Resource>> {
-        self.served.get(gvr)
+    pub(crate) fn resource(&self, gvr: &Gvr) -> Option<Arc<Resource>> {
+        self.served.get(gvr).cloned().or_else(|| self.custom.load().get(gvr).cloned())
+    }
+
+    /// The custom resources that are served now.
+    pub(crate) fn custom(&self) -> Arc<Served> {
+        self.custom.load_full()
+    }
+
+    /// Swaps the table of custom resources.
+    pub(crate) fn publish(&self, publications: Vec<Publication>) {
+        let before = self.custom.load_full();
+        let now = Served::build(publications, &before);
+        for old in before.definitions().filter(|d| now.definition(&d.name).is_none()) {
+            self.cache.forget(&old.prefix());
+        }
+        self.custom.store(Arc::new(now));
     }
 
     /// All served resources.
-    pub(crate) fn resources(&self) -> impl Iterator<Item = &Arc<Resource>> {
-        self.served.values()
+    pub(crate) fn resources(&self) -> Vec<Arc<Resource>> {
+        self.served.values().chain(self.custom.load().resources()).cloned().collect()
     }
 
     /// Served versions of a group; `None` when the group is unknown.
@@ -131,8 +151,11 @@ impl Registry {
         &self.cache
     }
 
-    fn store(&self, gvr: &Gvr) -> Option<&Arc<ResourceCache>> {
-        self.served.get(gvr)?.store.as_ref()
+    fn store(&self, gvr: &Gvr) -> Option<Arc<ResourceCache>> {
+        match self.served.get(gvr) {
+            Some(resource) => resource.store.clone(),
+            None => self.custom.load().get(gvr)?.store.clone(),
+        }
     }
 }
 
@@ -150,7 +173,20 @@ fn build(cache: &Cache, info: &resources::Resource) -> Resource {
         let prefix = pattern.split('{').next().unwrap_or(pattern);
         cache.register(prefix, strategy, RELAXED.contains(&info.plural.as_str()))
     });
-    Resource { info: info.clone(), gvr, gvk, storage, strategy, store }
+    Resource { info: info.clone(), gvr, gvk, storage, strategy: Behaved::BuiltIn(strategy), store, custom: None }
+}
+
+/// Makes room for the objects of every stored definition, so that loading finds where they belong.
+fn register_custom(cache: &Cache) -> Result<(), isopod_store::Error> {
+    for entry in cache.engine().range("/registry/apiextensions.k8s.io/customresourcedefinitions/", None)? {
+        let crd: Value = serde_json::from_slice(&entry?.value).unwrap_or_default();
+        let text = |pointer: &str| crd.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+        let (group, plural) = (text("/spec/group"), text("/status/acceptedNames/plural"));
+        if !group.is_empty() && !plural.is_empty() {
+            cache.register(&format!("/registry/{group}/{plural}/"), &STORED, false);
+        }
+    }
+    Ok(())
 }
 
 impl Objects for Registry {
@@ -176,8 +212,8 @@ impl Objects for Registry {
             let resource = self.resource(gvr).ok_or_else(Status::no_route)?;
             let user = UserInfo::system();
             let mut obj = obj;
-            decode::complete(resource, &mut obj);
-            let created = self.create_object(resource, namespace, obj, &mut Writer::internal(&user)).await?;
+            decode::complete(&resource, &mut obj);
+            let created = self.create_object(&resource, namespace, obj, &mut Writer::internal(&user)).await?;
             Ok(created.value())
         })
     }
@@ -199,7 +235,7 @@ impl Objects for Registry {
                 change(&mut new)?;
                 Ok(new)
             };
-            let target = Target { resource, namespace, name, subresource };
+            let target = Target { resource: &resource, namespace, name, subresource };
             // A binding leaves no trace in managedFields.
             let tracking = if subresource == "binding" { update::Tracking::Done } else { update::Tracking::Update };
             let rules = Rules { tracking, ..Rules::PATCH };
@@ -219,8 +255,8 @@ impl Objects for Registry {
         Box::pin(async move {
             let resource = self.resource(gvr).ok_or_else(Status::no_route)?;
             let mut writer = Writer::internal(user);
-            let deleted = self.delete_object(resource, namespace, name, &options, &mut writer).await?;
-            Ok(deleted.into_value(resource))
+            let deleted = self.delete_object(&resource, namespace, name, &options, &mut writer).await?;
+            Ok(deleted.into_value(&resource))
         })
     }
 }

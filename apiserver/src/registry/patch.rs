@@ -86,6 +86,7 @@ impl<'b> Patch<'b> {
     /// The patched object, decoded.
     fn apply(
         &self,
+        resource: &Resource,
         gvk: &Gvk,
         current: &Value,
         validation: FieldValidation,
@@ -96,17 +97,19 @@ impl<'b> Patch<'b> {
             PatchKind::Json => patch::json_patch(&mut new, self.body)?,
             PatchKind::Merge => patch::merge_patch(&mut new, &self.value),
             PatchKind::Strategic => {
-                let definition = schema::lookup(gvk).ok_or_else(|| Status::internal("no schema"))?;
+                let schema = resource.schema(gvk);
+                let definition = schema.definition().ok_or_else(|| Status::internal("no schema"))?;
                 patch::strategic_merge(definition, &mut new, &self.value)?;
             }
             PatchKind::Apply => return Err(Status::internal("apply is not a plain patch")),
         }
-        decode_patched(gvk, new, &self.duplicates, validation, warnings)
+        decode_patched(resource, gvk, new, &self.duplicates, validation, warnings)
     }
 }
 
 /// Decodes a patched object; failures are reported about the patch, as upstream does.
 fn decode_patched(
+    resource: &Resource,
     gvk: &Gvk,
     new: Value,
     duplicates: &[String],
@@ -132,9 +135,8 @@ fn decode_patched(
         };
         return Err(invalid(&new, detail));
     }
-    let Some(definition) = schema::lookup(gvk) else { return Ok(new) };
     let mut decoded = new.clone();
-    let strict = schema::decode(definition, &mut decoded, duplicates).map_err(|e| invalid(&new, e.to_string()))?;
+    let strict = resource.schema(gvk).decode(&mut decoded, duplicates).map_err(|e| invalid(&new, e.to_string()))?;
     match validation {
         FieldValidation::Strict if !strict.is_empty() => {
             Err(invalid(&new, format!("strict decoding error: {}", strict.join(", "))))
@@ -186,12 +188,16 @@ impl Registry {
         let gvk = &target.resource.gvk;
         if target.subresource == "scale" {
             let edit = |current: &Value, warnings: &mut Vec<String>| {
-                let scaled = patch.apply(&scale::gvk(), &scale::of(current), validation, warnings)?;
-                scale::put(current, &scaled, target.name)
+                let resource = target.resource;
+                let shown = scale::seen(resource, current);
+                let scaled = patch.apply(resource, &scale::gvk(), &shown, validation, warnings)?;
+                scale::put_back(resource, current, &scaled, target.name)
             };
             return self.update_object(target, &edit, Rules::PATCH, writer).await;
         }
-        let edit = |current: &Value, warnings: &mut Vec<String>| patch.apply(gvk, current, validation, warnings);
+        let edit = |current: &Value, warnings: &mut Vec<String>| {
+            patch.apply(target.resource, gvk, current, validation, warnings)
+        };
         self.update_object(target, &edit, Rules::PATCH, writer).await
     }
 

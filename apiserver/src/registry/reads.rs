@@ -6,7 +6,7 @@ use bytes::Bytes;
 use isopod_api::status::Status;
 use serde_json::Value;
 
-use super::{Registry, Resource, convert::convert, list};
+use super::{Registry, Resource, list};
 use crate::{
     cache::{Object, key},
     server::query::Query,
@@ -32,7 +32,7 @@ impl Registry {
 
 /// An object's JSON in the served version.
 pub(crate) fn object_bytes(resource: &Resource, object: &Object) -> Bytes {
-    if !resource.converted() {
+    if !resource.reshapes(object) {
         return object.bytes.clone();
     }
     serde_json::to_vec(&object_value(resource, object)).unwrap_or_default().into()
@@ -40,6 +40,5 @@ pub(crate) fn object_bytes(resource: &Resource, object: &Object) -> Bytes {
 
 /// An object in the served version.
 pub(crate) fn object_value(resource: &Resource, object: &Object) -> Value {
-    let value = object.value();
-    if resource.converted() { convert(value, &resource.gvk) } else { value }
+    resource.served_value(object)
 }

@@ -8,13 +8,39 @@ use isopod_api::{
 };
 use serde_json::{Value, json};
 
+use super::Resource;
+
 /// The kind of the subresource.
 pub(crate) fn gvk() -> Gvk {
     Gvk::new("autoscaling", "v1", "Scale")
 }
 
+/// The Scale of an object of any resource.
+pub(crate) fn seen(resource: &Resource, obj: &Value) -> Value {
+    match &resource.custom {
+        Some(custom) => custom.scale(obj),
+        None => of(obj),
+    }
+}
+
+/// Puts a changed Scale into an object of any resource.
+pub(crate) fn put_back(resource: &Resource, obj: &Value, scale: &Value, name: &str) -> Result<Value, Status> {
+    match &resource.custom {
+        Some(custom) => Ok(custom.put_scale(obj, scale)),
+        None => put(obj, scale, name),
+    }
+}
+
 /// The Scale of an object.
 pub(crate) fn of(obj: &Value) -> Value {
+    let stateful = obj["kind"] == "StatefulSet";
+    let selector = selector_text(&obj["spec"]["selector"], stateful);
+    let number = |part: &str| obj[part]["replicas"].as_i64().unwrap_or(0);
+    assemble(obj, number("spec"), number("status"), &selector)
+}
+
+/// A Scale of these numbers.
+pub(crate) fn assemble(obj: &Value, wanted: i64, present: i64, selector: &str) -> Value {
     let text = |key: &str| obj["metadata"].get(key).cloned().filter(|v| !v.is_null());
     let mut metadata = serde_json::Map::new();
     for key in ["name", "namespace", "uid", "resourceVersion", "creationTimestamp"] {
@@ -23,12 +49,10 @@ pub(crate) fn of(obj: &Value) -> Value {
         }
     }
     let mut spec = json!({});
-    if let Some(replicas) = obj["spec"]["replicas"].as_i64().filter(|r| *r != 0) {
-        spec["replicas"] = replicas.into();
+    if wanted != 0 {
+        spec["replicas"] = wanted.into();
     }
-    let mut status = json!({"replicas": obj["status"]["replicas"].as_i64().unwrap_or(0)});
-    let stateful = obj["kind"] == "StatefulSet";
-    let selector = selector_text(&obj["spec"]["selector"], stateful);
+    let mut status = json!({"replicas": present});
     if !selector.is_empty() {
         status["selector"] = selector.into();
     }

@@ -1,18 +1,22 @@
 //! Which objects a list or watch is about: namespace, name, label selector, field selector.
 
+use std::sync::Arc;
+
 use isopod_api::{
     selector::{FieldSelector, Requirements},
     status::Status,
 };
 
 use super::Resource;
-use crate::{cache::Object, server::query::Query};
+use crate::{cache::Object, custom::Version, server::query::Query};
 
 /// A compiled selection.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Selection {
     labels: Option<Requirements>,
     fields: Option<FieldSelector>,
+    /// The version whose own fields are selected by.
+    custom: Option<Arc<Version>>,
     /// Key prefix: `""` or `namespace/`.
     pub(crate) prefix: String,
 }
@@ -21,7 +25,7 @@ impl Selection {
     /// Everything in a namespace (`""`: everywhere).
     pub(crate) fn all(namespace: &str) -> Self {
         let prefix = if namespace.is_empty() { String::new() } else { format!("{namespace}/") };
-        Self { labels: None, fields: None, prefix }
+        Self { labels: None, fields: None, custom: None, prefix }
     }
 
     /// Reads the selectors of a query; `name` restricts further (watches of one object).
@@ -39,6 +43,10 @@ impl Selection {
         if !fields.is_empty() {
             let mut parsed = FieldSelector::parse(&fields).map_err(|e| Status::bad_request(e.to_string()))?;
             for requirement in &mut parsed.0 {
+                if let Some(custom) = own_field(resource, &requirement.field)? {
+                    selection.custom = Some(custom);
+                    continue;
+                }
                 check(resource, &requirement.field)?;
                 // events.k8s.io reads objects stored as core events.
                 if resource.converted()
@@ -61,16 +69,44 @@ impl Selection {
     pub(crate) fn matches(&self, object: &Object) -> bool {
         (self.prefix.is_empty() || self.prefix.strip_suffix('/') == Some(&*object.namespace))
             && self.labels.as_ref().is_none_or(|l| l.matches(&*object.labels))
-            && self
-                .fields
-                .as_ref()
-                .is_none_or(|f| f.0.iter().all(|r| (object.field(&r.field).unwrap_or("") == r.value) == r.equal))
+            && self.fields.as_ref().is_none_or(|f| match &self.custom {
+                None => f.0.iter().all(|r| (object.field(&r.field).unwrap_or("") == r.value) == r.equal),
+                Some(version) => own_matches(version, f, object),
+            })
     }
 
     /// The one name the field selector allows, when it does.
     pub(crate) fn exact_name(&self) -> Option<&str> {
         self.fields.as_ref()?.exact("metadata.name")
     }
+}
+
+/// The version of a custom resource that declares a field selectable.
+fn own_field(resource: &Resource, field: &str) -> Result<Option<Arc<Version>>, Status> {
+    let Some(custom) = &resource.custom else { return Ok(None) };
+    if matches!(field, "metadata.name" | "metadata.namespace") {
+        return Ok(None);
+    }
+    match custom.version.selectable.iter().any(|(name, _)| name == field) {
+        true => Ok(Some(Arc::clone(&custom.version))),
+        false => Err(Status::bad_request(format!("field label not supported: {field}"))),
+    }
+}
+
+fn own_matches(version: &Version, selector: &FieldSelector, object: &Object) -> bool {
+    let value = object.value();
+    selector.0.iter().all(|r| {
+        let own = version.selectable.iter().find(|(name, _)| *name == r.field);
+        let found = match own {
+            None => object.field(&r.field).unwrap_or_default().to_owned(),
+            Some((_, path)) => match path.first(&value) {
+                None | Some(serde_json::Value::Null) => String::new(),
+                Some(serde_json::Value::String(text)) => text.clone(),
+                Some(other) => other.to_string(),
+            },
+        };
+        (found == r.value) == r.equal
+    })
 }
 
 /// Whether a field may be selected by, with the message of the kind when not.

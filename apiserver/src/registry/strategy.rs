@@ -110,6 +110,19 @@ pub trait Strategy: Send + Sync {
         crate::registry::table::default_cells(obj, now)
     }
 
+    /// Columns of a table; `None` for the built-in ones.
+    fn columns(&self) -> Option<Vec<Column>> {
+        None
+    }
+
+    /// Whether items of a list carry their kind and apiVersion.
+    fn whole_items(&self) -> bool {
+        false
+    }
+
+    /// Changes an object that is asked to go for the first time (finalizers of its own).
+    fn prepare_for_delete(&self, _obj: &mut Value) {}
+
     /// Conditions of a table row (pods that ran to their end).
     fn row_conditions(&self, _obj: &Value) -> Vec<Value> {
         Vec::new()

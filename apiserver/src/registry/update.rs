@@ -5,7 +5,7 @@ use std::sync::Arc;
 use isopod_api::{
     field::{Error, Path},
     gvk::Gvk,
-    meta, schema,
+    meta,
     status::Status,
 };
 use isopod_store::Expect;
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     admission::Operation,
-    cache::{Draft, Object, Write, key},
+    cache::{Object, Write, key},
     validation,
 };
 
@@ -145,7 +145,7 @@ impl Registry {
         writer: &mut Writer<'_>,
     ) -> Result<Step, Status> {
         let Target { resource, namespace, name, subresource } = target;
-        let old = current.value();
+        let old = resource.value(current);
         let served = resource.converted().then(|| convert(old.clone(), &resource.gvk));
         let mut new = edit(served.as_ref().unwrap_or(&old), &mut writer.warnings)?;
         metadata::place(resource, namespace, &mut new)?;
@@ -178,7 +178,7 @@ impl Registry {
         errors.extend(resource.strategy.validate_update(&cx, &new, &old));
         if !errors.is_empty() {
             return Err(match subresource {
-                "scale" => scale::invalid(name, errors),
+                "scale" if resource.custom.is_none() => scale::invalid(name, errors),
                 _ => Status::invalid(&resource.group_kind(), name, errors),
             });
         }
@@ -186,11 +186,12 @@ impl Registry {
         writer.warnings.extend(warnings);
         self.admit(Pass::Validating, &admission, &mut new, writer).await?;
         meta::set_resource_version(&mut new, meta::resource_version(&old));
-        if new == old {
+        let outdated = resource.custom.as_ref().is_some_and(|c| c.outdated(current));
+        if new == old && !outdated {
             return Ok(Step::Done(Outcome { object: Arc::clone(current), created: false }));
         }
         let gone = finished(resource, &new);
-        let draft = Draft::new(new, resource.strategy);
+        let draft = resource.draft(new);
         if draft.stored.len() > OBJECT_MAX {
             return Err(Status::unknown("etcdserver: request is too large"));
         }
@@ -309,9 +310,7 @@ fn compose(resource: &Resource, subresource: &str, new: &mut Value, old: &Value)
         }
         _ => {}
     }
-    if let Some(definition) = schema::lookup(&Gvk::of(new)) {
-        schema::fill(definition, new);
-    }
+    resource.schema(&Gvk::of(new)).fill(new);
 }
 
 fn take_all_but(new: &mut Value, old: &Value, keep: &[&str]) {

@@ -62,6 +62,7 @@ pub(crate) async fn watch(resource: &Arc<Resource>, query: &Query, request: Watc
         end_of_initial: None,
         first: true,
         ended: false,
+        gone: resource.custom.as_ref().map(|c| c.gone.clone()).unwrap_or_default(),
         resource: Arc::clone(resource),
         store,
         request,
@@ -89,6 +90,8 @@ struct Stream {
     /// Nothing has been sent yet (the first table has columns).
     first: bool,
     ended: bool,
+    /// Fires when the resource is no longer served.
+    gone: CancellationToken,
 }
 
 impl Stream {
@@ -168,6 +171,7 @@ impl Stream {
             tokio::select! {
                 () = changed => {}
                 () = self.request.stop.cancelled() => return None,
+                () = self.gone.cancelled() => return None,
                 () = tokio::time::sleep_until(self.deadline.min(bookmark_at)) => {
                     if Instant::now() >= self.deadline {
                         return None;
@@ -198,10 +202,7 @@ impl Stream {
         if self.first && matches!(self.request.rendering.transform, Transform::Table(_)) {
             return Some(self.frame(seen, &event.object));
         }
-        let format = self.request.rendering.id()
-            | (seen as u32) << 8
-            | u32::from(left) << 10
-            | u32::from(self.resource.converted()) << 11;
+        let format = self.request.rendering.id() | (seen as u32) << 8 | u32::from(left) << 10 | self.resource.format();
         Some(event.frame(format, || match (&event.previous, left) {
             (Some(previous), true) => self.build(seen, &previous.at_revision(event.revision), false),
             _ => self.build(seen, &event.object, false),

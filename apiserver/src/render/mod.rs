@@ -110,9 +110,13 @@ pub(crate) fn list(
     rendering: Rendering,
     style: Style,
 ) -> Response<Body> {
-    let list_kind = format!("{}List", resource.gvk.kind);
-    let head = json!({"kind": list_kind, "apiVersion": resource.gvk.api_version(), "metadata": metadata});
-    let plain = rendering.transform == Transform::None && !resource.converted();
+    let mut head =
+        json!({"kind": resource.list_kind(), "apiVersion": resource.gvk.api_version(), "metadata": metadata});
+    if resource.custom.is_some() && rendering.transform == Transform::None && head["metadata"].get("continue").is_none()
+    {
+        head["metadata"]["continue"] = "".into();
+    }
+    let plain = rendering.transform == Transform::None && !objects.iter().any(|o| resource.reshapes(o));
     if plain && style.accepted.media == Media::Json && !style.pretty {
         return body::list(&head, objects, style.gzip);
     }
@@ -120,7 +124,10 @@ pub(crate) fn list(
     let value = match rendering.transform {
         Transform::None => {
             let mut head = head;
-            head["items"] = values.map(without_kind).collect();
+            head["items"] = match resource.custom {
+                Some(_) => values.collect(),
+                None => values.map(without_kind).collect(),
+            };
             head
         }
         Transform::Partial(beta) => {

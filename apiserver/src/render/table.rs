@@ -59,7 +59,7 @@ pub(super) fn table(
             row
         })
         .collect::<Vec<Value>>();
-    let own = table::columns(&resource.gvr);
+    let own = resource.strategy.columns().unwrap_or_else(|| table::columns(&resource.gvr));
     // Upstream's default convertor leaves the rows of an empty list out.
     let default = own.last().is_some_and(|c| c.name == "Created At");
     let rows = if rows.is_empty() && default { Value::Null } else { rows.into() };

@@ -165,7 +165,7 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
         address: std::net::SocketAddr::new(app.config.advertise, app.config.bind.port()),
     };
     let response = match path.as_str() {
-        "" => Some(respond::value(call.style, 200, &discovery::paths())),
+        "" => Some(respond::value(call.style, 200, &discovery::paths(&app.registry.custom()))),
         "version" => Some(respond::value(call.style, 200, &version())),
         "metrics" => Some(respond::text(200, app.counters.text(&app.registry))),
         ".well-known/openid-configuration" => {
@@ -175,8 +175,10 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
             let keys = serde_json::to_vec(&serviceaccount::jwks(&app.config)).unwrap_or_default();
             Some(respond::with_type(200, "application/jwk-set+json", keys))
         }
-        path if path.starts_with("openapi/") => openapi::answer(path, &call.query, call.style).await,
-        _ => discovery::answer(&request, call.style),
+        path if path.starts_with("openapi/") => {
+            openapi::answer(path, &call.query, call.style, app.registry.custom()).await
+        }
+        _ => discovery::answer(&request, call.style, &app.registry.custom()),
     };
     match response {
         Some(_) if !get => Err(Status::method_not_allowed()),

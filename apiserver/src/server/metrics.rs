@@ -132,7 +132,7 @@ impl Counters {
 
     /// The exposition.
     pub(crate) fn text(&self, registry: &Registry) -> String {
-        for resource in registry.resources() {
+        for resource in &registry.resources() {
             if let Some(store) = &resource.store {
                 let resource = resource.group_resource().to_string();
                 self.objects.get_or_create(&Stored { resource }).set(store.len() as i64);

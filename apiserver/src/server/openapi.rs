@@ -1,5 +1,7 @@
 //! /openapi/v2 and /openapi/v3: documents are built when asked for, off the async threads, and not kept.
 
+use std::sync::Arc;
+
 use http::{HeaderValue, Response, header};
 use isopod_api::openapi;
 
@@ -8,7 +10,10 @@ use super::{
     query::Query,
     respond::{self, Style},
 };
-use crate::endpoints::Body;
+use crate::{
+    custom::{self, Served},
+    endpoints::Body,
+};
 
 /// Upstream answers an unknown document with nothing at all.
 fn not_found() -> Response<Body> {
@@ -18,17 +23,17 @@ fn not_found() -> Response<Body> {
 }
 
 /// Answers `openapi/...`; `None` when the path is not one of them.
-pub(super) async fn answer(path: &str, query: &Query, style: Style) -> Option<Response<Body>> {
+pub(super) async fn answer(path: &str, query: &Query, style: Style, served: Arc<Served>) -> Option<Response<Body>> {
     if path == "openapi/v2" {
-        let document = tokio::task::spawn_blocking(|| {
+        let document = tokio::task::spawn_blocking(move || {
             let texts = Descriptions::load();
-            openapi::v2(&|definition, field| texts.of(definition, field))
+            custom::v2(&served, &|definition, field| texts.of(definition, field))
         });
         let document = document.await.ok()?;
         return Some(respond::json(style, 200, document.into()));
     }
     if path == "openapi/v3" {
-        let index = serde_json::to_vec(&openapi::v3_index(&[])).unwrap_or_default();
+        let index = serde_json::to_vec(&openapi::v3_index(&custom::v3_index(&served))).unwrap_or_default();
         return Some(respond::text(200, index));
     }
     let name = path.strip_prefix("openapi/v3/")?.to_owned();
@@ -40,7 +45,9 @@ pub(super) async fn answer(path: &str, query: &Query, style: Style) -> Option<Re
         match parts[..] {
             ["version"] => Some(openapi::v3_version()),
             ["api", version] => openapi::v3("", version, &describe),
-            ["apis", group, version] if !group.is_empty() => openapi::v3(group, version, &describe),
+            ["apis", group, version] if !group.is_empty() => {
+                openapi::v3(group, version, &describe).or_else(|| custom::v3(&served, group, version, &describe))
+            }
             _ => None,
         }
     });

@@ -31,23 +31,29 @@ use crate::{
 pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Body>, Status> {
     let info = &call.info;
     let gvr = Gvr::new(&info.group, &info.version, &info.resource);
-    let Some(resource) = app.registry.resource(&gvr).cloned() else {
+    let Some(resource) = app.registry.resource(&gvr) else {
         return match app.registry.versions(&info.group) {
             Some(_) => Err(Status::no_route()),
             None => Ok(respond::page_not_found()),
         };
     };
     if info.namespaced && !resource.info.namespaced {
-        return Err(Status::no_route());
+        return if resource.custom.is_some() { Ok(respond::page_not_found()) } else { Err(Status::no_route()) };
     }
     let key = (gvr, info.subresource.clone());
     if !info.subresource.is_empty() && !app.endpoints.connects.contains_key(&key) {
         let known = resource.info.subresource(&info.subresource).is_some();
+        if !known && resource.custom.is_some() {
+            return Err(Status::not_found(&resource.group_resource(), &info.name));
+        }
         if !known || !info.rest.is_empty() {
             return Err(Status::no_route());
         }
     }
     let method = call.parts.method.clone();
+    if let Some(status) = terminating(&resource, &call.info.verb) {
+        return Err(status);
+    }
     check_method(&resource, &call, &method)?;
     if let Some(connect) = app.endpoints.connects.get(&key) {
         if info.subresource != "proxy" && !info.rest.is_empty() {
@@ -69,7 +75,10 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
     let watchable = matches!(&*info.verb, "list" | "watch");
     call.style.accepted = negotiate(header_text(&call.parts, header::ACCEPT), watchable)?;
     call.style.pretty |= call.style.accepted.pretty;
-    let deprecation = crate::kinds::deprecation(&resource.gvr);
+    let custom = resource.custom.as_ref();
+    let deprecation =
+        crate::kinds::deprecation(&resource.gvr).or_else(|| custom.and_then(|c| c.version.deprecation.clone()));
+    let style = call.style;
     let answer = match &*info.verb {
         "get" => get(app, &resource, call).await,
         "list" => list_objects(&resource, call).await,
@@ -80,10 +89,28 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
         "delete" | "deletecollection" => delete(app, &resource, call).await,
         _ => Err(Status::method_not_allowed()),
     };
-    answer.map(|mut response| {
-        respond::add_warnings(response.headers_mut(), deprecation.as_slice());
-        response
-    })
+    let Some(deprecation) = deprecation else { return answer };
+    let mut response = answer.unwrap_or_else(|status| respond::status(style, &status));
+    // It comes before what the request itself is warned of.
+    let headers = response.headers_mut();
+    let others: Vec<_> = headers.get_all(header::WARNING).iter().cloned().collect();
+    headers.remove(header::WARNING);
+    respond::add_warnings(headers, &[deprecation]);
+    for other in others {
+        headers.append(header::WARNING, other);
+    }
+    Ok(response)
+}
+
+/// While a definition goes, its objects can only be read and deleted.
+fn terminating(resource: &Resource, verb: &str) -> Option<Status> {
+    let definition = &resource.custom.as_ref()?.definition;
+    if !definition.terminating || verb != "create" {
+        return None;
+    }
+    let mut status = Status::method_not_supported(&resource.group_resource(), verb);
+    status.message = format!("{verb} not allowed while custom resource definition is terminating");
+    Some(status)
 }
 
 /// Refuses verbs a path does not have.
@@ -135,7 +162,7 @@ async fn get(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response
     }
     let object = app.registry.get_object(resource, &info.namespace, &info.name, &call.query).await?;
     if info.subresource == "scale" {
-        return Ok(respond::value(call.style, 200, &scale::of(&object.value())));
+        return Ok(respond::value(call.style, 200, &scale::seen(resource, &resource.value(&object))));
     }
     Ok(respond::json(call.style, 200, render::one(resource, &object, rendering, true)))
 }
@@ -216,7 +243,7 @@ async fn create(app: &Arc<App>, resource: &Arc<Resource>, mut call: Call) -> Res
     let info = &call.info;
     let gvk = body_kind(resource, &info.subresource);
     let validation = writer.options.validation;
-    let object = decode_object(&gvk, &body, content_type.as_deref(), validation, &mut writer.warnings)?;
+    let object = decode_object(resource, &gvk, &body, content_type.as_deref(), validation, &mut writer.warnings)?;
     let endpoint = app.endpoints.creates.get(&(resource.gvr.clone(), info.subresource.clone()));
     let result = match endpoint {
         Some(endpoint) => {
@@ -257,11 +284,11 @@ async fn update(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<R
     let target = target(resource, &call);
     let gvk = body_kind(resource, target.subresource);
     let validation = writer.options.validation;
-    let object = decode_object(&gvk, &body, content_type.as_deref(), validation, &mut writer.warnings)?;
+    let object = decode_object(resource, &gvk, &body, content_type.as_deref(), validation, &mut writer.warnings)?;
     let creates = target.subresource.is_empty() && resource.strategy.allow_create_on_update();
     let rules = Rules { missing: if creates { Missing::Create } else { Missing::Fail }, ..Rules::PUT };
     let outcome = if target.subresource == "scale" {
-        let edit = |current: &Value, _: &mut Vec<String>| scale::put(current, &object, target.name);
+        let edit = |current: &Value, _: &mut Vec<String>| scale::put_back(resource, current, &object, target.name);
         app.registry.update_object(target, &edit, rules, &mut writer).await
     } else {
         let edit = |_: &Value, _: &mut Vec<String>| Ok(object.clone());
@@ -278,13 +305,13 @@ async fn update(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<R
 
 fn answer_bytes(resource: &Resource, call: &Call, object: &crate::cache::Object, rendering: Rendering) -> Bytes {
     match call.info.subresource.as_str() {
-        "scale" => serde_json::to_vec(&scale::of(&object.value())).unwrap_or_default().into(),
+        "scale" => serde_json::to_vec(&scale::seen(resource, &resource.value(object))).unwrap_or_default().into(),
         _ => render::one(resource, object, rendering, true),
     }
 }
 
 async fn patch(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
-    let kind = PatchKind::parse(header_text(&call.parts, header::CONTENT_TYPE), false)?;
+    let kind = PatchKind::parse(header_text(&call.parts, header::CONTENT_TYPE), resource.custom.is_some())?;
     let body = take_body(&mut call).await?;
     let Input { mut writer, .. } = input(&call, "PatchOptions", kind == PatchKind::Apply)?;
     let rendering = rendering(&call, resource)?;

@@ -1,0 +1,152 @@
+//! Resources that CustomResourceDefinitions define.
+//!
+//! A [`Definition`] is one CRD compiled: its versions with their schemas, rules, columns and subresources. It is built when
+//! the CRD changes and shared by every request. [`controller`] accepts names, publishes and removes; [`Served`] is the
+//! table of what is served now, swapped as a whole.
+//!
+//! Objects are stored in the storage version. A request sees them in its own version: writes work on the served form and
+//! convert on the way in and out. Stored bytes are sent as they are when they are in the served version and were written
+//! after the schema last changed; everything else is converted, pruned and defaulted when it is read.
+
+mod columns;
+pub(crate) mod controller;
+mod definition;
+mod documents;
+pub(crate) mod names;
+mod path;
+mod rules;
+mod strategy;
+mod table;
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
+
+use isopod_api::{gvk::Gvk, meta};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+pub(crate) use definition::{Definition, Version};
+pub(crate) use documents::{v2, v3, v3_index};
+pub(crate) use rules::{mentions, parse as parse_rule};
+pub(crate) use strategy::{Behaviour, STORED};
+pub(crate) use table::{Publication, Served};
+
+use crate::{
+    cache::{Draft, Object},
+    registry::scale,
+};
+
+/// Where the definitions are.
+pub(crate) fn gvr() -> isopod_api::gvk::Gvr {
+    isopod_api::gvk::Gvr::new("apiextensions.k8s.io", "v1", "customresourcedefinitions")
+}
+
+/// What a served resource knows of its definition.
+pub(crate) struct Custom {
+    /// The whole CRD.
+    pub(crate) definition: Arc<Definition>,
+    /// The served version.
+    pub(crate) version: Arc<Version>,
+    /// What stored bytes in the served version start with.
+    prefix: Box<[u8]>,
+    /// Objects written at this revision or earlier may be older than the schema.
+    since: u64,
+    /// Tells renderings apart.
+    pub(crate) format: u32,
+    /// Fires when this version is no longer served.
+    pub(crate) gone: CancellationToken,
+}
+
+impl Custom {
+    /// A version as it is served from now on.
+    pub(crate) fn new(definition: Arc<Definition>, version: Arc<Version>, since: u64, gone: CancellationToken) -> Self {
+        let gvk = &version.gvk;
+        let prefix = format!("{{\"kind\":\"{}\",\"apiVersion\":\"{}\",", gvk.kind, gvk.api_version());
+        let mut hasher = DefaultHasher::new();
+        (definition.hash, &gvk.version, since).hash(&mut hasher);
+        let format = hasher.finish() as u32;
+        Self { definition, version, prefix: prefix.into_bytes().into(), since, format, gone }
+    }
+
+    /// Whether an object's bytes can be sent as they are.
+    pub(crate) fn fresh(&self, object: &Object) -> bool {
+        object.revision > self.since && object.bytes.starts_with(&self.prefix)
+    }
+
+    /// An object in the served version.
+    pub(crate) fn value(&self, object: &Object) -> Value {
+        let value = object.value();
+        if self.fresh(object) { value } else { self.serve(value) }
+    }
+
+    fn serve(&self, mut value: Value) -> Value {
+        if let Some(stored) = self.definition.version(&Gvk::of(&value).version) {
+            stored.schema.default(&mut value);
+        }
+        value["apiVersion"] = self.version.gvk.api_version().into();
+        self.version.settle(&mut value);
+        value
+    }
+
+    /// The stored form of an object of the served version.
+    pub(crate) fn draft(&self, mut value: Value) -> Draft {
+        let storage = self.definition.storage();
+        if storage.gvk != self.version.gvk {
+            value["apiVersion"] = storage.gvk.api_version().into();
+            storage.settle(&mut value);
+        }
+        Draft::new(value, &STORED)
+    }
+
+    /// Whether an object is stored in another version than it would be now.
+    pub(crate) fn outdated(&self, object: &Object) -> bool {
+        let gvk = &self.definition.storage().gvk;
+        let head = format!("{{\"kind\":\"{}\",\"apiVersion\":\"{}\",", gvk.kind, gvk.api_version());
+        !object.bytes.starts_with(head.as_bytes())
+    }
+
+    /// The Scale of an object.
+    pub(crate) fn scale(&self, obj: &Value) -> Value {
+        let Some(paths) = &self.version.scale else { return Value::Null };
+        let number = |path: &path::JsonPath| path.first(obj).and_then(Value::as_i64).unwrap_or(0);
+        let selector = paths.selector.as_ref().and_then(|p| p.first(obj)).and_then(Value::as_str).unwrap_or_default();
+        scale::assemble(obj, number(&paths.spec), number(&paths.status), selector)
+    }
+
+    /// Puts a changed Scale into its object.
+    pub(crate) fn put_scale(&self, obj: &Value, scale: &Value) -> Value {
+        let mut new = obj.clone();
+        if let Some(paths) = &self.version.scale {
+            paths.spec.set(&mut new, scale["spec"]["replicas"].as_i64().unwrap_or(0).into());
+        }
+        for (key, value) in [("name", meta::name(scale)), ("namespace", meta::namespace(scale))] {
+            if !value.is_empty() {
+                meta::set(&mut new, key, value);
+            }
+        }
+        meta::set_resource_version(&mut new, meta::resource_version(scale));
+        if !meta::uid(scale).is_empty() {
+            meta::set_uid(&mut new, meta::uid(scale));
+        }
+        new
+    }
+
+    /// The first field an object has that another version of the kind, named in its managedFields, does not know.
+    pub(crate) fn undeclared(&self, obj: &Value) -> Option<String> {
+        let own = self.version.gvk.api_version();
+        for entry in meta::managed_fields(obj) {
+            let other = entry["apiVersion"].as_str().filter(|v| *v != own);
+            let Some(version) = other.and_then(|v| v.rsplit('/').next()).and_then(|v| self.definition.version(v))
+            else {
+                continue;
+            };
+            let strict = version.schema.decode(&mut obj.clone(), &[]).unwrap_or_default();
+            if let Some(field) = strict.iter().find_map(|e| e.strip_prefix("unknown field \"")) {
+                return Some(format!(".{}: field not declared in schema", field.trim_end_matches('"')));
+            }
+        }
+        None
+    }
+}

@@ -1,0 +1,113 @@
+//! How custom resources behave: validation by schema and rules, columns from the definition.
+
+use std::sync::Arc;
+
+use isopod_api::field::{Error, ErrorList, ErrorType, Path};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{Definition, Version, path::JsonPath};
+use crate::registry::{
+    strategy::{Column, Context, Strategy},
+    table,
+};
+
+/// The behaviour of one version of a CRD.
+pub(crate) struct Behaviour {
+    /// The version.
+    pub(crate) version: Arc<Version>,
+    /// The whole CRD.
+    pub(crate) definition: Arc<Definition>,
+}
+
+/// The behaviour of stored objects, whatever their definition.
+pub(crate) struct Stored;
+/// The one value of [`Stored`].
+pub(crate) static STORED: Stored = Stored;
+
+impl Strategy for Stored {
+    fn whole_items(&self) -> bool {
+        true
+    }
+}
+
+impl Behaviour {
+    fn check(&self, obj: &Value, old: Option<&Value>, errors: &mut ErrorList) {
+        self.check_scale(obj, errors);
+        let Some(rules) = &self.version.rules else { return };
+        let blocking = |e: &Error| {
+            matches!(e.kind, ErrorType::Required | ErrorType::TooLong | ErrorType::TooMany | ErrorType::TypeInvalid)
+        };
+        if errors.iter().any(blocking) {
+            let detail = "some validation rules were not checked because the object was invalid; correct the existing errors to complete validation";
+            errors.push(Error::invalid(&Path::nil(), "null", detail));
+            return;
+        }
+        errors.extend(rules.check(self.version.schema.schema(), obj, old));
+    }
+
+    fn check_scale(&self, obj: &Value, errors: &mut ErrorList) {
+        let Some(scale) = &self.version.scale else { return };
+        let mut check = |path: &JsonPath, text: &str| {
+            let Some(n) = path.first(obj).and_then(Value::as_i64) else { return };
+            if n < 0 {
+                errors.push(Error::invalid(&Path::new(text), n, "should be a non-negative integer"));
+            } else if n > i64::from(i32::MAX) {
+                let detail = format!("should be less than or equal to {}", i32::MAX);
+                errors.push(Error::invalid(&Path::new(text), n, detail));
+            }
+        };
+        check(&scale.spec, &scale.spec_text);
+        check(&scale.status, &scale.status_text);
+    }
+}
+
+impl Strategy for Behaviour {
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        if self.version.has_status
+            && let Some(map) = obj.as_object_mut()
+        {
+            map.shift_remove("status");
+        }
+    }
+
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut errors = self.version.schema.validate(obj, None);
+        self.check(obj, None, &mut errors);
+        errors
+    }
+
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut errors = match cx.subresource {
+            "status" => self.version.schema.validate_status(new, Some(old)),
+            _ => self.version.schema.validate(new, Some(old)),
+        };
+        self.check(new, Some(old), &mut errors);
+        errors
+    }
+
+    fn allow_unconditional_update(&self) -> bool {
+        false
+    }
+
+    fn whole_items(&self) -> bool {
+        true
+    }
+
+    fn columns(&self) -> Option<Vec<Column>> {
+        let name = Column {
+            name: "Name".into(),
+            kind: "string".into(),
+            format: "name".into(),
+            priority: 0,
+            description: "Name must be unique within a namespace. Is required when creating resources, although some resources may allow a client to request the generation of an appropriate name automatically. Name is primarily intended for creation idempotence and configuration definition. Cannot be updated. More info: https://kubernetes.io/docs/concepts/overview/working-with-objects/names#names".into(),
+        };
+        Some([name].into_iter().chain(self.version.columns.iter().map(|c| c.column.clone())).collect())
+    }
+
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
+        let mut cells = vec![json!(table::name(obj))];
+        cells.extend(self.version.columns.iter().map(|c| c.cell(obj, now)));
+        cells
+    }
+}
