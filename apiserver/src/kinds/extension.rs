@@ -75,6 +75,12 @@ impl Strategy for CustomResourceDefinition {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
+        let spec = &obj["spec"];
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        if meta::name(obj) != format!("{}.{}", text(&spec["names"]["plural"]), text(&spec["group"])) {
+            let at = At::field(obj, "metadata").get("name");
+            e.invalid_str(&at, "must be spec.names.plural+\".\"+spec.group");
+        }
         definition(&mut e, obj);
         e.0
     }
@@ -92,7 +98,9 @@ impl Strategy for CustomResourceDefinition {
         for field in ["kind", "plural"] {
             e.immutable(&spec.get("names").get(field), &old["spec"]["names"][field]);
         }
-        stored_versions(&mut e, new);
+        if meta::deletion_timestamp(new).is_none() {
+            stored_versions(&mut e, new);
+        }
         e.0
     }
 }
@@ -115,12 +123,7 @@ fn storage_version(spec: &Value) -> Option<String> {
 
 fn definition(e: &mut Errs, obj: &Value) {
     let spec = At::field(obj, "spec");
-    let (group, plural) = (spec.get("group"), spec.get("names.plural"));
-    let wanted = format!("{}.{}", plural.s(), group.s());
-    if meta::name(obj) != wanted {
-        let at = At::field(obj, "metadata").get("name");
-        e.invalid_str(&at, "must be spec.names.plural+\".\"+spec.group");
-    }
+    let group = spec.get("group");
     if group.s().is_empty() {
         e.required(&group, "");
     } else {

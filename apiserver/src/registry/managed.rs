@@ -30,12 +30,27 @@ pub(super) fn track(
     if let Some(request) = request(resource, gvk, manager, subresource, &now) {
         apply::update(&request, old, new);
     }
+    if subresource == "scale" && resource.custom.is_some() {
+        timeless(new, manager);
+    }
     // A Scale of 0 has no replicas field that could be owned.
     if subresource == "scale" && new["spec"]["replicas"] == 0 {
         let mut entries = meta::managed_fields(new).to_vec();
         entries.retain(|e| e["subresource"] != "scale" || e["manager"] != manager);
         meta::set(new, "managedFields", entries);
     }
+}
+
+/// Upstream's scale of custom resources leaves no time with what it owns.
+fn timeless(new: &mut Value, manager: &str) {
+    let mut entries = meta::managed_fields(new).to_vec();
+    for entry in entries.iter_mut().filter(|e| e["subresource"] == "scale" && e["manager"] == manager) {
+        if let Some(map) = entry.as_object_mut() {
+            map.shift_remove("time");
+        }
+    }
+    entries.sort_by_key(|e| e["time"].as_str().is_some_and(|t| !t.is_empty()));
+    meta::set(new, "managedFields", entries);
 }
 
 /// Server-side apply: the new object, decoded, with managedFields. `current` is null when there is none.
