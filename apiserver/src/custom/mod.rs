@@ -126,7 +126,10 @@ impl Custom {
                 meta::set(&mut new, key, value);
             }
         }
-        meta::set_resource_version(&mut new, meta::resource_version(scale));
+        // A Scale without one is put unconditionally.
+        if !meta::resource_version(scale).is_empty() {
+            meta::set_resource_version(&mut new, meta::resource_version(scale));
+        }
         if !meta::uid(scale).is_empty() {
             meta::set_uid(&mut new, meta::uid(scale));
         }
