@@ -6,7 +6,7 @@ use isopod_api::field::{Error, ErrorList, ErrorType, Path};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{Definition, Version, path::JsonPath};
+use super::{Version, path::JsonPath};
 use crate::registry::{
     strategy::{Column, Context, Strategy},
     table,
@@ -16,8 +16,6 @@ use crate::registry::{
 pub(crate) struct Behaviour {
     /// The version.
     pub(crate) version: Arc<Version>,
-    /// The whole CRD.
-    pub(crate) definition: Arc<Definition>,
 }
 
 /// The behaviour of stored objects, whatever their definition.

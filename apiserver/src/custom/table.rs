@@ -151,7 +151,7 @@ fn resource(definition: &Arc<Definition>, version: &Arc<Version>, store: &Arc<Re
         etcd_prefix: Some(format!("{}{place}", definition.prefix())),
         storage_version_hash: Some(STANDARD.encode(&hash[..8])),
     };
-    let behaviour = Behaviour { version: Arc::clone(version), definition: Arc::clone(definition) };
+    let behaviour = Behaviour { version: Arc::clone(version) };
     let custom = Custom::new(Arc::clone(definition), Arc::clone(version), since, CancellationToken::new());
     Resource {
         gvr: info.gvr(),
