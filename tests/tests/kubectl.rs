@@ -88,7 +88,7 @@ fn the_api_explains_itself() {
     assert_eq!(c.k("auth can-i create pods").trim(), "yes");
     assert_eq!(c.kubectl("auth can-i create pods --as=nobody").out.trim(), "no");
     let manifest = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: one}\ndata: {a: b}\n---\n\
-                    apiVersion: v1\nkind: Secret\nmetadata: {name: two}\nstringData: {c: d}\n---\n\
+                    apiVersion: v1\nkind: Secret\nmetadata: {name: two}\ndata: {c: ZA==}\n---\n\
                     apiVersion: v1\nkind: Namespace\nmetadata: {name: three}\n";
     let applied = c.apply(manifest);
     assert_eq!(applied.lines().count(), 3, "{applied}");

@@ -138,12 +138,7 @@ fn lists(e: &mut Errs, at: &At<'_>, kind: &str) {
     let keys = at.get("x-kubernetes-list-map-keys");
     if list.is_set() {
         if kind != "array" {
-            let message = if kind.is_empty() {
-                "must be array if x-kubernetes-list-type is specified"
-            } else {
-                "must be array if x-kubernetes-list-type is specified"
-            };
-            e.invalid_as(&at.get("type"), kind, message);
+            e.invalid_as(&at.get("type"), kind, "must be array if x-kubernetes-list-type is specified");
         }
         e.one_of(&list, &["atomic", "map", "set"]);
     }
