@@ -19,14 +19,17 @@ pub(crate) fn compare(host: &Host) {
     );
     let isopod = binaries().join("isopod-runtime");
     let runtimes = [isopod.to_str().unwrap(), "crun", "runc"];
-    // One shell on the host does all runs, so that entering the host is not measured.
+    // One shell on the host does all runs, so that entering the host is not measured. crun refuses a v2 hierarchy beside
+    // v1 ones, so the unified one is unmounted (in a mount namespace of these runs alone) for all of them.
     let script = format!(
         "cd /opt/cni/bundle; for i in $(seq {RUNS}); do for r in {}; do s=$(date +%s%N); $r run bench-$i > /dev/null 2>&1 || echo fail; \
          e=$(date +%s%N); echo $(basename $r) $((e-s)); done; done",
         runtimes.join(" ")
     );
     let started = Instant::now();
-    let text = host.must(&script);
+    let script = format!("umount /sys/fs/cgroup/unified; {script}");
+    let ran = host.run("unshare", &["-m", "sh", "-c", &script]);
+    let text = ran.ok().unwrap_or_else(|ran| panic!("runs of /bin/true: {ran:?}"));
     fs::write(host.disk().join("runtime.txt"), &text).unwrap();
     let mut medians = Vec::new();
     for runtime in ["isopod-runtime", "crun", "runc"] {
