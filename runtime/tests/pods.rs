@@ -86,6 +86,7 @@ impl Pod {
             log_path: Some(self.log(bundle)),
             stdin,
             stdin_once,
+            pid_of: None,
         };
         match self.call(op).unwrap() {
             Answer::Created { pid } => pid,
@@ -223,6 +224,36 @@ fn a_real_time_signal_ends_a_container_too() {
     pod.call(Op::Kill { container: bundle.id.clone(), signal: 40, all: false }).unwrap();
     let exit = pod.ended().exit.unwrap();
     assert_eq!((exit.code, exit.signal), (168, Some(40)));
+}
+
+#[test]
+fn a_container_sees_its_targets_processes() {
+    if !possible() {
+        return;
+    }
+    let mut pod = Pod::new(PidMode::Container);
+    pod.call(Op::Subscribe).unwrap();
+    let target = pod.bundle(&["sleep", "1234"]);
+    let debugger = pod.bundle(&["sh", "-c", "tr '\\0' ' ' < /proc/1/cmdline; echo"]);
+    debugger.write();
+    let join = |pod: &Pod| Op::Create {
+        container: debugger.id.clone(),
+        bundle: debugger.dir.path().to_owned(),
+        rootfs: Rootfs::Directory,
+        log_path: Some(pod.log(&debugger)),
+        stdin: false,
+        stdin_once: false,
+        pid_of: Some(target.id.clone()),
+    };
+    let early = join(&pod);
+    assert!(pod.call(early).is_err(), "the target does not run yet");
+    pod.create(&target, false, false);
+    pod.start(&target);
+    let op = join(&pod);
+    pod.call(op).unwrap();
+    pod.start(&debugger);
+    assert_eq!(pod.ended().id, debugger.id);
+    assert_eq!(pod.entries(&debugger)[0].2.trim(), "sleep 1234");
 }
 
 #[test]
@@ -406,6 +437,7 @@ fn failures_are_told_and_leave_nothing() {
         log_path: None,
         stdin: false,
         stdin_once: false,
+        pid_of: None,
     };
     assert_eq!(kind(pod.call(create(&bundle))), FailureKind::Invalid);
     assert!(pod.list().is_empty());
@@ -446,6 +478,7 @@ fn an_overlay_root_keeps_its_layers_clean() {
         log_path: Some(pod.log(&bundle)),
         stdin: false,
         stdin_once: false,
+        pid_of: None,
     };
     pod.call(op).unwrap();
     pod.start(&bundle);

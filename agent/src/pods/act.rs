@@ -236,6 +236,14 @@ impl Worker {
         });
     }
 
+    /// The id of an ephemeral container's target.
+    fn target(&self, name: &str) -> Option<String> {
+        let list = self.pod.spec.as_ref()?.ephemeral_containers.as_ref()?;
+        let target = list.iter().find(|c| c.name == name)?.target_container_name.as_ref()?;
+        let instance = self.state.containers.get(target)?.current.as_ref()?;
+        instance.running().then(|| instance.id.clone())
+    }
+
     fn start(&mut self, names: &[String]) {
         let mut turn: Option<oneshot::Receiver<()>> = None;
         for name in names {
@@ -249,6 +257,7 @@ impl Worker {
             let job = start::Job {
                 ctx: self.ctx.clone(),
                 pod: self.pod.clone(),
+                target: self.target(name),
                 container,
                 attempt,
                 prepared: self.prepared.subscribe(),

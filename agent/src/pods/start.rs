@@ -61,6 +61,8 @@ pub(crate) struct Job {
     pub(crate) pod: Arc<Pod>,
     pub(crate) container: Container,
     pub(crate) attempt: u32,
+    /// Id of the container whose processes an ephemeral one is to see.
+    pub(crate) target: Option<String>,
     pub(crate) prepared: watch::Receiver<Option<Prepared>>,
     /// Resolves (either way) when the start before this one is done.
     pub(crate) turn: Option<oneshot::Receiver<()>>,
@@ -347,6 +349,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
         log_path: Some(log),
         stdin: c.stdin == Some(true),
         stdin_once: c.stdin_once == Some(true),
+        pid_of: job.target.clone(),
     };
     if let Err(e) = live.supervisor.done(op).await {
         let message = e.to_string();

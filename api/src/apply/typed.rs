@@ -283,7 +283,8 @@ fn is_empty(v: Option<&Value>) -> bool {
 }
 
 fn walk(ty: Cursor<'_>, old: Option<&Value>, new: Option<&Value>, path: &mut Vec<Element>, out: &mut Comparison) {
-    let Some(sample) = new.filter(|v| !v.is_null()).or(old) else { return };
+    // A null that was not there before counts as set: Go prints unset times in new list items.
+    let Some(sample) = new.filter(|v| !v.is_null()).or(old).or(new) else { return };
     let both_empty = is_empty(old) && is_empty(new);
     match ty.shape(sample) {
         Shape::Map { atomic: false } if !both_empty => {

@@ -7,6 +7,7 @@
 //! Documents are built on demand and returned as bytes; callers should keep them only compressed, if at all. Descriptions
 //! come from the caller: `describe(definition, field)`.
 
+mod binary;
 mod paths;
 mod schemas;
 
@@ -143,6 +144,17 @@ pub fn v2_with(custom: &[(&str, &str, Vec<CrdPaths<'_>>)], describe: Describe<'_
     section("parameters", paths::shared_parameters(), &mut out);
     out.extend_from_slice(b",\"securityDefinitions\":{\"BearerToken\":{\"description\":\"Bearer Token authentication\",\"type\":\"apiKey\",\"name\":\"authorization\",\"in\":\"header\"}},\"security\":[{\"BearerToken\":[]}]}");
     out
+}
+
+/// The v2 document in protobuf, as upstream's clients ask for it. It has no operations.
+pub fn v2_protobuf(describe: Describe<'_>) -> Vec<u8> {
+    let mut names: Vec<_> = schema::definition_names().collect();
+    names.sort_unstable();
+    let definitions: Map<String, Value> = names
+        .into_iter()
+        .filter_map(|n| Some((n.to_owned(), schemas::definition(n, Dialect::V2, describe)?)))
+        .collect();
+    binary::encode(&json!({"info": info(), "definitions": definitions}))
 }
 
 /// The v3 document of a built-in group and version.

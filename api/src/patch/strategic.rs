@@ -127,11 +127,11 @@ fn merge_field(original: &mut Object, key: String, value: Value, def: Option<&De
     Ok(())
 }
 
-/// A new value: its directives have nothing to act on. `None` when the value only asked for deletion.
+/// A new value: its directives have nothing to act on. `None` for a map that says how to merge itself: upstream drops it.
 fn without_directives(value: Value) -> Option<Value> {
     match value {
         Value::Object(mut map) => {
-            if map.shift_remove(PATCH).is_some_and(|directive| directive == "delete") {
+            if map.contains_key(PATCH) {
                 return None;
             }
             map.shift_remove(RETAIN_KEYS);
@@ -146,10 +146,7 @@ fn without_directives(value: Value) -> Option<Value> {
             }
             Some(Value::Object(out))
         }
-        Value::Array(items) => {
-            let is_marker = |v: &Value| v.as_object().is_some_and(|m| m.len() == 1 && m.contains_key(PATCH));
-            Some(items.into_iter().filter(|v| !is_marker(v)).filter_map(without_directives).collect())
-        }
+        Value::Array(items) => Some(items.into_iter().filter_map(without_directives).collect()),
         other => Some(other),
     }
 }
@@ -365,6 +362,13 @@ mod tests {
             got.unwrap(),
             json!({"volumes": [{"name": "v", "hostPath": {"path": "/x"}}], "nodeSelector": {"c": "d"}, "tolerations": [{"key": "z"}]})
         );
+    }
+
+    #[test]
+    fn directives_of_a_missing_map_drop_it() {
+        let got =
+            pod_patch(json!({"restartPolicy": "Never"}), json!({"nodeSelector": {"$patch": "replace", "c": "d"}}));
+        assert_eq!(got.unwrap(), json!({"restartPolicy": "Never"}));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 
 mod read;
 mod special;
-mod write;
+pub(crate) mod write;
 
 use std::{
     collections::HashMap,
@@ -154,16 +154,40 @@ pub fn encode(obj: &Value) -> Result<Vec<u8>, Error> {
     let gvk = Gvk::of(obj);
     let mut raw = Vec::with_capacity(512);
     write::message(message_of(&gvk)?, obj, &mut raw)?;
+    Ok(sealed(&gvk, &raw))
+}
+
+/// Encodes a list with its envelope, item by item. `head` has kind, version and metadata.
+pub fn encode_list(head: &Value, items: impl Iterator<Item = Value>) -> Result<Vec<u8>, Error> {
+    let gvk = Gvk::of(head);
+    let list = message_of(&gvk)?;
+    let field = message(list).and_then(|fields| fields.iter().find(|f| f.name == "items"));
+    let Some(Field { number, kind: Kind::Message(item), .. }) = field else {
+        return Err(Error::NoMessage(gvk.to_string()));
+    };
+    let mut raw = Vec::with_capacity(4096);
+    write::message(list, head, &mut raw)?;
+    let mut one = Vec::with_capacity(1024);
+    for value in items {
+        one.clear();
+        write::message(item, &value, &mut one)?;
+        write::bytes(*number, &one, &mut raw);
+    }
+    Ok(sealed(&gvk, &raw))
+}
+
+/// Puts a message into the envelope.
+fn sealed(gvk: &Gvk, raw: &[u8]) -> Vec<u8> {
     let mut type_meta = Vec::new();
     write::text(1, &gvk.api_version(), &mut type_meta);
     write::text(2, &gvk.kind, &mut type_meta);
     let mut out = Vec::with_capacity(raw.len() + 64);
     out.extend_from_slice(MAGIC);
     write::bytes(1, &type_meta, &mut out);
-    write::bytes(2, &raw, &mut out);
+    write::bytes(2, raw, &mut out);
     write::bytes(3, b"", &mut out);
     write::bytes(4, b"", &mut out);
-    Ok(out)
+    out
 }
 
 /// Decodes an object with its envelope.
@@ -269,6 +293,11 @@ mod tests {
     fn lists_statuses_and_events() {
         round_trip(json!({"apiVersion": "v1", "kind": "ConfigMapList", "metadata": {"resourceVersion": "5"},
             "items": [{"metadata": {"name": "a"}}, {"metadata": {"name": "b"}}]}));
+        let items = [json!({"metadata": {"name": "a"}}), json!({"metadata": {"name": "b"}, "data": {"k": "v"}})];
+        let mut list = json!({"apiVersion": "v1", "kind": "ConfigMapList", "metadata": {"resourceVersion": "5"}});
+        let bytes = encode_list(&list, items.iter().cloned()).unwrap();
+        list["items"] = items.to_vec().into();
+        assert_eq!(bytes, encode(&list).unwrap());
         let status = crate::status::Status::not_found(&crate::gvk::GroupResource::new("", "pods"), "a").to_value();
         let back = decode(&encode(&status).unwrap()).unwrap();
         assert_eq!((&back["code"], &back["details"]["name"]), (&json!(404), &json!("a")));

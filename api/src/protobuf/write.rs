@@ -20,19 +20,19 @@ fn tag(number: u32, wire: u32, out: &mut Vec<u8>) {
 }
 
 /// A length-delimited field.
-pub(super) fn bytes(number: u32, data: &[u8], out: &mut Vec<u8>) {
+pub(crate) fn bytes(number: u32, data: &[u8], out: &mut Vec<u8>) {
     tag(number, 2, out);
     varint(data.len() as u64, out);
     out.extend_from_slice(data);
 }
 
 /// A string field.
-pub(super) fn text(number: u32, data: &str, out: &mut Vec<u8>) {
+pub(crate) fn text(number: u32, data: &str, out: &mut Vec<u8>) {
     bytes(number, data.as_bytes(), out);
 }
 
 /// A varint field; negative numbers take ten bytes, as in Go.
-pub(super) fn integer(number: u32, n: i64, out: &mut Vec<u8>) {
+pub(crate) fn integer(number: u32, n: i64, out: &mut Vec<u8>) {
     tag(number, 0, out);
     varint(n as u64, out);
 }

@@ -98,8 +98,13 @@ pub(super) fn is_zero(v: &Value) -> bool {
     }
 }
 
-fn keep(field: &Field, value: &Value) -> bool {
-    field.zero != Zero::Drop || !is_zero(value)
+fn keep(def: &Definition, field: &Field, value: &Value) -> bool {
+    field.zero != Zero::Drop || !is_zero(value) || empty_counts(def, field, value)
+}
+
+/// Lists that are only defaulted when they are missing: an empty one stays empty, for validation to refuse.
+fn empty_counts(def: &Definition, field: &Field, value: &Value) -> bool {
+    value.is_array() && &*field.name == "policies" && def.name.ends_with(".HPAScalingRules")
 }
 
 impl<'a> Decoder<'a> {
@@ -134,7 +139,7 @@ impl<'a> Decoder<'a> {
                 let ok = !value.is_null() && self.value(&field.ty, &mut value);
                 self.owner = owner;
                 self.fields.pop();
-                if ok && keep(field, &value) {
+                if ok && keep(def, field, &value) {
                     map.insert(key, value);
                 }
             } else if def.opaque {

@@ -5,6 +5,7 @@ use std::{collections::HashMap, path::Path, sync::Arc};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::{HeaderMap, header};
 use isopod_api::status::Status;
+use sha2::{Digest, Sha256};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::{ALL_AUTHENTICATED, TokenAuthenticator, TokenIdentity, UserInfo};
@@ -84,7 +85,9 @@ pub(crate) fn certificate_user(der: &[u8]) -> Option<UserInfo> {
     let subject = certificate.subject();
     let name = subject.iter_common_name().next()?.as_str().ok()?.to_owned();
     let groups = subject.iter_organization().filter_map(|o| o.as_str().ok()).map(str::to_owned).collect();
-    Some(UserInfo { name, groups, ..UserInfo::default() })
+    let hash: String = Sha256::digest(der).iter().map(|b| format!("{b:02x}")).collect();
+    let credential = ("authentication.kubernetes.io/credential-id".to_owned(), vec![format!("X509SHA256={hash}")]);
+    Some(UserInfo { name, groups, extra: [credential].into(), ..UserInfo::default() })
 }
 
 /// Who sends a request.

@@ -15,7 +15,7 @@ use crate::{
     custom::Served,
     endpoints::Body,
     server::{
-        negotiate::{Accepted, negotiate},
+        negotiate::{Accepted, Binary, negotiate},
         respond::{self, Style},
     },
 };
@@ -55,7 +55,7 @@ pub(crate) fn answer(request: &DiscoveryRequest<'_>, style: Style, custom: &Serv
         },
         _ => None,
     }?;
-    let accepted = match negotiate(request.accept, false) {
+    let accepted = match negotiate(request.accept, false, Binary::Served) {
         Ok(accepted) => accepted,
         Err(status) => return Some(respond::status(style, &status)),
     };

@@ -12,7 +12,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, resources, same, scheduling, template::sorted, volume, volume_source},
+    validation::{At, Errs, internal, resources, same, scheduling, template::sorted, volume, volume_source},
 };
 
 /// `persistentvolumes`.
@@ -356,10 +356,18 @@ fn claim_update(e: &mut Errs, spec: &At<'_>, old: &At<'_>, old_obj: &Value) {
         map.remove("storageClassName");
     }
     if !same(&munged, old.v) {
-        e.forbidden(
-            spec,
-            "spec is immutable after creation except resources.requests and volumeAttributesClassName for bound claims",
-        );
+        // What may be set once is the same on both sides of the diff.
+        let mut before = old.v.clone();
+        for field in ["volumeName", "storageClassName"] {
+            if !old.get(field).is_set() && spec.get(field).is_set() {
+                before[field] = spec.get(field).v.clone();
+                munged[field] = spec.get(field).v.clone();
+            }
+        }
+        let diff = internal::diff(&internal::claim_spec(&before), &internal::claim_spec(&munged));
+        let message =
+            "spec is immutable after creation except resources.requests and volumeAttributesClassName for bound claims";
+        e.forbidden(spec, &format!("{message}\n{diff}"));
     }
     if let (Some(now), Some(then)) = (resources::quantity(size.v), resources::quantity(was.v))
         && now.cmp(&then) == Ordering::Less

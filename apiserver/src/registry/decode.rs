@@ -134,6 +134,11 @@ pub(crate) fn typed(
     }
 }
 
+/// Kinds that are no longer served but still understood in bodies.
+fn old_name(found: &Gvk, wanted: &Gvk) -> bool {
+    wanted.kind == "Eviction" && found.kind == wanted.kind && found.group == wanted.group && found.version == "v1beta1"
+}
+
 /// Fills in a missing kind and version, refuses others than the expected.
 fn identify(resource: &Resource, gvk: &Gvk, value: &mut Value) -> Result<(), Status> {
     let version = gvk.api_version();
@@ -145,6 +150,10 @@ fn identify(resource: &Resource, gvk: &Gvk, value: &mut Value) -> Result<(), Sta
     value["apiVersion"] = api_version.as_str().into();
     let found = Gvk::from_api_version(&api_version, &kind);
     if found == *gvk {
+        return Ok(());
+    }
+    if old_name(&found, gvk) {
+        value["apiVersion"] = version.as_str().into();
         return Ok(());
     }
     if resource.custom.is_some() && *gvk == resource.gvk {

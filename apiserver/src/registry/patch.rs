@@ -103,7 +103,59 @@ impl<'b> Patch<'b> {
             }
             PatchKind::Apply => return Err(Status::internal("apply is not a plain patch")),
         }
-        decode_patched(resource, gvk, new, &self.duplicates, validation, warnings)
+        decode_patched(resource, gvk, new, self, validation, warnings)
+    }
+
+    /// The patched object as upstream shows it in errors: what the patch touched went through Go maps, which are sorted.
+    fn shown(&self, patched: &Value) -> String {
+        let mut shown = patched.clone();
+        sort_members(&mut shown);
+        match self.kind {
+            PatchKind::Json => {
+                let operations: Value = serde_json::from_slice(self.body).unwrap_or_default();
+                for operation in operations.as_array().into_iter().flatten() {
+                    for pointer in [&operation["path"], &operation["from"]] {
+                        sort_path(&mut shown, pointer.as_str().unwrap_or_default());
+                    }
+                }
+            }
+            PatchKind::Merge => sort_merged(&mut shown, &self.value),
+            PatchKind::Strategic | PatchKind::Apply => {}
+        }
+        shown.to_string()
+    }
+}
+
+fn sort_members(value: &mut Value) {
+    if let Value::Object(map) = value {
+        map.sort_keys();
+    }
+}
+
+/// Sorts the containers a JSON pointer goes through.
+fn sort_path(value: &mut Value, pointer: &str) {
+    let mut at = value;
+    let parents = pointer.rsplit_once('/').map_or("", |(parents, _)| parents);
+    for token in parents.split('/').skip(1) {
+        let token = token.replace("~1", "/").replace("~0", "~");
+        let next = match at {
+            Value::Object(map) => map.get_mut(&token),
+            Value::Array(items) => token.parse::<usize>().ok().and_then(|i| items.get_mut(i)),
+            _ => None,
+        };
+        let Some(next) = next else { return };
+        sort_members(next);
+        at = next;
+    }
+}
+
+/// Sorts the objects a merge patch merged into.
+fn sort_merged(value: &mut Value, patch: &Value) {
+    sort_members(value);
+    for (key, patch) in patch.as_object().into_iter().flatten().filter(|(_, p)| p.is_object()) {
+        if let Some(value) = value.get_mut(key) {
+            sort_merged(value, patch);
+        }
     }
 }
 
@@ -112,12 +164,12 @@ fn decode_patched(
     resource: &Resource,
     gvk: &Gvk,
     new: Value,
-    duplicates: &[String],
+    patch: &Patch<'_>,
     validation: FieldValidation,
     warnings: &mut Vec<String>,
 ) -> Result<Value, Status> {
     let invalid = |value: &Value, detail: String| {
-        let error = Error::invalid(&Path::new("patch"), go_json(value), detail);
+        let error = Error::invalid(&Path::new("patch"), patch.shown(value), detail);
         Status::invalid(&GroupKind::default(), "", vec![error])
     };
     let found = Gvk::of(&new);
@@ -136,7 +188,8 @@ fn decode_patched(
         return Err(invalid(&new, detail));
     }
     let mut decoded = new.clone();
-    let strict = resource.schema(gvk).decode(&mut decoded, duplicates).map_err(|e| invalid(&new, e.to_string()))?;
+    let strict =
+        resource.schema(gvk).decode(&mut decoded, &patch.duplicates).map_err(|e| invalid(&new, e.to_string()))?;
     match validation {
         FieldValidation::Strict if !strict.is_empty() => {
             Err(invalid(&new, format!("strict decoding error: {}", strict.join(", "))))
@@ -146,19 +199,6 @@ fn decode_patched(
             Ok(decoded)
         }
         _ => Ok(decoded),
-    }
-}
-
-/// An object as Go prints a map: members sorted at the top, metadata in struct order.
-fn go_json(value: &Value) -> String {
-    match value {
-        Value::Object(map) => {
-            let mut members: Vec<_> = map.iter().collect();
-            members.sort_by(|a, b| a.0.cmp(b.0));
-            let sorted: serde_json::Map<_, _> = members.into_iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-            Value::Object(sorted).to_string()
-        }
-        other => other.to_string(),
     }
 }
 
@@ -241,4 +281,24 @@ fn check_applied(resource: &Resource, target: Target<'_>, mut applied: Value) ->
         isopod_api::meta::set_name(&mut applied, target.name);
     }
     Ok(applied)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn errors_show_touched_objects_sorted() {
+        let object = json!({"kind": "K", "data": {"z": "1", "c": "2"}, "rest": {"b": 1, "a": 2}});
+        let body = br#"[{"op":"add","path":"/data/c","value":"2"}]"#;
+        let json_patch = Patch { kind: PatchKind::Json, body, value: Value::Null, duplicates: Vec::new() };
+        let merge =
+            Patch { kind: PatchKind::Merge, body: b"", value: json!({"data": {"c": "2"}}), duplicates: Vec::new() };
+        for patch in [json_patch, merge] {
+            let want = r#"{"data":{"c":"2","z":"1"},"kind":"K","rest":{"b":1,"a":2}}"#;
+            assert_eq!(patch.shown(&object), want, "{:?}", patch.kind);
+        }
+    }
 }

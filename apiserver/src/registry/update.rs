@@ -122,6 +122,8 @@ impl Registry {
                         "",
                     ));
                 }
+                // Only a create by POST refuses a resourceVersion.
+                meta::set_resource_version(&mut new, "");
                 match self.create_tracked(resource, namespace, new, rules.tracking, writer).await {
                     Ok(object) => return Ok(Outcome { object, created: true }),
                     Err(status) if status.reason == "AlreadyExists" && store.get(&key).is_some() => continue,
@@ -288,14 +290,18 @@ fn compose(resource: &Resource, subresource: &str, new: &mut Value, old: &Value)
         "status" => {
             let status = new.get("status").cloned();
             let managed = meta::managed_fields(new).to_vec();
+            let metadata = new.get("metadata").cloned().unwrap_or_default();
             take_all_but(new, old, &["status"]);
             set_member(new, "status", status);
+            set_metadata(new, &metadata, written_with_status(resource));
             meta::set(new, "managedFields", managed);
         }
         "approval" => {
             let conditions = new["status"].get("conditions").cloned();
             let managed = meta::managed_fields(new).to_vec();
+            let metadata = new.get("metadata").cloned().unwrap_or_default();
             take_all_but(new, old, &[]);
+            set_metadata(new, &metadata, &CLIENT_METADATA);
             meta::set(new, "managedFields", managed);
             if conditions.is_some() || new["status"].get("conditions").is_some() {
                 set_member(&mut new["status"], "conditions", conditions);
@@ -304,13 +310,39 @@ fn compose(resource: &Resource, subresource: &str, new: &mut Value, old: &Value)
         "finalize" => {
             let finalizers = new["spec"].get("finalizers").cloned();
             let managed = meta::managed_fields(new).to_vec();
+            let metadata = new.get("metadata").cloned().unwrap_or_default();
             take_all_but(new, old, &[]);
+            set_metadata(new, &metadata, &CLIENT_METADATA);
             meta::set(new, "managedFields", managed);
             set_member(&mut new["spec"], "finalizers", finalizers);
         }
         _ => {}
     }
     resource.schema(&Gvk::of(new)).fill(new);
+}
+
+/// Metadata that belongs to clients.
+const CLIENT_METADATA: [&str; 4] = ["labels", "annotations", "finalizers", "ownerReferences"];
+
+/// The metadata a write of `status` may change. Most kinds let all of it change; newer ones none.
+fn written_with_status(resource: &Resource) -> &'static [&'static str] {
+    let gvr = &resource.gvr;
+    match (gvr.group.as_str(), gvr.resource.as_str()) {
+        ("", "pods") => &CLIENT_METADATA[..3],
+        ("apps", "deployments") => &CLIENT_METADATA[1..],
+        ("flowcontrol.apiserver.k8s.io" | "resource.k8s.io" | "apiextensions.k8s.io" | "apiregistration.k8s.io", _)
+        | ("storage.k8s.io", "volumeattachments")
+        | ("admissionregistration.k8s.io" | "internal.apiserver.k8s.io", _) => &[],
+        _ if isopod_api::schema::lookup(&resource.gvk).is_none() => &[],
+        _ => &CLIENT_METADATA,
+    }
+}
+
+/// Takes `members` of a written metadata.
+fn set_metadata(new: &mut Value, written: &Value, members: &[&str]) {
+    for member in members {
+        meta::set(new, member, written.get(*member).cloned().unwrap_or_default());
+    }
 }
 
 fn take_all_but(new: &mut Value, old: &Value, keep: &[&str]) {

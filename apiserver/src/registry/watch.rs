@@ -5,11 +5,11 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use futures::stream;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
-use isopod_api::status::Status;
+use isopod_api::{protobuf, status::Status};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -37,6 +37,8 @@ pub(crate) struct WatchRequest {
     pub(crate) selection: Selection,
     /// In which form.
     pub(crate) rendering: Rendering,
+    /// Frames are protobuf.
+    pub(crate) binary: bool,
     /// Fires when the server stops.
     pub(crate) stop: CancellationToken,
 }
@@ -152,7 +154,7 @@ impl Stream {
             };
             let Some(position) = position else {
                 self.ended = true;
-                return Some(expired(&store, self.after));
+                return Some(self.expired(&store));
             };
             let mut out = BytesMut::new();
             for event in &events {
@@ -202,7 +204,11 @@ impl Stream {
         if self.first && matches!(self.request.rendering.transform, Transform::Table(_)) {
             return Some(self.frame(seen, &event.object));
         }
-        let format = self.request.rendering.id() | (seen as u32) << 8 | u32::from(left) << 10 | self.resource.format();
+        let format = self.request.rendering.id()
+            | (seen as u32) << 8
+            | u32::from(left) << 10
+            | u32::from(self.request.binary) << 31
+            | self.resource.format();
         Some(event.frame(format, || match (&event.previous, left) {
             (Some(previous), true) => self.build(seen, &previous.at_revision(event.revision), false),
             _ => self.build(seen, &event.object, false),
@@ -215,6 +221,9 @@ impl Stream {
     }
 
     fn build(&self, seen: Seen, object: &Object, first: bool) -> Bytes {
+        if self.request.binary {
+            return binary_frame(seen.name(), &render::value(&self.resource, object, self.request.rendering, first));
+        }
         let body = render::one(&self.resource, object, self.request.rendering, first);
         envelope(seen.name(), &body)
     }
@@ -226,19 +235,39 @@ impl Stream {
             object["metadata"]["annotations"] = json!({INITIAL_EVENTS_END: "true"});
         }
         decode::complete_empty(&self.resource, &mut object);
-        let value = render::bookmark(object, self.request.rendering);
-        envelope("BOOKMARK", &serde_json::to_vec(&value).unwrap_or_default())
+        self.value_frame("BOOKMARK", &render::bookmark(object, self.request.rendering))
+    }
+
+    /// An ERROR event that says the watch must start over.
+    fn expired(&self, store: &ResourceCache) -> Bytes {
+        let message = match self.after {
+            0 => "The resourceVersion for the provided watch is too old.".to_owned(),
+            after => format!("too old resource version: {after} ({})", store.oldest()),
+        };
+        self.value_frame("ERROR", &Status::expired(message).to_value())
+    }
+
+    fn value_frame(&self, kind: &str, value: &Value) -> Bytes {
+        match self.request.binary {
+            true => binary_frame(kind, value),
+            false => envelope(kind, &serde_json::to_vec(value).unwrap_or_default()),
+        }
     }
 }
 
-/// An ERROR event that says the watch must start over.
-fn expired(store: &ResourceCache, after: u64) -> Bytes {
-    let message = match after {
-        0 => "The resourceVersion for the provided watch is too old.".to_owned(),
-        after => format!("too old resource version: {after} ({})", store.oldest()),
+/// A protobuf frame: four bytes of length, then the event. An object that cannot be encoded becomes an ERROR.
+fn binary_frame(kind: &str, value: &Value) -> Bytes {
+    let event = match protobuf::encode(value) {
+        Ok(object) => protobuf::watch_event(kind, &object),
+        Err(error) => {
+            let status = Status::internal(format!("unable to encode watch object: {error}")).to_value();
+            protobuf::watch_event("ERROR", &protobuf::encode(&status).unwrap_or_default())
+        }
     };
-    let status: Value = Status::expired(message).to_value();
-    envelope("ERROR", &serde_json::to_vec(&status).unwrap_or_default())
+    let mut out = BytesMut::with_capacity(event.len() + 4);
+    out.put_u32(event.len() as u32);
+    out.extend_from_slice(&event);
+    out.freeze()
 }
 
 fn envelope(kind: &str, object: &[u8]) -> Bytes {

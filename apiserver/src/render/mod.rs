@@ -60,16 +60,23 @@ fn meta_version(beta: bool) -> &'static str {
 
 /// One object's JSON. `first` tables carry the columns.
 pub(crate) fn one(resource: &Resource, object: &Object, rendering: Rendering, first: bool) -> Bytes {
-    let value = match rendering.transform {
-        Transform::None => return object_bytes(resource, object),
+    match rendering.transform {
+        Transform::None => object_bytes(resource, object),
+        _ => serde_json::to_vec(&value(resource, object, rendering, first)).unwrap_or_default().into(),
+    }
+}
+
+/// The same as a value.
+pub(crate) fn value(resource: &Resource, object: &Object, rendering: Rendering, first: bool) -> Value {
+    match rendering.transform {
+        Transform::None => object_value(resource, object),
         Transform::Partial(beta) => partial(&object_value(resource, object), beta),
         Transform::Table(beta) => {
             let rows = [object_value(resource, object)];
             let metadata = json!({"resourceVersion": object.revision.to_string()});
             table::table(resource, &rows, metadata, beta, rendering.include, first)
         }
-    };
-    serde_json::to_vec(&value).unwrap_or_default().into()
+    }
 }
 
 /// A bookmark's object.
@@ -121,6 +128,15 @@ pub(crate) fn list(
         return body::list(&head, objects, style.gzip);
     }
     let values = objects.iter().map(|o| object_value(resource, o));
+    if style.accepted.media == Media::Protobuf && !matches!(rendering.transform, Transform::Table(_)) {
+        return match rendering.transform {
+            Transform::Partial(beta) => {
+                let head = json!({"kind": "PartialObjectMetadataList", "apiVersion": meta_version(beta), "metadata": head["metadata"]});
+                respond::binary_list(style, &head, values.map(|v| partial(&v, beta)))
+            }
+            _ => respond::binary_list(style, &head, values),
+        };
+    }
     let value = match rendering.transform {
         Transform::None => {
             let mut head = head;

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{
     App, forbidden, limits,
-    negotiate::{Accepted, negotiate},
+    negotiate::{Accepted, Binary, negotiate},
     openapi,
     query::Query,
     request::RequestInfo,
@@ -50,6 +50,11 @@ pub(super) async fn handle(
     let query = Query::parse(request.uri().query().unwrap_or(""));
     let info = RequestInfo::new(request.method().as_str(), request.uri().path(), &query);
     let style = Style { accepted: Accepted::JSON, pretty: pretty(&request, &query), gzip: takes_gzip(&request) };
+    // Errors are written in the encoding the client prefers, never transformed.
+    let accepted =
+        negotiate(request.headers().get(header::ACCEPT).and_then(|v| v.to_str().ok()), false, Binary::Served);
+    let media = accepted.map_or(Accepted::JSON.media, |accepted| accepted.media);
+    let errors = Style { accepted: Accepted { media, ..Accepted::JSON }, ..style };
     let head = request.method() == Method::HEAD;
     let running = app.counters.start(&info);
     let long = info.long_running();
@@ -66,10 +71,10 @@ pub(super) async fn handle(
     };
     let mut response = match outcome {
         Ok(Ok(response)) => response,
-        Ok(Err(status)) => respond::status(style, &status),
+        Ok(Err(status)) => respond::status(errors, &status),
         Err(_) => {
             tracing::error!(path = counted.path, "a request panicked");
-            respond::status(style, &Status::internal("the server panicked; see its log"))
+            respond::status(errors, &Status::internal("the server panicked; see its log"))
         }
     };
     drop(running);
@@ -121,8 +126,7 @@ async fn answer(
     authorize(app, &info, &user)?;
     let (parts, body) = request.into_parts();
     let mut call = Call { parts, body: Some(body), info, query, user, style };
-    if let Ok(accepted) = negotiate(header_text(&call.parts, header::ACCEPT), false) {
-        // Errors are written in the negotiated encoding too, never transformed.
+    if let Ok(accepted) = negotiate(header_text(&call.parts, header::ACCEPT), false, Binary::Served) {
         call.style.pretty |= accepted.pretty;
     }
     if call.info.resource_request {
@@ -176,7 +180,7 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
             Some(respond::with_type(200, "application/jwk-set+json", keys))
         }
         path if path.starts_with("openapi/") => {
-            openapi::answer(path, &call.query, call.style, app.registry.custom()).await
+            openapi::answer(path, &call.query, accept, call.style, app.registry.custom()).await
         }
         _ => discovery::answer(&request, call.style, &app.registry.custom()),
     };

@@ -9,6 +9,17 @@ pub(crate) enum Media {
     Json,
     /// YAML.
     Yaml,
+    /// Protobuf with upstream's envelope.
+    Protobuf,
+}
+
+/// Whether a resource's own objects have a protobuf form. Their metadata always has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Binary {
+    /// They have.
+    Served,
+    /// They have not (custom resources).
+    MetadataOnly,
 }
 
 impl Media {
@@ -17,6 +28,15 @@ impl Media {
         match self {
             Media::Json => "application/json",
             Media::Yaml => "application/yaml",
+            Media::Protobuf => "application/vnd.kubernetes.protobuf",
+        }
+    }
+
+    /// The Content-Type of a watch.
+    pub(crate) fn stream_type(self) -> &'static str {
+        match self {
+            Media::Json | Media::Yaml => "application/json",
+            Media::Protobuf => "application/vnd.kubernetes.protobuf;stream=watch",
         }
     }
 }
@@ -81,7 +101,7 @@ fn clauses(header: &str) -> Vec<Clause<'_>> {
 }
 
 /// Negotiates an Accept header. `watchable` is for routes that also stream.
-pub(crate) fn negotiate(header: Option<&str>, watchable: bool) -> Result<Accepted, Status> {
+pub(crate) fn negotiate(header: Option<&str>, watchable: bool, binary: Binary) -> Result<Accepted, Status> {
     let header = header.unwrap_or("").trim();
     if header.is_empty() {
         return Ok(Accepted::JSON);
@@ -98,23 +118,27 @@ pub(crate) fn negotiate(header: Option<&str>, watchable: bool) -> Result<Accepte
         let text = format!("406: Not Acceptable\n\nAvailable representations: {}", available.join(", "));
         return Err(Status::not_acceptable(text).with_details(Details::default()));
     }
-    clauses(header).iter().find_map(accept).ok_or_else(|| {
+    clauses(header).iter().find_map(|clause| accept(clause, binary)).ok_or_else(|| {
         Status::not_acceptable(format!("only the following media types are accepted: {}", ROUTES.join(", ")))
     })
 }
 
-fn accept(clause: &Clause<'_>) -> Option<Accepted> {
+fn accept(clause: &Clause<'_>, binary: Binary) -> Option<Accepted> {
     let media = match (clause.kind, clause.subkind) {
         ("*", "*") | ("application", "*" | "json") => Media::Json,
         ("application", "yaml") => Media::Yaml,
+        ("application", "vnd.kubernetes.protobuf") => Media::Protobuf,
         _ => return None,
     };
     let param = |name: &str| clause.params.iter().find(|(k, _)| *k == name).map(|(_, v)| *v);
     let mut accepted = Accepted { media, transform: Transform::None, pretty: false, list: None, discovery: None };
     accepted.pretty = matches!(param("pretty"), Some("1" | "true"));
-    let Some(target) = param("as") else { return Some(accepted) };
+    let Some(target) = param("as") else {
+        return (media != Media::Protobuf || binary == Binary::Served).then_some(accepted);
+    };
     match (target, param("g"), param("v")) {
-        ("Table", Some("meta.k8s.io"), Some(v @ ("v1" | "v1beta1"))) => {
+        // Tables have no protobuf form.
+        ("Table", Some("meta.k8s.io"), Some(v @ ("v1" | "v1beta1"))) if media != Media::Protobuf => {
             accepted.transform = Transform::Table(v == "v1beta1");
         }
         ("PartialObjectMetadata" | "PartialObjectMetadataList", Some("meta.k8s.io"), Some(v @ ("v1" | "v1beta1"))) => {
@@ -133,16 +157,22 @@ mod tests {
 
     #[test]
     fn accept_headers() {
-        let ok = |h| negotiate(Some(h), false).unwrap();
+        let ok = |h| negotiate(Some(h), false, Binary::Served).unwrap();
         assert_eq!(ok("application/json;q=0.5,application/yaml;q=0.9").media, Media::Yaml);
-        assert_eq!(ok("application/vnd.kubernetes.protobuf,application/json").media, Media::Json);
+        let protobuf = "application/vnd.kubernetes.protobuf,application/json";
+        assert_eq!(ok(protobuf).media, Media::Protobuf);
+        assert_eq!(negotiate(Some(protobuf), false, Binary::MetadataOnly).unwrap().media, Media::Json);
+        let metadata = "application/vnd.kubernetes.protobuf;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
+        assert_eq!(negotiate(Some(metadata), false, Binary::MetadataOnly).unwrap().media, Media::Protobuf);
+        let table = "application/vnd.kubernetes.protobuf;as=Table;g=meta.k8s.io;v=v1,application/json";
+        assert_eq!((ok(table).media, ok(table).transform), (Media::Json, Transform::None));
         assert_eq!(
             ok("application/json;as=Table;g=meta.k8s.io;v=v1,application/json").transform,
             Transform::Table(false)
         );
         assert_eq!(ok("application/json;as=Table;g=other;v=v1,application/json").transform, Transform::None);
         assert!(ok("application/json;pretty=1").pretty);
-        let message = |h| negotiate(Some(h), false).unwrap_err().message;
+        let message = |h| negotiate(Some(h), false, Binary::Served).unwrap_err().message;
         for header in ["text/html", "application/*", "garbage", "application/cbor"] {
             assert!(message(header).starts_with("406: Not Acceptable\n"), "{header}");
         }

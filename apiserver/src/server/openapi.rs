@@ -22,8 +22,25 @@ fn not_found() -> Response<Body> {
     response
 }
 
+/// What clients call the v2 document's protobuf form, up to its version.
+const V2_BINARY: &str = "application/com.github.proto-openapi.spec.v2";
+
 /// Answers `openapi/...`; `None` when the path is not one of them.
-pub(super) async fn answer(path: &str, query: &Query, style: Style, served: Arc<Served>) -> Option<Response<Body>> {
+pub(super) async fn answer(
+    path: &str,
+    query: &Query,
+    accept: Option<&str>,
+    style: Style,
+    served: Arc<Served>,
+) -> Option<Response<Body>> {
+    if path == "openapi/v2" && accept.is_some_and(|accept| accept.starts_with(V2_BINARY)) {
+        let document = tokio::task::spawn_blocking(|| {
+            let texts = Descriptions::load();
+            openapi::v2_protobuf(&|definition, field| texts.of(definition, field))
+        });
+        let content_type = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+        return Some(respond::with_type(200, content_type, document.await.ok()?));
+    }
     if path == "openapi/v2" {
         let document = tokio::task::spawn_blocking(move || {
             let texts = Descriptions::load();

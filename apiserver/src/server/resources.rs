@@ -6,6 +6,7 @@ use bytes::Bytes;
 use http::{Method, Request, Response, header};
 use isopod_api::{
     gvk::{Gvk, Gvr},
+    protobuf,
     status::Status,
 };
 use serde_json::{Value, json};
@@ -14,7 +15,7 @@ use super::{
     App,
     handle::{Call, header_text},
     limits,
-    negotiate::negotiate,
+    negotiate::{Binary, Media, negotiate},
     respond::{self, Style},
 };
 use crate::{
@@ -73,7 +74,9 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
         return connect.connect(request).await;
     }
     let watchable = matches!(&*info.verb, "list" | "watch");
-    call.style.accepted = negotiate(header_text(&call.parts, header::ACCEPT), watchable)?;
+    let body = body_kind(&resource, &info.subresource);
+    let binary = if protobuf::supported(&body) { Binary::Served } else { Binary::MetadataOnly };
+    call.style.accepted = negotiate(header_text(&call.parts, header::ACCEPT), watchable, binary)?;
     call.style.pretty |= call.style.accepted.pretty;
     let custom = resource.custom.as_ref();
     let deprecation =
@@ -183,11 +186,12 @@ async fn watch_objects(app: &App, resource: &Arc<Resource>, call: Call) -> Resul
     let rendering = rendering(&call, resource)?;
     let info = &call.info;
     let selection = Selection::parse(resource, &info.namespace, &info.name, &call.query)?;
-    let request = WatchRequest { selection, rendering, stop: app.stop.clone() };
+    let media = call.style.accepted.media;
+    let request = WatchRequest { selection, rendering, binary: media == Media::Protobuf, stop: app.stop.clone() };
     let body = watch(resource, &call.query, request).await?;
     let mut response = Response::new(body);
-    let json = header::HeaderValue::from_static("application/json");
-    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    let content_type = header::HeaderValue::from_static(media.stream_type());
+    response.headers_mut().insert(header::CONTENT_TYPE, content_type);
     Ok(response)
 }
 

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use http::{HeaderMap, HeaderValue, Response, header};
 use http_body_util::{BodyExt, Full};
-use isopod_api::status::Status;
+use isopod_api::{protobuf, status::Status};
 use serde_json::Value;
 
 use super::{
@@ -38,6 +38,10 @@ pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
 pub(crate) fn value(style: Style, code: u16, value: &Value) -> Response<Body> {
     let bytes = match style.accepted.media {
         Media::Yaml => yaml::encode(value).into_bytes(),
+        Media::Protobuf => match protobuf::encode(value) {
+            Ok(bytes) => bytes,
+            Err(error) => return unencodable(&error),
+        },
         Media::Json if style.pretty => {
             let mut out = serde_json::to_vec_pretty(value).unwrap_or_default();
             out.push(b'\n');
@@ -52,6 +56,14 @@ pub(crate) fn value(style: Style, code: u16, value: &Value) -> Response<Body> {
     bytes_response(style, code, bytes.into())
 }
 
+/// A list in protobuf, encoded object by object.
+pub(crate) fn binary_list(style: Style, head: &Value, items: impl Iterator<Item = Value>) -> Response<Body> {
+    match protobuf::encode_list(head, items) {
+        Ok(bytes) => bytes_response(style, 200, bytes.into()),
+        Err(error) => unencodable(&error),
+    }
+}
+
 /// JSON bytes in the negotiated encoding.
 pub(crate) fn json(style: Style, code: u16, bytes: Bytes) -> Response<Body> {
     if style.accepted.media == Media::Json && !style.pretty {
@@ -61,6 +73,14 @@ pub(crate) fn json(style: Style, code: u16, bytes: Bytes) -> Response<Body> {
         Ok(parsed) => value(style, code, &parsed),
         Err(_) => bytes_response(style, code, bytes),
     }
+}
+
+/// What upstream answers when an object does not fit the encoding that was asked for.
+fn unencodable(error: &protobuf::Error) -> Response<Body> {
+    let status =
+        Status::not_acceptable(format!("object does not implement the protobuf marshalling interface: {error}"));
+    let body = serde_json::to_vec(&status.to_value()).unwrap_or_default();
+    with_type(status.code, Media::Json.content_type(), body)
 }
 
 fn bytes_response(style: Style, code: u16, bytes: Bytes) -> Response<Body> {

@@ -81,6 +81,10 @@ Projected: Sources=sources:L(Projection) DefaultMode=defaultMode:*
 Projection: Secret=secret:P(SecretProjection) DownwardAPI=downwardAPI:P(DownwardProjection) ConfigMap=configMap:P(SecretProjection) ServiceAccountToken=serviceAccountToken:P(TokenProjection) ClusterTrustBundle=clusterTrustBundle:* PodCertificate=podCertificate:*
 SecretProjection: Name=name:s Items=items:L(KeyPath) Optional=optional:*
 DownwardProjection: Items=items:L(DownwardFile)
+ClaimSpec: AccessModes=accessModes:* Selector=selector:* Resources=resources:S(ClaimResources) VolumeName=volumeName:s StorageClassName=storageClassName:* VolumeMode=volumeMode:* DataSource=dataSource:P(ClaimSource) DataSourceRef=dataSourceRef:P(ClaimSourceRef) VolumeAttributesClassName=volumeAttributesClassName:*
+ClaimResources: Limits=limits:* Requests=requests:*
+ClaimSource: APIGroup=apiGroup:* Kind=kind:s Name=name:s
+ClaimSourceRef: APIGroup=apiGroup:* Kind=kind:s Name=name:s Namespace=namespace:*
 TokenProjection: Audience=audience:s ExpirationSeconds=expirationSeconds:i Path=path:s
 ";
 
@@ -151,6 +155,11 @@ pub(crate) fn pod_spec(spec: &Value) -> Value {
         }
     }
     of("PodSpec", &spec)
+}
+
+/// The spec of a persistent volume claim.
+pub(crate) fn claim_spec(spec: &Value) -> Value {
+    of("ClaimSpec", spec)
 }
 
 /// A container.

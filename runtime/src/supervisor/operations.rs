@@ -33,8 +33,10 @@ impl Server {
     pub(super) fn perform(&mut self, client: u64, op: Op, fds: Vec<OwnedFd>) -> Outcome {
         let answer = match op {
             Op::Hello { version } => Answer::Hello { version: version.min(VERSION) },
-            Op::Create { container, bundle, rootfs, log_path, stdin, stdin_once } => {
-                let pid = self.create(&container, &bundle, &rootfs, log_path.as_deref(), stdin, stdin_once)?;
+            Op::Create { container, bundle, rootfs, log_path, stdin, stdin_once, pid_of } => {
+                let log = log_path.as_deref();
+                let target = pid_of.as_deref();
+                let pid = self.create(&container, &bundle, &rootfs, log, [stdin, stdin_once], target)?;
                 Answer::Created { pid }
             }
             Op::Start { container } => self.start(&container)?,
@@ -78,8 +80,8 @@ impl Server {
         bundle: &Path,
         rootfs: &Rootfs,
         log_path: Option<&Path>,
-        stdin: bool,
-        stdin_once: bool,
+        stdin: [bool; 2],
+        pid_of: Option<&str>,
     ) -> Result<i32> {
         if id.is_empty() || id.contains('/') || id.starts_with('.') {
             return Err(Error::invalid(format!("container id {id:?} is no file name")));
@@ -88,12 +90,13 @@ impl Server {
             return Err(Error::state(format!("container {id} exists already")));
         }
         let mut config = Config::load(bundle)?;
-        self.share_namespaces(&mut config);
+        let target = pid_of.map(|target| self.pid_namespace_of(target)).transpose()?.flatten();
+        self.share_namespaces(&mut config, target.is_some());
         let configured = config.spec.linux().as_ref().and_then(|l| l.cgroups_path().as_ref());
         let path = self.container_cgroup(id, configured.and_then(|p| p.to_str()));
         let resources = config.spec.linux().as_ref().and_then(|l| l.resources().as_ref());
         let cgroup = Cgroup::plan(&path, resources)?;
-        let made = self.launch(id, &config, rootfs, log_path, stdin, stdin_once, cgroup.clone());
+        let made = self.launch(id, &config, rootfs, log_path, stdin, target, cgroup.clone());
         match made {
             Ok(pid) => Ok(pid),
             Err(error) => {
@@ -107,8 +110,8 @@ impl Server {
     }
 
     /// What the pod shares is inherited from this process; a namespace of its own would cut the container off.
-    fn share_namespaces(&self, config: &mut Config) {
-        let own_pid = self.pod.pid == PidMode::Container;
+    fn share_namespaces(&self, config: &mut Config, targeted: bool) {
+        let own_pid = self.pod.pid == PidMode::Container && !targeted;
         let Some(linux) = config.spec.linux_mut() else { return };
         if let Some(namespaces) = linux.namespaces_mut() {
             namespaces.retain(|n| {
@@ -123,6 +126,20 @@ impl Server {
         config.spec.set_hostname(None).set_domainname(None);
     }
 
+    /// What to enter for the PID namespace of a running container: its init's pidfd. `None` where all share one anyway.
+    fn pid_namespace_of(&mut self, target: &str) -> Result<Option<OwnedFd>> {
+        if self.pod.pid != PidMode::Container {
+            return Ok(None);
+        }
+        let container = self.container(target)?;
+        match &container.pidfd {
+            Some(fd) if container.status.state == ContainerState::Running => {
+                fd.try_clone().map(Some).context(|| "copy a descriptor".into())
+            }
+            _ => Err(Error::state(format!("container {target} is not running"))),
+        }
+    }
+
     #[allow(clippy::too_many_arguments)]
     fn launch(
         &mut self,
@@ -130,8 +147,8 @@ impl Server {
         config: &Config,
         rootfs: &Rootfs,
         log_path: Option<&Path>,
-        stdin: bool,
-        stdin_once: bool,
+        [stdin, stdin_once]: [bool; 2],
+        target: Option<OwnedFd>,
         mut cgroup: Cgroup,
     ) -> Result<i32> {
         let rotation = Rotation { max_size: self.pod.log_max_size, max_files: self.pod.log_max_files };
@@ -151,11 +168,11 @@ impl Server {
             let pipes = Pipes::new(stdin)?;
             (pipes.stdio, pipes.stdin, Some(pipes.output))
         };
-        let pid_namespace = self
-            .pod_init
-            .as_ref()
-            .map(|i| i.namespace.try_clone().context(|| "copy a descriptor".into()))
-            .transpose()?;
+        let pod_init = self.pod_init.as_ref();
+        let pid_namespace = match target {
+            Some(target) => Some(target),
+            None => pod_init.map(|i| i.namespace.try_clone().context(|| "copy a descriptor".into())).transpose()?,
+        };
         if self.pod.pid == PidMode::Pod && pid_namespace.is_none() {
             return Err(Error::state("the pod's PID namespace is gone"));
         }

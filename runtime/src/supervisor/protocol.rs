@@ -121,6 +121,9 @@ pub enum Op {
         stdin: bool,
         /// Close stdin after the first attached client leaves.
         stdin_once: bool,
+        /// Id of a running container of this pod whose PID namespace this one joins (an ephemeral container's target).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pid_of: Option<String>,
     },
     /// Run the created container's process. Answer: [`Answer::Started`].
     Start {
