@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    KeyUsagePurpose, PKCS_RSA_SHA256, RsaKeySize, SanType,
 };
 use time::{Duration, OffsetDateTime};
 
@@ -143,7 +143,8 @@ pub(crate) fn load_authority(cert_path: &Path, key_path: &Path) -> Result<Author
     Ok(Authority { cert, issuer })
 }
 
-/// `sa.key` and `sa.pub`, which sign and verify service account tokens.
+/// `sa.key` and `sa.pub`, which sign and verify service account tokens. An RSA key: clients of the issuer's discovery
+/// documents (cloud identity federation, Vault) can count on RS256 only.
 fn service_account_keys(dir: &Path) -> Result<()> {
     let (key, public) = (dir.join("sa.key"), dir.join("sa.pub"));
     if key.exists() && public.exists() {
@@ -153,7 +154,7 @@ fn service_account_keys(dir: &Path) -> Result<()> {
         let text = fs::read_to_string(&key).with_context(|| format!("read {}", key.display()))?;
         KeyPair::from_pem(&text).with_context(|| format!("{}: not a private key", key.display()))?
     } else {
-        let pair = KeyPair::generate().context("generate key")?;
+        let pair = KeyPair::generate_rsa_for(&PKCS_RSA_SHA256, RsaKeySize::_2048).context("generate RSA key")?;
         write_private(&key, pair.serialize_pem().as_bytes())?;
         pair
     };

@@ -30,15 +30,15 @@ impl Strategy for Lease {
             e.invalid(&duration, "must be greater than 0");
         }
         e.non_negative(&spec.get("leaseTransitions"));
-        let strategy = spec.get("strategy");
-        if strategy.is_set() {
-            e.one_of(&strategy, &["OldestEmulationVersion"]);
-        }
-        let preferred = spec.get("preferredHolder");
-        if !preferred.s().is_empty() && !strategy.is_set() {
-            e.forbidden(&preferred, "may only be specified when `strategy` is defined");
-        }
         e.0
+    }
+
+    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        uncoordinated(obj);
+    }
+
+    fn prepare_for_update(&self, _cx: &Context<'_>, new: &mut Value, _old: &Value) {
+        uncoordinated(new);
     }
 
     fn allow_create_on_update(&self) -> bool {
@@ -51,6 +51,14 @@ impl Strategy for Lease {
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         vec![table::name(obj), table::or(&obj["spec"]["holderIdentity"], ""), table::age(obj, now)]
+    }
+}
+
+/// Coordinated leader election is off, so its fields are not kept.
+fn uncoordinated(lease: &mut Value) {
+    if let Some(spec) = lease["spec"].as_object_mut() {
+        spec.remove("strategy");
+        spec.remove("preferredHolder");
     }
 }
 

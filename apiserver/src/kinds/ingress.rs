@@ -24,10 +24,15 @@ impl Strategy for Ingress {
         let mut e = Errs::new();
         let spec_at = At::field(obj, "spec");
         spec(&mut e, &spec_at);
-        let class = "kubernetes.io/ingress.class";
-        if meta::annotation(obj, class).is_some() && spec_at.get("ingressClassName").is_set() {
-            let at = At::field(obj, "metadata").get("annotations").key(class);
-            e.invalid(&at, "can not be set when the class field is also set");
+        let (class, name) = ("kubernetes.io/ingress.class", spec_at.get("ingressClassName"));
+        if let Some(annotated) = meta::annotation(obj, class)
+            && name.is_set()
+            && name.s() != annotated
+        {
+            // Upstream leaves `metadata` out and takes the annotation for a child.
+            let path = isopod_api::field::Path::new("annotations").child(class);
+            let at = At::new(path, &Value::Null);
+            e.invalid_as(&at, annotated, "must match `ingressClassName` when both are specified");
         }
         e.0
     }
@@ -41,6 +46,9 @@ impl Strategy for Ingress {
                 }
                 if !ingress.get("hostname").s().is_empty() {
                     e.dns_subdomain(&ingress.get("hostname"));
+                    if ingress.get("hostname").s().parse::<std::net::IpAddr>().is_ok() {
+                        e.invalid(&ingress.get("hostname"), "must be a DNS name, not an IP address");
+                    }
                 }
             }
         } else {
@@ -112,7 +120,8 @@ fn spec(e: &mut Errs, at: &At<'_>) {
         if !host.s().is_empty() {
             if host.s().parse::<std::net::IpAddr>().is_ok() {
                 e.invalid(&host, "must be a DNS name, not an IP address");
-            } else if host.s().contains('*') {
+            }
+            if host.s().contains('*') {
                 e.messages(&host, names::wildcard_dns1123_subdomain(host.s()));
             } else {
                 e.dns_subdomain(&host);
@@ -148,8 +157,11 @@ fn paths(e: &mut Errs, list: &At<'_>) {
     }
     for at in list.items() {
         let (kind, path) = (at.get("pathType"), at.get("path"));
+        if !kind.is_set() {
+            e.required(&kind, "pathType must be specified");
+            continue;
+        }
         match kind.s() {
-            "" => e.required(&kind, "pathType must be specified"),
             "Exact" | "Prefix" => {
                 if !path.s().starts_with('/') {
                     e.invalid_str(&path, "must be an absolute path");
@@ -180,19 +192,13 @@ fn backend(e: &mut Errs, at: &At<'_>) {
     let (service, resource) = (at.get("service"), at.get("resource"));
     match (service.is_set(), resource.is_set()) {
         (true, true) => e.invalid_as(at, "", "cannot set both resource and service backends"),
-        (_, true) => {
-            for field in ["kind", "name"] {
-                if resource.get(field).s().is_empty() {
-                    e.required(&resource.get(field), "");
-                }
-            }
-        }
+        (_, true) => super::networking::object_reference(e, &resource),
         (true, _) => {
             let name = service.get("name");
             if name.s().is_empty() {
                 e.required(&name, "");
             } else {
-                e.messages(&name, names::dns1035_label(name.s()));
+                e.dns_label(&name);
             }
             let (number, port_name) = (service.get("port.number"), service.get("port.name"));
             match (number.int0() != 0, !port_name.s().is_empty()) {
@@ -202,6 +208,6 @@ fn backend(e: &mut Errs, at: &At<'_>) {
                 (false, false) => e.required(at, "port name or number is required"),
             }
         }
-        _ => e.required(at, "service or resource backend is required"),
+        _ => e.invalid_as(at, "", "resource or service backend is required"),
     }
 }

@@ -1,5 +1,7 @@
 //! NetworkPolicies, IngressClasses, IPAddresses and ServiceCIDRs.
 
+use std::net::IpAddr;
+
 use isopod_api::field::ErrorList;
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -68,6 +70,20 @@ impl Strategy for NetworkPolicy {
         e.0
     }
 
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        let spec = At::field(obj, "spec");
+        let mut out = Vec::new();
+        for (direction, peers) in [("ingress", "from"), ("egress", "to")] {
+            for peer in spec.get(direction).items().iter().flat_map(|rule| rule.get(peers).items()) {
+                let block = peer.get("ipBlock");
+                let mut all = vec![block.get("cidr")];
+                all.extend(block.get("except").items());
+                out.extend(all.iter().filter_map(|at| net::cidr_warning(&at.path, at.s())));
+            }
+        }
+        out
+    }
+
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         vec![table::name(obj), json!(table::selector(&obj["spec"]["podSelector"])), table::age(obj, now)]
     }
@@ -78,15 +94,16 @@ fn policy_port(e: &mut Errs, at: &At<'_>) {
     let (port, end) = (at.get("port"), at.get("endPort"));
     if !port.is_set() {
         if end.is_set() {
-            e.required(&port, "must be specified if `endPort` is set");
+            e.invalid(&end, "may not be specified when `port` is not specified");
         }
         return;
     }
+    if port.v.is_string() && end.is_set() {
+        e.invalid(&end, "may not be specified when `port` is non-numeric");
+    }
     e.port_or_name(&port);
-    if end.is_set() {
-        if port.v.is_string() {
-            e.invalid(&end, "may not be specified when `port` is non-numeric");
-        } else if end.int0() < port.int0() {
+    if end.is_set() && !port.v.is_string() {
+        if end.int0() < port.int0() {
             e.invalid(&end, "must be greater than or equal to `port`");
         }
         e.port(&end);
@@ -112,17 +129,16 @@ fn ip_block(e: &mut Errs, at: &At<'_>) {
     if cidr.s().is_empty() {
         return e.required(&cidr, "");
     }
-    if !net::cidr(e, &cidr) {
+    net::cidr(e, &cidr);
+    let outer: Option<ipnet::IpNet> = cidr.s().parse().ok();
+    if outer.is_none() {
         return;
     }
-    let outer: Option<ipnet::IpNet> = cidr.s().parse().ok();
     for except in at.get("except").items() {
-        if !net::cidr(e, &except) {
-            continue;
-        }
+        net::cidr(e, &except);
         let inner: Option<ipnet::IpNet> = except.s().parse().ok();
         if let (Some(outer), Some(inner)) = (outer, inner)
-            && (!outer.contains(&inner) || outer == inner)
+            && (!outer.contains(&inner.addr()) || outer.prefix_len() >= inner.prefix_len())
         {
             e.invalid(&except, "must be a strict subset of `cidr`");
         }
@@ -146,16 +162,11 @@ impl Strategy for IngressClass {
         }
         domain_path(&mut e, &controller);
         if parameters.is_set() {
-            for field in ["kind", "name"] {
-                let at = parameters.get(field);
-                if at.s().is_empty() {
-                    e.required(&at, "");
-                }
-            }
+            object_reference(&mut e, &parameters);
             let (scope, namespace) = (parameters.get("scope"), parameters.get("namespace"));
             match scope.s() {
                 "" => e.required(&scope, ""),
-                "Namespace" if namespace.s().is_empty() => {
+                "Namespace" if !namespace.is_set() => {
                     e.required(&namespace, "`parameters.scope` is set to 'Namespace'")
                 }
                 "Namespace" => e.dns_label(&namespace),
@@ -168,8 +179,9 @@ impl Strategy for IngressClass {
     }
 
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        let mut e = Errs(self.validate(cx, new));
+        let mut e = Errs::new();
         e.immutable(&At::field(new, "spec").get("controller"), &old["spec"]["controller"]);
+        e.0.extend(self.validate(cx, new));
         e.0
     }
 
@@ -185,16 +197,38 @@ impl Strategy for IngressClass {
     }
 }
 
+/// apiGroup, kind and name of a reference to an object.
+pub(crate) fn object_reference(e: &mut Errs, at: &At<'_>) {
+    let group = at.get("apiGroup");
+    if group.is_set() {
+        e.dns_subdomain(&group);
+    }
+    for field in ["kind", "name"] {
+        let at = at.get(field);
+        if at.s().is_empty() {
+            e.required(&at, "");
+        } else {
+            e.messages(&at, isopod_api::names::path_segment(at.s()));
+        }
+    }
+}
+
 /// `example.com/path`.
 pub(crate) fn domain_path(e: &mut Errs, at: &At<'_>) {
     if at.s().is_empty() {
         return e.required(at, "");
     }
-    match at.s().split_once('/') {
-        Some((domain, path)) if !domain.is_empty() && !path.is_empty() => {
-            e.messages(at, isopod_api::names::dns1123_subdomain(domain));
-        }
-        _ => e.invalid(at, "must be a domain-prefixed path (such as \"acme.io/foo\")"),
+    let Some((domain, path)) = at.s().split_once('/').filter(|(domain, path)| !domain.is_empty() && !path.is_empty())
+    else {
+        return e.invalid(at, "must be a domain-prefixed path (such as \"acme.io/foo\")");
+    };
+    for message in isopod_api::names::dns1123_subdomain(domain) {
+        e.invalid_as(at, domain, &message);
+    }
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "/-._~%!$&'()*+,;=:".contains(c);
+    if !path.chars().all(allowed) {
+        let message = "Invalid path (regex used for validation is '[A-Za-z0-9/\\-._~%!$&'()*+,;=:]+')";
+        e.invalid_as(at, path, message);
     }
 }
 
@@ -206,10 +240,15 @@ impl Strategy for IpAddress {
             e.required(&parent, "");
             return e.0;
         }
-        for field in ["resource", "name"] {
+        if !parent.get("group").s().is_empty() {
+            e.dns_subdomain(&parent.get("group"));
+        }
+        for field in ["resource", "name", "namespace"] {
             let at = parent.get(field);
             if at.s().is_empty() {
-                e.required(&at, "");
+                if field != "namespace" {
+                    e.required(&at, "");
+                }
             } else {
                 e.messages(&at, isopod_api::names::path_segment(at.s()));
             }
@@ -217,10 +256,14 @@ impl Strategy for IpAddress {
         e.0
     }
 
-    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        let mut e = Errs(self.validate(cx, new));
+    fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
         e.immutable(&At::field(new, "spec").get("parentRef"), &old["spec"]["parentRef"]);
         e.0
+    }
+
+    fn field_names(&self) -> &'static [&'static str] {
+        &["spec.parentRef"]
     }
 
     fn fields(&self, obj: &Value) -> Vec<(&'static str, String)> {
@@ -256,38 +299,51 @@ impl Strategy for ServiceCidr {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        let cidrs = At::field(obj, "spec").get("cidrs");
-        if cidrs.len() == 0 {
-            e.required(&cidrs, "at least one CIDR required");
-            return e.0;
-        }
-        if cidrs.len() > 2 {
-            e.invalid(&cidrs, "may only hold up to 2 values");
-            return e.0;
-        }
-        for cidr in cidrs.items() {
-            net::cidr(&mut e, &cidr);
-        }
-        let families: Vec<&str> = cidrs.strings().iter().map(|c| net::family(c)).collect();
-        if families.len() == 2 && families[0] == families[1] {
-            e.invalid(
-                &cidrs,
-                "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/64",
-            );
-        }
+        cidr_list(&mut e, &At::field(obj, "spec").get("cidrs"));
         e.0
     }
 
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        if cx.subresource == "status" {
-            return ErrorList::new();
-        }
         let mut e = Errs::new();
-        e.immutable(&At::field(new, "spec").get("cidrs"), &old["spec"]["cidrs"]);
+        if cx.subresource == "status" {
+            return e.0;
+        }
+        let (cidrs, before) = (At::field(new, "spec").get("cidrs"), At::field(old, "spec").get("cidrs"));
+        match (before.len(), cidrs.len()) {
+            (was, is) if was == is => {
+                for (own, old) in cidrs.items().iter().zip(before.items()) {
+                    e.immutable(own, old.v);
+                }
+            }
+            // A second family may come.
+            (1, 2) => {
+                e.immutable(&cidrs.items()[0], before.items()[0].v);
+                cidr_list(&mut e, &cidrs);
+            }
+            _ => e.invalid(&cidrs, "field is immutable"),
+        }
         e.0
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         vec![table::name(obj), json!(table::join(&obj["spec"]["cidrs"], ",")), table::age(obj, now)]
+    }
+}
+
+fn cidr_list(e: &mut Errs, cidrs: &At<'_>) {
+    if cidrs.len() == 0 {
+        return e.required(cidrs, "at least one CIDR required");
+    }
+    if cidrs.len() > 2 {
+        return e.invalid_as(cidrs, json!({"CIDRs": cidrs.v}), "may only hold up to 2 values");
+    }
+    for cidr in cidrs.items() {
+        net::canonical_cidr(e, &cidr);
+    }
+    let parsed: Vec<(IpAddr, u8)> = cidrs.strings().iter().filter_map(|c| net::parse_cidr(c)).collect();
+    if let [(a, _), (b, _)] = parsed[..]
+        && a.is_ipv4() == b.is_ipv4()
+    {
+        e.invalid(cidrs, "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/64");
     }
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::{pod_defaults, pod_qos::qos_class, pod_table};
 use crate::{
     registry::strategy::{Context, Strategy},
-    validation::{At, Errs, pod_spec::pod_spec, pod_update, pod_warnings},
+    validation::{At, Errs, pod_annotations, pod_spec::pod_spec, pod_update, pod_warnings},
 };
 use isopod_api::field::ErrorList;
 
@@ -66,7 +66,7 @@ impl Strategy for Pod {
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let spec = At::field(obj, "spec");
-        metadata_and_spec(&mut e, &spec);
+        metadata_and_spec(&mut e, obj, &spec);
         let ephemeral = spec.get("ephemeralContainers");
         if ephemeral.len() > 0 {
             e.forbidden(&ephemeral, "cannot be set on create");
@@ -85,15 +85,15 @@ impl Strategy for Pod {
             // The endpoint has checked what a binding changes.
             "binding" => {}
             "ephemeralcontainers" => {
-                metadata_and_spec(&mut e, &spec);
+                metadata_and_spec(&mut e, new, &spec);
                 pod_update::ephemeral(&mut e, &spec.get("ephemeralContainers"), &old_spec.get("ephemeralContainers"));
             }
             "resize" => {
-                metadata_and_spec(&mut e, &spec);
+                metadata_and_spec(&mut e, new, &spec);
                 pod_update::resize(&mut e, &spec, &old_spec, old);
             }
             _ => {
-                metadata_and_spec(&mut e, &spec);
+                metadata_and_spec(&mut e, new, &spec);
                 pod_update::update(&mut e, &spec, &old_spec);
             }
         }
@@ -163,7 +163,8 @@ impl Strategy for Pod {
     }
 }
 
-fn metadata_and_spec(e: &mut Errs, spec: &At<'_>) {
+fn metadata_and_spec(e: &mut Errs, obj: &Value, spec: &At<'_>) {
+    pod_annotations::annotations(e, &At::field(obj, "metadata").get("annotations"), spec);
     pod_spec(e, spec, true);
     if !spec.get("serviceAccountName").s().is_empty() {
         return;

@@ -97,15 +97,15 @@ impl Strategy for Service {
         let Some(allocator) = cx.objects.services() else { return Ok(None) };
         families(new, old, allocator.family())?;
         let mut session = allocator.begin(cx.objects, old);
-        let result = addresses(&mut session, new).and_then(|()| node_ports(&mut session, new, old));
+        let result = addresses(&mut session, new, old).and_then(|()| node_ports(&mut session, new));
         let held = session.finish();
-        result.map_err(|errors| invalid(new, errors))?;
+        result?;
         Ok(Some(Box::new(held)))
     }
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        check::service(&mut e, obj);
+        check::service(&mut e, obj, None);
         e.0
     }
 
@@ -116,7 +116,7 @@ impl Strategy for Service {
             return e.0;
         }
         check::update(&mut e, new, old);
-        check::service(&mut e, new);
+        check::service(&mut e, new, Some(old));
         e.0
     }
 
@@ -284,9 +284,6 @@ fn families(new: &mut Value, old: Option<&Value>, family: &str) -> Result<(), St
     }
     let mut e = Errs::new();
     check::cluster_ips(&mut e, &At::field(new, "spec"), old.is_some());
-    if let Some(old) = old {
-        check::unchanged_addresses(&mut e, new, old);
-    }
     if !e.is_empty() {
         return Err(invalid(new, e.0));
     }
@@ -325,33 +322,44 @@ fn families(new: &mut Value, old: Option<&Value>, family: &str) -> Result<(), St
     Ok(())
 }
 
-fn addresses(session: &mut Session<'_>, new: &mut Value) -> Result<(), ErrorList> {
-    let spec = &mut new["spec"];
-    if !needs_address(spec) {
+fn addresses(session: &mut Session<'_>, new: &mut Value, old: Option<&Value>) -> Result<(), Status> {
+    if !needs_address(&new["spec"]) {
         return Ok(());
     }
-    let path = Path::new("spec").child("clusterIPs");
-    let wanted: Vec<String> =
-        spec["clusterIPs"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
+    let wanted: Vec<String> = new["spec"]["clusterIPs"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .map(str::to_owned)
+        .collect();
+    // An address that is there stays; validation refuses another one.
+    let before = old.map(|old| &old["spec"]).filter(|spec| needs_address(spec)).map(|spec| &spec["clusterIPs"][0]);
+    if before.is_some_and(|before| before.is_string() && wanted.first().map(String::as_str) != before.as_str()) {
+        return Ok(());
+    }
+    let spec = &mut new["spec"];
     if wanted.is_empty() {
         let ip = session
             .any_address()
-            .map_err(|error| vec![Error::internal(&path, format!("failed to allocate a serviceIP: {error}"))])?;
+            .map_err(|error| Status::internal(format!("failed to allocate a serviceIP: {error}")))?;
         spec["clusterIP"] = json!(ip.to_string());
         spec["clusterIPs"] = json!([ip.to_string()]);
         return Ok(());
     }
     for ip in &wanted {
         let Ok(parsed) = ip.parse() else { continue };
-        session.address(parsed).map_err(|error| {
-            vec![Error::invalid(&path, json!(wanted), format!("failed to allocate IP {ip}: {error}"))]
-        })?;
+        if let Err(error) = session.address(parsed) {
+            let path = Path::new("spec").child("clusterIPs");
+            let text = format!("failed to allocate IP {ip}: {error}");
+            return Err(invalid(new, vec![Error::invalid(&path, json!(wanted), text)]));
+        }
     }
-    spec["clusterIP"] = json!(wanted[0]);
+    new["spec"]["clusterIP"] = json!(wanted[0]);
     Ok(())
 }
 
-fn node_ports(session: &mut Session<'_>, new: &mut Value, old: Option<&Value>) -> Result<(), ErrorList> {
+fn node_ports(session: &mut Session<'_>, new: &mut Value) -> Result<(), Status> {
     let kind = text(&new["spec"], "type").to_owned();
     let wants = needs_node_port(&new["spec"]);
     let path = Path::new("spec").child("ports");
@@ -366,7 +374,7 @@ fn node_ports(session: &mut Session<'_>, new: &mut Value, old: Option<&Value>) -
                 let taken = u16::try_from(given).unwrap_or_default();
                 session
                     .port(taken, &protocol)
-                    .map_err(|error| vec![Error::invalid(&at, json!(given), error.to_string())])?;
+                    .map_err(|error| invalid(new, vec![Error::invalid(&at, json!(given), error.to_string())]))?;
                 shared.push((number, taken, vec![protocol]));
             } else if wants {
                 // The same port of another protocol gets the same node port.
@@ -377,10 +385,9 @@ fn node_ports(session: &mut Session<'_>, new: &mut Value, old: Option<&Value>) -
                         *chosen
                     }
                     _ => {
-                        let at = path.index(i).child("nodePort");
-                        let chosen = session.any_port(&[&protocol]).map_err(|error| {
-                            vec![Error::internal(&at, format!("failed to allocate a nodePort: {error}"))]
-                        })?;
+                        let chosen = session
+                            .any_port(&[&protocol])
+                            .map_err(|error| Status::internal(format!("failed to allocate a nodePort: {error}")))?;
                         shared.push((number, chosen, vec![protocol]));
                         chosen
                     }
@@ -393,23 +400,24 @@ fn node_ports(session: &mut Session<'_>, new: &mut Value, old: Option<&Value>) -
         }
     }
     if needs_health_check(&new["spec"]) {
-        health_check_port(session, new, old)?;
+        health_check_port(session, new)?;
     }
     pod_defaults::drop_nulls(&mut new["spec"]);
     Ok(())
 }
 
-fn health_check_port(session: &mut Session<'_>, new: &mut Value, _old: Option<&Value>) -> Result<(), ErrorList> {
-    let at = Path::new("spec").child("healthCheckNodePort");
+fn health_check_port(session: &mut Session<'_>, new: &mut Value) -> Result<(), Status> {
     let given = new["spec"]["healthCheckNodePort"].as_i64().unwrap_or_default();
     if given == 0 {
-        let chosen = session.any_port(&["TCP"]).map_err(|error| vec![Error::internal(&at, error.to_string())])?;
+        let chosen = session
+            .any_port(&["TCP"])
+            .map_err(|error| Status::internal(format!("failed to allocate a HealthCheck NodePort : {error}")))?;
         new["spec"]["healthCheckNodePort"] = json!(chosen);
         return Ok(());
     }
     let port = u16::try_from(given).unwrap_or_default();
     session.port(port, "TCP").map_err(|error| {
-        vec![Error::internal(&at, format!("failed to allocate requested HealthCheck NodePort {given}: {error}"))]
+        Status::internal(format!("failed to allocate requested HealthCheck NodePort {given}: {error}"))
     })
 }
 

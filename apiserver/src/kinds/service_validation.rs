@@ -5,13 +5,23 @@ use serde_json::{Value, json};
 
 use crate::validation::{At, Errs, meta, net, same};
 
+const ONLY_LOAD_BALANCER: &str = "may only be used when `type` is 'LoadBalancer'";
+
 fn headless(spec: &At<'_>) -> bool {
     spec.get("clusterIPs").strings().first() == Some(&"None")
 }
 
-/// A Service after allocation.
-pub(crate) fn service(e: &mut Errs, obj: &Value) {
+const TOPOLOGY_MODE: &str = "service.kubernetes.io/topology-mode";
+const TOPOLOGY_HINTS: &str = "service.kubernetes.io/topology-aware-hints";
+
+/// A Service after allocation; what `old` had already is not judged again.
+pub(crate) fn service(e: &mut Errs, obj: &Value, old: Option<&Value>) {
     let spec = At::field(obj, "spec");
+    let annotations = At::field(obj, "metadata").get("annotations");
+    let (mode, hints) = (annotations.key(TOPOLOGY_MODE), annotations.key(TOPOLOGY_HINTS));
+    if mode.is_set() && hints.is_set() && mode.v != hints.v {
+        e.invalid(&mode, &format!("must match annotations[{TOPOLOGY_HINTS}] when both are specified"));
+    }
     let kind = spec.get("type");
     let ports = spec.get("ports");
     if ports.len() == 0 && !headless(&spec) && kind.s() != "ExternalName" {
@@ -39,7 +49,7 @@ pub(crate) fn service(e: &mut Errs, obj: &Value) {
         }
     }
     duplicates(e, &ports);
-    load_balancer(e, obj, &spec);
+    load_balancer(e, obj, &spec, old);
     traffic_policies(e, &spec);
 }
 
@@ -48,13 +58,6 @@ fn by_type(e: &mut Errs, spec: &At<'_>) {
     let first = spec.get("clusterIPs").items().into_iter().next();
     match kind {
         "LoadBalancer" | "NodePort" => {
-            if kind == "LoadBalancer" {
-                for port in spec.get("ports").items() {
-                    if port.get("port").int0() == 10250 {
-                        e.invalid_as(&port, 10250, "may not expose port 10250 externally since it is used by kubelet");
-                    }
-                }
-            }
             if let Some(first) = first.filter(|f| f.s() == "None") {
                 e.invalid(&first, &format!("may not be set to 'None' for {kind} services"));
             }
@@ -160,28 +163,48 @@ pub(crate) fn cluster_ips(e: &mut Errs, spec: &At<'_>, updating: bool) {
             "must be 'RequireDualStack' or 'PreferDualStack' when multiple IP families are specified",
         );
     }
+    if addresses_parse(e, &ips) {
+        address_families(e, &ips, &list);
+    }
+}
+
+/// Each of clusterIPs by itself.
+fn addresses_parse(e: &mut Errs, ips: &At<'_>) -> bool {
+    let mut good = true;
     for (i, own) in ips.items().into_iter().enumerate() {
-        if own.s() == "None" {
+        if i == 0 && own.s() == "None" {
             if ips.len() > 1 {
-                e.invalid(&own, "'None' must be the first and only value");
+                good = false;
+                e.invalid(ips, "'None' must be the first and only value");
             }
             continue;
         }
-        let messages = net::ip_messages(own.s());
-        if !messages.is_empty() {
-            e.messages(&own, messages);
-            continue;
-        }
-        let family = net::family(own.s());
-        if let Some(wanted) = list.strings().get(i)
-            && *wanted != family
-            && ["IPv4", "IPv6"].contains(wanted)
-        {
-            e.invalid(&own, &format!("expected an {wanted} value as indicated by `ipFamilies[{i}]`"));
-        }
+        good &= net::ip(e, &own);
     }
     if ips.len() > 2 {
-        e.invalid(&ips, "may only hold up to 2 values");
+        e.invalid(ips, "may only hold up to 2 values");
+    }
+    good
+}
+
+/// clusterIPs are of the families that ipFamilies says.
+fn address_families(e: &mut Errs, ips: &At<'_>, families: &At<'_>) {
+    let addresses = ips.strings();
+    if addresses.len() > 1 {
+        let six = addresses.iter().filter(|ip| ip.contains(':')).count();
+        if six == 0 || six == addresses.len() {
+            e.invalid(ips, "may specify no more than one IP for each IP family");
+        }
+    }
+    if addresses.first() == Some(&"None") {
+        return;
+    }
+    for (own, wanted) in ips.items().iter().zip(families.strings()) {
+        let fits = !["IPv4", "IPv6"].contains(&wanted) || net::family(own.s()) == wanted;
+        if !fits {
+            let i = ips.items().iter().position(|at| at.path == own.path).unwrap_or_default();
+            e.invalid(own, &format!("expected an {wanted} value as indicated by `ipFamilies[{i}]`"));
+        }
     }
 }
 
@@ -209,39 +232,51 @@ fn duplicates(e: &mut Errs, ports: &At<'_>) {
     }
 }
 
-fn load_balancer(e: &mut Errs, obj: &Value, spec: &At<'_>) {
+fn source_ranges(e: &mut Errs, obj: &Value, spec: &At<'_>, old: Option<&Value>) {
     let is_lb = spec.get("type").s() == "LoadBalancer";
-    let only_lb = "may only be used when `type` is 'LoadBalancer'";
-    let annotation = "service.beta.kubernetes.io/load-balancer-source-ranges";
-    let annotations = At::field(obj, "metadata").get("annotations");
-    let from_annotation = annotations.v.get(annotation).and_then(Value::as_str);
+    let name = "service.beta.kubernetes.io/load-balancer-source-ranges";
+    let annotation = At::field(obj, "metadata").get("annotations").key(name);
     let ranges = spec.get("loadBalancerSourceRanges");
-    if ranges.len() > 0 || from_annotation.is_some() {
+    if ranges.len() > 0 {
+        // Upstream names the field like this.
+        let at = At::new(spec.path.child("LoadBalancerSourceRanges"), ranges.v);
         if !is_lb {
-            let at = if ranges.len() > 0 { ranges.clone() } else { annotations.key(annotation) };
-            e.forbidden(&at, only_lb);
+            e.forbidden(&at, ONLY_LOAD_BALANCER);
         }
-        if ranges.len() > 0 {
-            for range in ranges.items() {
-                if net::parse_cidr(range.s().trim()).is_none() {
-                    e.invalid(&range, "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)");
-                }
+        for range in at.items() {
+            for message in net::cidr_messages(range.s().trim()) {
+                e.invalid_as(&range, range.s().trim(), &message);
             }
-        } else if let Some(text) = from_annotation.filter(|t| !t.trim().is_empty())
-            && text.split(',').any(|cidr| net::parse_cidr(cidr.trim()).is_none())
+        }
+    } else if annotation.is_set() {
+        if !is_lb {
+            e.forbidden(&annotation, ONLY_LOAD_BALANCER);
+        }
+        let unchanged = old.is_some_and(|old| &old["metadata"]["annotations"][name] == annotation.v);
+        for range in
+            annotation.s().split(',').map(str::trim).filter(|_| !unchanged && !annotation.s().trim().is_empty())
         {
-            let at = annotations.key(annotation);
-            e.invalid_as(&at, text, "must be a comma separated list of CIDRs e.g. 192.168.0.0/16,10.0.0.0/8");
+            for message in net::cidr_messages(range) {
+                e.invalid_as(&annotation, range, &message);
+            }
         }
     }
+}
+
+fn load_balancer(e: &mut Errs, obj: &Value, spec: &At<'_>, old: Option<&Value>) {
+    let is_lb = spec.get("type").s() == "LoadBalancer";
+    source_ranges(e, obj, spec, old);
     let allocate = spec.get("allocateLoadBalancerNodePorts");
     if allocate.is_set() && !is_lb {
-        e.forbidden(&allocate, only_lb);
+        e.forbidden(&allocate, ONLY_LOAD_BALANCER);
+    }
+    if is_lb && !allocate.is_set() {
+        e.required(&At::field(obj, "allocateLoadBalancerNodePorts"), "");
     }
     let class = spec.get("loadBalancerClass");
     if class.is_set() {
         if !is_lb {
-            e.forbidden(&class, only_lb);
+            e.forbidden(&class, ONLY_LOAD_BALANCER);
         } else {
             e.qualified_name(&class);
         }
@@ -265,8 +300,10 @@ fn traffic_policies(e: &mut Errs, spec: &At<'_>) {
     let health = spec.get("healthCheckNodePort");
     let needs_health = kind == "LoadBalancer" && external.s() == "Local";
     if needs_health {
-        if health.int0() < 0 {
-            e.invalid(&health, "must be greater than or equal to 0");
+        if health.int0() == 0 {
+            e.required(&health, "");
+        } else {
+            e.port(&health);
         }
     } else if health.int0() != 0 {
         e.invalid(&health, "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'");
@@ -279,39 +316,64 @@ fn traffic_policies(e: &mut Errs, spec: &At<'_>) {
     e.one_of_if_set(&spec.get("trafficDistribution"), &["PreferClose", "PreferSameNode", "PreferSameZone"]);
 }
 
-/// The first address and family may not change once set.
-pub(crate) fn unchanged_addresses(e: &mut Errs, new: &Value, old: &Value) {
+/// What of the addresses and families may not change once set: all but a second one, which may come and go.
+fn unchanged_addresses(e: &mut Errs, new: &Value, old: &Value) {
     let (spec, before) = (At::field(new, "spec"), At::field(old, "spec"));
-    let fixed = |s: &At<'_>| s.get("type").s() != "ExternalName";
-    if fixed(&spec) && fixed(&before) {
-        let (now, then) = (spec.get("clusterIPs"), before.get("clusterIPs"));
-        let (first, was) = (now.strings().first().copied(), then.strings().first().copied());
-        if let (Some(first), Some(was)) = (first, was)
-            && first != was
-        {
-            let at = At::new(now.path.index(0), now.v);
-            e.invalid(&at, "may not change once set");
+    if [&spec, &before].iter().any(|s| s.get("type").s() == "ExternalName") {
+        return;
+    }
+    let (was_headless, is_headless) = (headless(&before), headless(&spec));
+    let policy = spec.get("ipFamilyPolicy");
+    if !(was_headless && is_headless) {
+        let what = [
+            "primary clusterIP can not be unset",
+            "must be set to 'SingleStack' when releasing the secondary clusterIP",
+        ];
+        kept(e, &spec.get("clusterIPs"), &before.get("clusterIPs"), &policy, &what);
+    }
+    if !was_headless && !is_headless {
+        let what =
+            ["primary ipFamily can not be unset", "must be set to 'SingleStack' when releasing the secondary ipFamily"];
+        kept(e, &spec.get("ipFamilies"), &before.get("ipFamilies"), &policy, &what);
+    }
+}
+
+/// The first of a list of one or two stays; the second may come, or go when the policy says so.
+fn kept(e: &mut Errs, new: &At<'_>, old: &At<'_>, policy: &At<'_>, [unset, release]: &[&str; 2]) {
+    let (now, was) = (new.strings(), old.strings());
+    let at = |i: usize| At::new(new.path.index(i), new.v);
+    if now.len() == was.len() {
+        for i in (0..now.len()).filter(|i| now[*i] != was[*i]) {
+            e.invalid(&at(i), "may not change once set");
         }
-        let (families, were) = (spec.get("ipFamilies"), before.get("ipFamilies"));
-        if e.is_empty()
-            && families.len() > 0
-            && were.len() > 0
-            && families.strings()[0] != were.strings()[0]
-            && first == was
-        {
-            let at = At::new(families.path.index(0), families.v);
-            e.invalid(&at, "may not change once set");
-        }
+        return;
+    }
+    if was.len() > now.len() && now.is_empty() {
+        e.invalid_as(&at(0), json!([]), unset);
+    }
+    if let (Some(first), Some(before)) = (now.first(), was.first())
+        && first != before
+    {
+        e.invalid(&at(0), "may not change once set");
+    }
+    if was.len() > now.len() && now.len() == 1 && policy.s() != "SingleStack" {
+        e.invalid(policy, release);
     }
 }
 
 /// What else may not change once set.
 pub(crate) fn update(e: &mut Errs, new: &Value, old: &Value) {
+    unchanged_addresses(e, new, old);
     let (spec, before) = (At::field(new, "spec"), At::field(old, "spec"));
     let (class, was) = (spec.get("loadBalancerClass"), before.get("loadBalancerClass"));
     let both = spec.get("type").s() == "LoadBalancer" && before.get("type").s() == "LoadBalancer";
     if both && !same(class.v, was.v) {
         e.invalid(&class, "may not change once set");
+    }
+    let checked = |s: &At<'_>| s.get("type").s() == "LoadBalancer" && s.get("externalTrafficPolicy").s() == "Local";
+    let (health, was) = (spec.get("healthCheckNodePort"), before.get("healthCheckNodePort"));
+    if checked(&spec) && checked(&before) && health.int0() != was.int0() {
+        e.forbidden(&health, "field is immutable");
     }
 }
 
@@ -349,19 +411,16 @@ pub(crate) fn status(e: &mut Errs, obj: &Value) {
 pub(crate) fn warnings(obj: &Value) -> Vec<String> {
     let spec = At::field(obj, "spec");
     let mut out = Vec::new();
-    if obj["metadata"]["annotations"].get("service.kubernetes.io/topology-aware-hints").is_some() {
-        out.push("annotation service.kubernetes.io/topology-aware-hints is deprecated, please use service.kubernetes.io/topology-mode instead".to_owned());
+    if obj["metadata"]["annotations"].get(TOPOLOGY_HINTS).is_some() {
+        out.push(format!("annotation {TOPOLOGY_HINTS} is deprecated, please use {TOPOLOGY_MODE} instead"));
+    }
+    if spec.get("type").s() != "ExternalName" && !headless(&spec) {
+        out.extend(spec.get("clusterIPs").items().iter().filter_map(|at| net::ip_warning(&at.path, at.s())));
     }
     if spec.get("externalIPs").len() > 0 && spec.get("type").s() != "ExternalName" {
         out.push("spec.externalIPs is deprecated and may no longer be implemented in some clusters".to_owned());
     }
-    if spec.get("type").s() == "ExternalName" && spec.get("externalIPs").len() > 0 {
-        out.push("spec.externalIPs is ignored when spec.type is \"ExternalName\"".to_owned());
-    }
-    if spec.get("type").s() != "ClusterIP" && headless(&spec) && spec.get("type").s() != "ExternalName" {
-        out.push("spec.clusterIP is ignored for headless services".to_owned());
-    }
-    if headless(&spec) {
+    if headless(&spec) && spec.get("type").s() == "ClusterIP" {
         for field in ["loadBalancerIP", "externalIPs"] {
             let at = spec.get(field);
             if at.len() > 0 || !at.s().is_empty() {
@@ -371,6 +430,18 @@ pub(crate) fn warnings(obj: &Value) -> Vec<String> {
         if spec.get("sessionAffinity").s() != "None" && !spec.get("sessionAffinity").s().is_empty() {
             out.push("spec.SessionAffinity is ignored for headless services".to_owned());
         }
+    }
+    out.extend(spec.get("externalIPs").items().iter().filter_map(|at| net::ip_warning(&at.path, at.s())));
+    let address = spec.get("loadBalancerIP");
+    out.extend(net::ip_warning(&address.path, address.s()));
+    let ranges = spec.get("loadBalancerSourceRanges");
+    out.extend(ranges.items().iter().filter_map(|at| net::cidr_warning(&at.path, at.s().trim())));
+    let external = spec.get("type").s() == "ExternalName";
+    if external && spec.get("externalIPs").len() > 0 {
+        out.push("spec.externalIPs is ignored when spec.type is \"ExternalName\"".to_owned());
+    }
+    if !external && !spec.get("externalName").s().is_empty() {
+        out.push("spec.externalName is ignored when spec.type is not \"ExternalName\"".to_owned());
     }
     if spec.get("trafficDistribution").s() == "PreferClose" {
         out.push("spec.trafficDistribution: \"PreferClose\" is deprecated; use \"PreferSameZone\"".to_owned());

@@ -18,6 +18,8 @@ pub(crate) struct Pod<'a> {
     pub(crate) restart_policy: &'a str,
     /// hostNetwork.
     pub(crate) host_network: bool,
+    /// hostUsers, true when it is not said.
+    pub(crate) host_users: bool,
     /// Whether this is a stored pod, not a template.
     pub(crate) is_pod: bool,
 }
@@ -163,7 +165,7 @@ fn common(e: &mut Errs, at: &At<'_>, pod: &Pod<'_>) {
     e.required_one_of(&at.get("imagePullPolicy"), &["Always", "IfNotPresent", "Never"]);
     resources::requirements(e, &at.get("resources"), &pod.claims);
     resize_policy(e, &at.get("resizePolicy"), pod.restart_policy);
-    security::container(e, &at.get("securityContext"));
+    security::container(e, &at.get("securityContext"), pod.host_users);
 }
 
 fn ports(e: &mut Errs, list: &At<'_>, host_network: bool) {

@@ -86,6 +86,18 @@ ClaimResources: Limits=limits:* Requests=requests:*
 ClaimSource: APIGroup=apiGroup:* Kind=kind:s Name=name:s
 ClaimSourceRef: APIGroup=apiGroup:* Kind=kind:s Name=name:s Namespace=namespace:*
 TokenProjection: Audience=audience:s ExpirationSeconds=expirationSeconds:i Path=path:s
+FlowSchemaSpec: PriorityLevelConfiguration=priorityLevelConfiguration:S(Local) MatchingPrecedence=matchingPrecedence:i DistinguisherMethod=distinguisherMethod:P(Distinguisher) Rules=rules:L(FlowRules)
+Distinguisher: Type=type:s
+FlowRules: Subjects=subjects:L(FlowSubject) ResourceRules=resourceRules:L(FlowResources) NonResourceRules=nonResourceRules:L(FlowPaths)
+FlowSubject: Kind=kind:s User=user:P(Local) Group=group:P(Local) ServiceAccount=serviceAccount:P(FlowAccount)
+FlowAccount: Namespace=namespace:s Name=name:s
+FlowResources: Verbs=verbs:* APIGroups=apiGroups:* Resources=resources:* ClusterScope=clusterScope:b Namespaces=namespaces:*
+FlowPaths: Verbs=verbs:* NonResourceURLs=nonResourceURLs:*
+LevelSpec: Type=type:s Limited=limited:P(Limited) Exempt=exempt:P(ExemptLevel)
+Limited: NominalConcurrencyShares=nominalConcurrencyShares:i LimitResponse=limitResponse:S(LimitResponse) LendablePercent=lendablePercent:* BorrowingLimitPercent=borrowingLimitPercent:*
+LimitResponse: Type=type:s Queuing=queuing:P(Queuing)
+Queuing: Queues=queues:i HandSize=handSize:i QueueLengthLimit=queueLengthLimit:i
+ExemptLevel: NominalConcurrencyShares=nominalConcurrencyShares:* LendablePercent=lendablePercent:*
 ";
 
 type Field = (&'static str, &'static str, &'static str);
@@ -155,6 +167,11 @@ pub(crate) fn pod_spec(spec: &Value) -> Value {
         }
     }
     of("PodSpec", &spec)
+}
+
+/// A struct of the table above by its name.
+pub(crate) fn named(name: &str, v: &Value) -> Value {
+    of(name, v)
 }
 
 /// The spec of a persistent volume claim.

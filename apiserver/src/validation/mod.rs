@@ -12,6 +12,8 @@ pub(crate) mod env;
 pub(crate) mod internal;
 pub mod meta;
 pub(crate) mod net;
+pub(crate) mod pod_annotations;
+pub(crate) mod pod_os;
 pub(crate) mod pod_spec;
 pub(crate) mod pod_update;
 pub(crate) mod pod_warnings;

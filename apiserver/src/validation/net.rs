@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use isopod_api::field::Path;
+
 use super::{At, Errs};
 
 const NOT_AN_IP: &str = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
@@ -56,24 +58,79 @@ pub(crate) fn parse_cidr(s: &str) -> Option<(IpAddr, u8)> {
     (prefix <= if address.is_ipv4() { 32 } else { 128 }).then_some((address, prefix))
 }
 
+/// What is wrong with a CIDR of a field that takes any spelling of it.
+pub(crate) fn cidr_messages(s: &str) -> Vec<String> {
+    let Some((address, prefix)) = parse_cidr(s) else {
+        let sloppy = s.split_once('/').is_some_and(|(address, prefix)| {
+            parse_ip(address) != Err(NOT_AN_IP)
+                && prefix.bytes().all(|b| b.is_ascii_digit())
+                && prefix.parse::<u8>().is_ok_and(|n| n <= if address.contains(':') { 128 } else { 32 })
+        });
+        let message = if sloppy { "must not have leading 0s in IP or prefix length" } else { NOT_A_CIDR };
+        return vec![message.to_owned()];
+    };
+    if matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some()) {
+        return vec!["must not have an IPv4-mapped IPv6 address".to_owned()];
+    }
+    match ipnet::IpNet::new(address, prefix) {
+        Ok(net) if net.trunc().addr() != address => vec!["must not have bits set beyond the prefix length".to_owned()],
+        _ => Vec::new(),
+    }
+}
+
 /// A CIDR.
 pub(crate) fn cidr(e: &mut Errs, at: &At<'_>) -> bool {
-    match parse_cidr(at.s()) {
-        None => {
-            e.invalid_str(at, NOT_A_CIDR);
-            false
-        }
-        Some((address, prefix)) => {
-            let canonical = ipnet::IpNet::new(address, prefix).map(|net| net.trunc());
-            if let Ok(net) = canonical
-                && net.addr() != address
-            {
-                e.invalid_str(at, "must not have bits set beyond the prefix length");
-                return false;
-            }
-            true
-        }
+    let messages = cidr_messages(at.s());
+    let ok = messages.is_empty();
+    e.messages(at, messages);
+    ok
+}
+
+/// A CIDR in its canonical form.
+pub(crate) fn canonical_cidr(e: &mut Errs, at: &At<'_>) {
+    if !cidr(e, at) {
+        return;
     }
+    if let Ok(net) = at.s().parse::<ipnet::IpNet>()
+        && net.to_string() != at.s()
+    {
+        e.invalid_str(at, &format!("must be in canonical form (\"{net}\")"));
+    }
+}
+
+/// The warning about an address that is not written as it should be.
+pub(crate) fn ip_warning(path: &Path, value: &str) -> Option<String> {
+    let plain = |octets: &str| octets.split('.').map(|o| o.parse::<u8>().ok()).collect::<Option<Vec<u8>>>();
+    let better = match parse_ip(value) {
+        Ok(IpAddr::V6(v6)) => match v6.to_ipv4_mapped() {
+            Some(v4) => v4.to_string(),
+            None if v6.to_string() == value => return None,
+            None => {
+                return Some(format!(
+                    "{path}: IPv6 address \"{value}\" should be in RFC 5952 canonical format (\"{v6}\")"
+                ));
+            }
+        },
+        Ok(IpAddr::V4(_)) | Err(NOT_AN_IP) => return None,
+        Err(_) => plain(value)?.iter().map(u8::to_string).collect::<Vec<_>>().join("."),
+    };
+    Some(format!(
+        "{path}: non-standard IP address \"{value}\" will be considered invalid in a future Kubernetes release: use \"{better}\""
+    ))
+}
+
+/// The warning about a CIDR that is not written as it should be.
+pub(crate) fn cidr_warning(path: &Path, value: &str) -> Option<String> {
+    let net: ipnet::IpNet = value.parse().ok()?;
+    if net.trunc() != net {
+        let whole = ipnet::IpNet::from(net.addr());
+        let masked = net.trunc();
+        return Some(format!(
+            "{path}: CIDR value \"{value}\" is ambiguous in this context (should be \"{masked}\" or \"{whole}\"?)"
+        ));
+    }
+    (net.addr().is_ipv6() && net.to_string() != value)
+        .then(|| format!("{path}: IPv6 CIDR value \"{value}\" should be in RFC 5952 canonical format (\"{net}\")"))
 }
 
 /// An address that other machines may use: not unspecified, loopback, link-local or multicast of link scope.
@@ -139,5 +196,41 @@ mod tests {
         assert!(parse_cidr("10.0.0.0/24").is_some());
         assert!(parse_cidr("10.0.0.0/33").is_none());
         assert!(parse_cidr("10.0.0.0/08").is_none());
+        for (cidr, message) in [
+            ("10.0.0.0/8", ""),
+            ("x", NOT_A_CIDR),
+            ("10.0.0.0/33", NOT_A_CIDR),
+            ("10.0.0.0/08", "must not have leading 0s in IP or prefix length"),
+            ("010.0.0.0/8", "must not have leading 0s in IP or prefix length"),
+            ("::ffff:10.0.0.0/104", "must not have an IPv4-mapped IPv6 address"),
+            ("10.0.0.1/8", "must not have bits set beyond the prefix length"),
+        ] {
+            assert_eq!(cidr_messages(cidr).join("; "), message, "{cidr}");
+        }
+    }
+
+    #[test]
+    fn spellings_that_are_warned_of() {
+        let path = Path::new("f");
+        for (ip, warning) in [
+            ("10.0.0.1", None),
+            ("2001:db8::1", None),
+            (
+                "2001:DB8::1",
+                Some("f: IPv6 address \"2001:DB8::1\" should be in RFC 5952 canonical format (\"2001:db8::1\")"),
+            ),
+            (
+                "10.0.0.01",
+                Some(
+                    "f: non-standard IP address \"10.0.0.01\" will be considered invalid in a future Kubernetes release: use \"10.0.0.1\"",
+                ),
+            ),
+        ] {
+            assert_eq!(ip_warning(&path, ip).as_deref(), warning);
+        }
+        let ambiguous =
+            "f: CIDR value \"10.0.0.1/8\" is ambiguous in this context (should be \"10.0.0.0/8\" or \"10.0.0.1/32\"?)";
+        assert_eq!(cidr_warning(&path, "10.0.0.1/8").as_deref(), Some(ambiguous));
+        assert_eq!(cidr_warning(&path, "10.0.0.0/8"), None);
     }
 }

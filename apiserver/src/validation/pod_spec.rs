@@ -14,6 +14,7 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
         grace: spec.get("terminationGracePeriodSeconds").int0(),
         restart_policy: spec.get("restartPolicy").s(),
         host_network: spec.get("hostNetwork").is_true(),
+        host_users: spec.get("hostUsers").v.as_bool() != Some(false),
         is_pod,
     };
     let regular = spec.get("containers");
@@ -44,9 +45,8 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
         resources::container_resource_name(e, &value, name);
         resources::quantity_value(e, &value, name);
     }
-    let os = spec.get("os.name");
     if spec.get("os").is_set() {
-        e.required_one_of(&os, &["linux", "windows"]);
+        super::pod_os::os(e, spec);
     }
 }
 

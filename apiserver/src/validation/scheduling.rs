@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use isopod_api::names;
 use serde_json::json;
 
-use super::{At, Errs, meta, selector};
+use super::{At, Errs, internal, meta, selector};
 
 /// `affinity`.
 pub(crate) fn affinity(e: &mut Errs, at: &At<'_>) {
@@ -155,11 +155,7 @@ pub(crate) fn tolerations(e: &mut Errs, list: &At<'_>) {
             "Exists" => {
                 if !value.s().is_empty() {
                     let detail = "value must be empty when `operator` is 'Exists'";
-                    e.invalid_as(
-                        &operator,
-                        serde_json::Value::Object(at.v.as_object().cloned().unwrap_or_default()),
-                        detail,
-                    );
+                    e.invalid_as(&operator, internal::named("Toleration", at.v), detail);
                 }
             }
             "Lt" | "Gt" => {
@@ -251,9 +247,13 @@ pub(crate) fn claims<'a>(e: &mut Errs, list: &At<'a>) -> Vec<&'a str> {
         let (claim, template) = (at.get("resourceClaimName"), at.get("resourceClaimTemplateName"));
         match (claim.is_set(), template.is_set()) {
             (true, true) => {
-                e.invalid(&at, "at most one of `resourceClaimName` or `resourceClaimTemplateName` may be specified")
+                let detail = "at most one of `resourceClaimName` or `resourceClaimTemplateName` may be specified";
+                e.invalid_as(&at, internal::named("Claim", at.v), detail);
             }
-            (false, false) => e.invalid(&at, "must specify one of: `resourceClaimName`, `resourceClaimTemplateName`"),
+            (false, false) => {
+                let detail = "must specify one of: `resourceClaimName`, `resourceClaimTemplateName`";
+                e.invalid_as(&at, internal::named("Claim", at.v), detail);
+            }
             (true, _) => e.dns_subdomain(&claim),
             (_, true) => e.dns_subdomain(&template),
         }

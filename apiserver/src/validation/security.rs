@@ -1,6 +1,8 @@
 //! Security contexts of pods and containers, sysctls, seccomp, AppArmor, Windows options.
 
-use super::{At, Errs};
+use isopod_api::names;
+
+use super::{At, Errs, internal::named};
 
 const ID_RANGE: &str = "must be between 0 and 2147483647, inclusive";
 
@@ -10,8 +12,8 @@ fn id(e: &mut Errs, at: &At<'_>) {
     }
 }
 
-/// `securityContext` of a container.
-pub(crate) fn container(e: &mut Errs, at: &At<'_>) {
+/// `securityContext` of a container; `host_users` tells whether it shares the users of its host.
+pub(crate) fn container(e: &mut Errs, at: &At<'_>, host_users: bool) {
     if !at.is_set() {
         return;
     }
@@ -21,14 +23,19 @@ pub(crate) fn container(e: &mut Errs, at: &At<'_>) {
     if proc_mount.is_set() && !["Default", "Unmasked"].contains(&proc_mount.s()) {
         e.unsupported(&proc_mount, &["Default", "Unmasked"]);
     }
+    if proc_mount.s() == "Unmasked" && host_users {
+        e.invalid(&proc_mount, "`hostUsers` must be false to use `Unmasked`");
+    }
     seccomp(e, &at.get("seccompProfile"));
     let escalation = at.get("allowPrivilegeEscalation");
     if escalation.v.as_bool() == Some(false) {
         if at.get("privileged").is_true() {
-            e.invalid(at, "cannot set `allowPrivilegeEscalation` to false and `privileged` to true");
+            let detail = "cannot set `allowPrivilegeEscalation` to false and `privileged` to true";
+            e.invalid_as(at, named("Security", at.v), detail);
         }
         if at.get("capabilities.add").strings().contains(&"CAP_SYS_ADMIN") {
-            e.invalid(at, "cannot set `allowPrivilegeEscalation` to false and `capabilities.Add` CAP_SYS_ADMIN");
+            let detail = "cannot set `allowPrivilegeEscalation` to false and `capabilities.Add` CAP_SYS_ADMIN";
+            e.invalid_as(at, named("Security", at.v), detail);
         }
     }
     windows(e, &at.get("windowsOptions"));
@@ -146,14 +153,56 @@ fn localhost(e: &mut Errs, _at: &At<'_>, kind: &At<'_>, local: &At<'_>, what: &s
     }
 }
 
+const GMSA_SPEC_MAX: usize = 64 * 1024;
+
 fn windows(e: &mut Errs, at: &At<'_>) {
-    let user = at.get("runAsUserName");
-    if user.is_set() && user.s().is_empty() {
-        e.invalid(&user, "runAsUserName cannot be an empty string");
+    let name = at.get("gmsaCredentialSpecName");
+    if name.is_set() {
+        e.messages(&name, names::dns1123_subdomain(name.s()));
     }
     let spec = at.get("gmsaCredentialSpec");
-    if spec.is_set() && spec.s().is_empty() {
-        e.invalid(&spec, "gmsaCredentialSpec cannot be an empty string");
+    if spec.is_set() {
+        if spec.s().is_empty() {
+            e.invalid(&spec, "gmsaCredentialSpec cannot be an empty string");
+        } else if spec.s().len() > GMSA_SPEC_MAX {
+            e.invalid(&spec, "gmsaCredentialSpec size must be under 64 KiB");
+        }
+    }
+    let user = at.get("runAsUserName");
+    if user.is_set() {
+        windows_user(e, &user);
+    }
+}
+
+/// `user` or `DOMAIN\user`.
+fn windows_user(e: &mut Errs, at: &At<'_>) {
+    if at.s().is_empty() {
+        return e.invalid(at, "runAsUserName cannot be an empty string");
+    }
+    if at.s().chars().any(|c| (c as u32) < 0x20 || c as u32 == 0x7f) {
+        e.invalid(at, "runAsUserName cannot contain control characters");
+    }
+    let parts: Vec<&str> = at.s().split('\\').collect();
+    let user = match parts[..] {
+        [user] => user,
+        [domain, user] => {
+            if domain.is_empty() {
+                e.invalid(at, "runAsUserName's Domain doesn't match the NetBIOS nor the DNS format");
+            }
+            user
+        }
+        _ => return e.invalid(at, "runAsUserName cannot contain more than one backslash"),
+    };
+    if user.is_empty() {
+        e.invalid(at, "runAsUserName's User cannot be empty");
+    } else if user.len() > 104 {
+        e.invalid(at, "runAsUserName's User length must not be longer than 104 characters");
+    }
+    if !user.is_empty() && user.chars().all(|c| c == '.' || c == ' ') {
+        e.invalid(at, "runAsUserName's User cannot contain only periods or spaces");
+    }
+    if user.chars().any(|c| "\"/\\:;|=,+*?<>@[]".contains(c)) {
+        e.invalid(at, "runAsUserName's User cannot contain the following characters: \"/\\:;|=,+*?<>@[]");
     }
 }
 
@@ -171,10 +220,35 @@ mod tests {
     }
 
     #[test]
+    fn unmasked_proc_needs_own_users() {
+        let obj = serde_json::json!({"s": {"procMount": "Unmasked"}});
+        for (host_users, errors) in [(true, 1), (false, 0)] {
+            let mut e = Errs::new();
+            container(&mut e, &At::field(&obj, "s"), host_users);
+            assert_eq!(e.0.len(), errors);
+        }
+    }
+
+    #[test]
+    fn windows_users() {
+        for (user, want) in [
+            ("", "runAsUserName cannot be an empty string"),
+            ("DOMAIN\\bob", ""),
+            ("a\\b\\c", "runAsUserName cannot contain more than one backslash"),
+            ("...", "runAsUserName's User cannot contain only periods or spaces"),
+        ] {
+            let obj = serde_json::json!({ "u": user });
+            let mut e = Errs::new();
+            windows_user(&mut e, &At::field(&obj, "u"));
+            assert_eq!(e.0.iter().map(|x| x.detail.as_str()).collect::<Vec<_>>().join("; "), want, "{user}");
+        }
+    }
+
+    #[test]
     fn seccomp_profiles() {
         let obj = serde_json::json!({"s": {"runAsUser": -1, "seccompProfile": {"type": "Localhost"}, "privileged": true, "allowPrivilegeEscalation": false}});
         let mut e = Errs::new();
-        container(&mut e, &At::field(&obj, "s"));
+        container(&mut e, &At::field(&obj, "s"), true);
         let fields: Vec<String> =
             e.0.iter().map(|x| x.to_string().split(": ").next().unwrap_or("").to_owned()).collect();
         assert_eq!(fields, ["s.runAsUser", "s.seccompProfile.localhostProfile", "s"]);

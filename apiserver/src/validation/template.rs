@@ -2,12 +2,13 @@
 
 use serde_json::Value;
 
-use super::{At, Errs, meta, pod_spec::pod_spec, selector};
+use super::{At, Errs, meta, pod_annotations, pod_spec::pod_spec, selector};
 
 /// A pod template at `at` (`spec.template`): labels, annotations and the spec.
 pub(crate) fn pod_template(e: &mut Errs, at: &At<'_>) {
     meta::template_meta(e, at);
     let spec = at.get("spec");
+    pod_annotations::annotations(e, &at.get("metadata.annotations"), &spec);
     pod_spec(e, &spec, false);
     let ephemeral = spec.get("ephemeralContainers");
     if ephemeral.len() > 0 {

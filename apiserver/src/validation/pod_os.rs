@@ -1,0 +1,112 @@
+//! What a pod of one operating system may not have.
+
+use super::{At, Errs};
+
+/// Fields of a pod's security context that only Linux has, in the order they are reported.
+const LINUX_POD: &[&str] = &[
+    "appArmorProfile",
+    "seLinuxOptions",
+    "/hostUsers",
+    "/hostPID",
+    "/hostIPC",
+    "seccompProfile",
+    "fsGroup",
+    "fsGroupChangePolicy",
+    "sysctls",
+    "/shareProcessNamespace",
+    "runAsUser",
+    "runAsGroup",
+    "supplementalGroups",
+    "supplementalGroupsPolicy",
+];
+/// The same of a container's.
+const LINUX_CONTAINER: &[&str] = &[
+    "appArmorProfile",
+    "seLinuxOptions",
+    "seccompProfile",
+    "capabilities",
+    "readOnlyRootFilesystem",
+    "privileged",
+    "allowPrivilegeEscalation",
+    "procMount",
+    "runAsUser",
+    "runAsGroup",
+];
+
+/// `os` of a pod spec.
+pub(crate) fn os(e: &mut Errs, spec: &At<'_>) {
+    let name = spec.get("os.name");
+    match name.s() {
+        "" => e.required(&name, "cannot be empty"),
+        "linux" => linux(e, spec),
+        "windows" => windows(e, spec),
+        _ => e.unsupported(&name, &["linux", "windows"]),
+    }
+}
+
+/// All containers, init containers first.
+fn containers<'a>(spec: &At<'a>) -> impl Iterator<Item = At<'a>> {
+    ["initContainers", "containers", "ephemeralContainers"].map(|kind| spec.get(kind).items()).into_iter().flatten()
+}
+
+fn linux(e: &mut Errs, spec: &At<'_>) {
+    let own = spec.get("securityContext.windowsOptions");
+    for at in std::iter::once(own).chain(containers(spec).map(|c| c.get("securityContext.windowsOptions"))) {
+        if at.is_set() {
+            e.forbidden(&at, "windows options cannot be set for a linux pod");
+        }
+    }
+}
+
+fn windows(e: &mut Errs, spec: &At<'_>) {
+    let context = spec.get("securityContext");
+    for field in LINUX_POD {
+        let at = field.strip_prefix('/').map_or_else(|| context.get(field), |outer| spec.get(outer));
+        // The host's namespaces are plain booleans; lists count when they have something.
+        let set = match at.v {
+            serde_json::Value::Array(list) => !list.is_empty(),
+            serde_json::Value::Bool(value) if matches!(*field, "/hostPID" | "/hostIPC") => *value,
+            _ => at.is_set(),
+        };
+        if set {
+            e.forbidden(&at, "cannot be set for a windows pod");
+        }
+    }
+    for container in containers(spec) {
+        let context = container.get("securityContext");
+        for at in LINUX_CONTAINER.iter().map(|field| context.get(field)).filter(At::is_set) {
+            e.forbidden(&at, "cannot be set for a windows pod");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn fields_of_the_other_system() {
+        for (spec, want) in [
+            (json!({"os": {}}), "spec.os.name"),
+            (json!({"os": {"name": "linux"}, "securityContext": {"runAsUser": 1}}), ""),
+            (
+                json!({"os": {"name": "linux"}, "containers": [{"securityContext": {"windowsOptions": {}}}]}),
+                "spec.containers[0].securityContext.windowsOptions",
+            ),
+            (
+                json!({"os": {"name": "windows"}, "hostPID": true, "hostIPC": false,
+                    "securityContext": {"runAsUser": 1, "sysctls": []},
+                    "containers": [{"securityContext": {"privileged": false}}]}),
+                "spec.hostPID,spec.securityContext.runAsUser,spec.containers[0].securityContext.privileged",
+            ),
+        ] {
+            let obj = json!({ "spec": spec });
+            let mut e = Errs::new();
+            os(&mut e, &At::field(&obj, "spec"));
+            let fields: Vec<String> = e.0.iter().map(|x| x.field.clone()).collect();
+            assert_eq!(fields.join(","), want);
+        }
+    }
+}
