@@ -12,6 +12,7 @@ mod node;
 mod pki;
 mod preflight;
 mod progress;
+mod service;
 
 use std::process::ExitCode;
 

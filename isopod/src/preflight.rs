@@ -4,6 +4,7 @@ use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use anyhow::{Result, bail};
@@ -18,10 +19,12 @@ pub(crate) fn check(paths: &Paths, ports: &[(&str, &str, u16)]) -> Result<PathBu
     if find_in_path("nft").is_none() {
         missing.push("the nft program is not installed: apt-get install nftables".to_owned());
     }
-    let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
     for wanted in ["overlay", "tmpfs", "proc", "mqueue"] {
-        let has = filesystems.lines().any(|line| line.split_whitespace().next_back() == Some(wanted));
-        if !has {
+        if !has_file_system(wanted) {
+            // Most kernels have overlay as a module, which a mount would load only later.
+            let _ = Command::new("modprobe").arg(wanted).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        }
+        if !has_file_system(wanted) {
             missing.push(format!("the kernel has no {wanted} file system: modprobe {wanted}, or CONFIG for it"));
         }
     }
@@ -48,6 +51,11 @@ pub(crate) fn check(paths: &Paths, ports: &[(&str, &str, u16)]) -> Result<PathBu
         (_, [one]) => bail!("{one}"),
         (_, many) => bail!("this machine is not ready:\n  - {}", many.join("\n  - ")),
     }
+}
+
+fn has_file_system(wanted: &str) -> bool {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    known.lines().any(|line| line.split_whitespace().next_back() == Some(wanted))
 }
 
 fn writable(dir: &Path) -> std::io::Result<()> {

@@ -7,7 +7,11 @@ use std::{
 
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
-use crate::error::{Context, Error, Result};
+use crate::{
+    cpu_list,
+    error::{Context, Error, Result},
+    lsm,
+};
 
 /// Largest config.json accepted.
 const MAX_SIZE: u64 = 16 << 20;
@@ -122,7 +126,15 @@ impl Config {
         for name in linux.sysctl().iter().flat_map(|s| s.keys()) {
             self.validate_sysctl(name)?;
         }
+        for page in linux.resources().iter().filter_map(|r| r.hugepage_limits().as_ref()).flatten() {
+            let size = page.page_size();
+            if size.is_empty() || !size.chars().all(|c| c.is_ascii_alphanumeric()) {
+                return Err(Error::invalid(format!("linux.resources.hugepageLimits: malformed pageSize {size:?}")));
+            }
+        }
+        let flags = linux.personality().as_ref().and_then(|p| p.flags().as_ref());
         let unsupported = [
+            ("linux.personality.flags", flags.is_some_and(|f| !f.is_empty())),
             ("linux.intelRdt", linux.intel_rdt().is_some()),
             ("linux.memoryPolicy", linux.memory_policy().is_some()),
             ("linux.netDevices", linux.net_devices().as_ref().is_some_and(|d| !d.is_empty())),
@@ -174,16 +186,14 @@ pub(crate) fn validate_process(process: &Process) -> Result<()> {
     if args.iter().chain(env).any(|s| s.contains('\0')) {
         return Err(Error::invalid("process.args or process.env contains a NUL byte"));
     }
-    let named = |s: &Option<String>| s.as_ref().is_some_and(|s| !s.is_empty() && s != "unconfined");
-    if named(process.apparmor_profile()) && !Path::new("/sys/kernel/security/apparmor").exists() {
-        return Err(Error::invalid("process.apparmorProfile: this kernel has no AppArmor"));
-    }
-    if named(process.selinux_label()) && !Path::new("/sys/fs/selinux/enforce").exists() {
-        return Err(Error::invalid("process.selinuxLabel: this kernel has no SELinux"));
-    }
+    lsm::validate(process)?;
     let adj = process.oom_score_adj().unwrap_or(0);
     if !(-1000..=1000).contains(&adj) {
         return Err(Error::invalid(format!("process.oomScoreAdj {adj} is not between -1000 and 1000")));
+    }
+    let affinity = process.exec_cpu_affinity().as_ref();
+    for list in affinity.into_iter().flat_map(|a| [a.initial(), a.cpu_affinity_final()]).flatten() {
+        cpu_list::parse(list).map_err(|e| e.within("process.execCPUAffinity"))?;
     }
     Ok(())
 }
@@ -218,7 +228,7 @@ mod tests {
     #[test]
     fn wrong_configurations_have_clear_errors() {
         type Change = fn(&mut serde_json::Value);
-        let cases: [(Change, &str); 9] = [
+        let cases: [(Change, &str); 18] = [
             (|v| v["ociVersion"] = "2.0.0".into(), "ociVersion"),
             (|v| v["process"]["cwd"] = "tmp".into(), "not absolute"),
             (|v| v["process"]["args"] = serde_json::json!([]), "process.args is empty"),
@@ -228,6 +238,27 @@ mod tests {
             (|v| v["linux"]["maskedPaths"] = serde_json::json!(["proc/x"]), "not absolute"),
             (|v| v["mounts"][0]["destination"] = "/a/../b".into(), "contains .."),
             (|v| v["process"]["oomScoreAdj"] = 2000.into(), "oomScoreAdj"),
+            (|v| v["process"]["execCPUAffinity"] = serde_json::json!({"initial": "1-x"}), "execCPUAffinity"),
+            (|v| v["process"]["apparmorProfile"] = "p".into(), "apparmorProfile"),
+            (|v| v["process"]["selinuxLabel"] = "a:b:c:d".into(), "selinuxLabel"),
+            (|v| v["linux"]["intelRdt"] = serde_json::json!({"closID": "x"}), "linux.intelRdt is not supported"),
+            (
+                |v| v["linux"]["memoryPolicy"] = serde_json::json!({"mode": "MPOL_BIND", "nodes": "0"}),
+                "linux.memoryPolicy is not supported",
+            ),
+            (|v| v["linux"]["netDevices"] = serde_json::json!({"eth7": {}}), "linux.netDevices is not supported"),
+            (|v| v["linux"]["mountLabel"] = "x".into(), "linux.mountLabel is not supported"),
+            (
+                |v| v["linux"]["personality"] = serde_json::json!({"domain": "LINUX", "flags": ["X"]}),
+                "linux.personality.flags is not supported",
+            ),
+            (
+                |v| {
+                    v["linux"]["resources"] =
+                        serde_json::json!({"hugepageLimits": [{"pageSize": "../../x", "limit": 1}]});
+                },
+                "malformed pageSize",
+            ),
         ];
         for (change, words) in cases {
             let error = check(change).unwrap_err();

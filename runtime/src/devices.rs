@@ -6,7 +6,7 @@ use std::{
 };
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid, chmodat, chownat, makedev, mknodat, symlinkat};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chmodat, chownat, makedev, mknodat, symlinkat};
 
 use crate::{
     error::{Context, Error, Result},
@@ -113,14 +113,27 @@ impl Node {
                     }
                     return Ok(());
                 }
-                Err(rustix::io::Errno::EXIST) => return Ok(()),
+                Err(rustix::io::Errno::EXIST) => return self.is_what_exists(parent, name),
                 Err(rustix::io::Errno::PERM) => *bind = true,
                 Err(e) => return Err(Error::system(what(), e)),
             }
         }
-        let target = root.ensure_file(&self.path)?;
+        drop(root.ensure_file(&self.path)?);
+        // What the image has there must not lead the mount somewhere else.
+        let target = root.open_exact(&self.path, OFlags::PATH).context(what)?;
         mounts::clone_tree(CWD, &self.path, false)
             .and_then(|host| mounts::attach(host.as_fd(), target.as_fd()))
             .context(|| format!("bind device {}", self.path.display()))
+    }
+
+    /// An image may come with device nodes, but not with others under their names.
+    fn is_what_exists(&self, parent: BorrowedFd<'_>, name: &std::ffi::OsStr) -> Result<()> {
+        let what = || format!("stat device {} of the rootfs", self.path.display());
+        let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).context(what)?;
+        let device = self.kind == FileType::Fifo || stat.st_rdev == makedev(self.major, self.minor);
+        if FileType::from_raw_mode(stat.st_mode) == self.kind && device {
+            return Ok(());
+        }
+        Err(Error::invalid(format!("{} in the rootfs is something else than that device", self.path.display())))
     }
 }

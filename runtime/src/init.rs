@@ -22,6 +22,7 @@ use crate::{
     error::{Context, Error, Result},
     hooks,
     launch::{self, Console, Gate, Prepared, PreparedExec, Stdio, Wiring},
+    lsm,
     mounts::{self, MountContext},
     passwd, process,
     process::Program,
@@ -34,6 +35,7 @@ use crate::{
 
 /// Sets the container up and runs its program.
 pub(crate) fn main(prepared: &Prepared<'_>, channel: &Channel) -> ! {
+    die_with_maker();
     sys::close_all_except(&mut launch::kept(prepared, channel));
     match set_up(prepared, channel) {
         Ok(ready) => run(ready, &prepared.wiring, channel),
@@ -48,6 +50,12 @@ pub(crate) fn exec_main(prepared: &PreparedExec<'_>, channel: &Channel) -> ! {
         Ok(ready) => run(ready, &prepared.wiring, channel),
         Err(error) => fail(channel, error),
     }
+}
+
+/// Until it is recorded anywhere a container must not outlive a maker that is killed. A change of user, one of the last
+/// steps, ends this; so does [`finish`].
+fn die_with_maker() {
+    let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
 }
 
 fn fail(channel: &Channel, error: Error) -> ! {
@@ -160,6 +168,7 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
         userns: p.userns,
         home: None,
         hooks: hooks.map(|h| (h, state)),
+        proc: p.proc.as_fd(),
     })
 }
 
@@ -316,8 +325,16 @@ fn join(p: &PreparedExec<'_>, channel: &Channel) -> Result<Ready> {
         // Until the program runs, processes of the container may not look into this one (CVE-2016-9962).
         nix::sys::prctl::set_dumpable(false).context(|| "become undumpable".into())?;
     }
+    let affinity = p.process.exec_cpu_affinity().as_ref();
+    if let Some(cpus) = affinity.and_then(|a| a.initial().as_deref()) {
+        process::set_affinity(cpus)?;
+    }
     if let Some(join) = &p.join {
         join.enter()?;
+    }
+    if let Some(affinity) = affinity {
+        // Without a final word whatever the container may use.
+        process::set_affinity(affinity.cpu_affinity_final().as_deref().unwrap_or("0-1023"))?;
     }
     process::set_limits(p.process, p.proc.as_fd(), &mut warn)?;
     let null = device_null()?;
@@ -356,6 +373,7 @@ fn join(p: &PreparedExec<'_>, channel: &Channel) -> Result<Ready> {
         userns: p.userns,
         home,
         hooks: None,
+        proc: p.proc.as_fd(),
     })
 }
 
@@ -368,6 +386,7 @@ struct Finish<'a> {
     userns: bool,
     home: Option<String>,
     hooks: Option<(Vec<oci_spec::runtime::Hook>, Vec<u8>)>,
+    proc: BorrowedFd<'a>,
 }
 
 /// The last steps that need privilege, and those that drop it.
@@ -381,6 +400,8 @@ fn finish(f: Finish<'_>) -> Result<Ready> {
         home = passwd::read(f.root, "/etc/passwd").ok().and_then(|t| passwd::home_of(process.user().uid(), &t));
     }
     rustix::process::umask(Mode::from_raw_mode(process.user().umask().unwrap_or(0o022)));
+    // While it is still allowed: no_new_privs forbids some changes of label.
+    lsm::label_next_exec(process, f.proc)?;
     let no_new_privs = process.no_new_privileges() == Some(true);
     if no_new_privs {
         nix::sys::prctl::set_no_new_privs().context(|| "set no_new_privs".into())?;
@@ -404,6 +425,7 @@ fn finish(f: Finish<'_>) -> Result<Ready> {
         process::enter_cwd(process.cwd())?;
     }
     let program = Program::find(process, home)?;
+    nix::sys::prctl::set_pdeathsig(None).context(|| "outlive the runtime".into())?;
     f.channel.report(&Report::Ready, None)?;
     Ok(Ready { program, seccomp: late, hooks: f.hooks })
 }

@@ -7,11 +7,13 @@
 pub mod cgroups;
 pub mod cli;
 mod config;
+mod cpu_list;
 mod devices;
 pub mod error;
 mod hooks;
 mod init;
 mod launch;
+mod lsm;
 mod mount_options;
 mod mounts;
 mod passwd;

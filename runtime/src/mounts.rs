@@ -114,9 +114,12 @@ pub(crate) fn mount_one(context: &MountContext<'_>, index: usize, mount: &Mount)
     let kind = mount.typ().as_deref().unwrap_or(if options.bind { "bind" } else { "none" });
     let result = match kind {
         _ if options.bind || kind == "bind" => bind(context, index, mount, &options),
+        "cgroup" | "cgroup2" | "proc" | "sysfs" if context.idmaps.get(index).is_some_and(Option::is_some) => {
+            Err(Error::invalid("ids cannot be mapped on this type of mount"))
+        }
         "cgroup" | "cgroup2" => cgroup(context, destination, &options),
         "proc" | "sysfs" => kernel_fs(context, kind, mount, &options),
-        _ => file_system(context, kind, mount, &options),
+        _ => file_system(context, index, kind, mount, &options),
     };
     result.map_err(|e| e.within(format_args!("mount {kind} on {}", destination.display())))
 }
@@ -125,15 +128,7 @@ fn bind(context: &MountContext<'_>, index: usize, mount: &Mount, options: &Mount
     let source = mount.source().as_ref().ok_or_else(|| Error::invalid("a bind mount needs a source"))?;
     let source = if source.is_absolute() { source.clone() } else { context.bundle.join(source) };
     let tree = clone_tree(CWD, &source, options.recursive).context(|| format!("open source {}", source.display()))?;
-    if let Some(userns) = context.idmaps.get(index).and_then(Option::as_ref) {
-        let attributes = MountAttributes {
-            set: libc::MOUNT_ATTR_IDMAP,
-            userns: Some(userns.as_fd()),
-            recursive: options.idmap == Some(true),
-            ..MountAttributes::default()
-        };
-        mount_setattr(tree.as_fd(), attributes).context(|| "map ids".into())?;
-    }
+    map_ids(context, index, tree.as_fd(), options)?;
     apply(tree.as_fd(), options)?;
     let is_dir = rustix::fs::fstat(&tree)
         .map(|s| rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Directory)
@@ -143,6 +138,18 @@ fn bind(context: &MountContext<'_>, index: usize, mount: &Mount, options: &Mount
     refuse_procfs(target.as_fd(), destination)?;
     attach(tree.as_fd(), target.as_fd()).context(|| "attach".into())?;
     propagate(tree.as_fd(), options)
+}
+
+/// Applies the mappings of an idmapped mount.
+fn map_ids(context: &MountContext<'_>, index: usize, mount: BorrowedFd<'_>, options: &MountOptions) -> Result<()> {
+    let Some(userns) = context.idmaps.get(index).and_then(Option::as_ref) else { return Ok(()) };
+    let attributes = MountAttributes {
+        set: libc::MOUNT_ATTR_IDMAP,
+        userns: Some(userns.as_fd()),
+        recursive: options.idmap == Some(true),
+        ..MountAttributes::default()
+    };
+    mount_setattr(mount, attributes).context(|| "map ids".into())
 }
 
 fn kernel_fs(context: &MountContext<'_>, kind: &str, mount: &Mount, options: &MountOptions) -> Result<()> {
@@ -168,7 +175,13 @@ fn kernel_fs(context: &MountContext<'_>, kind: &str, mount: &Mount, options: &Mo
     propagate(made.as_fd(), options)
 }
 
-fn file_system(context: &MountContext<'_>, kind: &str, mount: &Mount, options: &MountOptions) -> Result<()> {
+fn file_system(
+    context: &MountContext<'_>,
+    index: usize,
+    kind: &str,
+    mount: &Mount,
+    options: &MountOptions,
+) -> Result<()> {
     let destination = mount.destination();
     let target = context.root.ensure_dir(destination)?;
     refuse_procfs(target.as_fd(), destination)?;
@@ -191,6 +204,7 @@ fn file_system(context: &MountContext<'_>, kind: &str, mount: &Mount, options: &
         other => other,
     }
     .context(|| "create".into())?;
+    map_ids(context, index, made.as_fd(), options)?;
     if options.copy_up {
         copy_up(context.root, destination, made.as_fd())?;
         if options.set & read_only != 0 {

@@ -16,6 +16,7 @@ use oci_spec::runtime::{
 use rustix::fs::{Access, AtFlags, CWD};
 
 use crate::{
+    cpu_list,
     error::{Context, Error, Kind, Result},
     root,
     sys::{self, SchedulerAttributes},
@@ -88,6 +89,16 @@ fn set_scheduling(process: &Process) -> Result<()> {
         ..SchedulerAttributes::default()
     })
     .context(|| "set process.scheduler".into())
+}
+
+/// Binds this process to the listed processors, as far as its cpuset has them.
+pub(crate) fn set_affinity(list: &str) -> Result<()> {
+    let mut set = nix::sched::CpuSet::new();
+    for cpu in cpu_list::parse(list)? {
+        set.set(cpu).context(|| format!("process.execCPUAffinity {list:?}"))?;
+    }
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set)
+        .context(|| format!("set process.execCPUAffinity {list:?}"))
 }
 
 fn resource(kind: PosixRlimitType) -> nix::sys::resource::Resource {

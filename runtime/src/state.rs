@@ -186,13 +186,19 @@ impl StateDir {
             .unwrap_or_else(|_| Error::new(Kind::System, String::from_utf8_lossy(&said).into_owned())))
     }
 
+    /// Whether the container's init waits at its gate. The fifo may be there without it: `start` was killed.
+    fn is_waiting(&self) -> bool {
+        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.lock, FIFO, flags, Mode::empty()).is_ok()
+    }
+
     /// Where the container stands.
     #[must_use]
     pub fn status(&self, state: &State) -> Status {
         if !state.is_alive() {
             return Status::Stopped;
         }
-        if self.path.join(FIFO).exists() {
+        if self.is_waiting() {
             return Status::Created;
         }
         if state.cgroup.as_ref().is_some_and(Cgroup::is_frozen) { Status::Paused } else { Status::Running }

@@ -58,7 +58,7 @@ fn a_container_sees_only_itself() {
         "core_pattern: Read-only file system",
         "refused",
         "/proc/self/fd\n",
-        "unified",
+        if common::unified() { "cgroup.procs" } else { "unified" },
     ] {
         assert!(out.contains(words), "{words:?} is not in {out}\n{}", text(&output.stderr));
     }
@@ -115,19 +115,32 @@ fn limits_reach_the_kernel() {
     if !bundle.cgroup("memory").exists() {
         return;
     }
-    assert_eq!(read("memory", "memory.limit_in_bytes"), (64u64 << 20).to_string());
-    assert_eq!(read("cpu", "cpu.shares"), "512");
-    assert_eq!(read("cpu", "cpu.cfs_quota_us"), "50000");
-    assert_eq!(read("pids", "pids.max"), "17");
-    assert!(!read("devices", "devices.list").contains("a *:*"));
-    let pid = read("memory", "cgroup.procs");
-    for controller in ["cpu", "pids", "devices", "cpuacct"] {
-        assert_eq!(read(controller, "cgroup.procs"), pid, "{controller}");
+    // One directory in v2, one for each controller in v1.
+    let (memory, cpu) = if common::unified() {
+        (("memory", "memory.max"), [("cpu.weight", "20"), ("cpu.max", "50000 100000")])
+    } else {
+        (("memory", "memory.limit_in_bytes"), [("cpu.shares", "512"), ("cpu.cfs_quota_us", "50000")])
+    };
+    assert_eq!(read(memory.0, memory.1), (64u64 << 20).to_string());
+    for (file, value) in cpu {
+        assert_eq!(read("cpu", file), value);
     }
+    assert_eq!(read("pids", "pids.max"), "17");
+    let pid = read("memory", "cgroup.procs");
+    if !common::unified() {
+        assert!(!read("devices", "devices.list").contains("a *:*"));
+        for controller in ["cpu", "pids", "devices", "cpuacct"] {
+            assert_eq!(read(controller, "cgroup.procs"), pid, "{controller}");
+        }
+    }
+    // Not among the devices of a container: the controller, not the node, says so.
+    let exec =
+        bundle.call(&["exec", "--cap", "CAP_MKNOD", &bundle.id, "sh", "-c", "mknod /dev/kmsg2 c 1 11; cat /dev/kmsg2"]);
+    assert!(text(&exec.stderr).contains("Operation not permitted"), "{}", text(&exec.stderr));
     let updated =
         bundle.call(&["update", "--memory", "33554432", "--pids-limit", "9", "--cpuset-cpus", "0", &bundle.id]);
     assert!(updated.status.success(), "{}", text(&updated.stderr));
-    assert_eq!(read("memory", "memory.limit_in_bytes"), "33554432");
+    assert_eq!(read(memory.0, memory.1), "33554432");
     assert_eq!(read("pids", "pids.max"), "9");
     assert_eq!(read("cpuset", "cpuset.cpus"), "0");
     assert_eq!(read("cpuset", "cgroup.procs"), pid);

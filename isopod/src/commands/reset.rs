@@ -20,6 +20,7 @@ pub(crate) fn run(paths: &Paths, args: &Args) -> Result<()> {
         bail!(Usage(format!("reset removes all data under {}: say --yes to do it", paths.root().display())));
     }
     crate::logging::to_stderr();
+    crate::service::disable(paths);
     super::down::stop_everything(paths)?;
     isopod_agent::cleanup(paths).context("remove what the agent left")?;
     let mut failures = Vec::new();

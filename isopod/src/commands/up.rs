@@ -1,6 +1,9 @@
-//! `isopod up`: from nothing to a Ready node, in the foreground.
+//! `isopod up`: from nothing to a Ready node, in the foreground or as the system's service.
 
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use futures::{StreamExt, TryStreamExt};
@@ -19,6 +22,7 @@ use crate::{
     node::{Options, Settings},
     preflight,
     progress::{Progress, seconds},
+    service,
 };
 
 /// How long a start may take before it is called failed.
@@ -27,6 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Options of `up`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    /// Let systemd run the node (now and at every boot) and return once it is Ready.
+    #[arg(short, long)]
+    detach: bool,
     #[command(flatten)]
     node: Options,
 }
@@ -34,6 +41,9 @@ pub(crate) struct Args {
 pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
     let mut progress = Progress::new();
     progress.begin("preflight");
+    if args.detach {
+        service::check(paths)?;
+    }
     let cluster = paths.etc().join("cluster.yaml");
     let settings = Settings::resolve(&cluster, args.node)?;
     // A file of the administrator's that is wrong is told before anything is made.
@@ -53,10 +63,16 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
     bootstrap::agent_configuration(paths, &settings)?;
     bootstrap::manifests(paths, &settings)?;
     progress.done("certificates, kubeconfigs, manifests");
+    if args.detach {
+        drop(lock);
+        service::enable()?;
+        let paths = paths.clone();
+        return super::serve(1, |stop| report(progress, paths, settings, stop, Shown::Service));
+    }
     let node = Node::new(paths, &settings, runtime, None, None, &[])?;
-    let shown = paths.clone();
+    let reported = paths.clone();
     let result = super::serve(2, |stop| async move {
-        let watch = tokio::spawn(report(progress, shown, settings, stop.clone(), log.display().to_string()));
+        let watch = tokio::spawn(report(progress, reported, settings, stop.clone(), Shown::Foreground(log)));
         let result = node.run(stop.clone()).await;
         stop.cancel();
         watch.await.context("progress task")?.and(result)
@@ -75,13 +91,42 @@ fn control_plane_runs(paths: &Paths) -> bool {
     std::fs::read_dir(paths.run_pods()).is_ok_and(|mut pods| pods.next().is_some())
 }
 
+/// How the node runs, for people.
+enum Shown {
+    /// In this process, which logs here.
+    Foreground(PathBuf),
+    /// Under systemd.
+    Service,
+}
+
+impl Shown {
+    fn logs(&self) -> String {
+        match self {
+            Self::Foreground(log) => log.display().to_string(),
+            Self::Service => format!("journalctl -u {}", service::UNIT),
+        }
+    }
+
+    fn how_it_ends(&self, isopod: &str) -> String {
+        match self {
+            Self::Foreground(_) => {
+                format!("Ctrl-C stops the agent and leaves pods running; `{isopod} down` stops everything.")
+            }
+            Self::Service => format!(
+                "`systemctl restart {}` restarts the agent and leaves pods running; `{isopod} down` stops everything.",
+                service::UNIT
+            ),
+        }
+    }
+}
+
 /// Tells how the start goes until the node is Ready, then what to try.
 async fn report(
     mut progress: Progress,
     paths: Paths,
     settings: Settings,
     stop: CancellationToken,
-    log: String,
+    shown: Shown,
 ) -> Result<()> {
     let ready = async {
         progress.begin("API server");
@@ -93,17 +138,18 @@ async fn report(
         label_control_plane(client, &settings.node_name).await?;
         progress.done(&format!("node {} is Ready", settings.node_name));
         let total = progress.finish();
-        let root = if paths.root() == std::path::Path::new("/") {
-            String::new()
+        let isopod = if paths.root() == Path::new("/") {
+            "isopod".to_owned()
         } else {
-            format!(" --root-dir {}", paths.root().display())
+            format!("isopod --root-dir {}", paths.root().display())
         };
         eprintln!(
-            "\nReady in {}. Logs: {log}\n\n  isopod{root} kubeconfig > kubeconfig; export KUBECONFIG=$PWD/kubeconfig\n  \
-             kubectl get nodes\n  kubectl get pods -A -o wide\n\nkubeconfig: {}\n\
-             Ctrl-C stops the agent and leaves pods running; `isopod{root} down` stops everything.",
+            "\nReady in {}. Logs: {}\n\n  {isopod} kubeconfig > kubeconfig; export KUBECONFIG=$PWD/kubeconfig\n  \
+             kubectl get nodes\n  kubectl get pods -A -o wide\n\nkubeconfig: {}\n{}",
             seconds(total),
-            paths.kubeconfig("admin").display()
+            shown.logs(),
+            paths.kubeconfig("admin").display(),
+            shown.how_it_ends(&isopod)
         );
         Ok(())
     };
@@ -114,7 +160,7 @@ async fn report(
             Ok(result) => result,
             Err(_) => {
                 stop.cancel();
-                bail!("the node is not Ready after {} s; see {log} and {}", PATIENCE.as_secs(), paths.logs().display())
+                bail!("the node is not Ready after {} s; see {} and {}", PATIENCE.as_secs(), shown.logs(), paths.logs().display())
             }
         },
     }

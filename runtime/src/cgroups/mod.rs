@@ -4,17 +4,20 @@
 //! always for memory, pids, cpuacct and devices; otherwise when a limit is asked for or an administrator made the
 //! parent group there. Each join costs a directory and a write, and most of a container's start is such small change.
 
+mod control;
+mod dbus;
 mod devices;
 mod layout;
+mod processes;
+mod systemd;
 mod v1;
 mod v2;
 
 use std::{
     collections::HashMap,
-    fs, io,
+    fs,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
 };
 
 use oci_spec::runtime::LinuxResources;
@@ -23,7 +26,9 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use layout::unescape;
 pub use layout::{Hierarchy, Layout};
+pub(crate) use systemd::{Placeholder, Scope, in_user_namespace};
 
+use self::control::{below, keyed, make, remove_dir, write};
 use crate::error::{Context, Error, Result};
 
 /// Where a container's group appears inside it, for mounts of type cgroup.
@@ -46,6 +51,9 @@ pub struct Cgroup {
     joined: Vec<Hierarchy>,
     /// All hierarchies of the machine.
     layout: Layout,
+    /// The unit it is, with the systemd driver.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    scope: Option<Scope>,
 }
 
 /// What a process needs to join a group after it was cloned.
@@ -125,7 +133,32 @@ impl Cgroup {
             .filter(|h| !matches!(h, Hierarchy::V1 { controllers, .. } if controllers.is_empty()))
             .cloned()
             .collect();
-        Ok(Self { path, joined, layout })
+        Ok(Self { path, joined, layout, scope: None })
+    }
+
+    /// Plans the group of a scope that systemd is to make.
+    ///
+    /// # Errors
+    /// When this is not a v2 machine.
+    pub(crate) fn plan_scope(scope: Scope) -> Result<Self> {
+        let layout = Layout::detect()?;
+        if layout.hierarchies.iter().any(|h| matches!(h, Hierarchy::V1 { .. })) {
+            return Err(Error::invalid("--systemd-cgroup needs cgroup v2 alone; leave it out on this machine"));
+        }
+        let mut cgroup = Self::plan_on(layout, &scope.expected_path(), None)?;
+        cgroup.scope = Some(scope);
+        Ok(cgroup)
+    }
+
+    /// Has systemd make the group, when it manages it; what comes back keeps it alive until a process is in it.
+    ///
+    /// # Errors
+    /// When systemd refuses.
+    pub(crate) fn start_scope(&mut self, resources: Option<&LinuxResources>) -> Result<Option<Placeholder>> {
+        let Some(scope) = &self.scope else { return Ok(None) };
+        let (path, placeholder) = scope.start(resources)?;
+        self.path = clean(&path)?;
+        Ok(Some(placeholder))
     }
 
     /// Path below each mount point.
@@ -193,6 +226,7 @@ impl Cgroup {
         for hierarchy in late {
             self.join_late(hierarchy)?;
         }
+        self.supported(resources)?;
         for hierarchy in &self.joined {
             let dir = self.dir(hierarchy);
             match hierarchy {
@@ -212,6 +246,42 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// Refuses what none of the joined hierarchies can do: nothing is left out silently.
+    fn supported(&self, resources: &LinuxResources) -> Result<()> {
+        let has = |controller: &str| self.joined.iter().any(|h| h.has(controller));
+        let v1 = |controller: &str| self.joined.iter().any(|h| matches!(h, Hierarchy::V1 { .. }) && h.has(controller));
+        let network = resources.network().as_ref();
+        let needs: [(&str, bool, bool); 9] = [
+            ("memory", resources.memory().as_ref().is_some_and(v2::memory_asked), has("memory")),
+            ("cpu", resources.cpu().as_ref().is_some_and(v2::cpu_asked), has("cpu")),
+            ("cpu.cpus and mems", resources.cpu().as_ref().is_some_and(v2::cpuset_asked), has("cpuset")),
+            ("pids", resources.pids().as_ref().is_some_and(|p| p.limit() > 0), has("pids")),
+            ("blockIO", resources.block_io().as_ref().is_some_and(v2::block_io_asked), has("io") || has("blkio")),
+            ("hugepageLimits", resources.hugepage_limits().as_ref().is_some_and(|h| !h.is_empty()), has("hugetlb")),
+            ("network.classID", network.is_some_and(|n| n.class_id().is_some_and(|c| c != 0)), v1("net_cls")),
+            (
+                "network.priorities",
+                network.is_some_and(|n| n.priorities().as_ref().is_some_and(|p| !p.is_empty())),
+                v1("net_prio"),
+            ),
+            ("rdma", resources.rdma().as_ref().is_some_and(|r| !r.is_empty()), has("rdma")),
+        ];
+        match needs.iter().find(|(_, asked, there)| *asked && !there) {
+            Some((what, ..)) => {
+                Err(Error::invalid(format!("linux.resources.{what}: this machine has no cgroup controller for it")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Tells systemd, when it manages the group, of limits just written.
+    ///
+    /// # Errors
+    /// When it refuses.
+    pub(crate) fn tell_manager(&self, resources: &LinuxResources) -> Result<()> {
+        self.scope.as_ref().map_or(Ok(()), |scope| scope.update(resources))
     }
 
     fn join_late(&mut self, hierarchy: Hierarchy) -> Result<()> {
@@ -239,7 +309,11 @@ impl Cgroup {
             return devices::apply_v1(&self.dir(hierarchy), &rules);
         }
         match self.joined.iter().find(|h| matches!(h, Hierarchy::V2 { .. })) {
-            Some(hierarchy) => devices::apply_v2(&self.dir(hierarchy), &rules),
+            Some(hierarchy) => match devices::apply_v2(&self.dir(hierarchy), &rules) {
+                // An ordinary user may load no program, and the kernel lets him make no device to use either.
+                Err(e) if e.errno() == Some(libc::EPERM) && unprivileged() => Ok(()),
+                other => other,
+            },
             None => Ok(()),
         }
     }
@@ -294,116 +368,6 @@ impl Cgroup {
         }
     }
 
-    /// Processes of the group and those below it.
-    ///
-    /// # Errors
-    /// When the group cannot be read.
-    pub fn processes(&self) -> Result<Vec<i32>> {
-        let Some(hierarchy) = self.reference() else { return Ok(vec![]) };
-        let mut pids = vec![];
-        collect(&self.dir(hierarchy), &mut pids, 0).context(|| format!("list cgroup {}", self.path))?;
-        Ok(pids)
-    }
-
-    /// Sends `signal` to every process of the group.
-    ///
-    /// # Errors
-    /// When the group cannot be read.
-    pub fn signal_all(&self, signal: i32) -> Result<()> {
-        if signal == libc::SIGKILL {
-            let unified = self.joined.iter().find(|h| matches!(h, Hierarchy::V2 { .. }));
-            if unified.is_some_and(|h| fs::write(self.dir(h).join("cgroup.kill"), "1").is_ok()) {
-                return Ok(());
-            }
-        }
-        for pid in self.processes()? {
-            match crate::sys::kill(pid, signal) {
-                Err(e) if e.raw_os_error() != Some(libc::ESRCH) => {
-                    return Err(Error::system(format!("signal process {pid}"), e));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Kills every process and waits until the group is empty.
-    ///
-    /// # Errors
-    /// When processes remain after a few seconds.
-    pub fn kill_and_wait(&self) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        let mut pause = Duration::from_micros(200);
-        loop {
-            match self.processes() {
-                Ok(pids) if pids.is_empty() => return Ok(()),
-                Err(e) if e.errno() == Some(libc::ENOENT) || e.errno() == Some(libc::ENODEV) => return Ok(()),
-                Err(e) => return Err(e),
-                Ok(_) => {}
-            }
-            self.signal_all(libc::SIGKILL)?;
-            self.thaw_quietly();
-            if Instant::now() > deadline {
-                return Err(Error::state(format!("processes of cgroup {} survive SIGKILL", self.path)));
-            }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
-        }
-    }
-
-    /// Stops or continues every process of the group.
-    ///
-    /// # Errors
-    /// When there is no freezer or it does not finish.
-    pub fn freeze(&mut self, frozen: bool) -> Result<()> {
-        if self.layout.can_freeze_v2() {
-            let unified = self.joined.iter().find(|h| matches!(h, Hierarchy::V2 { .. }));
-            if let Some(hierarchy) = unified {
-                return v2::freeze(&self.dir(hierarchy), frozen);
-            }
-        }
-        if !self.joined.iter().any(|h| h.has("freezer")) {
-            let Some(h) = self.layout.hierarchies.iter().find(|h| h.has("freezer")).cloned() else {
-                return Err(Error::invalid("this machine mounts no freezer"));
-            };
-            self.join_late(h)?;
-        }
-        match self.joined.iter().find(|h| h.has("freezer")) {
-            Some(hierarchy) => v1::freeze(&self.dir(hierarchy), frozen),
-            None => Ok(()),
-        }
-    }
-
-    fn thaw_quietly(&self) {
-        for hierarchy in &self.joined {
-            let dir = self.dir(hierarchy);
-            match hierarchy {
-                Hierarchy::V2 { .. } => drop(fs::write(dir.join("cgroup.freeze"), "0")),
-                Hierarchy::V1 { .. } if hierarchy.has("freezer") => {
-                    drop(fs::write(dir.join("freezer.state"), "THAWED"))
-                }
-                Hierarchy::V1 { .. } => {}
-            }
-        }
-    }
-
-    /// Whether the group is frozen.
-    #[must_use]
-    pub fn is_frozen(&self) -> bool {
-        self.joined.iter().any(|h| {
-            let dir = self.dir(h);
-            match h {
-                Hierarchy::V2 { .. } => {
-                    fs::read_to_string(dir.join("cgroup.events")).is_ok_and(|t| t.contains("frozen 1"))
-                }
-                Hierarchy::V1 { .. } => {
-                    h.has("freezer")
-                        && fs::read_to_string(dir.join("freezer.state")).is_ok_and(|t| t.trim() != "THAWED")
-                }
-            }
-        })
-    }
-
     /// How many processes of the group the OOM killer has killed.
     #[must_use]
     pub fn oom_kills(&self) -> u64 {
@@ -433,7 +397,7 @@ impl Cgroup {
     /// # Errors
     /// When a directory stays busy.
     pub fn remove(&self) -> Result<()> {
-        let mut first = Ok(());
+        let mut first = self.scope.as_ref().map_or(Ok(()), Scope::stop);
         for hierarchy in &self.joined {
             let dir = self.dir(hierarchy);
             if let Err(e) = remove_dir(&dir) {
@@ -477,6 +441,11 @@ impl Cgroup {
     }
 }
 
+/// Whether this process lacks root's rights on the machine.
+fn unprivileged() -> bool {
+    !rustix::process::geteuid().is_root() || in_user_namespace()
+}
+
 /// Normalises a cgroup path and refuses one that climbs.
 fn clean(path: &str) -> Result<String> {
     let mut out = String::new();
@@ -494,99 +463,6 @@ fn clean(path: &str) -> Result<String> {
         }
     }
     if out.is_empty() { Err(Error::invalid("the cgroup path is the root group")) } else { Ok(out) }
-}
-
-fn below(mount_point: &Path, path: &Path) -> PathBuf {
-    mount_point.join(path.strip_prefix("/").unwrap_or(path))
-}
-
-/// mkdir -p below a mount point, telling `made` of each new level.
-fn make(mount_point: &Path, path: &Path, mut made: impl FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
-    let whole = below(mount_point, path);
-    match fs::create_dir(&whole) {
-        Ok(()) => return made(&whole),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(e),
-    }
-    let mut level = mount_point.to_path_buf();
-    for part in path.strip_prefix("/").unwrap_or(path) {
-        level.push(part);
-        match fs::create_dir(&level) {
-            Ok(()) => made(&level)?,
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
-/// Writes a control file in one write.
-fn write(file: &Path, value: &str) -> Result<()> {
-    rustix::fs::open(file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
-        .and_then(|fd| rustix::io::write(fd, value.as_bytes()))
-        .map(drop)
-        .context(|| format!("write {value:?} to {}", file.display()))
-}
-
-fn read_number(file: &Path) -> u64 {
-    let text = fs::read_to_string(file).unwrap_or_default();
-    text.trim().parse().unwrap_or(0)
-}
-
-/// The value after `key` in a file of `key value` lines.
-fn keyed(file: &Path, key: &str) -> u64 {
-    let text = fs::read_to_string(file).unwrap_or_default();
-    text.lines()
-        .filter_map(|l| l.split_once(' '))
-        .find(|(k, _)| *k == key)
-        .and_then(|(_, v)| v.trim().parse().ok())
-        .unwrap_or(0)
-}
-
-fn all_keyed(file: &Path) -> HashMap<String, u64> {
-    let text = fs::read_to_string(file).unwrap_or_default();
-    text.lines()
-        .filter_map(|l| l.split_once(' '))
-        .filter_map(|(k, v)| Some((k.to_owned(), v.trim().parse().ok()?)))
-        .collect()
-}
-
-fn collect(dir: &Path, pids: &mut Vec<i32>, depth: usize) -> io::Result<()> {
-    let text = fs::read_to_string(dir.join("cgroup.procs"))?;
-    pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()));
-    if depth < 32 {
-        for entry in fs::read_dir(dir)?.flatten() {
-            if entry.file_type().is_ok_and(|t| t.is_dir()) {
-                match collect(&entry.path(), pids, depth + 1) {
-                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                    _ => {}
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Removes a group; those below it first. A process just reaped may keep it busy for a moment.
-fn remove_dir(dir: &Path) -> io::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(2);
-    let mut pause = Duration::from_micros(100);
-    loop {
-        match fs::remove_dir(dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
-                for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-                    if entry.file_type().is_ok_and(|t| t.is_dir()) {
-                        remove_dir(&entry.path())?;
-                    }
-                }
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(Duration::from_millis(20));
-            }
-            other => return other,
-        }
-    }
 }
 
 #[cfg(test)]

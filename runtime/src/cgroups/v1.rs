@@ -8,7 +8,11 @@ use std::{
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
-use super::{Usage, all_keyed, keyed, read_number, write};
+use super::{
+    Usage,
+    control::{all_keyed, keyed, read_number, write},
+    v2::{check_before, rdma_line},
+};
 use crate::error::{Error, Result};
 
 /// Controllers every container joins: they account for it or confine it.
@@ -77,6 +81,11 @@ pub(super) fn apply(dir: &Path, controllers: &[String], resources: &LinuxResourc
                     write(&dir.join(file), &page.limit().to_string())?;
                 }
             }
+            "rdma" => {
+                for (device, limit) in resources.rdma().iter().flatten() {
+                    write(&dir.join("rdma.max"), &rdma_line(device, limit))?;
+                }
+            }
             "net_cls" => {
                 if let Some(class) = resources.network().as_ref().and_then(|n| n.class_id()) {
                     write(&dir.join("net_cls.classid"), &class.to_string())?;
@@ -101,6 +110,7 @@ fn limit(value: i64) -> String {
 fn memory(dir: &Path, memory: &LinuxMemory) -> Result<()> {
     let limit = memory.limit().filter(|&l| l != 0);
     let swap = memory.swap().filter(|&s| s != 0);
+    check_before(memory, &dir.join("memory.usage_in_bytes"))?;
     let set_limit = |value: i64| write(&dir.join("memory.limit_in_bytes"), &value.to_string());
     let set_swap = |value: i64| {
         let file = dir.join("memory.memsw.limit_in_bytes");
@@ -192,7 +202,14 @@ fn block_io(dir: &Path, io: &LinuxBlockIo) -> Result<()> {
     if let Some(weight) = io.weight().filter(|&w| w != 0) {
         write(&dir.join(weight_file), &weight.to_string())?;
     }
+    if let Some(weight) = io.leaf_weight().filter(|&w| w != 0) {
+        write(&dir.join("blkio.leaf_weight"), &weight.to_string())?;
+    }
     for device in io.weight_device().iter().flatten() {
+        if let Some(weight) = device.leaf_weight().filter(|&w| w != 0) {
+            let line = format!("{}:{} {weight}", device.major(), device.minor());
+            write(&dir.join("blkio.leaf_weight_device"), &line)?;
+        }
         if let Some(weight) = device.weight() {
             let line = format!("{}:{} {weight}", device.major(), device.minor());
             write(&dir.join(format!("{weight_file}_device")), &line)?;

@@ -7,10 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxRdma, LinuxResources};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::{Usage, all_keyed, keyed, read_number, write};
+use super::{
+    Usage,
+    control::{all_keyed, keyed, read_number, write},
+};
 use crate::error::{Context, Error, Result};
 
 /// Delegates controllers down to the parent of `path`. Best effort: what is refused shows when a limit is written.
@@ -44,15 +47,68 @@ pub(super) fn apply(dir: &Path, controllers: &[String], resources: &LinuxResourc
                 }
             }
             "io" => resources.block_io().as_ref().map_or(Ok(()), |b| block_io(dir, b))?,
-            "hugetlb" => {
-                for page in resources.hugepage_limits().iter().flatten() {
-                    write(&dir.join(format!("hugetlb.{}.max", page.page_size())), &page.limit().to_string())?;
+            "hugetlb" => resources.hugepage_limits().iter().flatten().try_for_each(|page| huge_pages(dir, page))?,
+            "rdma" => {
+                for (device, limit) in resources.rdma().iter().flatten() {
+                    write(&dir.join("rdma.max"), &rdma_line(device, limit))?;
                 }
             }
             _ => {}
         }
     }
     Ok(())
+}
+
+/// `rdma.max`, the same in v1 and v2.
+pub(super) fn rdma_line(device: &str, limit: &LinuxRdma) -> String {
+    let limits = [("hca_handle", limit.hca_handles()), ("hca_object", limit.hca_objects())];
+    let words = limits.into_iter().filter_map(|(key, value)| Some(format!(" {key}={}", value?)));
+    format!("{device}{}", words.collect::<String>())
+}
+
+fn huge_pages(dir: &Path, page: &LinuxHugepageLimit) -> Result<()> {
+    let value = page.limit().to_string();
+    write(&dir.join(format!("hugetlb.{}.max", page.page_size())), &value)?;
+    // Reservations too, where the kernel counts them: otherwise they can exceed the limit and fault later.
+    let reserved = dir.join(format!("hugetlb.{}.rsvd.max", page.page_size()));
+    if reserved.exists() { write(&reserved, &value) } else { Ok(()) }
+}
+
+/// Whether the section says anything.
+pub(super) fn memory_asked(memory: &LinuxMemory) -> bool {
+    [memory.limit(), memory.reservation(), memory.swap(), memory.kernel_tcp()].iter().any(|v| v.is_some_and(|v| v > 0))
+}
+
+/// Whether the section asks for more than a set of processors.
+pub(super) fn cpu_asked(cpu: &LinuxCpu) -> bool {
+    cpu.shares().is_some_and(|v| v != 0)
+        || cpu.quota().is_some_and(|v| v > 0)
+        || cpu.burst().is_some_and(|v| v != 0)
+        || cpu.idle().is_some_and(|v| v != 0)
+        || cpu.realtime_runtime().is_some_and(|v| v != 0)
+}
+
+/// Whether the section asks for a set of processors.
+pub(super) fn cpuset_asked(cpu: &LinuxCpu) -> bool {
+    [cpu.cpus(), cpu.mems()].iter().any(|list| list.as_ref().is_some_and(|l| !l.is_empty()))
+}
+
+/// Whether the section says anything.
+pub(super) fn block_io_asked(io: &LinuxBlockIo) -> bool {
+    let throttles = [
+        io.throttle_read_bps_device(),
+        io.throttle_write_bps_device(),
+        io.throttle_read_iops_device(),
+        io.throttle_write_iops_device(),
+    ];
+    io.weight().is_some_and(|w| w != 0)
+        || io.leaf_weight().is_some_and(|w| w != 0)
+        || io.weight_device().as_ref().is_some_and(|d| !d.is_empty())
+        || throttles.iter().any(|t| t.as_ref().is_some_and(|t| !t.is_empty()))
+}
+
+fn only_v1(what: &str) -> Error {
+    Error::invalid(format!("linux.resources.{what} exists in cgroup v1 only, and this is v2"))
 }
 
 /// Shares (2 to 262144) as a weight (1 to 10000), by the formula all runtimes use: 1024 shares are weight 39.
@@ -66,6 +122,8 @@ pub(crate) fn weight_of_shares(shares: u64) -> u64 {
 /// The v2 swap limit, which excludes memory, of v1's memory+swap.
 pub(crate) fn swap_of(memory_and_swap: i64, limit: i64) -> Result<Option<i64>> {
     match (memory_and_swap, limit) {
+        // As in v1, where no limit of memory means none of both.
+        (0, -1) => Ok(Some(-1)),
         (0, _) => Ok(None),
         (-1, _) => Ok(Some(-1)),
         (total, limit) if limit <= 0 => Err(Error::invalid(format!("memory+swap limit {total} needs a memory limit"))),
@@ -76,12 +134,34 @@ pub(crate) fn swap_of(memory_and_swap: i64, limit: i64) -> Result<Option<i64>> {
     }
 }
 
+/// With `checkBeforeUpdate` a limit below what is in use is an error instead of an OOM kill.
+pub(super) fn check_before(memory: &LinuxMemory, usage: &Path) -> Result<()> {
+    let limit = memory.limit().filter(|&l| l > 0 && memory.check_before_update() == Some(true));
+    let used = read_number(usage);
+    match limit {
+        Some(limit) if used > limit as u64 => {
+            Err(Error::state(format!("memory limit {limit} is below what is in use ({used})")))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn max(value: i64) -> String {
     if value < 0 { "max".to_owned() } else { value.to_string() }
 }
 
 fn memory(dir: &Path, memory: &LinuxMemory) -> Result<()> {
     let limit = memory.limit().unwrap_or(0);
+    if memory.swappiness().is_some() {
+        return Err(only_v1("memory.swappiness"));
+    }
+    if memory.disable_oom_killer() == Some(true) {
+        return Err(only_v1("memory.disableOOMKiller"));
+    }
+    if memory.kernel_tcp().is_some_and(|t| t > 0) {
+        return Err(only_v1("memory.kernelTCP"));
+    }
+    check_before(memory, &dir.join("memory.current"))?;
     if let Some(swap) = swap_of(memory.swap().unwrap_or(0), limit)? {
         let file = dir.join("memory.swap.max");
         if file.exists() {
@@ -98,6 +178,9 @@ fn memory(dir: &Path, memory: &LinuxMemory) -> Result<()> {
 }
 
 fn cpu(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
+    if cpu.realtime_runtime().is_some_and(|r| r != 0) || cpu.realtime_period().is_some_and(|p| p != 0) {
+        return Err(only_v1("cpu.realtimeRuntime and realtimePeriod"));
+    }
     if let Some(idle) = cpu.idle() {
         write(&dir.join("cpu.idle"), &idle.to_string())?;
     }
@@ -108,6 +191,10 @@ fn cpu(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
     if quota != 0 || period != 0 {
         let quota = if quota > 0 { quota.to_string() } else { "max".to_owned() };
         let value = if period > 0 { format!("{quota} {period}") } else { quota };
+        // A smaller burst may have to go first: it may never exceed the quota.
+        if let Some(burst) = cpu.burst() {
+            drop(fs::write(dir.join("cpu.max.burst"), burst.to_string()));
+        }
         write(&dir.join("cpu.max"), &value)?;
     }
     if let Some(burst) = cpu.burst() {
@@ -126,14 +213,32 @@ fn cpuset(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
     Ok(())
 }
 
+/// 10 to 1000 becomes 1 to 10000.
+fn io_weight(weight: u16) -> u64 {
+    1 + u64::from(weight).saturating_sub(10) * 9999 / 990
+}
+
 fn block_io(dir: &Path, io: &LinuxBlockIo) -> Result<()> {
     if let Some(weight) = io.weight().filter(|&w| w != 0) {
         if dir.join("io.bfq.weight").exists() {
             write(&dir.join("io.bfq.weight"), &weight.to_string())?;
         } else {
-            // 10 to 1000 becomes 1 to 10000.
-            let weight = 1 + (u64::from(weight).saturating_sub(10)) * 9999 / 990;
-            write(&dir.join("io.weight"), &format!("default {weight}"))?;
+            write(&dir.join("io.weight"), &format!("default {}", io_weight(weight)))?;
+        }
+    }
+    if io.leaf_weight().is_some_and(|w| w != 0) {
+        return Err(only_v1("blockIO.leafWeight"));
+    }
+    for device in io.weight_device().iter().flatten() {
+        if device.leaf_weight().is_some_and(|w| w != 0) {
+            return Err(only_v1("blockIO.weightDevice.leafWeight"));
+        }
+        let Some(weight) = device.weight().filter(|&w| w != 0) else { continue };
+        let (major, minor) = (device.major(), device.minor());
+        if dir.join("io.bfq.weight").exists() {
+            write(&dir.join("io.bfq.weight"), &format!("{major}:{minor} {weight}"))?;
+        } else {
+            write(&dir.join("io.weight"), &format!("{major}:{minor} {}", io_weight(weight)))?;
         }
     }
     let throttles = [
@@ -212,6 +317,7 @@ mod tests {
     #[test]
     fn swap_excludes_memory() {
         assert_eq!(swap_of(0, 100).unwrap(), None);
+        assert_eq!(swap_of(0, -1).unwrap(), Some(-1));
         assert_eq!(swap_of(-1, 100).unwrap(), Some(-1));
         assert_eq!(swap_of(150, 100).unwrap(), Some(50));
         assert_eq!(swap_of(100, 100).unwrap(), Some(0));

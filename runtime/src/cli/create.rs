@@ -1,15 +1,13 @@
 //! `create` and `run`.
 
-use std::{
-    os::fd::AsFd,
-    path::{Path, PathBuf},
-};
+use std::{os::fd::AsFd, path::PathBuf};
 
 use clap::Args;
+use oci_spec::runtime::LinuxResources;
 
-use super::foreground;
+use super::{Global, foreground};
 use crate::{
-    cgroups::Cgroup,
+    cgroups::{Cgroup, Placeholder, Scope},
     config::Config,
     error::{Error, Result},
     hooks,
@@ -68,14 +66,14 @@ struct Made {
 }
 
 /// Creates a container that waits for `start`.
-pub(super) fn create(root: &Path, args: &CreateArgs) -> Result<()> {
-    make(root, args, true).map(drop)
+pub(super) fn create(global: &Global, args: &CreateArgs) -> Result<()> {
+    make(global, args, true).map(drop)
 }
 
 /// Creates a container and runs it; its exit code, or 0 when detached.
-pub(super) fn run(root: &Path, args: &RunArgs) -> Result<i32> {
+pub(super) fn run(global: &Global, args: &RunArgs) -> Result<i32> {
     let signals = (!args.detach).then(foreground::Signals::block).transpose()?;
-    let Made { dir, state, config, launched } = make(root, &args.create, false)?;
+    let Made { dir, state, config, launched } = make(global, &args.create, false)?;
     if let Err(error) = launched.start() {
         clean_up(dir, state.cgroup.as_ref(), state.pid);
         return Err(error);
@@ -90,7 +88,7 @@ pub(super) fn run(root: &Path, args: &RunArgs) -> Result<i32> {
     drop(dir);
     let code = foreground::attend(&signals, launched.pid, launched.master.as_ref().map(AsFd::as_fd))?;
     if !args.keep
-        && let Ok(dir) = StateDir::open(root, &id)
+        && let Ok(dir) = StateDir::open(&global.root, &id)
     {
         finish(dir, &state)?;
     }
@@ -126,7 +124,7 @@ fn clean_up(dir: StateDir, cgroup: Option<&Cgroup>, pid: i32) {
     drop(dir.remove());
 }
 
-fn make(root: &Path, args: &CreateArgs, wait_for_start: bool) -> Result<Made> {
+fn make(global: &Global, args: &CreateArgs, wait_for_start: bool) -> Result<Made> {
     let config = Config::load(&args.bundle)?;
     let process = config.process()?;
     let terminal = process.terminal() == Some(true);
@@ -142,66 +140,8 @@ fn make(root: &Path, args: &CreateArgs, wait_for_start: bool) -> Result<Made> {
     let passed: u32 = std::env::var("LISTEN_FDS").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
     let preserve = args.preserve_fds + passed;
     crate::protect_descriptors(preserve)?;
-    let dir = StateDir::create(root, &args.id)?;
-    let cgroup = match plan_cgroup(&config, &args.id) {
-        Ok(cgroup) => cgroup,
-        Err(error) => {
-            clean_up(dir, None, 0);
-            return Err(error);
-        }
-    };
-    match fill(&dir, config, args, cgroup.clone(), console, preserve, wait_for_start) {
-        Ok((state, config, launched)) => Ok(Made { dir, state, config, launched }),
-        Err(error) => {
-            clean_up(dir, cgroup.as_ref(), 0);
-            Err(error)
-        }
-    }
-}
-
-fn plan_cgroup(config: &Config, id: &str) -> Result<Option<Cgroup>> {
-    let linux = config.spec.linux().as_ref();
-    let default = format!("/isopod-runtime-{id}");
-    let configured = linux.and_then(|l| l.cgroups_path().as_ref()).and_then(|p| p.to_str()).filter(|p| !p.is_empty());
-    // The systemd driver's slice:prefix:name is a path all the same.
-    let path = configured.map(|p| p.replace(':', "/"));
-    let resources = linux.and_then(|l| l.resources().as_ref());
-    let mut cgroup = Cgroup::plan(path.as_deref().unwrap_or(&default), resources)?;
-    let made = cgroup.create().and_then(|()| {
-        resources.map_or(Ok(()), |r| cgroup.apply(r))?;
-        cgroup.apply_devices(resources)
-    });
-    match made {
-        Ok(()) => Ok(Some(cgroup)),
-        // An ordinary user to whom nothing is delegated runs without a group, unless one was asked for.
-        Err(e) if configured.is_none() && matches!(e.errno(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
-            eprintln!("isopod-runtime: no cgroup: {e}");
-            drop(cgroup.remove());
-            Ok(None)
-        }
-        Err(e) => {
-            drop(cgroup.remove());
-            Err(e)
-        }
-    }
-}
-
-fn fill(
-    dir: &StateDir,
-    config: Config,
-    args: &CreateArgs,
-    cgroup: Option<Cgroup>,
-    console: Console,
-    preserve: u32,
-    wait_for_start: bool,
-) -> Result<(State, Config, Launched)> {
-    let gate = if wait_for_start {
-        let (fifo, errors) = dir.make_gate()?;
-        Gate::Fifo { fifo, errors }
-    } else {
-        Gate::Launcher
-    };
-    let annotations = config.spec.annotations().clone().unwrap_or_default();
+    let wiring = Wiring { console, preserve, ..Wiring::default() };
+    let dir = StateDir::create(&global.root, &args.id)?;
     let mut state = State {
         id: args.id.clone(),
         bundle: config.bundle.clone(),
@@ -210,17 +150,86 @@ fn fill(
         start_time: 0,
         created: crate::time::rfc3339_nanos(crate::time::now_nanos()),
         owner: rustix::process::getuid().as_raw(),
-        cgroup,
-        annotations,
+        cgroup: None,
+        annotations: config.spec.annotations().clone().unwrap_or_default(),
     };
+    match fill(&dir, &mut state, &config, args, global.systemd(), wiring, wait_for_start) {
+        Ok(launched) => Ok(Made { dir, state, config, launched }),
+        Err(error) => {
+            clean_up(dir, state.cgroup.as_ref(), 0);
+            Err(error)
+        }
+    }
+}
+
+fn configured_path(config: &Config) -> Option<&str> {
+    let linux = config.spec.linux().as_ref();
+    linux.and_then(|l| l.cgroups_path().as_ref()).and_then(|p| p.to_str()).filter(|p| !p.is_empty())
+}
+
+fn resources(config: &Config) -> Option<&LinuxResources> {
+    config.spec.linux().as_ref().and_then(|l| l.resources().as_ref())
+}
+
+/// The group the container will have; nothing is made yet.
+fn plan_cgroup(config: &Config, id: &str, systemd: bool) -> Result<Cgroup> {
+    let configured = configured_path(config);
+    if systemd {
+        return Cgroup::plan_scope(Scope::parse(configured, id)?);
+    }
+    Cgroup::plan(configured.unwrap_or(&format!("/isopod-runtime-{id}")), resources(config))
+}
+
+/// Makes the planned group; `None` where an ordinary user to whom nothing is delegated must do without.
+fn make_cgroup(config: &Config, state: &mut State) -> Result<Option<Placeholder>> {
+    let Some(cgroup) = &mut state.cgroup else { return Ok(None) };
+    let resources = resources(config);
+    let placeholder = cgroup.start_scope(resources)?;
+    let made = cgroup.create().and_then(|()| {
+        resources.map_or(Ok(()), |r| cgroup.apply(r))?;
+        cgroup.apply_devices(resources)
+    });
+    match made {
+        Err(e)
+            if configured_path(config).is_none()
+                && matches!(e.errno(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) =>
+        {
+            eprintln!("isopod-runtime: no cgroup: {e}");
+            drop(cgroup.remove());
+            state.cgroup = None;
+            Ok(None)
+        }
+        other => other.map(|()| placeholder),
+    }
+}
+
+/// Makes everything. What fails is left for the caller to clean up, by the state.
+fn fill(
+    dir: &StateDir,
+    state: &mut State,
+    config: &Config,
+    args: &CreateArgs,
+    systemd: bool,
+    mut wiring: Wiring,
+    wait_for_start: bool,
+) -> Result<Launched> {
+    state.cgroup = Some(plan_cgroup(config, &args.id, systemd)?);
+    // From here on a `delete --force` finds what there is, also when this process is killed.
+    dir.write(state)?;
+    // The placeholder goes when this function ends: the container's init, or nobody, is in the group then.
+    let _placeholder = make_cgroup(config, state)?;
+    if wait_for_start {
+        let (fifo, errors) = dir.make_gate()?;
+        wiring.gate = Gate::Fifo { fifo, errors };
+    }
     let launched = Launch {
-        config: &config,
+        config,
         rootfs: &Rootfs::Directory,
         cgroup: state.cgroup.as_ref(),
-        wiring: Wiring { console, gate, preserve, ..Wiring::default() },
+        wiring,
         no_pivot: args.no_pivot,
         pid_namespace: None,
-        state: &|pid| hook_state(&state, "creating", pid),
+        state: &|pid| hook_state(state, "creating", pid),
     }
     .run()?;
     for warning in &launched.warnings {
@@ -228,7 +237,7 @@ fn fill(
     }
     state.pid = launched.pid;
     state.start_time = process_start_time(launched.pid).unwrap_or(0);
-    let recorded = dir.write(&state).and_then(|()| match &args.pid_file {
+    let recorded = dir.write(state).and_then(|()| match &args.pid_file {
         Some(file) => replace(file, launched.pid.to_string().as_bytes()),
         None => Ok(()),
     });
@@ -237,7 +246,7 @@ fn fill(
         let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None);
         return Err(error);
     }
-    Ok((state, config, launched))
+    Ok(launched)
 }
 
 /// The state in the words of the specification.

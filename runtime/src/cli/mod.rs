@@ -37,14 +37,14 @@ struct Global {
     /// Accepted for compatibility
     #[arg(long)]
     debug: bool,
-    /// Accepted for compatibility: groups are made in the cgroup file system
+    /// Have systemd make containers' groups, as transient scopes
     #[arg(long)]
     systemd_cgroup: bool,
     /// Accepted for compatibility
     #[arg(long)]
     rootless: Option<String>,
-    /// Accepted for compatibility
-    #[arg(long)]
+    /// systemd is --systemd-cgroup, cgroupfs the default
+    #[arg(long, value_parser = ["systemd", "cgroupfs"])]
     cgroup_manager: Option<String>,
 }
 
@@ -115,8 +115,8 @@ fn dispatch(command: Command, global: &Global) -> Result<i32> {
         crate::ensure_sealed()?;
     }
     match command {
-        Command::Create(args) => create::create(root, &args).map(|()| 0),
-        Command::Run(args) => create::run(root, &args),
+        Command::Create(args) => create::create(global, &args).map(|()| 0),
+        Command::Run(args) => create::run(global, &args),
         Command::Start { id } => lifecycle::start(root, &id).map(|()| 0),
         Command::State { id } => lifecycle::state(root, &id).map(|()| 0),
         Command::Kill(args) => lifecycle::kill(root, &args).map(|()| 0),
@@ -142,6 +142,11 @@ fn dispatch(command: Command, global: &Global) -> Result<i32> {
 }
 
 impl Global {
+    /// Whether systemd makes groups.
+    fn systemd(&self) -> bool {
+        self.systemd_cgroup || self.cgroup_manager.as_deref() == Some("systemd")
+    }
+
     /// Tells an error to people and to the program that called.
     fn report(&self, message: &str) {
         eprintln!("isopod-runtime: {message}");

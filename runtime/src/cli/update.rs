@@ -73,6 +73,7 @@ pub(super) fn update(root: &Path, args: &UpdateArgs) -> Result<()> {
     }
     let cgroup = state.cgroup.as_mut().ok_or_else(|| Error::state("the container has no cgroup"))?;
     cgroup.apply(&resources)?;
+    cgroup.tell_manager(&resources)?;
     dir.write(&state)
 }
 

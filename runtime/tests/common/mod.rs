@@ -29,6 +29,8 @@ pub(crate) struct Bundle {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) config: Value,
     pub(crate) id: String,
+    /// Use the systemd driver.
+    pub(crate) systemd: bool,
 }
 
 impl Bundle {
@@ -51,7 +53,7 @@ impl Bundle {
         let id =
             format!("t{}-{}", std::process::id(), dir.path().file_name().unwrap().to_string_lossy().replace('.', ""));
         config["linux"]["cgroupsPath"] = format!("/isopod-test-{id}").into();
-        Self { dir, config, id }
+        Self { dir, config, id, systemd: false }
     }
 
     pub(crate) fn rootfs(&self) -> PathBuf {
@@ -65,7 +67,11 @@ impl Bundle {
     /// A command of the runtime on this bundle's state directory.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(RUNTIME);
-        command.arg("--root").arg(self.dir.path().join("state")).args(args).stdin(Stdio::null());
+        command.arg("--root").arg(self.dir.path().join("state"));
+        if self.systemd {
+            command.arg("--systemd-cgroup");
+        }
+        command.args(args).stdin(Stdio::null());
         command
     }
 
@@ -98,14 +104,30 @@ impl Bundle {
 
     /// Where a controller has the container's group.
     pub(crate) fn cgroup(&self, controller: &str) -> PathBuf {
-        Path::new("/sys/fs/cgroup").join(controller).join(format!("isopod-test-{}", self.id))
+        let root = Path::new("/sys/fs/cgroup");
+        let hierarchy = if unified() { root.to_path_buf() } else { root.join(controller) };
+        hierarchy.join(format!("isopod-test-{}", self.id))
     }
 
     /// Directories of the container's group that exist.
     pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
-        let all = fs::read_dir("/sys/fs/cgroup").unwrap();
-        all.map(|e| e.unwrap().path().join(format!("isopod-test-{}", self.id))).filter(|p| p.exists()).collect()
+        groups(&format!("isopod-test-{}", self.id))
     }
+}
+
+/// Whether cgroup v2 is all there is.
+pub(crate) fn unified() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+/// Where a group exists, in all hierarchies.
+pub(crate) fn groups(path: &str) -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    let hierarchies = match unified() {
+        true => vec![root.to_path_buf()],
+        false => fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect(),
+    };
+    hierarchies.into_iter().map(|h| h.join(path)).filter(|p| p.exists()).collect()
 }
 
 impl Drop for Bundle {
@@ -121,7 +143,7 @@ pub(crate) fn text(bytes: &[u8]) -> String {
 
 /// Waits until `condition` holds; shows `state` when it never does.
 pub(crate) fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>, state: impl Fn() -> String) -> T {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         if let Some(value) = condition() {
             return value;
