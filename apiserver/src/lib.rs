@@ -11,6 +11,7 @@ pub mod authn;
 pub mod authz;
 pub mod bootstrap;
 pub mod cache;
+mod cel;
 pub mod config;
 mod custom;
 mod discovery;

@@ -3,7 +3,11 @@
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use isopod_api::{gvk::Gvr, status::Status};
+use isopod_api::{
+    gvk::{Gvk, Gvr},
+    resources,
+    status::Status,
+};
 use serde_json::Value;
 
 use crate::authn::UserInfo;
@@ -24,6 +28,16 @@ pub trait Objects: Send + Sync {
 
     /// A number that changes whenever an object of the resource does: key for derived caches.
     fn generation(&self, gvr: &Gvr) -> u64;
+
+    /// The resource of a kind, and whether its objects live in namespaces.
+    fn resource_of(&self, gvk: &Gvk) -> Option<(Gvr, bool)> {
+        resources::by_gvk(gvk).map(|resource| (resource.gvr(), resource.namespaced))
+    }
+
+    /// An object of a resource in the version of that resource.
+    fn served(&self, _gvr: &Gvr, object: &Object) -> Value {
+        object.value()
+    }
 
     /// The allocator of service addresses and node ports of this API server.
     fn services(&self) -> Option<&crate::alloc::ServiceAllocator> {

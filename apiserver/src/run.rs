@@ -67,6 +67,7 @@ async fn serve(
     tokens.extend(serviceaccount::authenticator(config, Arc::clone(&objects))?);
     let tokens: Arc<dyn TokenAuthenticator> = Arc::new(TokenChain(tokens));
     let authorizer = authz::authorizer(Arc::clone(&objects));
+    registry.authorize_with(Arc::clone(&authorizer));
     let parts = Services {
         config: Arc::clone(config),
         objects: Arc::clone(&objects),

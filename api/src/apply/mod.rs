@@ -261,6 +261,18 @@ pub fn apply(req: &Request<'_>, live: Option<&Value>, applied: &Value, force: bo
     Ok(out)
 }
 
+/// Merges what a mutating policy sets into an object. Nobody owns it afterwards.
+pub fn merge_unowned(def: &Definition, live: &Value, patch: &Value) -> Result<Value, String> {
+    let root = Cursor::root(def);
+    validate(root, patch, false).map_err(|e| format!("failed to convert patch object to typed object: {e}"))?;
+    let atomics = typed::atomics(root, patch);
+    if !atomics.is_empty() {
+        let all = atomics.join(", ");
+        return Err(format!("invalid ApplyConfiguration: may not mutate atomic arrays, maps or structs: {all}"));
+    }
+    Ok(merge(root, live, patch))
+}
+
 fn without_annotation(applied: &Value) -> Value {
     let mut out = applied.clone();
     if meta::annotation(&out, LAST_APPLIED).is_some() {

@@ -214,6 +214,35 @@ fn check(ty: Cursor<'_>, value: &Value, duplicates: bool, path: &mut Vec<Element
     }
 }
 
+/// Paths of the atomic lists, maps and structs a value has.
+pub(super) fn atomics(ty: Cursor<'_>, value: &Value) -> Vec<String> {
+    let mut out = Vec::new();
+    find_atomics(ty, value, "", &mut out);
+    out
+}
+
+fn find_atomics(ty: Cursor<'_>, value: &Value, path: &str, out: &mut Vec<String>) {
+    match (ty.shape(value), value) {
+        (Shape::Map { atomic }, Value::Object(map)) => {
+            if atomic {
+                out.push(path.to_owned());
+            }
+            for (key, value) in map {
+                find_atomics(ty.field(key), value, &format!("{path}.{key}"), out);
+            }
+        }
+        (Shape::List { item, kind }, Value::Array(items)) => {
+            if matches!(kind, ListKind::Atomic) {
+                out.push(path.to_owned());
+            }
+            for (i, value) in items.iter().enumerate() {
+                find_atomics(item, value, &format!("{path}[{i}]"), out);
+            }
+        }
+        _ => {}
+    }
+}
+
 /// The fields a value sets.
 pub(super) fn field_set(ty: Cursor<'_>, value: &Value) -> Set {
     let mut out = Set::default();

@@ -85,6 +85,42 @@ pub fn json_patch(doc: &mut Value, body: &[u8]) -> Result<(), Status> {
     Ok(())
 }
 
+/// Why operations do not fit a document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PatchFailure {
+    /// A `test` found something else.
+    Test,
+    /// Any other operation cannot be done.
+    Operation(String),
+}
+
+/// Applies the operations an admission plugin asks for. After a failure the document is in no useful state.
+pub fn apply_operations(doc: &mut Value, operations: Vec<Value>) -> Result<(), PatchFailure> {
+    for value in operations {
+        let shown = value.clone();
+        let operation: PatchOperation =
+            serde_json::from_value(value).map_err(|e| PatchFailure::Operation(e.to_string()))?;
+        let test = matches!(operation, PatchOperation::Test(_));
+        json_patch::patch(doc, &[lenient(doc, operation)]).map_err(|_| match test {
+            true => PatchFailure::Test,
+            false => PatchFailure::Operation(impossible(&shown)),
+        })?;
+    }
+    Ok(())
+}
+
+/// Upstream's words for an operation whose path leads nowhere.
+fn impossible(operation: &Value) -> String {
+    let text = |field: &str| operation[field].as_str().unwrap_or_default();
+    let (op, path) = (text("op"), text("path"));
+    match op {
+        "add" => format!("add operation does not apply: doc is missing path: \"{path}\": missing value"),
+        "remove" => format!("remove operation does not apply: doc is missing path: {path}: missing value"),
+        "replace" => format!("replace operation does not apply: doc is missing path: {path}: missing value"),
+        _ => format!("{op} operation does not apply: doc is missing from path: {}: missing value", text("from")),
+    }
+}
+
 /// Upstream's `replace` of a missing object field adds it.
 fn lenient(doc: &Value, operation: PatchOperation) -> PatchOperation {
     let PatchOperation::Replace(ReplaceOperation { path, value }) = operation else { return operation };

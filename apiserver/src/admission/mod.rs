@@ -1,18 +1,26 @@
 //! Admission: upstream's default plugins, in upstream's order.
 
+mod attributes;
 mod certificates;
 mod classes;
+mod conditions;
 mod escalation;
 mod limits;
+mod matching;
 mod namespace;
 mod node;
 mod pods;
 mod podsecurity;
+mod policies;
 mod quota;
+mod reinvocation;
 mod serviceaccount;
+mod shape;
 mod storage;
 #[cfg(test)]
 pub(crate) mod testing;
+
+use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use isopod_api::{
@@ -22,7 +30,10 @@ use isopod_api::{
 };
 use serde_json::Value;
 
-use crate::{authn::UserInfo, objects::Objects};
+pub(crate) use reinvocation::Reinvocation;
+pub(crate) use shape::Shape;
+
+use crate::{authn::UserInfo, authz::Authorizer, objects::Objects};
 
 /// What is being done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +76,12 @@ pub struct Request<'a> {
     pub objects: &'a dyn Objects,
     /// Warnings for the response's headers.
     pub warnings: &'a mut Vec<String>,
+    /// The object's versions.
+    pub(crate) shape: &'a dyn Shape,
+    /// Who may do what; absent while the server starts.
+    pub(crate) authorizer: Option<&'a Arc<dyn Authorizer>>,
+    /// Whether the mutating plugins run again.
+    pub(crate) reinvocation: &'a mut Reinvocation,
 }
 
 /// One admission plugin. Both passes default to doing nothing.
@@ -103,7 +120,9 @@ pub fn plugins(_config: &crate::Config) -> Vec<Box<dyn Plugin>> {
         Box::new(certificates::CertificateSubjectRestriction),
         Box::new(classes::DefaultIngressClass),
         Box::new(pods::PodTopologyLabels),
+        Box::new(policies::MutatingAdmissionPolicy::default()),
         Box::new(escalation::RbacEscalation),
+        Box::new(policies::ValidatingAdmissionPolicy::default()),
         Box::new(quota::ResourceQuota::default()),
     ]
 }
@@ -130,6 +149,17 @@ impl Request<'_> {
             .into_iter()
             .find(|name| !name.is_empty())
             .unwrap_or_default()
+    }
+
+    /// Whether the request is about a namespace itself.
+    pub(crate) fn is_namespace(&self) -> bool {
+        self.gvr.group.is_empty() && self.gvr.resource == "namespaces"
+    }
+
+    /// An annotation of the audit event. There is no audit log: the server's own log has it.
+    pub(crate) fn annotate(&self, key: &str, value: &str) {
+        let (resource, namespace, name) = (&self.gvr.resource, self.namespace, self.display_name());
+        tracing::info!(user = self.user.name, resource, namespace, name, key, value, "audit annotation");
     }
 
     /// A refusal with upstream's wording.

@@ -17,7 +17,7 @@ use isopod_api::{
 use parking_lot::Mutex;
 use serde_json::Value;
 
-use super::{Operation, Plugin, Request};
+use super::{Operation, Plugin, Reinvocation, Request, Shape};
 use crate::{
     authn::UserInfo,
     objects::{Object, Objects},
@@ -112,6 +112,34 @@ impl Objects for FakeObjects {
     }
 }
 
+/// Objects as they are; the other versions of their group can be named.
+pub(crate) struct Plain(pub(crate) Gvk);
+
+impl Shape for Plain {
+    fn kind(&self) -> Gvk {
+        self.0.clone()
+    }
+
+    fn versions(&self) -> Vec<(Gvr, Gvk)> {
+        let others = resources::all().iter().filter(|r| r.group == self.0.group && r.kind == self.0.kind);
+        others.map(|r| (r.gvr(), r.gvk())).filter(|(_, gvk)| *gvk != self.0).collect()
+    }
+
+    fn show(&self, object: &Value, gvk: &Gvk) -> Result<Value, Status> {
+        let mut shown = object.clone();
+        shown["apiVersion"] = gvk.api_version().into();
+        Ok(shown)
+    }
+
+    fn take(&self, shown: Value, _current: &Value) -> Result<Value, Status> {
+        Ok(shown)
+    }
+
+    fn definition(&self, gvk: &Gvk) -> Option<&isopod_api::schema::Definition> {
+        isopod_api::schema::lookup(gvk)
+    }
+}
+
 /// One request through both passes of a plugin.
 pub(crate) struct Case<'a> {
     pub(crate) operation: Operation,
@@ -133,6 +161,7 @@ impl Case<'_> {
         let (gvk, gvr) = (Gvk::of(sample), gvr_of(sample));
         let (namespace, name) = (meta::namespace(sample).to_owned(), meta::name(sample).to_owned());
         let options = Value::Null;
+        let (shape, mut reinvocation) = (Plain(gvk.clone()), Reinvocation::default());
         let mut request = Request {
             operation: self.operation,
             gvr: &gvr,
@@ -147,6 +176,9 @@ impl Case<'_> {
             dry_run: false,
             objects,
             warnings: &mut self.warnings,
+            shape: &shape,
+            authorizer: None,
+            reinvocation: &mut reinvocation,
         };
         plugin.admit(&mut request).await?;
         plugin.validate(&mut request).await

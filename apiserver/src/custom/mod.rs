@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use definition::{Definition, Version};
 pub(crate) use documents::{v2, v3, v3_index};
-pub(crate) use rules::{mentions, parse as parse_rule};
+pub(crate) use rules::{environment as rule_environment, mentions};
 pub(crate) use strategy::{Behaviour, STORED};
 pub(crate) use table::{Publication, Served};
 
@@ -87,6 +87,15 @@ impl Custom {
         }
         value["apiVersion"] = self.version.gvk.api_version().into();
         self.version.settle(&mut value);
+        value
+    }
+
+    /// An object of one of the versions in another one.
+    pub(crate) fn in_version(&self, mut value: Value, gvk: &Gvk) -> Value {
+        if let Some(version) = self.definition.version(&gvk.version).filter(|_| Gvk::of(&value) != *gvk) {
+            value["apiVersion"] = gvk.api_version().into();
+            version.settle(&mut value);
+        }
         value
     }
 

@@ -1,45 +1,27 @@
 //! `x-kubernetes-validations`: CEL rules of a schema.
 //!
-//! Rules are parsed once per version into a tree that has only the schema's nodes with rules below them. kube-cel has no
-//! runtime cost limit, so the work a rule may do is bounded beforehand: nested macros over large values are refused.
+//! Rules are compiled once per version into a tree that has only the schema's nodes with rules below them. The rules of
+//! one object share a budget; those that come when it is used up are refused.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::{Arc, LazyLock},
-};
+use std::collections::BTreeMap;
 
 use isopod_api::field::{Error, ErrorList, Path};
-use kube_cel::{
-    KubeCelExt,
-    cel::{
-        Context, IdedExpr, Value as Cel,
-        objects::{Key, Map, OptionalValue},
-        parser::Parser,
-    },
-};
+use kube_cel::cel::Value as Cel;
 use serde_json::Value;
 
-/// Elements a rule may visit: the size of its value to the power of its nested macros.
-const WORK_MAX: f64 = 2_000_000.0;
-/// Longest rule.
-const RULE_MAX: usize = 64 * 1024;
-
-/// Functions and constants, once.
-static ROOT: LazyLock<Context<'static>> = LazyLock::new(|| Context::default().with_all());
+use crate::cel::{self, Environment, Failure, Program, Scope, Type};
 
 /// One rule.
 struct Rule {
     text: String,
-    program: IdedExpr,
+    program: Program,
     message: Option<String>,
-    message_program: Option<IdedExpr>,
+    message_program: Option<Program>,
     reason: String,
     field_path: Option<String>,
     /// Uses oldSelf.
     transition: bool,
     optional_old: bool,
-    /// Nested macros.
-    depth: i32,
 }
 
 /// A schema node with rules, or with such nodes below it.
@@ -51,34 +33,34 @@ pub(crate) struct Rules {
     additional: Option<Box<Rules>>,
 }
 
-/// Parses an expression; the error is upstream's line without its position.
-pub(crate) fn parse(text: &str) -> Result<IdedExpr, String> {
-    if text.len() > RULE_MAX {
-        return Err("expression is too long".into());
-    }
-    Parser::default().enable_optional_syntax(true).parse(text).map_err(|e| e.to_string())
+/// What the rules of a schema node can name.
+pub(crate) fn environment(schema: &Value, root: bool, optional_old: bool) -> Environment {
+    let own = Type::of_schema(schema, root);
+    let old = if optional_old { Type::Optional(Box::new(own.clone())) } else { own.clone() };
+    Environment::default().with("self", own).with("oldSelf", old)
 }
 
 impl Rule {
-    fn compile(spec: &Value) -> Option<Self> {
+    fn compile(schema: &Value, spec: &Value, root: bool) -> Option<Self> {
         let text = spec["rule"].as_str()?.to_owned();
-        let program = match parse(&text) {
+        let optional_old = spec["optionalOldSelf"] == true;
+        let environment = environment(schema, root, optional_old);
+        let program = match environment.compile(&text, &[Type::Bool]) {
             Ok(program) => program,
             Err(error) => {
-                tracing::warn!(rule = text, error, "a stored rule does not parse");
+                tracing::warn!(rule = text, error, "a stored rule does not compile");
                 return None;
             }
         };
         let own = |key: &str| spec[key].as_str().filter(|t| !t.is_empty()).map(str::to_owned);
         Some(Self {
             transition: mentions(&text, "oldSelf"),
-            depth: depth(&text),
             program,
             message: own("message").map(|m| m.trim().to_owned()),
-            message_program: own("messageExpression").and_then(|m| parse(&m).ok()),
+            message_program: own("messageExpression").and_then(|m| environment.compile(&m, &[Type::String]).ok()),
             reason: own("reason").unwrap_or_default(),
             field_path: own("fieldPath"),
-            optional_old: spec["optionalOldSelf"] == true,
+            optional_old,
             text,
         })
     }
@@ -92,36 +74,21 @@ pub(crate) fn mentions(rule: &str, name: &str) -> bool {
     })
 }
 
-/// How deep macros are nested.
-fn depth(rule: &str) -> i32 {
-    const MACROS: [&str; 8] =
-        [".all", ".exists", ".exists_one", ".map", ".filter", ".transformMap", ".transformList", ".existsOne"];
-    let (mut open, mut most, mut now) = (Vec::new(), 0, 0);
-    for (at, c) in rule.char_indices() {
-        match c {
-            '(' => {
-                let looped = MACROS.iter().any(|m| rule[..at].trim_end().ends_with(m));
-                open.push(looped);
-                now += i32::from(looped);
-                most = most.max(now);
-            }
-            ')' => now -= i32::from(open.pop().unwrap_or_default()),
-            _ => {}
-        }
-    }
-    most
-}
-
 impl Rules {
     /// The tree of a schema; `None` without rules.
     pub(super) fn compile(schema: &Value) -> Option<Self> {
+        Self::compile_node(schema, true)
+    }
+
+    fn compile_node(schema: &Value, root: bool) -> Option<Self> {
+        let below = |schema: &Value| Self::compile_node(schema, false);
         let rules = schema["x-kubernetes-validations"].as_array().into_iter().flatten();
         let properties = schema["properties"].as_object().into_iter().flatten();
         let node = Self {
-            rules: rules.filter_map(Rule::compile).collect(),
-            properties: properties.filter_map(|(k, v)| Some((k.clone(), Self::compile(v)?))).collect(),
-            items: schema.get("items").and_then(Self::compile).map(Box::new),
-            additional: schema.get("additionalProperties").and_then(Self::compile).map(Box::new),
+            rules: rules.filter_map(|rule| Rule::compile(schema, rule, root)).collect(),
+            properties: properties.filter_map(|(k, v)| Some((k.clone(), below(v)?))).collect(),
+            items: schema.get("items").and_then(below).map(Box::new),
+            additional: schema.get("additionalProperties").and_then(below).map(Box::new),
         };
         let any =
             !node.rules.is_empty() || !node.properties.is_empty() || node.items.is_some() || node.additional.is_some();
@@ -131,19 +98,19 @@ impl Rules {
     /// What the rules say about an object.
     pub(super) fn check(&self, schema: &Value, obj: &Value, old: Option<&Value>) -> ErrorList {
         let mut errors = ErrorList::new();
-        self.node(schema, obj, old, &Path::nil(), true, &mut errors);
+        let mut check = Check { budget: cel::BUDGET, errors: &mut errors };
+        self.node(schema, obj, old, &Path::nil(), true, &mut check);
         errors
     }
 
-    fn node(&self, schema: &Value, value: &Value, old: Option<&Value>, at: &Path, root: bool, errors: &mut ErrorList) {
-        if value.is_null() {
+    fn node(&self, schema: &Value, value: &Value, old: Option<&Value>, at: &Path, root: bool, check: &mut Check<'_>) {
+        if value.is_null() || check.budget == 0 {
             return;
         }
         if !self.rules.is_empty() {
-            let mut seen = None;
-            let size = weight(value);
+            let mut judged = Judged { schema, value, old, at, root, scope: None };
             for rule in &self.rules {
-                rule.check(schema, value, old, at, (root, size), &mut seen, errors);
+                judged.by(rule, check);
             }
         }
         match value {
@@ -151,13 +118,13 @@ impl Rules {
                 for (name, below) in &self.properties {
                     if let Some(value) = map.get(name) {
                         let old = old.and_then(|o| o.get(name));
-                        below.node(&schema["properties"][name.as_str()], value, old, &at.child(name), false, errors);
+                        below.node(&schema["properties"][name.as_str()], value, old, &at.child(name), false, check);
                     }
                 }
                 if let Some(below) = &self.additional {
                     for (name, value) in map {
                         let old = old.and_then(|o| o.get(name));
-                        below.node(&schema["additionalProperties"], value, old, &at.key(name), false, errors);
+                        below.node(&schema["additionalProperties"], value, old, &at.key(name), false, check);
                     }
                 }
             }
@@ -165,7 +132,7 @@ impl Rules {
                 let Some(below) = &self.items else { return };
                 for (i, item) in items.iter().enumerate() {
                     let before = correlated(schema, item, old);
-                    below.node(&schema["items"], item, before, &at.index(i), false, errors);
+                    below.node(&schema["items"], item, before, &at.index(i), false, check);
                 }
             }
             _ => {}
@@ -182,83 +149,86 @@ fn correlated<'o>(schema: &Value, item: &Value, old: Option<&'o Value>) -> Optio
     old?.as_array()?.iter().find(|o| keys.iter().all(|k| o.get(k) == item.get(k)))
 }
 
-/// Elements of a value at any depth.
-fn weight(value: &Value) -> usize {
-    match value {
-        Value::Array(items) => 1 + items.iter().map(weight).sum::<usize>(),
-        Value::Object(map) => 1 + map.values().map(weight).sum::<usize>(),
-        Value::String(text) => 1 + text.len() / 64,
-        _ => 1,
+/// One look at an object: what is left to spend, what was found.
+struct Check<'e> {
+    budget: u64,
+    errors: &'e mut ErrorList,
+}
+
+/// A value under the rules of its node.
+struct Judged<'v> {
+    schema: &'v Value,
+    value: &'v Value,
+    old: Option<&'v Value>,
+    at: &'v Path,
+    root: bool,
+    scope: Option<Scope>,
+}
+
+impl Judged<'_> {
+    fn by(&mut self, rule: &Rule, check: &mut Check<'_>) {
+        if rule.transition && self.old.is_none() && !rule.optional_old {
+            return;
+        }
+        // What did not change is not judged again.
+        if check.budget == 0 || !rule.transition && self.old == Some(self.value) {
+            return;
+        }
+        let (schema, root) = (self.schema, self.root);
+        let scope = self.scope.get_or_insert_with(|| {
+            let mut scope = Scope::new();
+            scope.set("self", cel::typed(schema, self.value, root));
+            scope
+        });
+        if rule.transition {
+            let before = self.old.map(|o| cel::typed(schema, o, root));
+            let before = if rule.optional_old { cel::optional(before) } else { before.unwrap_or(Cel::Null) };
+            scope.set("oldSelf", before);
+        }
+        let failure = match rule.program.evaluate(scope, &mut check.budget) {
+            Ok(Cel::Bool(true)) => return,
+            Ok(_) => None,
+            Err(failure) => Some(rule.unevaluated(&failure)),
+        };
+        if let Some(detail) = failure {
+            return check.errors.push(invalid(self.at, self.value, false, detail));
+        }
+        let detail = rule.detail(scope, &mut check.budget);
+        let (path, moved) = match &rule.field_path {
+            Some(relative) => (extend(self.at, relative), true),
+            None => (self.at.clone(), false),
+        };
+        check.errors.push(match rule.reason.as_str() {
+            "FieldValueForbidden" => Error::forbidden(&path, detail),
+            "FieldValueRequired" => Error::required(&path, detail),
+            "FieldValueDuplicate" => {
+                let mut error = Error::duplicate(&path, self.value.clone());
+                error.detail = detail;
+                error
+            }
+            _ => invalid(&path, self.value, moved, detail),
+        });
     }
 }
 
 impl Rule {
-    #[allow(clippy::too_many_arguments)]
-    fn check(
-        &self,
-        schema: &Value,
-        value: &Value,
-        old: Option<&Value>,
-        at: &Path,
-        (root, size): (bool, usize),
-        seen: &mut Option<Cel>,
-        errors: &mut ErrorList,
-    ) {
-        if self.transition && old.is_none() && !self.optional_old {
-            return;
+    /// Why the rule has no result.
+    fn unevaluated(&self, failure: &Failure) -> String {
+        let label = self.message.as_deref().unwrap_or(&self.text).trim();
+        match failure {
+            Failure::Budget => format!(
+                "'operation cancelled: actual cost limit exceeded': no further validation rules will be run due to call cost exceeding limit for rule: {label}"
+            ),
+            Failure::Error(error) if error.starts_with("no such overload") => format!(
+                "'{error}': call arguments did not match a supported operator, function or macro signature for rule: {label}"
+            ),
+            Failure::Error(error) => format!("{error} evaluating rule: {label}"),
         }
-        // What did not change is not judged again.
-        if !self.transition && old == Some(value) {
-            return;
-        }
-        if (size as f64).powi(self.depth) > WORK_MAX {
-            let detail = "call cost exceeds limit for rule: no further validation rules will be run due to call cost exceeding limit";
-            errors.push(Error::invalid_without_value(at, format!("{detail}: {}", self.text)));
-            return;
-        }
-        let own = seen.get_or_insert_with(|| to_cel(schema, value, root)).clone();
-        let mut scope = ROOT.new_inner_scope();
-        scope.add_variable_from_value("self", own);
-        if self.transition {
-            let before = old.map(|o| to_cel(schema, o, root));
-            let before = match (self.optional_old, before) {
-                (true, Some(before)) => Cel::Opaque(Arc::new(OptionalValue::of(before))),
-                (true, None) => Cel::Opaque(Arc::new(OptionalValue::none())),
-                (false, before) => before.unwrap_or(Cel::Null),
-            };
-            scope.add_variable_from_value("oldSelf", before);
-        }
-        let verdict = match Cel::resolve(&self.program, &scope) {
-            Ok(Cel::Bool(true)) => return,
-            Ok(_) => None,
-            Err(error) => Some(format!("rule evaluation error: {error} evaluating rule: {}", self.label())),
-        };
-        let failed = verdict.is_some();
-        let detail = verdict.unwrap_or_else(|| self.detail(&scope));
-        let (path, moved) = match self.field_path.as_deref().filter(|_| !failed) {
-            Some(relative) => (extend(at, relative), true),
-            None => (at.clone(), false),
-        };
-        errors.push(match self.reason.as_str() {
-            _ if failed => invalid(&path, value, moved, detail),
-            "FieldValueForbidden" => Error::forbidden(&path, detail),
-            "FieldValueRequired" => Error::required(&path, detail),
-            "FieldValueDuplicate" => {
-                let mut error = Error::duplicate(&path, value.clone());
-                error.detail = detail;
-                error
-            }
-            _ => invalid(&path, value, moved, detail),
-        });
-    }
-
-    fn label(&self) -> &str {
-        self.message.as_deref().unwrap_or(&self.text)
     }
 
     /// The message of a broken rule.
-    fn detail(&self, scope: &Context<'_>) -> String {
-        let computed = self.message_program.as_ref().and_then(|p| match Cel::resolve(p, scope) {
+    fn detail(&self, scope: &Scope, budget: &mut u64) -> String {
+        let computed = self.message_program.as_ref().and_then(|p| match p.evaluate(scope, budget) {
             Ok(Cel::String(text)) => Some(text.trim().to_owned()).filter(|t| !t.is_empty() && !t.contains('\n')),
             _ => None,
         });
@@ -295,130 +265,6 @@ fn extend(at: &Path, relative: &str) -> Path {
         }
     }
     path
-}
-
-const RESERVED: [&str; 20] = [
-    "true",
-    "false",
-    "null",
-    "in",
-    "as",
-    "break",
-    "const",
-    "continue",
-    "else",
-    "for",
-    "function",
-    "if",
-    "import",
-    "let",
-    "loop",
-    "package",
-    "namespace",
-    "return",
-    "var",
-    "void",
-];
-
-/// A property's name as rules write it.
-fn escape(name: &str) -> String {
-    if RESERVED.contains(&name) || name == "while" {
-        return format!("__{name}__");
-    }
-    let mut out = String::with_capacity(name.len());
-    let mut rest = name;
-    while let Some(c) = rest.chars().next() {
-        match c {
-            '_' if rest.starts_with("__") => {
-                out.push_str("__underscores__");
-                rest = &rest[2..];
-                continue;
-            }
-            '.' => out.push_str("__dot__"),
-            '-' => out.push_str("__dash__"),
-            '/' => out.push_str("__slash__"),
-            c => out.push(c),
-        }
-        rest = &rest[c.len_utf8()..];
-    }
-    out
-}
-
-static TIMESTAMP: LazyLock<Option<IdedExpr>> = LazyLock::new(|| parse("timestamp(self)").ok());
-static DURATION: LazyLock<Option<IdedExpr>> = LazyLock::new(|| parse("duration(self)").ok());
-
-fn converted(program: Option<&IdedExpr>, text: &str) -> Option<Cel> {
-    let mut scope = ROOT.new_inner_scope();
-    scope.add_variable_from_value("self", Cel::String(Arc::new(text.to_owned())));
-    Cel::resolve(program?, &scope).ok()
-}
-
-/// A value as rules of its schema see it: only declared fields, formats as their types.
-fn to_cel(schema: &Value, value: &Value, resource: bool) -> Cel {
-    match value {
-        Value::Null => Cel::Null,
-        Value::Bool(b) => Cel::Bool(*b),
-        Value::Number(n) => match (schema["type"].as_str(), n.as_i64()) {
-            (Some("number"), _) | (_, None) => Cel::Float(n.as_f64().unwrap_or_default()),
-            (_, Some(i)) => Cel::Int(i),
-        },
-        Value::String(text) => {
-            let program = match schema["format"].as_str() {
-                Some("date-time") => TIMESTAMP.as_ref(),
-                Some("duration") => DURATION.as_ref(),
-                Some("byte") => {
-                    use base64::{Engine as _, engine::general_purpose::STANDARD};
-                    return STANDARD
-                        .decode(text)
-                        .map_or_else(|_| Cel::String(Arc::new(text.clone())), |b| Cel::Bytes(Arc::new(b)));
-                }
-                Some("date") => {
-                    let full = format!("{text}T00:00:00Z");
-                    return converted(TIMESTAMP.as_ref(), &full).unwrap_or_else(|| Cel::String(Arc::new(text.clone())));
-                }
-                _ => None,
-            };
-            program.and_then(|p| converted(Some(p), text)).unwrap_or_else(|| Cel::String(Arc::new(text.clone())))
-        }
-        Value::Array(items) => {
-            let schema = &schema["items"];
-            Cel::List(Arc::new(items.iter().map(|i| to_cel(schema, i, false)).collect()))
-        }
-        Value::Object(map) => {
-            let known = schema["properties"].as_object();
-            let rest = schema.get("additionalProperties").filter(|v| v.is_object());
-            let embedded = resource || schema["x-kubernetes-embedded-resource"] == true;
-            let mut out = HashMap::with_capacity(map.len());
-            let mut put = |name: String, value: Cel| drop(out.insert(Key::String(Arc::new(name)), value));
-            for (name, value) in map {
-                match known.and_then(|k| k.get(name)) {
-                    Some(schema) if !(embedded && name == "metadata") => {
-                        put(escape(name), to_cel(schema, value, false))
-                    }
-                    _ if embedded && matches!(name.as_str(), "apiVersion" | "kind") => {
-                        put(name.clone(), to_cel(&Value::Null, value, false));
-                    }
-                    _ if embedded && name == "metadata" => {
-                        let mut seen = serde_json::Map::new();
-                        for field in ["name", "generateName"] {
-                            if let Some(text) = value.get(field) {
-                                seen.insert(field.to_owned(), text.clone());
-                            }
-                        }
-                        put(name.clone(), to_cel(&Value::Null, &Value::Object(seen), false));
-                    }
-                    _ => {
-                        if let Some(schema) = rest {
-                            put(name.clone(), to_cel(schema, value, false));
-                        } else if schema.is_null() {
-                            put(name.clone(), to_cel(&Value::Null, value, false));
-                        }
-                    }
-                }
-            }
-            Cel::Map(Map { map: Arc::new(out) })
-        }
-    }
 }
 
 #[cfg(test)]
@@ -459,10 +305,9 @@ mod tests {
 
     #[test]
     fn work_is_bounded() {
-        assert_eq!(depth("self.all(x, self.exists(y, x == y)) && self.all(z, z > (1))"), 2);
         let schema = json!({"type": "array", "items": {"type": "integer"},
             "x-kubernetes-validations": [{"rule": "self.all(x, self.all(y, self.all(z, true)))"}]});
-        let big: Vec<i32> = (0..1000).collect();
+        let big: Vec<i32> = (0..300).collect();
         assert!(errors(&schema, json!(big), None)[0].contains("cost"));
     }
 }

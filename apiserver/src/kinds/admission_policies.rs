@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::{expressions, pod_defaults, webhooks};
 use crate::{
+    cel::{self, Type, admission::Environments},
     registry::{
         strategy::{Context, Strategy},
         table,
@@ -87,17 +88,26 @@ impl Strategy for AdmissionPolicy {
                 e.required(&constraints.get("resourceRules"), "");
             }
         }
-        expressions::match_conditions(&mut e, &at.get("matchConditions"));
-        for variable in at.get("variables").items() {
-            expressions::identifier(&mut e, &variable.get("name"));
-            if variable.get("expression").s().trim().is_empty() {
-                e.required(&variable.get("expression"), "expression is not specified");
+        let environments = Environments::new(at.v, self.mutating);
+        expressions::match_conditions(&mut e, &at.get("matchConditions"), &environments.conditions);
+        let mut seen = Vec::new();
+        for (variable, compiled) in at.get("variables").items().iter().zip(&environments.variables) {
+            let (name, text) = (variable.get("name"), variable.get("expression"));
+            expressions::identifier(&mut e, &name);
+            if text.s().trim().is_empty() {
+                e.required(&text, "expression is not specified");
+            } else if let Err(error) = &compiled.program {
+                e.invalid(&text, error);
             }
+            if seen.contains(&compiled.name) {
+                e.duplicate(&name, name.s());
+            }
+            seen.push(compiled.name.clone());
         }
         if self.mutating {
-            mutations(&mut e, &at);
+            mutations(&mut e, &at, &environments);
         } else {
-            validations(&mut e, &at, meta::name(obj));
+            validations(&mut e, &at, meta::name(obj), &environments);
         }
         e.0
     }
@@ -114,7 +124,7 @@ impl Strategy for AdmissionPolicy {
     }
 }
 
-fn validations(e: &mut Errs, spec: &At<'_>, policy: &str) {
+fn validations(e: &mut Errs, spec: &At<'_>, policy: &str, environments: &Environments) {
     let (list, annotations) = (spec.get("validations"), spec.get("auditAnnotations"));
     if list.len() == 0 && annotations.len() == 0 {
         for at in [&list, &annotations] {
@@ -124,15 +134,11 @@ fn validations(e: &mut Errs, spec: &At<'_>, policy: &str) {
     }
     for at in list.items() {
         let (text, message) = (at.get("expression"), at.get("messageExpression"));
-        if text.s().trim().is_empty() {
-            e.required(&text, "expression is not specified");
-        } else if let Some(kind) = expressions::literal_type(text.s()).filter(|k| *k != "bool") {
-            e.invalid(&text, &format!("must evaluate to bool but got {kind}"));
-        }
+        expressions::required(e, &text, "expression is not specified", &environments.expressions, &[Type::Bool]);
         if message.is_set() && message.s().trim().is_empty() {
             e.invalid(&message, "must be non-empty if specified");
-        } else if let Some(kind) = expressions::literal_type(message.s()).filter(|k| *k != "string") {
-            e.invalid(&message, &format!("must evaluate to string but got {kind}"));
+        } else if message.is_set() {
+            expressions::expression(e, &message, &environments.messages, &[Type::String]);
         }
         let text = at.get("message");
         if text.s().contains('\n') {
@@ -151,15 +157,12 @@ fn validations(e: &mut Errs, spec: &At<'_>, policy: &str) {
             e.duplicate(&key, key.s());
         }
         seen.push(key.s());
-        if value.s().trim().is_empty() {
-            e.required(&value, "valueExpression is not specified");
-        } else if let Some(kind) = expressions::literal_type(value.s()).filter(|k| *k != "string") {
-            e.invalid(&value, &format!("must evaluate to one of [string null_type] but got {kind}"));
-        }
+        let wanted = [Type::String, Type::Null];
+        expressions::required(e, &value, "valueExpression is not specified", &environments.expressions, &wanted);
     }
 }
 
-fn mutations(e: &mut Errs, spec: &At<'_>) {
+fn mutations(e: &mut Errs, spec: &At<'_>, environments: &Environments) {
     let list = spec.get("mutations");
     if list.len() == 0 {
         e.required(&list, "mutations must contain at least one item");
@@ -171,10 +174,12 @@ fn mutations(e: &mut Errs, spec: &At<'_>) {
             continue;
         }
         e.one_of(&kind, &["ApplyConfiguration", "JSONPatch"]);
-        let field = if kind.s() == "JSONPatch" { "jsonPatch" } else { "applyConfiguration" };
-        if at.get(field).get("expression").s().trim().is_empty() {
-            e.required(&at.get(field).get("expression"), "expression is not specified");
-        }
+        let (field, wanted) = match kind.s() {
+            "JSONPatch" => ("jsonPatch", cel::list_of_patches()),
+            _ => ("applyConfiguration", cel::object()),
+        };
+        let text = at.get(field).get("expression");
+        expressions::required(e, &text, "expression is not specified", &environments.expressions, &[wanted]);
     }
     e.required_one_of(&spec.get("reinvocationPolicy"), &["IfNeeded", "Never"]);
 }

@@ -7,6 +7,7 @@ use isopod_api::{
 use serde_json::{Value, json};
 
 use crate::{
+    cel::Type,
     custom,
     validation::{At, Errs},
 };
@@ -96,7 +97,7 @@ fn node(e: &mut Errs, at: &At<'_>, place: Place) {
     if let Some(default) = schema.get("default").filter(|d| !d.is_null()) {
         defaulted(e, at, default);
     }
-    rules(e, at);
+    rules(e, at, place == Place::Root);
     for (name, property) in schema["properties"].as_object().into_iter().flatten() {
         let place = if place == Place::Junctor { place } else { Place::Property };
         node(e, &At::new(at.get("properties").path.key(name), property), place);
@@ -198,13 +199,13 @@ fn defaulted(e: &mut Errs, at: &At<'_>, default: &Value) {
     }
 }
 
-fn rules(e: &mut Errs, at: &At<'_>) {
+fn rules(e: &mut Errs, at: &At<'_>, root: bool) {
     for rule in at.get("x-kubernetes-validations").items() {
         let text = rule.get("rule");
         if text.s().trim().is_empty() {
             e.required(&text, "rule is not specified");
-        } else if let Err(error) = custom::parse_rule(text.s()) {
-            e.0.push(Error::invalid(&text.path, rule.v.clone(), format!("compilation failed: {error}")));
+        } else if let Some(error) = uncompiled(at, &rule, root, text.s(), Type::Bool) {
+            e.0.push(Error::invalid(&text.path, rule.v.clone(), error));
         }
         let message = rule.get("message");
         if message.is_set() && message.s().trim().is_empty() {
@@ -216,13 +217,9 @@ fn rules(e: &mut Errs, at: &At<'_>) {
         }
         let computed = rule.get("messageExpression");
         if computed.is_set()
-            && let Err(error) = custom::parse_rule(computed.s())
+            && let Some(error) = uncompiled(at, &rule, root, computed.s(), Type::String)
         {
-            e.0.push(Error::invalid(
-                &computed.path,
-                rule.v.clone(),
-                format!("messageExpression compilation failed: {error}"),
-            ));
+            e.0.push(Error::invalid(&computed.path, rule.v.clone(), format!("messageExpression {error}")));
         }
         let reason = rule.get("reason");
         if reason.is_set() {
@@ -238,6 +235,15 @@ fn rules(e: &mut Errs, at: &At<'_>) {
             );
         }
     }
+}
+
+/// Why an expression of a rule does not compile.
+fn uncompiled(schema: &At<'_>, rule: &At<'_>, root: bool, text: &str, wanted: Type) -> Option<String> {
+    let environment = custom::rule_environment(schema.v, root, rule.get("optionalOldSelf").is_true());
+    let shown =
+        if wanted == Type::Bool { "cel expression must evaluate to a bool" } else { "must evaluate to a string" };
+    let error = environment.compile(text, &[wanted]).err()?;
+    Some(if error.starts_with("must evaluate") { shown.to_owned() } else { error })
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::{expressions, pod_defaults};
 use crate::{
+    cel::admission::{self, Offers},
     registry::{
         strategy::{Context, Strategy},
         table,
@@ -87,7 +88,11 @@ impl WebhookConfiguration {
         }
         client_config(e, &at.get("clientConfig"));
         review_versions(e, &at.get("admissionReviewVersions"));
-        expressions::match_conditions(e, &at.get("matchConditions"));
+        let conditions = at.get("matchConditions");
+        if conditions.len() > 0 {
+            let offers = Offers { params: false, authorizer: true };
+            expressions::match_conditions(e, &conditions, &admission::environment(offers));
+        }
     }
 }
 

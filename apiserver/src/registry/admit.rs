@@ -4,9 +4,9 @@ use isopod_api::{gvk::Gvk, meta, schema, status::Status};
 use serde_json::Value;
 
 use super::{Registry, Resource, Writer};
-use super::{managed, metadata};
+use super::{managed, metadata, shape};
 use crate::{
-    admission::{Operation, Request},
+    admission::{Operation, Reinvocation, Request},
     server::request::RequestInfo,
 };
 
@@ -49,6 +49,13 @@ impl Registry {
         if !writer.admission {
             return Ok(());
         }
+        let shape = shape::Of {
+            resource: admission.resource,
+            body: admission.gvk,
+            subresource: admission.subresource,
+            name: admission.name,
+        };
+        let mut reinvocation = Reinvocation::default();
         let mut request = Request {
             operation: admission.operation,
             gvr: &admission.resource.gvr,
@@ -63,14 +70,23 @@ impl Registry {
             dry_run: writer.options.dry_run,
             objects: self,
             warnings: &mut writer.warnings,
+            shape: &shape,
+            authorizer: self.authorizer.get(),
+            reinvocation: &mut reinvocation,
         };
-        for plugin in &self.plugins {
-            match pass {
-                Pass::Mutating => plugin.admit(&mut request).await?,
-                Pass::Validating => plugin.validate(&mut request).await?,
+        loop {
+            for plugin in &self.plugins {
+                match pass {
+                    Pass::Mutating => plugin.admit(&mut request).await?,
+                    Pass::Validating => plugin.validate(&mut request).await?,
+                }
             }
+            // Once more after a policy or webhook has changed the object, never a third time.
+            if !request.reinvocation.needed || request.reinvocation.again {
+                return Ok(());
+            }
+            request.reinvocation.again = true;
         }
-        Ok(())
     }
 
     /// Defaults and admits the body of a create that is answered instead of stored.

@@ -14,6 +14,7 @@ mod reads;
 mod resource;
 pub(crate) mod scale;
 mod selection;
+mod shape;
 pub mod strategy;
 pub mod table;
 mod update;
@@ -21,7 +22,7 @@ mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use arc_swap::ArcSwap;
@@ -48,6 +49,7 @@ use crate::{
     admission::Plugin,
     alloc::ServiceAllocator,
     authn::UserInfo,
+    authz::Authorizer,
     cache::{Cache, Object, ResourceCache},
     custom::{Publication, STORED, Served},
     kinds,
@@ -71,6 +73,7 @@ pub(crate) struct Registry {
     versions: BTreeMap<String, Vec<String>>,
     plugins: Vec<Box<dyn Plugin>>,
     services: ServiceAllocator,
+    authorizer: OnceLock<Arc<dyn Authorizer>>,
 }
 
 /// Who writes, and how.
@@ -113,7 +116,14 @@ impl Registry {
         register_custom(&cache)?;
         cache.load()?;
         let custom = ArcSwap::from_pointee(Served::default());
-        Ok(Self { cache, served, custom, versions, plugins, services })
+        Ok(Self { cache, served, custom, versions, plugins, services, authorizer: OnceLock::new() })
+    }
+
+    /// Tells admission who may do what. The authorizer reads the registry, so it comes later.
+    pub(crate) fn authorize_with(&self, authorizer: Arc<dyn Authorizer>) {
+        if self.authorizer.set(authorizer).is_err() {
+            tracing::error!("the registry has an authorizer already");
+        }
     }
 
     /// A served resource.
@@ -201,6 +211,19 @@ impl Objects for Registry {
 
     fn generation(&self, gvr: &Gvr) -> u64 {
         self.store(gvr).map_or(0, |s| s.generation())
+    }
+
+    fn resource_of(&self, gvk: &Gvk) -> Option<(Gvr, bool)> {
+        if let Some(resource) = resources::by_gvk(gvk) {
+            return Some((resource.gvr(), resource.namespaced));
+        }
+        let custom = self.custom.load();
+        let found = custom.resources().find(|resource| resource.gvk == *gvk)?;
+        Some((found.gvr.clone(), found.info.namespaced))
+    }
+
+    fn served(&self, gvr: &Gvr, object: &Object) -> Value {
+        self.resource(gvr).map_or_else(|| object.value(), |resource| resource.served_value(object))
     }
 
     fn services(&self) -> Option<&ServiceAllocator> {

@@ -1,0 +1,202 @@
+//! CEL: one way to compile and evaluate expressions for admission policies, webhooks and the rules of custom resources.
+//!
+//! An [`Environment`] says which variables there are. [`Environment::compile`] parses, checks types and lowers an
+//! expression into a [`Program`]; its errors are upstream's texts. A [`Scope`] holds the values of one evaluation. Loops are
+//! counted, and an expression that takes too many rounds ends with [`Failure::Budget`]. No I/O, no clock.
+
+pub(crate) mod admission;
+mod authorizer;
+mod check;
+mod convert;
+mod functions;
+mod lazy;
+mod lex;
+mod lower;
+mod parse;
+mod signatures;
+mod types;
+
+use std::{collections::HashMap, fmt::Write as _, sync::Arc};
+
+use kube_cel::cel::{Context, IdedExpr, Value as Cel, objects::OptionalValue};
+
+pub(crate) use authorizer::{authorizer, request_resource};
+pub(crate) use convert::{escape, json, typed, untyped};
+pub(crate) use lazy::Variable;
+pub(crate) use types::Type;
+
+use functions::{ROOT, explain, with_budget};
+use parse::Issue;
+
+/// The variable that holds variables.
+const VARIABLES: &str = "variables";
+/// Rounds of loops one policy or object may take.
+pub(crate) const BUDGET: u64 = 500_000;
+
+/// What expressions can name.
+#[derive(Clone, Default)]
+pub(crate) struct Environment {
+    variables: HashMap<String, Type>,
+    mutation: bool,
+}
+
+impl Environment {
+    /// With one more variable.
+    pub(crate) fn with(mut self, name: &str, found: Type) -> Self {
+        self.variables.insert(name.to_owned(), found);
+        self
+    }
+
+    /// With the messages of mutations: `Object{...}` and `JSONPatch{...}`.
+    pub(crate) fn with_mutations(mut self) -> Self {
+        self.mutation = true;
+        self
+    }
+
+    /// With one more of `variables`.
+    pub(crate) fn with_member(mut self, name: &str, found: Type) -> Self {
+        let mut fields = match self.variables.get(VARIABLES) {
+            Some(Type::Object(object)) => object.fields.clone().unwrap_or_default(),
+            _ => Default::default(),
+        };
+        fields.insert(name.to_owned(), found);
+        let object = types::Object { name: "kubernetes.variables".into(), fields: Some(fields) };
+        self.variables.insert(VARIABLES.into(), Type::Object(Arc::new(object)));
+        self
+    }
+
+    fn lazy(&self) -> bool {
+        self.variables.contains_key(VARIABLES)
+    }
+
+    fn variable(&self, name: &str) -> Option<Type> {
+        self.variables.get(name).cloned()
+    }
+
+    fn message(&self, name: &str) -> Option<Type> {
+        if !self.mutation {
+            return None;
+        }
+        match name {
+            "JSONPatch" => Some(json_patch()),
+            "Object" => Some(object()),
+            name if name.starts_with("Object.") => {
+                Some(Type::Object(Arc::new(types::Object { name: name.to_owned(), fields: None })))
+            }
+            _ => None,
+        }
+    }
+
+    /// Compiles an expression that must have one of the types `wanted`. The error is upstream's.
+    pub(crate) fn compile(&self, text: &str, wanted: &[Type]) -> Result<Program, String> {
+        let failed = |issues: &[Issue]| format!("compilation failed: {}", shown(text, issues));
+        let parsed = parse::parse(text).map_err(|issues| failed(&issues))?;
+        let output = check::check(self, &parsed).map_err(|issues| failed(&issues))?;
+        if !wanted.is_empty() && !wanted.contains(&output) && !(wanted[0] == list_of_patches() && open_list(&output)) {
+            let names: Vec<String> = wanted.iter().map(ToString::to_string).collect();
+            return Err(match names.as_slice() {
+                [one] => format!("must evaluate to {one} but got {output}"),
+                many => format!("must evaluate to one of [{}] but got {output}", many.join(" ")),
+            });
+        }
+        Ok(Program { text: text.to_owned(), expr: lower::lower(self, parsed.root), output })
+    }
+}
+
+/// `Object`.
+pub(crate) fn object() -> Type {
+    Type::Object(Arc::new(types::Object { name: "Object".into(), fields: None }))
+}
+
+fn json_patch() -> Type {
+    let text = || Type::String;
+    Type::object("JSONPatch", [("op", text()), ("path", text()), ("from", text()), ("value", Type::Dyn)])
+}
+
+/// `list(JSONPatch)`.
+pub(crate) fn list_of_patches() -> Type {
+    Type::list(json_patch())
+}
+
+/// `[]` fits every list.
+fn open_list(found: &Type) -> bool {
+    matches!(found, Type::List(item) if matches!(**item, Type::Param(_)))
+}
+
+/// Issues as upstream prints them.
+fn shown(text: &str, issues: &[Issue]) -> String {
+    let mut out = String::new();
+    for issue in issues {
+        let at = (0..=issue.at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or_default();
+        let start = text[..at].rfind('\n').map_or(0, |n| n + 1);
+        let line = text[start..].split('\n').next().unwrap_or_default();
+        let number = text[..start].matches('\n').count() + 1;
+        let column = text[start..at].chars().count();
+        let separator = if out.is_empty() { "" } else { "\n" };
+        let dots = ".".repeat(column);
+        let _ =
+            write!(out, "{separator}ERROR: <input>:{number}:{}: {}\n | {line}\n | {dots}^", column + 1, issue.message);
+    }
+    out
+}
+
+/// A compiled expression.
+pub(crate) struct Program {
+    /// As it was written.
+    pub(crate) text: String,
+    /// Its type.
+    pub(crate) output: Type,
+    expr: IdedExpr,
+}
+
+/// Why there is no result.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// The evaluation failed: upstream's words.
+    Error(String),
+    /// It took too long.
+    Budget,
+}
+
+impl Program {
+    /// The result in a scope. `budget` is shared by the expressions of one object and goes down.
+    pub(crate) fn evaluate(&self, scope: &Scope, budget: &mut u64) -> Result<Cel, Failure> {
+        let (result, left) = with_budget(*budget, || Cel::resolve(&self.expr, &scope.context));
+        *budget = left.unwrap_or(0);
+        match (left, result) {
+            (None, _) => Err(Failure::Budget),
+            (_, Ok(value)) => Ok(value),
+            (_, Err(error)) => Err(Failure::Error(explain(&error))),
+        }
+    }
+}
+
+/// The values of one evaluation.
+pub(crate) struct Scope {
+    context: Context<'static>,
+}
+
+impl Scope {
+    /// No variables.
+    pub(crate) fn new() -> Self {
+        Self { context: ROOT.new_inner_scope() }
+    }
+
+    /// Sets a variable.
+    pub(crate) fn set(&mut self, name: &str, value: Cel) {
+        self.context.add_variable_from_value(name, value);
+    }
+
+    /// Sets `variables`.
+    pub(crate) fn set_variables(&mut self, variables: &Arc<[Variable]>) {
+        self.set(lazy::SLOT, Cel::Opaque(Arc::new(lazy::Lazy::new(Arc::clone(variables)))));
+    }
+}
+
+/// An optional value.
+pub(crate) fn optional(value: Option<Cel>) -> Cel {
+    Cel::Opaque(Arc::new(value.map_or_else(OptionalValue::none, OptionalValue::of)))
+}
+
+#[cfg(test)]
+mod tests;
