@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use super::{
     NetworkError, PodNetwork, PodNetworkRequest, PodNetworkStatus, addresses,
     addresses::Addresses,
+    gone::Gone,
     links, namespace,
     records::{Record, Records},
     rules,
@@ -84,6 +85,7 @@ struct State {
     pool: Vec<Slot>,
     /// Links of slots that are being made.
     making: HashSet<String>,
+    gone: Gone,
 }
 
 /// How far the node's ranges have been set up.
@@ -310,24 +312,44 @@ impl Inner {
         let inner = self.clone();
         let written = tokio::task::spawn_blocking(move || {
             let _turn = inner.rules.lock();
-            let (records, pods) = {
-                let state = inner.state.lock();
-                (state.records.values().cloned().collect::<Vec<_>>(), state.addresses.ranges().to_vec())
+            let (records, gone) = {
+                let mut state = inner.state.lock();
+                (state.records.values().cloned().collect::<Vec<_>>(), state.gone.all())
             };
-            let settings = rules::Settings {
-                table: inner.config.table(),
-                bridge: inner.config.paths.bridge(),
-                cluster: inner.config.cluster_cidrs.clone(),
-                services: inner.config.service_cidrs.clone(),
-                pods,
-            };
-            rules::apply(&settings, &records)
+            rules::apply(&inner.rule_settings(), &records, &gone)
         });
         Ok(written.await.map_err(|e| NetworkError(e.to_string()))??)
     }
 
+    fn rule_settings(&self) -> rules::Settings {
+        rules::Settings {
+            table: self.config.table(),
+            bridge: self.config.paths.bridge(),
+            cluster: self.config.cluster_cidrs.clone(),
+            services: self.config.service_cidrs.clone(),
+            pods: self.state.lock().addresses.ranges().to_vec(),
+        }
+    }
+
+    /// Tells the kernel which addresses are nobody's now. Many pods that go at once share one run of nft.
+    async fn write_gone(self: &Arc<Self>) {
+        let inner = self.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            let _turn = inner.rules.lock();
+            let change = inner.state.lock().gone.change();
+            let done = rules::bury(&inner.rule_settings(), &change.added, &change.removed);
+            if done.is_err() {
+                inner.state.lock().gone.fail(&change);
+            }
+            done
+        });
+        if let Ok(Err(error)) = written.await {
+            tracing::warn!(error = %chain(&error), "packets to pods that are gone are not refused");
+        }
+    }
+
     /// Makes one namespace ready for a pod.
-    async fn prepare(&self) -> Result<Slot, NetworkError> {
+    async fn prepare(self: &Arc<Self>) -> Result<Slot, NetworkError> {
         let number = self.counter.fetch_add(1, Ordering::Relaxed);
         let id = format!("{SLOT}{number}");
         let prefix = self.config.paths.link_prefix();
@@ -341,6 +363,10 @@ impl Inner {
             state.addresses.allocate(&id)
         };
         let slot = Slot { path: self.netns(&id), id, link, ips: ips.clone().unwrap_or_default() };
+        let refused = self.state.lock().gone.remove(&slot.ips);
+        if refused {
+            self.write_gone().await;
+        }
         let made = match ips {
             Ok(_) => self.build(&slot).await,
             Err(error) => Err(error.into()),
@@ -482,7 +508,10 @@ impl Inner {
         let Some(record) = self.state.lock().records.get(uid).cloned() else {
             return Ok(namespace::unpin(&self.netns(uid))?);
         };
-        if !record.host_ports.is_empty() {
+        self.state.lock().gone.insert(&record.ips);
+        if record.host_ports.is_empty() {
+            self.write_gone().await;
+        } else {
             // Out of the rules before the address can be anyone else's.
             if let Some(kept) = self.state.lock().records.get_mut(uid) {
                 kept.host_ports.clear();
@@ -490,6 +519,9 @@ impl Inner {
             self.write_rules().await?;
         }
         self.remove(&self.netns(uid), &record.link).await?;
+        for address in &record.ips {
+            links::forget_neighbour(&self.handle, self.bridge, *address).await?;
+        }
         self.records.remove(uid)?;
         let mut state = self.state.lock();
         state.records.remove(uid);

@@ -103,6 +103,13 @@ pub(crate) async fn delete(handle: &Handle, name: &str) -> Result<(), Error> {
     ignore(nix::libc::ENODEV)(handle.link().del(index).execute().await).map_err(failed(format!("delete link {name}")))
 }
 
+/// Forgets whose hardware address a pod's address was: the next pod that gets it has another one.
+pub(crate) async fn forget_neighbour(handle: &Handle, bridge: u32, address: IpAddr) -> Result<(), Error> {
+    let message = handle.neighbours().add(bridge, address).message_mut().clone();
+    ignore(nix::libc::ENOENT)(handle.neighbours().del(message).execute().await)
+        .map_err(failed(format!("forget neighbour {address}")))
+}
+
 /// Names of the links on a bridge.
 pub(crate) async fn ports(handle: &Handle, bridge: u32) -> Result<Vec<String>, Error> {
     let all: Vec<LinkMessage> =

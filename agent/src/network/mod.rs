@@ -5,6 +5,7 @@
 
 mod addresses;
 mod bridge;
+mod gone;
 mod links;
 mod namespace;
 mod records;

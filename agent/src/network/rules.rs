@@ -2,6 +2,9 @@
 //!
 //! Rules are constant; host ports are elements of two maps, written whole and atomically from the pods' records. Chains
 //! run one step before the service proxy's: a host port beats a node port, as with every other network plugin.
+//!
+//! What is sent to a pod that is gone is refused at once: without that a client waits for retransmissions that nobody
+//! will ever answer. An address is in the set `gone` from before its link goes until it is given out again.
 
 use std::{
     fmt::Write as _,
@@ -73,7 +76,7 @@ fn protocol(protocol: Protocol) -> &'static str {
     }
 }
 
-fn render(family: Family, settings: &Settings, records: &[Record]) -> String {
+fn render(family: Family, settings: &Settings, records: &[Record], gone: &[IpAddr]) -> String {
     let (ip, bridge) = (family.nft(), &settings.bridge);
     let address = if family == Family::V4 { "ipv4_addr" } else { "ipv6_addr" };
     let table = format!("{ip} {}", settings.table);
@@ -81,6 +84,10 @@ fn render(family: Family, settings: &Settings, records: &[Record]) -> String {
     let guard = match family {
         Family::V4 => "iifname != \"lo\" ip daddr 127.0.0.0/8 drop",
         Family::V6 => "iifname != \"lo\" ip6 daddr ::1 drop",
+    };
+    let unreachable = match family {
+        Family::V4 => "reject with icmp host-unreachable",
+        Family::V6 => "reject with icmpv6 addr-unreachable",
     };
     let localhost = match family {
         Family::V4 => format!("oifname \"{bridge}\" ip saddr 127.0.0.0/8 masquerade"),
@@ -97,19 +104,33 @@ fn render(family: Family, settings: &Settings, records: &[Record]) -> String {
 	map ports {{ type inet_proto . inet_service : {address} . inet_service; }}
 	map addressed {{ type {address} . inet_proto . inet_service : {address} . inet_service; }}
 	set hairpin {{ type {address} . {address}; }}
+	set gone {{ type {address}; }}
 }}
 flush table {table}
 flush map {table} ports
 flush map {table} addressed
 flush set {table} hairpin
+flush set {table} gone
 table {table} {{
 	chain host_ports {{
 		dnat {ip} to {ip} daddr . meta l4proto . th dport map @addressed
 		{not_services}fib daddr type local dnat {ip} to meta l4proto . th dport map @ports
 	}}
+	chain nobody {{
+		meta l4proto tcp reject with tcp reset
+		{unreachable}
+	}}
 	chain guard {{
 		type filter hook prerouting priority -300;
 		{guard}
+	}}
+	chain gone-forward {{
+		type filter hook forward priority -1;
+		{ip} daddr @gone goto nobody
+	}}
+	chain gone-output {{
+		type filter hook output priority -1;
+		{ip} daddr @gone goto nobody
 	}}
 	chain prerouting {{
 		type nat hook prerouting priority -101;
@@ -129,7 +150,23 @@ table {table} {{
 "
     );
     elements(&mut out, family, &table, records);
+    out.push_str(&burials("add", family, settings, gone));
     out
+}
+
+fn burials(verb: &str, family: Family, settings: &Settings, addresses: &[IpAddr]) -> String {
+    let list: Vec<String> = addresses.iter().filter(|a| family.holds(a)).map(ToString::to_string).collect();
+    if list.is_empty() {
+        return String::new();
+    }
+    format!("{verb} element {} {} gone {{ {} }}\n", family.nft(), settings.table, list.join(", "))
+}
+
+/// Changes which addresses are nobody's, in one transaction.
+pub(crate) fn bury(settings: &Settings, added: &[IpAddr], removed: &[IpAddr]) -> Result<(), Error> {
+    let text = |f: Family| burials("delete", f, settings, removed) + &burials("add", f, settings, added);
+    let text: String = families().into_iter().map(text).collect();
+    if text.is_empty() { Ok(()) } else { nft(&text) }
 }
 
 fn elements(out: &mut String, family: Family, table: &str, records: &[Record]) {
@@ -152,8 +189,8 @@ fn elements(out: &mut String, family: Family, table: &str, records: &[Record]) {
 }
 
 /// Writes the whole table in one transaction.
-pub(crate) fn apply(settings: &Settings, records: &[Record]) -> Result<(), Error> {
-    nft(&families().into_iter().map(|f| render(f, settings, records)).collect::<String>())
+pub(crate) fn apply(settings: &Settings, records: &[Record], gone: &[IpAddr]) -> Result<(), Error> {
+    nft(&families().into_iter().map(|f| render(f, settings, records, gone)).collect::<String>())
 }
 
 /// Removes the table.

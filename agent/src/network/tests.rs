@@ -120,6 +120,41 @@ fn pods_reach_each_other_and_the_node() {
 }
 
 #[test]
+fn pods_that_are_gone_refuse_at_once() {
+    alone(|root| async move {
+        let network = BridgeNetwork::start(NetworkConfig::new(Paths::new(&root))).await.unwrap();
+        // So few addresses that they are soon given out again.
+        network.set_pod_cidr(vec!["10.244.3.0/28".parse().unwrap()]);
+        while network.not_ready().is_some() {
+            tokio::task::yield_now().await;
+        }
+        let (client, web) =
+            (network.setup(request("client")).await.unwrap(), network.setup(request("w")).await.unwrap());
+        let target = SocketAddr::new(web.ips[0], 8080);
+        // Whoever knew the pod keeps its hardware address for a while: without a refusal packets go nowhere.
+        let server = serve(&web, 8080, 2);
+        inside(&client.netns, || ask(&target.to_string())).unwrap();
+        ask(&target.to_string()).unwrap();
+        server.join().unwrap();
+        network.teardown("w").await.unwrap();
+        let try_it = || TcpStream::connect_timeout(&target, Duration::from_millis(900)).unwrap_err().kind();
+        assert_eq!(inside(&client.netns, try_it), std::io::ErrorKind::ConnectionRefused);
+        assert_eq!(try_it(), std::io::ErrorKind::ConnectionRefused);
+        let mut reused = false;
+        for n in 0..30 {
+            let uid = format!("p{n}");
+            let pod = network.setup(request(&uid)).await.unwrap();
+            reused |= pod.ips == web.ips;
+            let server = serve(&pod, 80, 1);
+            inside(&client.netns, || ask(&format!("{}:80", pod.ips[0]))).unwrap();
+            server.join().unwrap();
+            network.teardown(&uid).await.unwrap();
+        }
+        assert!(reused, "the address was never given out again");
+    });
+}
+
+#[test]
 fn host_ports_work_from_everywhere() {
     alone(|root| async move {
         run("ip link add node0 type veth peer name node1");
