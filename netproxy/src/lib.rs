@@ -1,4 +1,4 @@
-//! isopod netproxy: services and cluster DNS of one node.
+//! isopod netproxy: services, network policies and cluster DNS of one node.
 //!
 //! Services and endpoint slices come in through watches, one in-memory model follows them, nftables maps and DNS answers go
 //! out. [`run`] is everything; [`cleanup`] removes what it left. Three parts: asynchronous watches and servers; one thread
@@ -14,6 +14,7 @@ mod metrics;
 mod model;
 mod monitor;
 mod nft;
+mod policy;
 mod sync;
 mod watch;
 
@@ -140,6 +141,7 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     tasks.spawn(monitor::run(monitor, config.table.clone(), report.clone(), inputs.clone()));
     tasks.spawn(watch::services(client.clone(), inputs.clone()));
     tasks.spawn(watch::slices(client.clone(), inputs.clone()));
+    tasks.spawn(watch::policy::run(client.clone(), inputs.clone()));
     tasks.spawn(watch::nodes(client, config.node_name.clone(), inputs, nodes_to));
     if config.node_routes {
         let (own, ips, cidrs) = (config.node_name.clone(), config.node_ips.clone(), config.cluster_cidrs.clone());

@@ -18,12 +18,16 @@ use crate::{
     metrics::Metrics,
     model::{
         objects::{Place, Service, ServiceName, Slice},
-        shadow::Shadow,
+        shadow::{Shadow, cancel_out},
     },
     nft::{
         element::Element,
         kernel::{Error, Kernel},
         skeleton::Settings,
+    },
+    policy::{
+        model::Policies,
+        objects::{Labels, Name, Pod, Policy},
     },
 };
 
@@ -43,8 +47,30 @@ pub(crate) enum Input {
     },
     SlicesEnd,
     Place(Place),
+    Policy(PolicyInput),
     /// Somebody else touched our table, or a change failed a moment ago.
     Verify,
+}
+
+/// What policies are made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum PolicyKind {
+    Policies,
+    Pods,
+    Namespaces,
+}
+
+/// Something that happened to policies, or to pods and namespaces: those are told of only once there is a policy.
+#[derive(Debug)]
+pub(crate) enum PolicyInput {
+    Begin(PolicyKind),
+    Policy(Box<Policy>),
+    PolicyGone(Name),
+    Pod(Box<Pod>),
+    PodGone(Name),
+    Namespace(Arc<str>, Labels),
+    NamespaceGone(Arc<str>),
+    End(PolicyKind),
 }
 
 /// What others may watch.
@@ -59,10 +85,24 @@ pub(crate) struct Report {
 }
 
 /// One kind of object while its list comes in.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Listing<T> {
     seen: Option<HashSet<T>>,
     complete: bool,
+}
+
+impl<T> Default for Listing<T> {
+    fn default() -> Self {
+        Self { seen: None, complete: false }
+    }
+}
+
+impl<T: Eq + std::hash::Hash> Listing<T> {
+    fn note(&mut self, item: T) {
+        if let Some(seen) = &mut self.seen {
+            seen.insert(item);
+        }
+    }
 }
 
 /// The thread's state.
@@ -72,6 +112,9 @@ pub(crate) struct Sync {
     slice_owner: std::collections::HashMap<(Arc<str>, Arc<str>), ServiceName>,
     services: Listing<ServiceName>,
     slices: Listing<(Arc<str>, Arc<str>)>,
+    policies: Policies,
+    /// By [`PolicyKind`]; namespaces are names without a namespace.
+    policy_lists: [Listing<Name>; 3],
     settings: Settings,
     kernel: Option<Kernel>,
     zone: Arc<RwLock<Zone>>,
@@ -88,10 +131,12 @@ impl Sync {
         report: watch::Sender<Report>,
     ) -> Self {
         Self {
+            policies: Policies::new(&place.node),
+            policy_lists: Default::default(),
             shadow: Shadow::new(place),
             slice_owner: Default::default(),
-            services: Listing { seen: None, complete: false },
-            slices: Listing { seen: None, complete: false },
+            services: Listing::default(),
+            slices: Listing::default(),
             settings,
             kernel: None,
             zone,
@@ -107,7 +152,7 @@ impl Sync {
             while let Ok(next) = inputs.try_recv() {
                 verify |= self.take(next);
             }
-            if self.services.complete && self.slices.complete {
+            if self.services.complete && self.slices.complete && (self.kernel.is_some() || self.policies_known()) {
                 self.settle(verify);
             }
         }
@@ -148,9 +193,51 @@ impl Sync {
                 self.slices.complete = true;
             }
             Input::Place(place) => self.shadow.set_place(place),
+            Input::Policy(input) => self.take_policy(input),
             Input::Verify => return true,
         }
         false
+    }
+
+    /// Whether what pods may do is known: before, nothing is taken from what the kernel still has of an earlier process.
+    fn policies_known(&self) -> bool {
+        let complete = |kind: PolicyKind| self.policy_lists[kind as usize].complete;
+        complete(PolicyKind::Policies)
+            && (self.policies.is_empty() || complete(PolicyKind::Pods) && complete(PolicyKind::Namespaces))
+    }
+
+    fn take_policy(&mut self, input: PolicyInput) {
+        let [policies, pods, namespaces] = &mut self.policy_lists;
+        match input {
+            PolicyInput::Begin(kind) => self.policy_lists[kind as usize].seen = Some(HashSet::new()),
+            PolicyInput::Policy(policy) => {
+                policies.note(policy.name.clone());
+                self.policies.set_policy(*policy);
+            }
+            PolicyInput::PolicyGone(name) => self.policies.remove_policy(&name),
+            PolicyInput::Pod(pod) => {
+                pods.note(pod.name.clone());
+                self.policies.set_pod(*pod);
+            }
+            PolicyInput::PodGone(name) => self.policies.remove_pod(&name),
+            PolicyInput::Namespace(name, labels) => {
+                namespaces.note(Name::new("", &name));
+                self.policies.set_namespace(name, labels);
+            }
+            PolicyInput::NamespaceGone(name) => self.policies.remove_namespace(&name),
+            PolicyInput::End(kind) => {
+                let list = &mut self.policy_lists[kind as usize];
+                let seen = list.seen.take().unwrap_or_default();
+                list.complete = true;
+                match kind {
+                    PolicyKind::Policies => self.policies.retain_policies(|n| seen.contains(n)),
+                    PolicyKind::Pods => self.policies.retain_pods(|n| seen.contains(n)),
+                    PolicyKind::Namespaces => {
+                        self.policies.retain_namespaces(|n| seen.contains(&Name::new("", n)));
+                    }
+                }
+            }
+        }
     }
 
     fn take_slice(&mut self, slice: Slice) {
@@ -170,7 +257,8 @@ impl Sync {
     /// Brings the kernel and DNS to what the model says.
     pub(crate) fn settle(&mut self, verify: bool) {
         let dirty: Vec<ServiceName> = self.shadow.dirty().iter().cloned().collect();
-        if dirty.is_empty() && !verify && self.kernel.is_some() {
+        let policy_waits = self.policies.is_dirty() && self.policies_known();
+        if dirty.is_empty() && !policy_waits && !verify && self.kernel.is_some() {
             return;
         }
         let started = Instant::now();
@@ -206,11 +294,16 @@ impl Sync {
     fn wanted(&self) -> Vec<Element> {
         let mut all = Vec::new();
         self.shadow.elements(&mut |e| all.push(e));
+        self.policies.elements(&mut |e| all.push(e));
         all
     }
 
     fn program(&mut self, verify: bool) -> Result<(), Error> {
-        let delta = self.shadow.flush();
+        let mut delta = self.shadow.flush();
+        if self.policies.is_dirty() && self.policies_known() {
+            self.policies.flush(&mut delta.removed, &mut delta.added);
+            cancel_out(&mut delta);
+        }
         let Some(kernel) = &mut self.kernel else { return self.start() };
         if !delta.is_empty() {
             kernel.apply(&delta)?;

@@ -44,7 +44,7 @@ pub(crate) enum Protocol {
 }
 
 impl Protocol {
-    fn parse(name: Option<&str>) -> Option<Self> {
+    pub(crate) fn parse(name: Option<&str>) -> Option<Self> {
         match name {
             None | Some("TCP") => Some(Self::Tcp),
             Some("UDP") => Some(Self::Udp),

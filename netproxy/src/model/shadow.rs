@@ -328,7 +328,7 @@ fn diff(old: &Applied, new: &Applied, delta: &mut Delta) {
 
 /// A frontend that moved between services in one flush shows up removed and added; equal pairs are no change, and of an
 /// element added and removed later only the last word counts.
-fn cancel_out(delta: &mut Delta) {
+pub(crate) fn cancel_out(delta: &mut Delta) {
     if delta.removed.is_empty() {
         return;
     }

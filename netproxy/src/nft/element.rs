@@ -76,6 +76,24 @@ maps! {
     Allowed "fw_allow" "Address, protocol, port, source range let through the firewall.",
     Hairpin "hairpin" "Local endpoint address, twice: talks to itself through a service.",
     ClusterIps "cluster_ips" "Cluster addresses: other ports are refused.",
+    IngressIsolated "in_isolated" "Pods that policies let only some packets in to.",
+    IngressPeer "in_peer" "Pod, sender let in.",
+    IngressPort "in_port" "Pod, protocol, port open to everybody.",
+    IngressPeerPort "in_peer_port" "Pod, sender, protocol, port let in.",
+    IngressNet "in_net" "Pod, range of senders, protocols and ports let in.",
+    EgressIsolated "out_isolated" "Pods that policies let only some packets out of.",
+    EgressPeer "out_peer" "Pod, receiver it may reach.",
+    EgressPort "out_port" "Pod, protocol, port it may reach anywhere.",
+    EgressPeerPort "out_peer_port" "Pod, receiver, protocol, port it may reach.",
+    EgressNet "out_net" "Pod, range of receivers, protocols and ports it may reach.",
+}
+
+impl Map {
+    /// Whether it holds keys only.
+    pub(crate) fn is_set(self) -> bool {
+        matches!(self, Self::Allowed | Self::Firewall | Self::Hairpin | Self::ClusterIps)
+            || self >= Self::IngressIsolated
+    }
 }
 
 /// Chain a verdict goes to. The number is how many endpoints there are to choose from.
@@ -186,7 +204,12 @@ impl Key {
     }
 
     pub(crate) fn protocol(self, protocol: Protocol) -> Self {
-        self.raw(&[protocol as u8, 0, 0, 0])
+        self.number(protocol as u8)
+    }
+
+    /// An IP protocol number.
+    pub(crate) fn number(self, protocol: u8) -> Self {
+        self.raw(&[protocol, 0, 0, 0])
     }
 
     pub(crate) fn port(self, port: u16) -> Self {

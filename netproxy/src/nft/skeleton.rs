@@ -2,8 +2,8 @@
 //!
 //! A new connection meets, in this order: `filter` (source ranges, services without endpoints; before translation),
 //! `nat` (one lookup in `services` or `nodeports`, then a chain that picks an endpoint), `sticky` (writes down the
-//! client's endpoint where ClientIP affinity is on), `strays` (ports nobody serves on a cluster address). No rule names a
-//! service. Loading the text over an existing table replaces all rules in one transaction and leaves the elements alone.
+//! client's endpoint where ClientIP affinity is on), `strays` (ports nobody serves on a cluster address), `policy` (what
+//! NetworkPolicies let through; after translation, so that it sees both pods). No rule names a service or a policy. Loading the text over an existing table replaces all rules in one transaction and leaves the elements alone.
 
 use std::fmt::Write;
 
@@ -85,6 +85,7 @@ pub(crate) fn render(family: Family, settings: &Settings, chains: &Chains) -> St
     }
     text.policies();
     text.dispatch();
+    text.network_policy();
     text.hooks();
     text.line(0, "}");
     text.out
@@ -148,7 +149,10 @@ pub(crate) fn shape(map: Map) -> &'static str {
         Map::NodePortEndpoints => "tpi",
         Map::Allowed => "atpa",
         Map::Hairpin => "aa",
-        Map::ClusterIps => "a",
+        Map::ClusterIps | Map::IngressIsolated | Map::EgressIsolated => "a",
+        Map::IngressPeer | Map::EgressPeer => "aa",
+        Map::IngressPort | Map::EgressPort => "atp",
+        Map::IngressPeerPort | Map::EgressPeerPort | Map::IngressNet | Map::EgressNet => "aatp",
     }
 }
 
@@ -221,13 +225,13 @@ impl Text<'_> {
         for map in Map::ALL {
             let name = map.name();
             lines.push(match map {
-                Map::Allowed => format!("set {name} {{ type {}; flags interval; }}", spell(map, named)),
-                Map::Firewall | Map::Hairpin | Map::ClusterIps => {
-                    format!("set {name} {{ type {}; }}", spell(map, named))
+                Map::Allowed | Map::IngressNet | Map::EgressNet => {
+                    format!("set {name} {{ type {}; flags interval; }}", spell(map, named))
                 }
                 Map::Endpoints | Map::NodePortEndpoints => {
                     format!("map {name} {{ typeof {} : {daddr} . tcp dport; }}", spell(map, example))
                 }
+                _ if map.is_set() => format!("set {name} {{ type {}; }}", spell(map, named)),
                 _ => format!("map {name} {{ type {} : verdict; }}", spell(map, named)),
             });
         }
@@ -353,6 +357,24 @@ impl Text<'_> {
         self.chain("strays", &strays);
     }
 
+    /// One chain per direction: out of the sender, into the receiver.
+    fn network_policy(&mut self) {
+        let (saddr, daddr) = (self.ip("saddr"), self.ip("daddr"));
+        let port = "meta l4proto . th dport";
+        for (prefix, pod, peer) in [("out", &saddr, &daddr), ("in", &daddr, &saddr)] {
+            let rules = [
+                format!("{pod} . {peer} @{prefix}_peer return"),
+                format!("{pod} . {port} @{prefix}_port return"),
+                format!("{pod} . {peer} . {port} @{prefix}_peer_port return"),
+                format!("{pod} . {peer} . {port} @{prefix}_net return"),
+                "drop".into(),
+            ];
+            self.chain(&format!("{prefix}_policy"), &rules);
+        }
+        let rules = [("out", &saddr), ("in", &daddr)].map(|(p, pod)| format!("{pod} @{p}_isolated jump {p}_policy"));
+        self.chain("network_policy", &rules);
+    }
+
     fn hooks(&mut self) {
         let hook = |kind: &str, hook: &str, priority: i32| format!("type {kind} hook {hook} priority {priority};");
         let guard = "iifname != \"lo\" ip daddr 127.0.0.0/8 drop".to_owned();
@@ -371,6 +393,8 @@ impl Text<'_> {
         let strays = "ct state new jump strays".to_owned();
         self.chain("strays-forward", &[hook("filter", "forward", 0), strays.clone()]);
         self.chain("strays-output", &[hook("filter", "output", 0), strays]);
+        let answers = "ct state established,related accept".to_owned();
+        self.chain("policy-forward", &[hook("filter", "forward", 10), answers, "jump network_policy".into()]);
         let (saddr, daddr) = (self.ip("saddr"), self.ip("daddr"));
         self.chain(
             "nat-postrouting",

@@ -7,8 +7,14 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::element::{Chain, Element, Key, Map, Value};
-use crate::model::{objects::Protocol, plan::LOCAL_BASE};
+use super::{
+    element::{Chain, Element, Family, Key, Map, Value},
+    skeleton::shape,
+};
+use crate::{
+    model::{objects::Protocol, plan::LOCAL_BASE},
+    policy::{Direction, grants::Maps},
+};
 
 /// A connection's first packet.
 #[derive(Clone, Debug)]
@@ -35,7 +41,7 @@ pub(crate) enum Fate {
 /// The maps, and what the rules know besides.
 pub(crate) struct Tracer {
     elements: HashMap<(Map, Key), Value>,
-    ranges: Vec<(Key, Key)>,
+    ranges: Vec<(Map, Key, Key)>,
     pub(crate) cluster: Vec<IpNet>,
     /// Addresses of this node.
     pub(crate) node: Vec<IpAddr>,
@@ -44,7 +50,7 @@ pub(crate) struct Tracer {
 impl Tracer {
     pub(crate) fn new(elements: &[Element], cluster: Vec<IpNet>, node: Vec<IpAddr>) -> Self {
         let ranges = elements.iter().filter_map(|e| match e.value {
-            Value::Until(end) => Some((e.key, end)),
+            Value::Until(end) => Some((e.map, e.key, end)),
             _ => None,
         });
         let ranges = ranges.collect();
@@ -70,7 +76,8 @@ impl Tracer {
         let port_key = Key::EMPTY.protocol(packet.protocol).port(packet.to.port());
         let key = Key::EMPTY.address(&packet.to.ip()).protocol(packet.protocol).port(packet.to.port());
         let to_node = self.is_node(&packet.to.ip());
-        if self.elements.contains_key(&(Map::Firewall, key)) && !self.allowed(&key.address(&packet.from)) {
+        if self.elements.contains_key(&(Map::Firewall, key)) && !self.in_range(Map::Allowed, &key.address(&packet.from))
+        {
             return Fate::Dropped;
         }
         let refusal = self.chain(Map::Unavailable, key);
@@ -87,16 +94,35 @@ impl Tracer {
         self.follow(packet, chain, key, port_key)
     }
 
-    fn allowed(&self, key: &Key) -> bool {
-        let words = |k: &Key| -> Vec<u32> {
-            k.bytes().chunks(4).map(|w| u32::from_be_bytes([w[0], w[1], w[2], w[3]])).collect()
+    /// Whether a key is in an interval set. Fields of several words, IPv6 addresses, are compared as one number.
+    fn in_range(&self, map: Map, key: &Key) -> bool {
+        let shape = shape(map);
+        let family = if key.bytes().len() == key_len(Family::V4, shape) { Family::V4 } else { Family::V6 };
+        let value = fields(family, shape, key);
+        self.ranges.iter().filter(|(m, first, _)| *m == map && first.bytes().len() == key.bytes().len()).any(
+            |(_, first, last)| {
+                let (first, last) = (fields(family, shape, first), fields(family, shape, last));
+                (0..value.len()).all(|i| (first[i]..=last[i]).contains(&value[i]))
+            },
+        )
+    }
+
+    /// Whether policies let a first packet pass between these two, on the way out of the one and into the other.
+    pub(crate) fn permits(&self, from: IpAddr, to: SocketAddr, protocol: Protocol) -> bool {
+        let has = |map, key| self.elements.contains_key(&(map, key));
+        let passes = |direction, pod: &IpAddr, peer: &IpAddr| {
+            let maps = Maps::of(direction);
+            let pod = Key::EMPTY.address(pod);
+            let with_peer = pod.address(peer);
+            let (port, peer_port) =
+                (pod.protocol(protocol).port(to.port()), with_peer.protocol(protocol).port(to.port()));
+            !has(maps.isolated, pod)
+                || has(maps.peer, with_peer)
+                || has(maps.port, port)
+                || has(maps.peer_port, peer_port)
+                || self.in_range(maps.net, &peer_port)
         };
-        let value = words(key);
-        self.ranges.iter().any(|(first, last)| {
-            let (first, last) = (words(first), words(last));
-            // IPv4 only: every field is one word.
-            value.len() == first.len() && (0..value.len()).all(|i| (first[i]..=last[i]).contains(&value[i]))
-        })
+        passes(Direction::Egress, &from, &to.ip()) && passes(Direction::Ingress, &to.ip(), &from)
     }
 
     fn stray(&self, packet: &Packet) -> Fate {
@@ -136,6 +162,25 @@ impl Tracer {
         let hairpin = to.iter().all(|t| t.ip() == packet.from);
         Fate::Sent { to, masqueraded: masqueraded || hairpin }
     }
+}
+
+fn width(family: Family, field: char) -> usize {
+    if field == 'a' && family == Family::V6 { 16 } else { 4 }
+}
+
+fn key_len(family: Family, shape: &str) -> usize {
+    shape.chars().map(|f| width(family, f)).sum()
+}
+
+/// The fields of a key as numbers that compare as the kernel compares them.
+fn fields(family: Family, shape: &str, key: &Key) -> Vec<u128> {
+    let mut rest = key.bytes();
+    let mut take = |field| {
+        let (bytes, tail) = rest.split_at(width(family, field).min(rest.len()));
+        rest = tail;
+        bytes.iter().fold(0, |n, b| n << 8 | u128::from(*b))
+    };
+    shape.chars().map(&mut take).collect()
 }
 
 fn socket(key: &Key) -> SocketAddr {

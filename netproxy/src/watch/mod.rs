@@ -23,6 +23,8 @@ use crate::{
     sync::Input,
 };
 
+pub(crate) mod policy;
+
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
