@@ -46,8 +46,11 @@ fn pods_are_looked_into() {
     c.k("run web --image=web:1 --port=8080");
     c.wait_ready("web");
     assert!(c.k("logs web").contains("started web"));
-    let followed = c.kubectl("logs -f web & pid=$!; sleep 1; kill $pid; wait");
-    assert!(followed.out.contains("started web"), "{followed:?}");
+    let followed = c.host.must(
+        "export KUBECONFIG=/etc/isopod/kubeconfig; kubectl logs -f web > /tmp/followed & pid=$!; \
+         for i in $(seq 200); do grep -q 'started web' /tmp/followed && break; sleep 0.05; done; kill $pid; cat /tmp/followed",
+    );
+    assert!(followed.contains("started web"), "{followed}");
     assert_eq!(c.k("exec web -- hostname").trim(), "web");
     assert_eq!(c.kubectl("exec web -- sh -c 'exit 7'").code, 7);
     assert_eq!(c.k("exec -i web -- cat < /etc/hostname"), c.host.must("cat /etc/hostname"));
@@ -73,6 +76,53 @@ fn pods_are_looked_into() {
     for event in ["Scheduled", "Pulled", "Created", "Started"] {
         assert!(described.contains(event), "{event}: {described}");
     }
+}
+
+#[test]
+fn watches_editors_and_terminals() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    let watched = c.host.must(
+        "export KUBECONFIG=/etc/isopod/kubeconfig; kubectl get pods -w --no-headers > /tmp/watched & pid=$!; \
+         kubectl create deployment web --image=web:1 > /dev/null; \
+         for i in $(seq 400); do grep -q '1/1 *Running' /tmp/watched && break; sleep 0.05; done; seen=$(wc -l < /tmp/watched); \
+         kubectl label pods --all seen=yes > /dev/null; \
+         for i in $(seq 400); do [ $(wc -l < /tmp/watched) -gt $seen ] && break; sleep 0.05; done; kill $pid; tail -n +$seen /tmp/watched",
+    );
+    assert!(watched.lines().count() > 1 && watched.contains("1/1"), "{watched}");
+    c.host.must(
+        "export KUBECONFIG=/etc/isopod/kubeconfig KUBE_EDITOR='sed -i \"s/replicas: 1/replicas: 2/\"'; kubectl edit deployment web",
+    );
+    assert_eq!(c.get("deployment web")["spec"]["replicas"], 2);
+    c.apply(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: echo}\nspec:\n  containers:\n  - {name: c, image: 'busybox:1', stdin: true, \
+         command: [sh, -c, 'while read line; do echo \"got $line\"; done']}\n",
+    );
+    c.wait_ready("echo");
+    let attached = c.host.must(
+        "export KUBECONFIG=/etc/isopod/kubeconfig; mkfifo /tmp/in; kubectl attach -i echo < /tmp/in > /tmp/attached & pid=$!; \
+         exec 3> /tmp/in; echo hello >&3; \
+         for i in $(seq 200); do grep -q 'got hello' /tmp/attached && break; sleep 0.05; done; kill $pid; cat /tmp/attached",
+    );
+    assert!(attached.contains("got hello"), "{attached}");
+    // A terminal whose size changes while a program runs in it; the program ends when it has seen both sizes.
+    std::fs::write(
+        c.host.path("/etc/isopod/terminal.sh"),
+        "exec 3<&0; stty rows 30 cols 90\n\
+         (until kubectl exec echo -- test -e /tmp/first; do sleep 0.05; done; stty rows 40 cols 123 <&3) &\n\
+         kubectl exec -it echo -- sh -c 'until [ \"$(stty size)\" = \"30 90\" ]; do sleep 0.05; done; touch /tmp/first; \
+         until [ \"$(stty size)\" = \"40 123\" ]; do sleep 0.05; done; stty size'\n",
+    )
+    .unwrap();
+    let resized = c.host.must(
+        "export KUBECONFIG=/etc/isopod/kubeconfig; timeout 30 script -qec 'sh /etc/isopod/terminal.sh' /dev/null < /dev/null",
+    );
+    assert!(resized.contains("40 123"), "{resized}");
+    let ran = c.host.must(
+        "export KUBECONFIG=/etc/isopod/kubeconfig; timeout 30 \
+         script -qec 'kubectl run once --image=busybox:1 --rm -it --restart=Never -- tty' /dev/null < /dev/null",
+    );
+    assert!(ran.contains("/dev/") && ran.contains("deleted"), "{ran}");
 }
 
 #[test]
