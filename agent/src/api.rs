@@ -109,10 +109,8 @@ pub(crate) fn refusal(e: &kube::Error) -> Option<String> {
 async fn load(path: &Path) -> Result<Client, String> {
     let kubeconfig = kube::config::Kubeconfig::read_from(path).map_err(|e| e.to_string())?;
     let options = kube::config::KubeConfigOptions::default();
-    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|e| e.to_string())?;
-    // Watches end by the server's timeout; a request that hangs longer than this is a dead connection.
-    config.read_timeout = Some(Duration::from_secs(330));
-    Client::try_from(config).map_err(|e| e.to_string())
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|e| e.to_string())?;
+    isopod_client::connect(config).map_err(|e| e.to_string())
 }
 
 /// Pauses between attempts to watch: short, so that pods follow an API server as soon as it is back, and longer only when

@@ -20,6 +20,8 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    // A heap of a few MiB in pages of 2 MiB is mostly air. Where the kernel cannot do without, memory is all it costs.
+    let _ = nix::sys::prctl::set_thp_disable(true);
     match cli::parse().and_then(cli::run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

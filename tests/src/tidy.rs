@@ -13,7 +13,7 @@ const ALLOWED: [(&str, &[&str]); 10] = [
     ("isopod-scheduler", &["isopod-api", "isopod-client"]),
     ("isopod-controllers", &["isopod-api", "isopod-client"]),
     ("isopod-runtime", &[]),
-    ("isopod-agent", &["isopod-api", "isopod-runtime"]),
+    ("isopod-agent", &["isopod-api", "isopod-client", "isopod-runtime"]),
     ("isopod-netproxy", &["isopod-api"]),
     ("isopod-tests", &[]),
 ];

@@ -45,8 +45,11 @@ pub(super) fn assemble(store: &Store, name: &str, path: &Path, file_name: &str) 
         let dir = store.scratch("layer");
         let target = dir.join(file_name);
         fs::create_dir(&dir).map_err(store_error("create", &dir))?;
-        // A container can be root: a hard link would let it write to the executable itself.
-        fs::copy(path, &target).map_err(store_error("copy to", &target))?;
+        // One inode is one copy in the page cache for agent and control plane. A container cannot reach it: layers are lower
+        // directories of an overlay, and opening one of their files for writing copies it up first.
+        if fs::hard_link(path, &target).is_err() {
+            fs::copy(path, &target).map_err(store_error("copy to", &target))?;
+        }
         store.add_layer(&diff_id, &dir, meta.size())?;
     }
     store.add_image(std::slice::from_ref(&name), image.clone(), config.as_bytes())?;

@@ -87,7 +87,7 @@ async fn client(token: &Token, auth: AuthInfo) -> Result<Client> {
         x509_parser::pem::parse_x509_pem(token.ca.as_bytes()).map_err(|e| anyhow!("CA in the token: {e}"))?;
     config.root_cert = Some(vec![pem.contents]);
     config.auth_info = auth;
-    Client::try_from(config).context("client for the API server")
+    isopod_client::connect(config).context("client for the API server")
 }
 
 /// Asks for a certificate and waits until it is signed.

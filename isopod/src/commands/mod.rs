@@ -62,7 +62,7 @@ pub(crate) async fn client(path: &Path) -> Result<kube::Client> {
     let config = kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default())
         .await
         .with_context(text)?;
-    kube::Client::try_from(config).with_context(text)
+    isopod_client::connect(config).with_context(text)
 }
 
 /// Waits until the API server answers, so that no watch's back-off grows while it starts; `false` when told to stop.

@@ -94,6 +94,8 @@ fn set_up(dir: &Path) -> Result<Server> {
     let lock = lock(dir)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context(|| "become a subreaper".into())?;
+    // The agent keeps its own heap out of huge pages, and this is inherited: whether a pod uses them is its own affair.
+    nix::sys::prctl::set_thp_disable(false).context(|| "allow huge pages".into())?;
     let _ = rustix::thread::set_name(c"isopod-pod");
     let group = Cgroup::plan_on(Layout::detect()?, &format!("{}/supervisor", pod.cgroup), None)?;
     group.create()?;

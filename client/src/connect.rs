@@ -1,0 +1,184 @@
+//! The way to an API server: every request of a process, watches included, shares one HTTP/2 connection.
+//!
+//! In: a client configuration. Out: a `kube::Client`. A connection costs a TLS handshake at the start and some 100 KiB on
+//! both sides for ever, and a control plane keeps eighty watches open: hence one. It is made by the first request that
+//! needs it, and made anew when it has closed; a request that was not sent on a closing one is sent again, once. Nothing is
+//! pooled and nothing outlives its request but the connection's own task, so a request dropped at any point holds up no other.
+
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{Request, Response};
+use hyper::{body::Incoming, client::conn::http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use kube::{
+    Client,
+    client::{Body, ClientBuilder, ConfigExt},
+};
+use rustls::pki_types::ServerName;
+use tokio::{net::TcpStream, sync::Mutex};
+use tokio_rustls::TlsConnector;
+use tower::ServiceBuilder;
+
+/// How long a server may take to accept a connection.
+const CONNECT: Duration = Duration::from_secs(10);
+/// A connection is asked for a sign of life this often (as client-go does) ...
+const PING: Duration = Duration::from_secs(30);
+/// ... and given up when none comes in this time.
+const PING_WAIT: Duration = Duration::from_secs(15);
+/// Bytes of one answer that may be on the way before they are read: a page of a list.
+const STREAM_WINDOW: u32 = 1 << 20;
+/// The same for all answers together.
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Why a server cannot be spoken to.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration does not make a client.
+    #[error("client configuration")]
+    Config(#[from] kube::Error),
+    /// No server can be named by this.
+    #[error("server URL {0}: want https://HOST[:PORT]")]
+    Url(String),
+    /// TCP or TLS.
+    #[error("connect to {address}")]
+    Connect {
+        /// Host and port.
+        address: String,
+        /// What failed.
+        source: io::Error,
+    },
+    /// HTTP.
+    #[error("request")]
+    Http(#[from] hyper::Error),
+}
+
+/// A client of the API server, over one shared connection.
+pub fn connect(config: kube::Config) -> Result<Client, Error> {
+    let url = &config.cluster_url;
+    let wrong = || Error::Url(url.to_string());
+    let host = url.host().filter(|_| url.scheme() == Some(&http::uri::Scheme::HTTPS)).ok_or_else(wrong)?;
+    // An IPv6 address stands in brackets in a URL and nowhere else.
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let name = config.tls_server_name.clone().unwrap_or_else(|| host.to_owned());
+    let mut tls = config.rustls_client_config()?;
+    tls.alpn_protocols = vec![b"h2".to_vec()];
+    let channel = Channel(Arc::new(Server {
+        host: host.to_owned(),
+        port: url.port_u16().unwrap_or(443),
+        name: ServerName::try_from(name).map_err(|_| wrong())?,
+        tls: TlsConnector::from(Arc::new(tls)),
+        sender: Mutex::new(None),
+    }));
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(tower::BoxError::from)
+        .service(channel);
+    Ok(ClientBuilder::new(service, config.default_namespace).build())
+}
+
+type Sender = http2::SendRequest<Body>;
+
+/// Where the server is and the connection to it, if there is one.
+struct Server {
+    host: String,
+    port: u16,
+    name: ServerName<'static>,
+    tls: TlsConnector,
+    sender: Mutex<Option<Sender>>,
+}
+
+impl Server {
+    /// The open connection, or a new one. Who comes while one is being made waits for it; if its maker is dropped, the next
+    /// in line makes it.
+    async fn sender(&self) -> Result<Sender, Error> {
+        let mut current = self.sender.lock().await;
+        if let Some(sender) = current.as_ref().filter(|sender| !sender.is_closed()) {
+            return Ok(sender.clone());
+        }
+        *current = None;
+        let sender = self.open().await?;
+        *current = Some(sender.clone());
+        Ok(sender)
+    }
+
+    async fn open(&self) -> Result<Sender, Error> {
+        let failed = |source| Error::Connect { address: format!("{}:{}", self.host, self.port), source };
+        let stream = tokio::time::timeout(CONNECT, async {
+            let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
+            stream.set_nodelay(true)?;
+            self.tls.connect(self.name.clone(), stream).await
+        });
+        let stream = stream.await.map_err(|_| failed(io::ErrorKind::TimedOut.into()))?.map_err(failed)?;
+        check_protocol(stream.get_ref().1).map_err(failed)?;
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .keep_alive_interval(PING)
+            .keep_alive_timeout(PING_WAIT)
+            .keep_alive_while_idle(true)
+            .handshake(TokioIo::new(stream))
+            .await?;
+        // Ends with the last sender, or with the connection.
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection to the API server ended");
+            }
+        });
+        Ok(sender)
+    }
+
+    async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, Error> {
+        let mut request = request;
+        let mut again = true;
+        loop {
+            let mut sender = self.sender().await?;
+            match sender.try_send_request(request).await {
+                Ok(response) => return Ok(response),
+                Err(mut error) => match error.take_message() {
+                    // The connection closed under it: not a byte of it was sent.
+                    Some(unsent) if again => {
+                        request = unsent;
+                        again = false;
+                    }
+                    _ => return Err(error.into_error().into()),
+                },
+            }
+        }
+    }
+}
+
+fn check_protocol(connection: &rustls::ClientConnection) -> Result<(), io::Error> {
+    match connection.alpn_protocol() {
+        Some(b"h2") => Ok(()),
+        _ => Err(io::Error::new(io::ErrorKind::Unsupported, "the server does not speak HTTP/2")),
+    }
+}
+
+/// The service below kube's layers.
+#[derive(Clone)]
+struct Channel(Arc<Server>);
+
+impl tower::Service<Request<Body>> for Channel {
+    type Response = Response<Incoming>;
+    type Error = Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Error>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let server = Arc::clone(&self.0);
+        Box::pin(async move { server.send(request).await })
+    }
+}
