@@ -336,11 +336,14 @@ pub(crate) fn enter_pid_namespace(namespace: BorrowedFd<'_>) -> Result<OwnedFd> 
 }
 
 /// Makes this process's children be born in its own PID namespace again.
+///
+/// An ordinary user, who may enter the namespaces he made, may not go back to the machine's; his runtime has done with
+/// making processes then.
 fn return_to(own: Option<OwnedFd>) -> Result<()> {
-    match own {
-        Some(own) => move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))
-            .context(|| "return to our PID namespace".into()),
-        None => Ok(()),
+    let Some(own) = own else { return Ok(()) };
+    match move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID)) {
+        Err(rustix::io::Errno::PERM) if crate::cgroups::unprivileged() => Ok(()),
+        other => other.context(|| "return to our PID namespace".into()),
     }
 }
 

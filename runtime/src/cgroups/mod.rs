@@ -26,7 +26,8 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use layout::unescape;
 pub use layout::{Hierarchy, Layout};
-pub(crate) use systemd::{Placeholder, Scope, in_user_namespace};
+use systemd::in_user_namespace;
+pub(crate) use systemd::{Placeholder, Scope};
 
 use self::control::{below, keyed, make, remove_dir, write};
 use crate::error::{Context, Error, Result};
@@ -442,7 +443,7 @@ impl Cgroup {
 }
 
 /// Whether this process lacks root's rights on the machine.
-fn unprivileged() -> bool {
+pub(crate) fn unprivileged() -> bool {
     !rustix::process::geteuid().is_root() || in_user_namespace()
 }
 

@@ -88,7 +88,7 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> Result<i32> {
     drop(dir);
     let code = foreground::attend(&signals, launched.pid, launched.master.as_ref().map(AsFd::as_fd))?;
     if !args.keep
-        && let Ok(dir) = StateDir::open(&global.root, &id)
+        && let Ok(dir) = StateDir::open(&global.root(), &id)
     {
         finish(dir, &state)?;
     }
@@ -141,7 +141,7 @@ fn make(global: &Global, args: &CreateArgs, wait_for_start: bool) -> Result<Made
     let preserve = args.preserve_fds + passed;
     crate::protect_descriptors(preserve)?;
     let wiring = Wiring { console, preserve, ..Wiring::default() };
-    let dir = StateDir::create(&global.root, &args.id)?;
+    let dir = StateDir::create(&global.root(), &args.id)?;
     let mut state = State {
         id: args.id.clone(),
         bundle: config.bundle.clone(),
@@ -153,7 +153,7 @@ fn make(global: &Global, args: &CreateArgs, wait_for_start: bool) -> Result<Made
         cgroup: None,
         annotations: config.spec.annotations().clone().unwrap_or_default(),
     };
-    match fill(&dir, &mut state, &config, args, global.systemd(), wiring, wait_for_start) {
+    match fill(&dir, &mut state, &config, args, global, wiring, wait_for_start) {
         Ok(launched) => Ok(Made { dir, state, config, launched }),
         Err(error) => {
             clean_up(dir, state.cgroup.as_ref(), 0);
@@ -181,7 +181,7 @@ fn plan_cgroup(config: &Config, id: &str, systemd: bool) -> Result<Cgroup> {
 }
 
 /// Makes the planned group; `None` where an ordinary user to whom nothing is delegated must do without.
-fn make_cgroup(config: &Config, state: &mut State) -> Result<Option<Placeholder>> {
+fn make_cgroup(global: &Global, config: &Config, state: &mut State) -> Result<Option<Placeholder>> {
     let Some(cgroup) = &mut state.cgroup else { return Ok(None) };
     let resources = resources(config);
     let placeholder = cgroup.start_scope(resources)?;
@@ -194,7 +194,7 @@ fn make_cgroup(config: &Config, state: &mut State) -> Result<Option<Placeholder>
             if configured_path(config).is_none()
                 && matches!(e.errno(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) =>
         {
-            eprintln!("isopod-runtime: no cgroup: {e}");
+            global.warn(&format!("no cgroup: {e}"));
             drop(cgroup.remove());
             state.cgroup = None;
             Ok(None)
@@ -209,15 +209,15 @@ fn fill(
     state: &mut State,
     config: &Config,
     args: &CreateArgs,
-    systemd: bool,
+    global: &Global,
     mut wiring: Wiring,
     wait_for_start: bool,
 ) -> Result<Launched> {
-    state.cgroup = Some(plan_cgroup(config, &args.id, systemd)?);
+    state.cgroup = Some(plan_cgroup(config, &args.id, global.systemd())?);
     // From here on a `delete --force` finds what there is, also when this process is killed.
     dir.write(state)?;
     // The placeholder goes when this function ends: the container's init, or nobody, is in the group then.
-    let _placeholder = make_cgroup(config, state)?;
+    let _placeholder = make_cgroup(global, config, state)?;
     if wait_for_start {
         let (fifo, errors) = dir.make_gate()?;
         wiring.gate = Gate::Fifo { fifo, errors };
@@ -233,7 +233,7 @@ fn fill(
     }
     .run()?;
     for warning in &launched.warnings {
-        eprintln!("isopod-runtime: warning: {warning}");
+        global.warn(warning);
     }
     state.pid = launched.pid;
     state.start_time = process_start_time(launched.pid).unwrap_or(0);

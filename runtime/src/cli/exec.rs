@@ -1,14 +1,11 @@
 //! `exec`.
 
-use std::{
-    os::fd::AsFd,
-    path::{Path, PathBuf},
-};
+use std::{os::fd::AsFd, path::PathBuf};
 
 use clap::Args;
 use oci_spec::runtime::{Capability, Process};
 
-use super::foreground;
+use super::{Global, foreground};
 use crate::{
     config::{self, Config},
     error::{Error, Result},
@@ -67,8 +64,8 @@ pub(super) struct ExecArgs {
 }
 
 /// Runs a program in a container; its exit code, or 0 when detached.
-pub(super) fn exec(root: &Path, args: &ExecArgs) -> Result<i32> {
-    let dir = StateDir::open(root, &args.id)?;
+pub(super) fn exec(global: &Global, args: &ExecArgs) -> Result<i32> {
+    let dir = StateDir::open(&global.root(), &args.id)?;
     let state = dir.read()?;
     match dir.status(&state) {
         Status::Stopped => return Err(Error::state("cannot exec in a stopped container")),
@@ -104,7 +101,7 @@ pub(super) fn exec(root: &Path, args: &ExecArgs) -> Result<i32> {
     }
     .run()?;
     for warning in &launched.warnings {
-        eprintln!("isopod-runtime: warning: {warning}");
+        global.warn(warning);
     }
     if let Some(file) = &args.pid_file {
         replace(file, launched.pid.to_string().as_bytes())?;

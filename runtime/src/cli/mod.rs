@@ -25,15 +25,15 @@ pub struct Cli {
 
 #[derive(Debug, Args)]
 struct Global {
-    /// Directory for the state of containers
-    #[arg(long, default_value = "/run/isopod-runtime")]
-    root: PathBuf,
+    /// Directory for the state of containers [default: /run/isopod-runtime, or below $XDG_RUNTIME_DIR for a user]
+    #[arg(long)]
+    root: Option<PathBuf>,
     /// File errors are also written to
     #[arg(long)]
     log: Option<PathBuf>,
-    /// text or json
-    #[arg(long, default_value = "text")]
-    log_format: String,
+    /// How lines of the log look
+    #[arg(long, value_enum, default_value = "text")]
+    log_format: LogFormat,
     /// Accepted for compatibility
     #[arg(long)]
     debug: bool,
@@ -46,6 +46,12 @@ struct Global {
     /// systemd is --systemd-cgroup, cgroupfs the default
     #[arg(long, value_parser = ["systemd", "cgroupfs"])]
     cgroup_manager: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
 }
 
 #[derive(Debug, Subcommand)]
@@ -81,11 +87,19 @@ enum Command {
     /// Write a configuration to start from
     Spec(info::SpecArgs),
     /// Not supported
-    Checkpoint { id: String },
+    Checkpoint(Unsupported),
     /// Not supported
-    Restore { id: String },
+    Restore(Unsupported),
     /// Supervise a pod (used by the isopod agent)
     Supervise { dir: PathBuf },
+}
+
+/// Whatever is said to a command that does nothing.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+struct Unsupported {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    _args: Vec<String>,
 }
 
 /// Parses the arguments, does it, and returns the exit code.
@@ -108,7 +122,7 @@ pub fn main() -> i32 {
 }
 
 fn dispatch(command: Command, global: &Global) -> Result<i32> {
-    let root = &global.root;
+    let root = &global.root();
     let makes_processes =
         matches!(command, Command::Create(_) | Command::Run(_) | Command::Exec(_) | Command::Supervise { .. });
     if makes_processes {
@@ -121,7 +135,7 @@ fn dispatch(command: Command, global: &Global) -> Result<i32> {
         Command::State { id } => lifecycle::state(root, &id).map(|()| 0),
         Command::Kill(args) => lifecycle::kill(root, &args).map(|()| 0),
         Command::Delete(args) => lifecycle::delete(root, &args).map(|()| 0),
-        Command::Exec(args) => exec::exec(root, &args),
+        Command::Exec(args) => exec::exec(global, &args),
         Command::List(args) => lifecycle::list(root, &args).map(|()| 0),
         Command::Ps(args) => lifecycle::ps(root, &args).map(|()| 0),
         Command::Pause { id } => lifecycle::freeze(root, &id, true).map(|()| 0),
@@ -130,7 +144,7 @@ fn dispatch(command: Command, global: &Global) -> Result<i32> {
         Command::Events(args) => info::events(root, &args).map(|()| 0),
         Command::Features => info::features().map(|()| 0),
         Command::Spec(args) => info::spec(&args).map(|()| 0),
-        Command::Checkpoint { .. } | Command::Restore { .. } => {
+        Command::Checkpoint(_) | Command::Restore(_) => {
             Err(crate::error::Error::invalid("checkpoint and restore are not supported"))
         }
         Command::Supervise { dir } => {
@@ -147,19 +161,40 @@ impl Global {
         self.systemd_cgroup || self.cgroup_manager.as_deref() == Some("systemd")
     }
 
+    /// Where states are kept.
+    fn root(&self) -> PathBuf {
+        if let Some(root) = &self.root {
+            return root.clone();
+        }
+        let runtime_dir =
+            std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| crate::cgroups::unprivileged() && !dir.is_empty());
+        runtime_dir.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("isopod-runtime")
+    }
+
     /// Tells an error to people and to the program that called.
     fn report(&self, message: &str) {
         eprintln!("isopod-runtime: {message}");
-        let Some(path) = &self.log else { return };
+        self.log("error", message);
+    }
+
+    /// Tells what could not be done but does not matter enough. Our stderr is the container's too: with a log of our own
+    /// it stays free of this.
+    fn warn(&self, message: &str) {
+        if !self.log("warning", message) {
+            eprintln!("isopod-runtime: warning: {message}");
+        }
+    }
+
+    /// Adds a line to the log; `false` when there is none.
+    fn log(&self, level: &str, message: &str) -> bool {
+        let Some(path) = &self.log else { return false };
         let time = crate::time::rfc3339_nanos(crate::time::now_nanos());
-        let line = if self.log_format == "json" {
-            serde_json::json!({"level": "error", "msg": message, "time": time}).to_string()
+        let line = if self.log_format == LogFormat::Json {
+            serde_json::json!({"level": level, "msg": message, "time": time}).to_string()
         } else {
-            format!("time={time:?} level=error msg={message:?}")
+            format!("time={time:?} level={level} msg={message:?}")
         };
         let file = std::fs::File::options().create(true).append(true).open(path);
-        if let Ok(mut file) = file {
-            drop(std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes()));
-        }
+        file.and_then(|mut file| std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes())).is_ok()
     }
 }
