@@ -22,10 +22,31 @@ pub fn parse(text: &str) -> Result<Value, Error> {
 pub fn parse_strict(text: &str) -> Result<(Value, Vec<String>), Error> {
     let (mut path, mut duplicates) = (String::new(), Vec::new());
     let seed = Seed { path: &mut path, duplicates: &mut duplicates };
-    let value = seed
-        .deserialize(serde_yaml_ng::Deserializer::from_str(text))
-        .map_err(|e| Error(format!("error converting YAML to JSON: yaml: {e}")))?;
+    let value = seed.deserialize(serde_yaml_ng::Deserializer::from_str(text)).map_err(|e| failure(&e))?;
     Ok((whole_numbers(value), duplicates.iter().map(|path| duplicate(text, path)).collect()))
+}
+
+fn failure(error: &serde_yaml_ng::Error) -> Error {
+    Error(format!("error converting YAML to JSON: yaml: {}", go_message(&error.to_string())))
+}
+
+/// The message as Go's parser words it: `line 3: did not find expected node content`. Ours names the place of the problem
+/// and often that of its context (`PROBLEM at line 3 column 1, while parsing X at line 2 column 4`); Go names the line of
+/// the context, or of the problem where the context begins in the first line.
+fn go_message(text: &str) -> String {
+    let line_of = |part: &str| -> Option<(usize, usize)> {
+        let at = part.rfind(" at line ")?;
+        let number = part[at + 9..].split(' ').next()?.parse().ok()?;
+        Some((at, number))
+    };
+    let (problem, context) = text.split_once(", while ").unwrap_or((text, ""));
+    let Some((end, line)) = line_of(problem) else { return text.to_owned() };
+    let problem = &problem[..end];
+    let context = line_of(context).map_or(0, |(_, line)| line - 1);
+    // The scanner, unlike the parser, counts from one.
+    let scanner = ["mapping values", "found ", "could not find expected"].iter().any(|s| problem.starts_with(s));
+    let line = if context > 0 { context } else { line.saturating_sub(1) } + usize::from(scanner);
+    if line == 0 { problem.to_owned() } else { format!("line {line}: {problem}") }
 }
 
 /// The line of the second occurrence of a key. The parser does not say where it was, so the text is searched.
@@ -57,8 +78,7 @@ fn whole_numbers(value: Value) -> Value {
 pub fn parse_all(text: &str) -> Result<Vec<Value>, Error> {
     let mut out = Vec::new();
     for document in serde_yaml_ng::Deserializer::from_str(text) {
-        let yaml: Yaml = serde::Deserialize::deserialize(document)
-            .map_err(|e| Error(format!("error converting YAML to JSON: yaml: {e}")))?;
+        let yaml: Yaml = serde::Deserialize::deserialize(document).map_err(|e| failure(&e))?;
         let value = convert(yaml)?;
         if !value.is_null() {
             out.push(value);
@@ -118,6 +138,27 @@ fn sorted(value: &Value) -> Value {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn errors_read_as_they_do_in_go() {
+        for (text, want) in [
+            (
+                "did not find expected node content at line 2 column 1, while parsing a flow node",
+                "line 1: did not find expected node content",
+            ),
+            (
+                "mapping values are not allowed in this context at line 1 column 5",
+                "line 1: mapping values are not allowed in this context",
+            ),
+            (
+                "did not find expected key at line 4 column 2, while parsing a block mapping at line 3 column 1",
+                "line 2: did not find expected key",
+            ),
+            ("something else", "something else"),
+        ] {
+            assert_eq!(go_message(text), want);
+        }
+    }
 
     #[test]
     fn converts() {

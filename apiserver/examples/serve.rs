@@ -39,6 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         kubelet_client_cert: path("apiserver.crt"),
         kubelet_client_key: path("apiserver.key"),
         requestheader_ca: None,
+        proxy_client: None,
         token_file: Some(path("tokens.csv")),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;

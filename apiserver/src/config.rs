@@ -40,6 +40,8 @@ pub struct Config {
     pub kubelet_client_key: PathBuf,
     /// CA of front proxies, published in kube-system/extension-apiserver-authentication.
     pub requestheader_ca: Option<PathBuf>,
+    /// Client certificate and key towards extension servers (PEM).
+    pub proxy_client: Option<(PathBuf, PathBuf)>,
     /// Static bearer tokens: CSV `token,user,uid,"group1,group2"`.
     pub token_file: Option<PathBuf>,
 }

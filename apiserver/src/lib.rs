@@ -6,6 +6,7 @@
 //! committed events feed the cache before the write is acknowledged.
 
 pub mod admission;
+mod aggregation;
 pub mod alloc;
 pub mod authn;
 pub mod authz;

@@ -39,6 +39,11 @@ pub trait Objects: Send + Sync {
         object.value()
     }
 
+    /// Ends when any of these resources changes after this call (not after the first poll).
+    fn changed(&self, _resources: &[Gvr]) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
+
     /// The allocator of service addresses and node ports of this API server.
     fn services(&self) -> Option<&crate::alloc::ServiceAllocator> {
         None

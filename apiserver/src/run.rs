@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Config, Error, admission,
+    aggregation::Aggregator,
     alloc::ServiceAllocator,
     authn::{
         TokenAuthenticator,
@@ -74,8 +75,10 @@ async fn serve(
         authorizer: Arc::clone(&authorizer),
         tokens: Arc::clone(&tokens),
     };
+    let aggregator = Arc::new(Aggregator::new(config.proxy_client.clone(), Arc::clone(&objects)));
     let app = Arc::new(App {
         config: Arc::clone(config),
+        aggregator: Arc::clone(&aggregator),
         endpoints: endpoints::endpoints(&parts),
         registry: Arc::clone(&registry),
         tokens,
@@ -95,10 +98,11 @@ async fn serve(
     app.health.bootstrapped.store(true, Ordering::Release);
     let maintaining = tokio::spawn(bootstrap::maintain(Arc::clone(config), objects, stop.clone()));
     let following = tokio::spawn(controller.run());
+    let aggregating = tokio::spawn(aggregator.follow(stop.clone()));
     let tidying = tokio::spawn(tidy(registry, stop.clone()));
     stop.cancelled().await;
     app.health.stopping.store(true, Ordering::Release);
-    for task in [serving, maintaining, tidying, following] {
+    for task in [serving, maintaining, tidying, following, aggregating] {
         if task.await.is_err() {
             tracing::error!("a part of the server panicked");
         }

@@ -19,6 +19,7 @@
 
 pub mod decode;
 mod defaults;
+mod go_order;
 mod go_time;
 pub mod json;
 mod rows;
@@ -30,6 +31,7 @@ use std::{
 
 pub use decode::{DecodeError, decode, prune};
 pub use defaults::{default, fill, seal};
+pub use go_order::{go_order, sort_all};
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 

@@ -51,6 +51,8 @@ pub struct ServiceAllocator {
 #[derive(Default)]
 struct State {
     generation: Option<u64>,
+    /// Addresses that have an object of their own, and the generation they were read at.
+    claimed: (Option<u64>, HashSet<IpAddr>),
     stored: HashMap<(Box<str>, Box<str>), (u64, Taken)>,
     addresses: HashMap<IpAddr, u32>,
     /// A port may be used once per protocol.
@@ -117,7 +119,24 @@ impl ServiceAllocator {
         Arc::clone(self.ports.in_flight())
     }
 
+    /// Reads which addresses have an object; those of stored Services are counted already.
+    fn refresh_claims(&self, objects: &dyn Objects) {
+        let gvr = Gvr::new("networking.k8s.io", "v1", "ipaddresses");
+        let generation = objects.generation(&gvr);
+        if self.state.lock().claimed.0 == Some(generation) {
+            return;
+        }
+        let ours = |object: &crate::objects::Object| {
+            object.labels.iter().any(|(key, value)| (&**key, &**value) == crate::bootstrap::MANAGED_ADDRESS)
+        };
+        let list = objects.list(&gvr, "");
+        let claimed =
+            list.iter().filter(|object| !ours(object)).filter_map(|object| object.name.parse().ok()).collect();
+        self.state.lock().claimed = (Some(generation), claimed);
+    }
+
     fn refresh(&self, objects: &dyn Objects) {
+        self.refresh_claims(objects);
         let gvr = Gvr { group: String::new(), version: "v1".to_owned(), resource: "services".to_owned() };
         let generation = objects.generation(&gvr);
         if self.state.lock().generation == Some(generation) {
@@ -246,7 +265,7 @@ impl Session<'_> {
         // Lock order: stored state, then holds.
         let state = self.allocator.state.lock();
         let stored = match &item {
-            Item::Address(ip) => state.addresses.contains_key(ip),
+            Item::Address(ip) => state.addresses.contains_key(ip) || state.claimed.1.contains(ip),
             Item::Port(port, protocol) => state.ports.contains_key(&(*port, protocol.clone())),
         };
         if stored {
@@ -301,6 +320,17 @@ mod tests {
         drop(session);
         objects.remove("services", "d", "a");
         assert_eq!(allocator.begin(&objects, None).address("10.96.0.2".parse().expect("ip")), Ok(()));
+    }
+
+    #[test]
+    fn addresses_others_claim_count() {
+        let (allocator, objects) = (allocator(), FakeObjects::default());
+        objects.put("ipaddresses", json!({"metadata": {"name": "10.96.0.2"}}));
+        let (key, value) = crate::bootstrap::MANAGED_ADDRESS;
+        objects.put("ipaddresses", json!({"metadata": {"name": "10.96.0.3", "labels": {key: value}}}));
+        let mut session = allocator.begin(&objects, None);
+        assert_eq!(session.address("10.96.0.2".parse().expect("ip")), Err(Error::AddressTaken));
+        assert_eq!(session.address("10.96.0.3".parse().expect("ip")), Ok(()));
     }
 
     #[test]

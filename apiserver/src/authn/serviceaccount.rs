@@ -393,6 +393,7 @@ mod tests {
             kubelet_client_cert: none.clone(),
             kubelet_client_key: none,
             requestheader_ca: None,
+            proxy_client: None,
             token_file: None,
         }
     }

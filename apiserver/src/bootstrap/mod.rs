@@ -4,9 +4,13 @@
 //! the `kubernetes` service with its endpoints. What is there already is reconciled, not replaced: rules and subjects that
 //! are missing are added unless the object's `autoupdate` annotation says no; what an administrator has added stays.
 
+mod addresses;
 mod aggregation;
+mod apiservices;
 mod objects;
 mod rbac;
+
+pub(crate) use addresses::MANAGED as MANAGED_ADDRESS;
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,8 +23,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{Config, authn::UserInfo, objects::Objects};
 
-/// How often the loops look at the cache's generations (two numbers; objects are only read when they have changed).
-const LOOK: Duration = Duration::from_secs(2);
+/// When a failed write is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The bootstrap data.
 pub(crate) fn data() -> Value {
@@ -41,40 +45,73 @@ pub async fn run(config: &Config, objects: Arc<dyn Objects>) -> Result<(), Statu
     rbac::reconcile(objects, &data).await?;
     aggregation::reconcile(objects).await?;
     objects::classes(objects, &data).await?;
+    apiservices::builtin(objects).await?;
     objects::service(config, objects).await?;
     objects::config_maps(config, objects).await
 }
 
-/// Loops that go on while the server runs (RBAC aggregation, the `kubernetes` endpoints). Returns when `stop` fires.
-pub async fn maintain(config: Arc<Config>, objects: Arc<dyn Objects>, stop: CancellationToken) {
-    let watched = ["clusterroles", "endpoints", "endpointslices", "services"];
-    let group = |resource| match resource {
-        "clusterroles" => crate::authz::rbac::GROUP,
-        "endpointslices" => "discovery.k8s.io",
-        _ => "",
-    };
-    let watched = watched.map(|resource| Gvr::new(group(resource), "v1", resource));
-    let mut seen = None;
-    let mut tick = tokio::time::interval(LOOK);
-    loop {
-        tokio::select! {
-            _ = tick.tick() => {}
-            () = stop.cancelled() => return,
-        }
-        let now = watched.each_ref().map(|gvr| objects.generation(gvr));
-        if seen == Some(now) {
-            continue;
-        }
-        let result = async {
-            aggregation::reconcile(&*objects).await?;
-            objects::service(&config, &*objects).await
-        };
-        match result.await {
-            // What was written is seen again once; then nothing changes and the generations stand still.
-            Ok(()) => seen = Some(now),
-            Err(error) => tracing::warn!(%error, "bootstrap objects"),
+/// Something that is kept true while the server runs.
+enum Duty {
+    /// Aggregated cluster roles have the rules they select.
+    Roles,
+    /// The `kubernetes` service and its endpoints lead to this server.
+    Kubernetes(Arc<Config>),
+    /// Custom resources have APIServices.
+    CustomGroups(apiservices::Custom),
+    /// Cluster IPs have IPAddresses.
+    Addresses(addresses::Addresses),
+}
+
+impl Duty {
+    /// What may break it.
+    fn watched(&self) -> Vec<Gvr> {
+        match self {
+            Self::Roles => vec![crate::authz::rbac::gvr("clusterroles")],
+            Self::Kubernetes(_) => [("", "endpoints"), ("discovery.k8s.io", "endpointslices"), ("", "services")]
+                .map(|(group, resource)| Gvr::new(group, "v1", resource))
+                .into(),
+            Self::CustomGroups(_) => apiservices::Custom::watched().into(),
+            Self::Addresses(_) => addresses::Addresses::watched().into(),
         }
     }
+
+    async fn look(&mut self, objects: &dyn Objects) -> Result<(), Status> {
+        match self {
+            Self::Roles => aggregation::reconcile(objects).await,
+            Self::Kubernetes(config) => objects::service(config, objects).await,
+            Self::CustomGroups(custom) => custom.follow(objects).await,
+            Self::Addresses(addresses) => addresses.follow(objects).await,
+        }
+    }
+
+    /// Looks at once and after every change. What a look writes wakes it once more, to find nothing.
+    async fn follow(mut self, objects: Arc<dyn Objects>, stop: CancellationToken) {
+        let watched = self.watched();
+        loop {
+            // Before looking, so that no change falls in between.
+            let changed = objects.changed(&watched);
+            let look = self.look(&*objects).await;
+            let failed =
+                look.inspect_err(|error| tracing::warn!(%error, first = %watched[0].resource, "upkeep")).is_err();
+            // Every arm only waits.
+            tokio::select! {
+                () = changed => {}
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(RETRY), if failed => {}
+            }
+        }
+    }
+}
+
+/// Keeps aggregated cluster roles, the `kubernetes` service, APIServices and IPAddresses true. Returns when `stop` fires.
+pub async fn maintain(config: Arc<Config>, objects: Arc<dyn Objects>, stop: CancellationToken) {
+    let duties = [
+        Duty::Roles,
+        Duty::Kubernetes(config),
+        Duty::CustomGroups(apiservices::Custom::default()),
+        Duty::Addresses(addresses::Addresses::default()),
+    ];
+    futures::future::join_all(duties.map(|duty| duty.follow(Arc::clone(&objects), stop.clone()))).await;
 }
 
 /// Creates an object; one that exists is left alone.

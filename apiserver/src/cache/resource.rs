@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     ops::Bound,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -15,7 +16,10 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{Notify, futures::Notified};
+use tokio::sync::{
+    Notify,
+    futures::{Notified, OwnedNotified},
+};
 
 use super::Object;
 use crate::registry::strategy::Strategy;
@@ -102,7 +106,7 @@ pub(crate) struct ResourceCache {
     pub(crate) relaxed: bool,
     state: RwLock<State>,
     generation: AtomicU64,
-    changed: Notify,
+    changed: Arc<Notify>,
     global: Arc<AtomicU64>,
 }
 
@@ -143,7 +147,7 @@ impl ResourceCache {
             relaxed,
             state: RwLock::new(state),
             generation: AtomicU64::new(1),
-            changed: Notify::new(),
+            changed: Arc::default(),
             global,
         }
     }
@@ -308,6 +312,13 @@ impl ResourceCache {
         cursor.0 += into.len() as u64;
         let end = cursor.0 == state.first + state.ring.len() as u64;
         Some(if end { state.revision.max(global) } else { into.last().map_or(0, |e| e.revision) })
+    }
+
+    /// Ends at the next change after this call, also when it is first polled later.
+    pub(crate) fn next_change(self: Arc<Self>) -> Pin<Box<OwnedNotified>> {
+        let mut next = Box::pin(Arc::clone(&self.changed).notified_owned());
+        next.as_mut().enable();
+        next
     }
 
     /// Completes at the next change after this call.

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha512};
 
 use crate::{
+    aggregation::Extensions,
     custom::Served,
     endpoints::Body,
     server::{
@@ -21,6 +22,15 @@ use crate::{
 };
 
 const AGGREGATED: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+
+/// What is served besides the built-in resources.
+#[derive(Clone, Copy)]
+pub(crate) struct Known<'a> {
+    /// Custom resources.
+    pub(crate) custom: &'a Served,
+    /// What extension servers have.
+    pub(crate) extensions: &'a Extensions,
+}
 
 /// A discovery request.
 pub(crate) struct DiscoveryRequest<'a> {
@@ -35,21 +45,23 @@ pub(crate) struct DiscoveryRequest<'a> {
 }
 
 /// Answers a discovery request; `None` when the path is no discovery path.
-pub(crate) fn answer(request: &DiscoveryRequest<'_>, style: Style, custom: &Served) -> Option<Response<Body>> {
+pub(crate) fn answer(request: &DiscoveryRequest<'_>, style: Style, known: Known<'_>) -> Option<Response<Body>> {
     let parts: Vec<&str> = request.path.split('/').collect();
     let aggregatable = matches!(parts[..], ["api"] | ["apis"]);
     let document = match parts[..] {
         ["api"] => Some(legacy(request.address)),
-        ["apis"] => Some(groups(custom)),
-        ["api", "v1"] => Some(resource_list("", "v1", custom)),
+        ["apis"] => Some(groups(known)),
+        ["api", "v1"] => Some(resource_list("", "v1", known)),
         ["api", _] => return Some(respond::status(style, &Status::no_route())),
-        ["apis", group] => match all_groups(custom).find(|g| g.name == group) {
+        ["apis", group] => match all_groups(known).find(|g| g.name == group) {
             Some(group) => Some(with_header("APIGroup", group_value(group))),
             None => return Some(respond::page_not_found()),
         },
-        ["apis", group, version] => match all_groups(custom).find(|g| g.name == group) {
-            Some(g) if g.versions.iter().any(|v| v == version) => Some(resource_list(group, version, custom)),
-            Some(g) if custom.groups().iter().any(|c| c.name == g.name) => return Some(respond::page_not_found()),
+        ["apis", group, version] => match all_groups(known).find(|g| g.name == group) {
+            Some(g) if g.versions.iter().any(|v| v == version) => Some(resource_list(group, version, known)),
+            Some(g) if known.custom.groups().iter().any(|c| c.name == g.name) => {
+                return Some(respond::page_not_found());
+            }
             Some(_) => return Some(respond::status(style, &Status::no_route())),
             None => return Some(respond::page_not_found()),
         },
@@ -68,17 +80,17 @@ pub(crate) fn answer(request: &DiscoveryRequest<'_>, style: Style, custom: &Serv
         let text = "only the following media types are accepted: application/json, application/yaml, application/vnd.kubernetes.protobuf";
         return Some(respond::status(style, &Status::not_acceptable(text)));
     }
-    Some(aggregated(parts[0] == "api", request.etag, style, custom))
+    Some(aggregated(parts[0] == "api", request.etag, style, known))
 }
 
-fn aggregated(legacy: bool, etag: Option<&str>, style: Style, custom: &Served) -> Response<Body> {
+fn aggregated(legacy: bool, etag: Option<&str>, style: Style, known: Known<'_>) -> Response<Body> {
     let items: Vec<Value> = if legacy {
-        vec![json!({"metadata": {}, "versions": [aggregated_version("", "v1", custom)]})]
+        vec![json!({"metadata": {}, "versions": [aggregated_version("", "v1", known)]})]
     } else {
         let version = |group: &resources::Group| -> Vec<Value> {
-            group.versions.iter().map(|v| aggregated_version(&group.name, v, custom)).collect()
+            group.versions.iter().map(|v| aggregated_version(&group.name, v, known)).collect()
         };
-        all_groups(custom).map(|g| json!({"metadata": {"name": g.name}, "versions": version(g)})).collect()
+        all_groups(known).map(|g| json!({"metadata": {"name": g.name}, "versions": version(g)})).collect()
     };
     let value = json!({"kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {}, "items": items});
     let hash = Sha512::digest(value.to_string().as_bytes());
@@ -118,25 +130,26 @@ fn group_value(group: &resources::Group) -> Value {
     json!({"name": group.name, "versions": versions, "preferredVersion": version(&group.preferred)})
 }
 
-/// Built-in groups, then custom ones by name.
-fn all_groups(custom: &Served) -> impl Iterator<Item = &resources::Group> {
-    resources::groups().iter().chain(custom.groups())
+/// Built-in groups, then custom ones by name, then those of extension servers.
+fn all_groups<'a>(known: Known<'a>) -> impl Iterator<Item = &'a resources::Group> {
+    resources::groups().iter().chain(known.custom.groups()).chain(known.extensions.groups())
 }
 
 /// The resources of a group and version.
-fn in_version<'a>(group: &'a str, version: &'a str, custom: &'a Served) -> impl Iterator<Item = &'a Resource> {
+fn in_version<'a>(group: &'a str, version: &'a str, known: Known<'a>) -> impl Iterator<Item = &'a Resource> {
     let built_in = resources::in_version(group, version).map(|r| -> &'a Resource { r });
-    built_in.chain(custom.in_version(group, version).into_iter().map(|r| &r.info))
+    let custom = known.custom.in_version(group, version).into_iter().map(|r| &r.info);
+    built_in.chain(custom).chain(known.extensions.in_version(group, version))
 }
 
-fn groups(custom: &Served) -> Value {
-    let groups: Vec<Value> = all_groups(custom).map(group_value).collect();
+fn groups(known: Known<'_>) -> Value {
+    let groups: Vec<Value> = all_groups(known).map(group_value).collect();
     json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
 }
 
-fn resource_list(group: &str, version: &str, custom: &Served) -> Value {
+fn resource_list(group: &str, version: &str, known: Known<'_>) -> Value {
     let mut list = Vec::new();
-    for resource in in_version(group, version, custom) {
+    for resource in in_version(group, version, known) {
         let mut entry = Map::new();
         entry.insert("name".into(), resource.plural.as_str().into());
         entry.insert("singularName".into(), resource.singular.as_str().into());
@@ -175,8 +188,8 @@ fn resource_list(group: &str, version: &str, custom: &Served) -> Value {
     out.into()
 }
 
-fn aggregated_version(group: &str, version: &str, custom: &Served) -> Value {
-    let items: Vec<Value> = in_version(group, version, custom).map(aggregated_resource).collect();
+fn aggregated_version(group: &str, version: &str, known: Known<'_>) -> Value {
+    let items: Vec<Value> = in_version(group, version, known).map(aggregated_resource).collect();
     json!({"version": version, "resources": items, "freshness": "Current"})
 }
 
@@ -207,7 +220,7 @@ fn aggregated_resource(resource: &Resource) -> Value {
 }
 
 /// The paths listed at `/`.
-pub(crate) fn paths(custom: &Served) -> Value {
+pub(crate) fn paths(known: Known<'_>) -> Value {
     let mut paths = vec![
         "/.well-known/openid-configuration".to_owned(),
         "/api".into(),
@@ -215,7 +228,7 @@ pub(crate) fn paths(custom: &Served) -> Value {
         "/apis".into(),
         "/apis/".into(),
     ];
-    for group in all_groups(custom) {
+    for group in all_groups(known) {
         paths.push(format!("/apis/{}", group.name));
         paths.extend(group.versions.iter().map(|v| format!("/apis/{}/{v}", group.name)));
     }

@@ -5,10 +5,10 @@ mod access;
 mod binding;
 mod connect;
 mod eviction;
-mod proxy;
+pub(crate) mod proxy;
 mod query;
 mod tokens;
-mod transport;
+pub(crate) mod transport;
 
 use std::sync::Arc;
 

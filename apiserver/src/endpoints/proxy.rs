@@ -92,7 +92,8 @@ fn pod(objects: &dyn Objects, namespace: &str, id: &str) -> Result<Target, Statu
     Ok(Target { host: ip.to_owned(), port, scheme: scheme(wanted) })
 }
 
-fn service(objects: &dyn Objects, namespace: &str, id: &str) -> Result<Target, Status> {
+/// A ready endpoint of a service, `[SCHEME:]NAME[:PORT]`.
+pub(crate) fn service_target(objects: &dyn Objects, namespace: &str, id: &str) -> Result<Target, Status> {
     let invalid = || Status::bad_request(format!("invalid service request {id:?}"));
     let (wanted, name, port) = split_id(id).ok_or_else(invalid)?;
     let gvr = Gvr::new("", "v1", "services");
@@ -154,7 +155,7 @@ impl Proxy {
         let objects = &*request.objects;
         let target = match self.backend {
             Backend::Pod => pod(objects, &request.namespace, &request.name)?,
-            Backend::Service => service(objects, &request.namespace, &request.name)?,
+            Backend::Service => service_target(objects, &request.namespace, &request.name)?,
             Backend::Node => node(objects, &request.name)?,
         };
         let transport = self.transport.as_ref().ok_or_else(|| Status::internal("no transport"))?;

@@ -3,10 +3,19 @@
 //! A request is passed on as it is, upgrades included: after a 101 the two connections are joined byte by byte, so every
 //! protocol between client and node (SPDY, WebSocket, a tunnel of one in the other) goes through untranslated.
 
-use std::{fs::File, io, io::BufReader, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    fs::File,
+    io,
+    io::BufReader,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Empty, Limited};
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use isopod_api::status::Status;
@@ -139,27 +148,128 @@ impl Transport {
         let failed = |error: &dyn std::fmt::Display| {
             Status::service_unavailable(format!("error trying to reach service: {error}"))
         };
-        let connecting = tokio::time::timeout(CONNECT, self.connect(target)).await;
-        let stream = connecting
-            .map_err(|_| failed(&format!("dial tcp {}: i/o timeout", target.authority())))?
-            .map_err(|error| failed(&format!("dial tcp {}: {error}", target.authority())))?;
-        let (mut sender, connection) =
-            http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.with_upgrades().await {
-                tracing::debug!(%error, "connection to a backend");
-            }
-        });
-        let (outgoing, client_upgrade) = outgoing(target, path_and_query, request)?;
-        let mut response = sender.send_request(outgoing).await.map_err(|error| failed(&error))?;
-        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            strip(response.headers_mut(), false);
-            return Ok(response.map(|body| body.map_err(io::Error::other).boxed()));
-        }
-        let backend_upgrade = hyper::upgrade::on(&mut response);
-        tokio::spawn(join(client_upgrade, backend_upgrade));
-        Ok(response.map(|_| Empty::new().map_err(|never| match never {}).boxed()))
+        let stream = in_time(target, self.connect(target)).await.map_err(|error| failed(&error))?;
+        exchange(stream, target, path_and_query, request).await
     }
+}
+
+/// Waits for a connection; errors read as Go's.
+async fn in_time(
+    target: &Target,
+    connecting: impl Future<Output = io::Result<Box<dyn Stream>>>,
+) -> Result<Box<dyn Stream>, String> {
+    let dial = format!("dial tcp {}", target.authority());
+    match tokio::time::timeout(CONNECT, connecting).await {
+        Err(_) => Err(format!("{dial}: i/o timeout")),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            Err(format!("{dial}: connect: connection refused"))
+        }
+        Ok(Err(error)) if error.kind() == io::ErrorKind::HostUnreachable => {
+            Err(format!("{dial}: connect: no route to host"))
+        }
+        Ok(Err(error)) => Err(format!("{dial}: {error}")),
+        Ok(Ok(stream)) => Ok(stream),
+    }
+}
+
+/// TLS towards an extension server: our front-proxy certificate; its own is checked with `ca`, or not at all.
+pub(crate) fn extension_tls(
+    identity: Option<&(PathBuf, PathBuf)>,
+    ca: Option<&Vec<u8>>,
+) -> Result<Arc<ClientConfig>, Error> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
+    let builder = match ca {
+        Some(bundle) => {
+            let mut roots = RootCertStore::empty();
+            let content = |reason: String| Error::Content { path: "caBundle".into(), reason };
+            for certificate in rustls_pemfile::certs(&mut bundle.as_slice()) {
+                roots.add(certificate.map_err(|error| content(error.to_string()))?)?;
+            }
+            builder.with_root_certificates(roots)
+        }
+        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(Unchecked(provider))),
+    };
+    Ok(Arc::new(match identity {
+        Some((cert, private)) => builder.with_client_auth_cert(certificates(cert)?, key(private)?)?,
+        None => builder.with_no_client_auth(),
+    }))
+}
+
+/// A TLS connection to an extension server under the name it must have.
+async fn secure(tls: &Arc<ClientConfig>, name: &str, target: &Target) -> io::Result<Box<dyn Stream>> {
+    let tcp = TcpStream::connect((target.host.as_str(), target.port)).await?;
+    tcp.set_nodelay(true)?;
+    let name = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
+    Ok(Box::new(TlsConnector::from(Arc::clone(tls)).connect(name, tcp).await?))
+}
+
+/// Passes a request on to an extension server.
+pub(crate) async fn forward_over(
+    tls: &Arc<ClientConfig>,
+    name: &str,
+    target: &Target,
+    path_and_query: &str,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Status> {
+    let stream = in_time(target, secure(tls, name, target)).await;
+    let stream =
+        stream.map_err(|error| Status::service_unavailable(format!("error trying to reach service: {error}")))?;
+    exchange(stream, target, path_and_query, request).await
+}
+
+/// Largest answer to a question of our own.
+const ANSWER: usize = 4 << 20;
+
+/// Asks an extension server something ourselves: status and body.
+pub(crate) async fn fetch(
+    tls: &Arc<ClientConfig>,
+    name: &str,
+    target: &Target,
+    path: &str,
+) -> Result<(u16, Bytes), String> {
+    let stream = in_time(target, secure(tls, name, target)).await?;
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let asking = async {
+        let (mut sender, connection) =
+            http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(|error| text(&error))?;
+        let driven = tokio::spawn(connection);
+        let request = Request::get(path).header(header::HOST, name).header(header::ACCEPT, "application/json");
+        let request = request.body(Empty::<Bytes>::new()).map_err(|error| text(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| text(&error))?;
+        let status = response.status().as_u16();
+        let body = Limited::new(response.into_body(), ANSWER).collect().await.map_err(|error| text(&error))?;
+        driven.abort();
+        Ok((status, body.to_bytes()))
+    };
+    tokio::time::timeout(CONNECT, asking).await.map_err(|_| "timeout awaiting response".to_owned())?
+}
+
+/// One request and its answer over a connection, upgrades included.
+async fn exchange(
+    stream: Box<dyn Stream>,
+    target: &Target,
+    path_and_query: &str,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Status> {
+    let failed =
+        |error: &dyn std::fmt::Display| Status::service_unavailable(format!("error trying to reach service: {error}"));
+    let (mut sender, connection) =
+        http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
+    tokio::spawn(async move {
+        if let Err(error) = connection.with_upgrades().await {
+            tracing::debug!(%error, "connection to a backend");
+        }
+    });
+    let (outgoing, client_upgrade) = outgoing(target, path_and_query, request)?;
+    let mut response = sender.send_request(outgoing).await.map_err(|error| failed(&error))?;
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        strip(response.headers_mut(), false);
+        return Ok(response.map(|body| body.map_err(io::Error::other).boxed()));
+    }
+    let backend_upgrade = hyper::upgrade::on(&mut response);
+    tokio::spawn(join(client_upgrade, backend_upgrade));
+    Ok(response.map(|_| Empty::new().map_err(|never| match never {}).boxed()))
 }
 
 /// The request as the far end gets it, and the client's upgrade, should it come to one.

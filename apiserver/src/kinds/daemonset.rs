@@ -134,11 +134,12 @@ fn spec(e: &mut Errs, at: &At<'_>) {
     match kind.s() {
         "OnDelete" => {}
         "RollingUpdate" => rolling_update(e, &rolling),
-        _ => e.unsupported_as(
-            &strategy,
-            json!({"Type": kind.s(), "RollingUpdate": rolling.v}),
-            &["RollingUpdate", "OnDelete"],
-        ),
+        _ => {
+            let bounds =
+                json!({"MaxUnavailable": rolling.get("maxUnavailable").v, "MaxSurge": rolling.get("maxSurge").v});
+            let shown = json!({"Type": kind.s(), "RollingUpdate": if rolling.is_set() { bounds } else { Value::Null }});
+            e.unsupported_as(&strategy, shown, &["RollingUpdate", "OnDelete"]);
+        }
     }
 }
 

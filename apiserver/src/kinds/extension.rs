@@ -234,7 +234,8 @@ impl Strategy for ApiService {
         let (group, version, service) = (spec.get("group"), spec.get("version"), spec.get("service"));
         let wanted = format!("{}.{}", version.s(), group.s());
         if meta::name(obj) != wanted {
-            e.invalid_str(&At::field(obj, "metadata").get("name"), "must be `spec.version+\".\"+spec.group`");
+            let detail = format!("must be `spec.version+\".\"+spec.group`: {wanted:?}");
+            e.invalid_str(&At::field(obj, "metadata").get("name"), &detail);
         }
         if group.s().is_empty() && version.s() != "v1" {
             e.required(&group, "only v1 may have an empty group and it better be legacy kube");
@@ -251,7 +252,9 @@ impl Strategy for ApiService {
         }
         if !service.is_set() {
             if spec.get("caBundle").is_set() {
-                e.invalid(&spec.get("caBundle"), "local APIServices may not have a caBundle");
+                let bytes = spec.get("caBundle").s().trim_end_matches('=').len() * 3 / 4;
+                let detail = "local APIServices may not have a caBundle";
+                e.invalid_as(&spec.get("caBundle"), format!("{bytes} bytes"), detail);
             }
             if spec.get("insecureSkipTLSVerify").is_true() {
                 e.invalid(&spec.get("insecureSkipTLSVerify"), "local APIServices may not have insecureSkipTLSVerify");

@@ -228,6 +228,9 @@ fn sources(e: &mut Errs, spec: &At<'_>) {
                 if at.get("volumeHandle").s().is_empty() {
                     e.required(&at.get("volumeHandle"), "");
                 }
+                for secret in CSI_SECRETS {
+                    volume_source::secret_reference(e, &at.get(secret));
+                }
             }
             other => volume_source::plugin(e, other, &at),
         }
@@ -236,6 +239,15 @@ fn sources(e: &mut Errs, spec: &At<'_>) {
         e.required(spec, "must specify a volume type");
     }
 }
+
+/// Secrets a CSI volume may name.
+const CSI_SECRETS: [&str; 5] = [
+    "controllerPublishSecretRef",
+    "controllerExpandSecretRef",
+    "nodePublishSecretRef",
+    "nodeExpandSecretRef",
+    "nodeStageSecretRef",
+];
 
 /// Unknown data sources are dropped; the two fields say the same when one is missing.
 fn data_sources(spec: &mut Value) {

@@ -75,7 +75,8 @@ impl Strategy for StatefulSet {
             let replicas = status.get("replicas").int0();
             for field in ["readyReplicas", "currentReplicas", "updatedReplicas", "availableReplicas"] {
                 if status.get(field).int0() > replicas {
-                    e.invalid(&status.get(field), "cannot be greater than status.replicas");
+                    let at = status.get(field);
+                    e.invalid_as(&at, at.int0(), "cannot be greater than status.replicas");
                 }
             }
             return e.0;

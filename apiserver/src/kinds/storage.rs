@@ -1,5 +1,7 @@
 //! storage.k8s.io: StorageClasses, CSIDrivers, CSINodes, VolumeAttachments, VolumeAttributesClasses, CSIStorageCapacities.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use isopod_api::{field::ErrorList, meta, names};
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -45,6 +47,34 @@ fn parameters(e: &mut Errs, at: &At<'_>, required: bool) {
     }
 }
 
+/// `allowedTopologies`: no term twice, no key twice in a term, no value twice for a key.
+fn topologies(e: &mut Errs, list: &At<'_>) {
+    let mut terms: Vec<BTreeMap<&str, BTreeSet<&str>>> = Vec::new();
+    for at in list.items() {
+        let mut term = BTreeMap::new();
+        for expression in at.get("matchLabelExpressions").items() {
+            let (key, values) = (expression.get("key"), expression.get("values"));
+            if values.len() == 0 {
+                e.required(&values, "");
+            }
+            let mut seen = BTreeSet::new();
+            for value in values.items() {
+                if !seen.insert(value.s()) {
+                    e.duplicate(&value, value.s());
+                }
+            }
+            checks::label_key(e, &key, key.s());
+            if term.insert(key.s(), seen).is_some() {
+                e.duplicate(&key, key.s());
+            }
+        }
+        if terms.contains(&term) {
+            e.duplicate(&at.get("matchLabelExpressions"), "");
+        }
+        terms.push(term);
+    }
+}
+
 impl Strategy for StorageClass {
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
@@ -64,23 +94,7 @@ impl Strategy for StorageClass {
         } else {
             e.one_of(&mode, &["Immediate", "WaitForFirstConsumer"]);
         }
-        for term in At::field(obj, "allowedTopologies").items() {
-            for expression in term.get("matchLabelExpressions").items() {
-                let (key, values) = (expression.get("key"), expression.get("values"));
-                if values.len() == 0 {
-                    e.required(&values, "");
-                }
-                let mut seen = Vec::new();
-                for value in values.items() {
-                    e.messages(&value, names::label_value(value.s()));
-                    if seen.contains(&value.s()) {
-                        e.duplicate(&value, value.s());
-                    }
-                    seen.push(value.s());
-                }
-                checks::label_key(&mut e, &key, key.s());
-            }
-        }
+        topologies(&mut e, &At::field(obj, "allowedTopologies"));
         e.0
     }
 
@@ -136,10 +150,16 @@ impl Strategy for CsiDriver {
             seen.push(audience.s());
             if seconds.int().is_some_and(|n| n < 600) {
                 e.invalid(&seconds, "may not specify a duration less than 10 minutes");
+            } else if seconds.int().is_some_and(|n| n > 1 << 32) {
+                e.invalid(&seconds, "may not specify a duration larger than 2^32 seconds");
             }
         }
         for mode in spec.get("volumeLifecycleModes").items() {
             e.one_of(&mode, &["Ephemeral", "Persistent"]);
+        }
+        let period = spec.get("nodeAllocatableUpdatePeriodSeconds");
+        if period.int().is_some_and(|n| n < 10) {
+            e.invalid(&period, "must be greater than or equal to 10 seconds");
         }
         e.0
     }

@@ -1,8 +1,12 @@
 //! Creating objects.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use isopod_api::{gvk::Gvk, meta, status::Status};
+use isopod_api::{
+    gvk::{Gvk, Gvr},
+    meta,
+    status::Status,
+};
 use isopod_store::Expect;
 use serde_json::Value;
 
@@ -16,9 +20,12 @@ use super::{
 use crate::{
     admission::Operation,
     cache::{Object, Write, key},
+    objects::Objects,
     validation,
 };
 
+/// How long a pod waits for the default service account of its namespace.
+const ACCOUNT_PATIENCE: Duration = Duration::from_millis(1500);
 /// Attempts with a generated name.
 const GENERATE_ATTEMPTS: usize = 8;
 /// Largest stored object: the limit clients know from etcd.
@@ -74,6 +81,7 @@ impl Registry {
             name: &name,
             old: &Value::Null,
         };
+        self.default_account(resource, namespace, &obj, writer).await;
         self.admit(Pass::Mutating, &admission, &mut obj, writer).await?;
         let generated = meta::name(&obj).is_empty() && !meta::generate_name(&obj).is_empty();
         let attempts = if generated { GENERATE_ATTEMPTS } else { 1 };
@@ -128,6 +136,27 @@ impl Registry {
             }
         }
         Err(Status::internal("no free generated name"))
+    }
+
+    /// The default account of a new namespace is made by a controller: a pod that uses it waits for it a little.
+    async fn default_account(&self, resource: &Resource, namespace: &str, obj: &Value, writer: &Writer<'_>) {
+        let pod = resource.gvr.group.is_empty() && resource.gvr.resource == "pods";
+        let account = obj["spec"]["serviceAccountName"].as_str().unwrap_or_default();
+        if !pod || !writer.admission || !matches!(account, "" | "default") {
+            return;
+        }
+        let accounts = Gvr::new("", "v1", "serviceaccounts");
+        let deadline = tokio::time::Instant::now() + ACCOUNT_PATIENCE;
+        loop {
+            let changed = self.changed(std::slice::from_ref(&accounts));
+            let mirror = obj["metadata"]["annotations"].get("kubernetes.io/config.mirror").is_some();
+            if mirror || Objects::get(self, &accounts, namespace, "default").is_some() {
+                return;
+            }
+            if tokio::time::timeout_at(deadline, changed).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// The context a strategy sees.

@@ -8,7 +8,7 @@ use isopod_api::{
     gvk::GroupKind,
     status::{Cause, Details, Status},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Resource, Selection};
 use crate::{
@@ -53,7 +53,8 @@ impl Token {
             };
             format!("continue key is not valid: illegal base64 data at input byte {at}")
         })?;
-        let value: Value = serde_json::from_slice(&bytes).map_err(|e| format!("continue key is not valid: {e}"))?;
+        let parsed = isopod_api::schema::json::parse(&bytes).map_err(|e| format!("continue key is not valid: {e}"))?;
+        let value = parsed.value;
         if value["v"] != "meta.k8s.io/v1" {
             return Err("continue key is not valid: server does not recognize this encoded version".into());
         }

@@ -226,6 +226,15 @@ impl Objects for Registry {
         self.resource(gvr).map_or_else(|| object.value(), |resource| resource.served_value(object))
     }
 
+    fn changed(&self, resources: &[Gvr]) -> BoxFuture<'static, ()> {
+        let stores: Vec<_> = resources.iter().filter_map(|gvr| self.store(gvr)).collect();
+        if stores.is_empty() {
+            return Box::pin(std::future::pending());
+        }
+        let changes = stores.into_iter().map(ResourceCache::next_change);
+        Box::pin(async move { drop(futures::future::select_all(changes).await) })
+    }
+
     fn services(&self) -> Option<&ServiceAllocator> {
         Some(&self.services)
     }

@@ -107,8 +107,12 @@ impl<'b> Patch<'b> {
     }
 
     /// The patched object as upstream shows it in errors: what the patch touched went through Go maps, which are sorted.
-    fn shown(&self, patched: &Value) -> String {
+    fn shown(&self, patched: &Value, definition: Option<&schema::Definition>) -> String {
         let mut shown = patched.clone();
+        match definition {
+            Some(definition) => schema::go_order(definition, &mut shown),
+            None => schema::sort_all(&mut shown),
+        }
         sort_members(&mut shown);
         match self.kind {
             PatchKind::Json => {
@@ -169,7 +173,8 @@ fn decode_patched(
     warnings: &mut Vec<String>,
 ) -> Result<Value, Status> {
     let invalid = |value: &Value, detail: String| {
-        let error = Error::invalid(&Path::new("patch"), patch.shown(value), detail);
+        let known = schema::lookup(&Gvk::of(value));
+        let error = Error::invalid(&Path::new("patch"), patch.shown(value, known), detail);
         Status::invalid(&GroupKind::default(), "", vec![error])
     };
     let found = Gvk::of(&new);
@@ -297,8 +302,8 @@ mod tests {
         let merge =
             Patch { kind: PatchKind::Merge, body: b"", value: json!({"data": {"c": "2"}}), duplicates: Vec::new() };
         for patch in [json_patch, merge] {
-            let want = r#"{"data":{"c":"2","z":"1"},"kind":"K","rest":{"b":1,"a":2}}"#;
-            assert_eq!(patch.shown(&object), want, "{:?}", patch.kind);
+            let want = r#"{"data":{"c":"2","z":"1"},"kind":"K","rest":{"a":2,"b":1}}"#;
+            assert_eq!(patch.shown(&object, None), want, "{:?}", patch.kind);
         }
     }
 }

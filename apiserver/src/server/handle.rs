@@ -20,7 +20,7 @@ use super::{
 use crate::{
     authn::{UserInfo, chain, impersonate::impersonate, serviceaccount},
     authz::{Attributes, Decision},
-    discovery::{self, DiscoveryRequest},
+    discovery::{self, DiscoveryRequest, Known},
     endpoints::Body,
 };
 
@@ -124,6 +124,9 @@ async fn answer(
         false => app.in_flight.enter(&user, !matches!(&*info.verb, "get" | "list")).await?,
     };
     authorize(app, &info, &user)?;
+    if let Some(service) = app.aggregator.service(&info.path) {
+        return app.aggregator.forward(&service, &user, request).await;
+    }
     let (parts, body) = request.into_parts();
     let mut call = Call { parts, body: Some(body), info, query, user, style };
     if let Ok(accepted) = negotiate(header_text(&call.parts, header::ACCEPT), false, Binary::Served) {
@@ -160,6 +163,8 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
     if let Some(response) = app.health.answer(&path, &call.query) {
         return Ok(response);
     }
+    let (custom, extensions) = (app.registry.custom(), app.aggregator.extensions());
+    let known = Known { custom: &custom, extensions: &extensions };
     let get = matches!(call.parts.method, Method::GET | Method::HEAD);
     let accept = header_text(&call.parts, header::ACCEPT);
     let request = DiscoveryRequest {
@@ -169,7 +174,7 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
         address: std::net::SocketAddr::new(app.config.advertise, app.config.bind.port()),
     };
     let response = match path.as_str() {
-        "" => Some(respond::value(call.style, 200, &discovery::paths(&app.registry.custom()))),
+        "" => Some(respond::value(call.style, 200, &discovery::paths(known))),
         "version" => Some(respond::value(call.style, 200, &version())),
         "metrics" => Some(respond::text(200, app.counters.text(&app.registry))),
         ".well-known/openid-configuration" => {
@@ -182,7 +187,7 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
         path if path.starts_with("openapi/") => {
             openapi::answer(path, &call.query, accept, call.style, app.registry.custom()).await
         }
-        _ => discovery::answer(&request, call.style, &app.registry.custom()),
+        _ => discovery::answer(&request, call.style, known),
     };
     match response {
         Some(_) if !get => Err(Status::method_not_allowed()),

@@ -32,6 +32,7 @@ pub(crate) use metrics::Counters;
 
 use crate::{
     Config, Error,
+    aggregation::Aggregator,
     authn::{TokenAuthenticator, chain},
     authz::Authorizer,
     endpoints::Endpoints,
@@ -55,6 +56,8 @@ pub(crate) struct App {
     pub(crate) tokens: Arc<dyn TokenAuthenticator>,
     /// Who may do what.
     pub(crate) authorizer: Arc<dyn Authorizer>,
+    /// Requests that other servers answer.
+    pub(crate) aggregator: Arc<Aggregator>,
     /// Requests that are not plain reads and writes.
     pub(crate) endpoints: Endpoints,
     /// Requests in flight.

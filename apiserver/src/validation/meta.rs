@@ -31,7 +31,9 @@ pub(crate) fn name_rule(gvr: &Gvr) -> NameRule {
         ("rbac.authorization.k8s.io", _) => NameRule::PathSegment,
         ("apps", "statefulsets") => NameRule::StatefulSet,
         ("networking.k8s.io", "ipaddresses") => NameRule::IpAddress,
-        ("apiregistration.k8s.io" | "apiextensions.k8s.io", _) => NameRule::Subdomain,
+        ("apiregistration.k8s.io", _)
+        | ("policy", "poddisruptionbudgets")
+        | ("certificates.k8s.io", "certificatesigningrequests") => NameRule::PathSegment,
         ("authentication.k8s.io" | "authorization.k8s.io", _) => NameRule::None,
         _ => NameRule::Subdomain,
     }

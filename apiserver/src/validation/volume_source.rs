@@ -56,9 +56,71 @@ pub(crate) fn plugin(e: &mut Errs, kind: &str, at: &At<'_>) {
             } else if at.get("targetWWNs").len() > 0 && at.get("wwids").len() > 0 {
                 e.invalid(&at.get("targetWWNs"), "targetWWNs and wwids can not be specified simultaneously");
             }
+            let lun = at.get("lun");
+            if at.get("targetWWNs").len() > 0 && !lun.is_set() {
+                e.required(&lun, "lun is required if targetWWNs is specified");
+            } else if at.get("targetWWNs").len() > 0 {
+                unit_number(e, &lun);
+            }
         }
+        "iscsi" => iscsi(e, at),
         "image" => e.one_of_if_set(&at.get("pullPolicy"), &["Always", "IfNotPresent", "Never"]),
         _ => {}
+    }
+}
+
+/// `lun`.
+fn unit_number(e: &mut Errs, at: &At<'_>) {
+    if !(0..=255).contains(&at.int0()) {
+        e.invalid(at, "must be between 0 and 255, inclusive");
+    }
+}
+
+fn iscsi(e: &mut Errs, at: &At<'_>) {
+    let iqn = at.get("iqn");
+    let known = ["iqn", "eui", "naa"].iter().any(|prefix| iqn.s().starts_with(prefix));
+    if !iqn.s().is_empty() && !known {
+        e.invalid(&iqn, "must be valid format starting with iqn, eui, or naa");
+    } else if !iqn.s().is_empty() && !is_iscsi_name(iqn.s()) {
+        e.invalid(&iqn, "must be valid format");
+    }
+    unit_number(e, &at.get("lun"));
+    let chap = at.get("chapAuthDiscovery").is_true() || at.get("chapAuthSession").is_true();
+    if chap && !at.get("secretRef").is_set() {
+        e.required(&at.get("secretRef"), "");
+    }
+}
+
+/// `iqn.2001-04.com.example[:disk]`, `eui.` and 16 hexadecimal digits, `naa.` and 32 of them.
+fn is_iscsi_name(name: &str) -> bool {
+    let hex = |text: &str, digits: usize| text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit());
+    if let Some(id) = name.strip_prefix("eui.") {
+        return hex(id, 16);
+    }
+    if let Some(id) = name.strip_prefix("naa.") {
+        return hex(id, 32);
+    }
+    let Some((date, authority)) = name.strip_prefix("iqn.").and_then(|rest| rest.split_once('.')) else { return false };
+    let b = date.as_bytes();
+    let dated = b.len() == 7 && b[4] == b'-' && b.iter().enumerate().all(|(i, c)| i == 4 || c.is_ascii_digit());
+    dated && !authority.is_empty() && !authority.starts_with([':', '.'])
+}
+
+/// A reference of a volume to a secret of any namespace.
+pub(crate) fn secret_reference(e: &mut Errs, at: &At<'_>) {
+    if !at.is_set() {
+        return;
+    }
+    let (name, namespace) = (at.get("name"), at.get("namespace"));
+    if name.s().is_empty() {
+        e.required(&name, "");
+    } else {
+        e.dns_subdomain(&name);
+    }
+    if namespace.s().is_empty() {
+        e.required(&namespace, "");
+    } else {
+        e.dns_label(&namespace);
     }
 }
 
@@ -156,5 +218,28 @@ fn data_source(e: &mut Errs, at: &At<'_>, is_ref: bool) {
     let namespace = at.get("namespace");
     if is_ref && !namespace.s().is_empty() {
         e.dns_label(&namespace);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn sources() {
+        for (kind, source, want) in [
+            ("iscsi", json!({"targetPortal": "p", "iqn": "x", "lun": 256}), "s.iqn s.lun"),
+            ("iscsi", json!({"targetPortal": "p", "iqn": "iqn.2001-04.com.example:disk"}), ""),
+            ("iscsi", json!({"targetPortal": "p", "iqn": "eui.12", "chapAuthSession": true}), "s.iqn s.secretRef"),
+            ("fc", json!({"targetWWNs": ["a"]}), "s.lun"),
+            ("fc", json!({"wwids": ["a"]}), ""),
+        ] {
+            let obj = json!({ "s": source });
+            let mut e = Errs::new();
+            plugin(&mut e, kind, &At::field(&obj, "s"));
+            assert_eq!(e.0.iter().map(|x| x.field.as_str()).collect::<Vec<_>>().join(" "), want, "{kind}");
+        }
     }
 }

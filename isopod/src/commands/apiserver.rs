@@ -65,6 +65,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         kubelet_client_cert: pki("apiserver-kubelet-client.crt"),
         kubelet_client_key: pki("apiserver-kubelet-client.key"),
         requestheader_ca: Some(pki("front-proxy-ca.crt")),
+        proxy_client: Some((pki("front-proxy-client.crt"), pki("front-proxy-client.key"))),
         token_file: args.token_auth_file,
     };
     super::serve(2, |stop| async { isopod_apiserver::run(config, stop).await.context("API server") })

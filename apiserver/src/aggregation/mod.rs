@@ -1,0 +1,253 @@
+//! Aggregation: groups that an extension server answers, found by APIService objects that name a Service.
+//!
+//! A request for such a group version is authenticated and authorized here, then passed on with the user in
+//! `X-Remote-*` headers over TLS with our front-proxy certificate. [`availability`] keeps the `Available` conditions and
+//! what discovery shows of these groups.
+
+mod availability;
+mod extensions;
+
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
+
+use arc_swap::ArcSwap;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use http::{HeaderName, HeaderValue, Request, Response};
+use hyper::body::Incoming;
+use isopod_api::{gvk::Gvr, resources, status::Status};
+use parking_lot::Mutex;
+use rustls::ClientConfig;
+use serde_json::Value;
+
+pub(crate) use extensions::Extensions;
+
+use crate::{
+    authn::UserInfo,
+    endpoints::{
+        Body,
+        proxy::service_target,
+        transport::{Target, extension_tls, forward_over},
+    },
+    objects::{Object, Objects},
+    server::respond,
+};
+
+/// `apiservices`.
+pub(crate) fn gvr() -> Gvr {
+    Gvr::new("apiregistration.k8s.io", "v1", "apiservices")
+}
+
+/// Passes requests on to extension servers.
+pub(crate) struct Aggregator {
+    /// Certificate and key we show to extension servers.
+    identity: Option<(PathBuf, PathBuf)>,
+    objects: Arc<dyn Objects>,
+    /// TLS by APIService and its revision.
+    tls: Mutex<HashMap<Box<str>, (u64, Arc<ClientConfig>)>>,
+    extensions: ArcSwap<Extensions>,
+}
+
+/// An extension server, ready to be spoken to.
+struct Backend {
+    target: Target,
+    tls: Arc<ClientConfig>,
+    /// The name its certificate must have.
+    name: String,
+}
+
+impl Aggregator {
+    /// An aggregator that has seen nothing.
+    pub(crate) fn new(identity: Option<(PathBuf, PathBuf)>, objects: Arc<dyn Objects>) -> Self {
+        Self { identity, objects, tls: Mutex::default(), extensions: ArcSwap::default() }
+    }
+
+    /// What discovery shows of extension servers.
+    pub(crate) fn extensions(&self) -> Arc<Extensions> {
+        self.extensions.load_full()
+    }
+
+    /// The APIService that a path belongs to, when another server answers it.
+    pub(crate) fn service(&self, path: &str) -> Option<Arc<Object>> {
+        let mut parts = path.strip_prefix("/apis/")?.split('/');
+        let (group, version) = (parts.next()?, parts.next().filter(|v| !v.is_empty())?);
+        if resources::groups().iter().any(|known| known.name == group) {
+            return None;
+        }
+        let object = self.objects.get(&gvr(), "", &format!("{version}.{group}"))?;
+        object.value()["spec"]["service"].is_object().then_some(object)
+    }
+
+    /// Passes a request on.
+    pub(crate) async fn forward(
+        &self,
+        service: &Object,
+        user: &UserInfo,
+        mut request: Request<Incoming>,
+    ) -> Result<Response<Body>, Status> {
+        if !availability::is_available(&service.value()) {
+            return Ok(respond::text(503, "service unavailable\n".to_owned()));
+        }
+        let backend = self.backend(service).map_err(Status::service_unavailable)?;
+        identify(request.headers_mut(), user);
+        let uri = request.uri();
+        let path = uri.path_and_query().map_or_else(|| uri.path().to_owned(), ToString::to_string);
+        forward_over(&backend.tls, &backend.name, &backend.target, &path, request).await
+    }
+
+    /// Where the server of an APIService is now.
+    fn backend(&self, service: &Object) -> Result<Backend, String> {
+        let value = service.value();
+        let spec = &value["spec"];
+        let text = |field: &str| spec["service"][field].as_str().unwrap_or_default();
+        let (namespace, name, port) =
+            (text("namespace"), text("name"), spec["service"]["port"].as_u64().unwrap_or(443));
+        let target = service_target(&*self.objects, namespace, &format!("https:{name}:{port}"))
+            .map_err(|status| status.message)?;
+        let tls = self.tls(service, spec)?;
+        Ok(Backend { target, tls, name: format!("{name}.{namespace}.svc") })
+    }
+
+    fn tls(&self, service: &Object, spec: &Value) -> Result<Arc<ClientConfig>, String> {
+        if let Some((revision, tls)) = self.tls.lock().get(&service.name)
+            && *revision == service.revision
+        {
+            return Ok(Arc::clone(tls));
+        }
+        let bundle = STANDARD.decode(spec["caBundle"].as_str().unwrap_or_default()).map_err(|e| e.to_string())?;
+        let unchecked = spec["insecureSkipTLSVerify"] == true;
+        let tls = extension_tls(self.identity.as_ref(), (!unchecked).then_some(&bundle))
+            .map_err(|error| error.to_string())?;
+        self.tls.lock().insert(service.name.clone(), (service.revision, Arc::clone(&tls)));
+        Ok(tls)
+    }
+}
+
+/// Says who asks, in the headers that front proxies use; what the client sent in them is dropped.
+fn identify(headers: &mut http::HeaderMap, user: &UserInfo) {
+    let forged: Vec<HeaderName> =
+        headers.keys().filter(|name| name.as_str().starts_with("x-remote-")).cloned().collect();
+    for name in forged {
+        headers.remove(name);
+    }
+    let mut add = |name: String, value: &str| {
+        if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
+            headers.append(name, value);
+        }
+    };
+    add("x-remote-user".to_owned(), &user.name);
+    if !user.uid.is_empty() {
+        add("x-remote-uid".to_owned(), &user.uid);
+    }
+    for group in &user.groups {
+        add("x-remote-group".to_owned(), group);
+    }
+    for (key, values) in &user.extra {
+        for value in values {
+            add(format!("x-remote-extra-{}", escape(key)), value);
+        }
+    }
+}
+
+/// A key as part of a header's name: what may not be there is percent-encoded.
+fn escape(key: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"!#$&'*+-.^_`|~".contains(&b);
+    key.to_lowercase().bytes().fold(String::new(), |mut out, b| {
+        if plain(b) {
+            out.push(char::from(b));
+        } else {
+            out.push_str(&format!("%{b:02X}"));
+        }
+        out
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_told_and_cannot_be_forged() {
+        let mut headers = http::HeaderMap::new();
+        headers.insert("x-remote-user", HeaderValue::from_static("admin"));
+        headers.insert("x-remote-group", HeaderValue::from_static("system:masters"));
+        let user = UserInfo {
+            name: "bob".into(),
+            groups: vec!["dev".into(), "ops".into()],
+            extra: [("example.com/Key".to_owned(), vec!["v".to_owned()])].into(),
+            ..UserInfo::default()
+        };
+        identify(&mut headers, &user);
+        let all = |name: &str| headers.get_all(name).iter().map(|v| v.to_str().unwrap()).collect::<Vec<_>>().join(",");
+        assert_eq!((all("x-remote-user"), all("x-remote-group")), ("bob".to_owned(), "dev,ops".to_owned()));
+        assert_eq!(all("x-remote-extra-example.com%2fkey"), "v");
+    }
+
+    /// A TLS server for `m.n.svc` that answers every request with one list; the second value is its CA.
+    async fn extension_server() -> (u16, String) {
+        use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+        let ca_key = KeyPair::generate().unwrap();
+        let mut ca = CertificateParams::new(Vec::new()).unwrap();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca_pem = ca.self_signed(&ca_key).unwrap().pem();
+        let key = KeyPair::generate().unwrap();
+        let leaf = CertificateParams::new(vec!["m.n.svc".to_owned()]).unwrap();
+        let leaf = leaf.signed_by(&key, &Issuer::new(ca, ca_key)).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let tls = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let private = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let tls = tls.with_no_client_auth().with_single_cert(vec![leaf.der().clone()], private).unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                let Ok(stream) = acceptor.accept(tcp).await else { continue };
+                let list = br#"{"kind":"APIResourceList","resources":[{"name":"pods","kind":"P","verbs":["list"]}]}"#;
+                let answer = hyper::service::service_fn(|_| async {
+                    let body = http_body_util::Full::new(bytes::Bytes::from_static(list));
+                    Ok::<_, std::convert::Infallible>(Response::new(body))
+                });
+                let stream = hyper_util::rt::TokioIo::new(stream);
+                tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(stream, answer));
+            }
+        });
+        (port, ca_pem)
+    }
+
+    #[tokio::test]
+    async fn servers_are_available_when_their_certificate_is_right() {
+        use serde_json::json;
+        let (port, ca) = extension_server().await;
+        let (_, other) = extension_server().await;
+        let objects = Arc::new(crate::kinds::fake::FakeObjects::default());
+        objects.put(
+            "services",
+            json!({"metadata": {"name": "m", "namespace": "n"},
+            "spec": {"ports": [{"name": "", "port": 443}]}}),
+        );
+        objects.put(
+            "endpointslices",
+            json!({"metadata": {"name": "m-1", "namespace": "n",
+            "labels": {"kubernetes.io/service-name": "m"}}, "ports": [{"name": "", "port": port}],
+            "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": true}}]}),
+        );
+        let aggregator = Aggregator::new(None, Arc::clone(&objects) as Arc<dyn Objects>);
+        let condition =
+            || objects.get(&gvr(), "", "v1.x.example.com").unwrap().value()["status"]["conditions"][0].clone();
+        for (bundle, service, reason) in
+            [(&ca, "m", "Passed"), (&other, "m", "FailedDiscoveryCheck"), (&ca, "gone", "ServiceNotFound")]
+        {
+            objects.put(
+                "apiservices",
+                json!({"metadata": {"name": "v1.x.example.com"},
+                "spec": {"group": "x.example.com", "version": "v1", "caBundle": STANDARD.encode(bundle),
+                    "service": {"namespace": "n", "name": service, "port": 443}}}),
+            );
+            aggregator.look().await;
+            assert_eq!(condition()["reason"], reason, "{}", condition());
+            let known = aggregator.extensions().in_version("x.example.com", "v1").count();
+            assert_eq!(known, usize::from(reason == "Passed"));
+        }
+        assert!(aggregator.service("/apis/x.example.com/v1/namespaces/n/pods").is_some());
+        assert!(aggregator.service("/apis/apps/v1/deployments").is_none());
+    }
+}
