@@ -56,8 +56,10 @@ fn of_type(ty: &Type, value: &mut Value) {
 fn declared(definition: &Definition) -> Vec<&'static str> {
     let message = definition.name.strip_prefix("io.k8s.").map(|name| format!("k8s.io.{}", name.replace('-', "_")));
     let fields = message.and_then(|name| protobuf::message(&name)).unwrap_or_default();
-    let mut names = vec!["kind", "apiVersion"];
-    names.extend(fields.iter().map(|field| field.name).filter(|name| !["kind", "apiVersion"].contains(name)));
+    // TypeMeta comes first, but is no part of the message.
+    let own = |name: &str| fields.iter().any(|field| field.name == name);
+    let mut names: Vec<&str> = ["kind", "apiVersion"].into_iter().filter(|name| !own(name)).collect();
+    names.extend(fields.iter().map(|field| field.name));
     let short = definition.short_name();
     let container = ["EphemeralContainer", "EphemeralContainerCommon"].contains(&short);
     for (_, field, before) in MOVED.iter().filter(|(of, ..)| *of == short || (container && *of == "Container")) {
@@ -102,12 +104,12 @@ mod tests {
             "spec": {"template": {"spec": {"schedulerName": "s", "initContainers": [], "containers": [
                 {"imagePullPolicy": "Always", "volumeMounts": [], "env": [], "envFrom": [], "name": "c"}]},
                 "metadata": {"labels": {"b": "", "a": ""}, "name": "x"}}},
-            "metadata": {"managedFields": [{"fieldsV1": {"f:z": {}, "f:a": {}}, "manager": "m"}], "name": "d"},
+            "metadata": {"managedFields": [{"fieldsV1": {"f:z": {}, "f:a": {}}, "apiVersion": "v1", "manager": "m"}], "name": "d"},
             "kind": "Deployment",
         });
         go_order(definition, &mut value);
         let want = concat!(
-            r#"{"kind":"Deployment","metadata":{"name":"d","managedFields":[{"manager":"m","fieldsV1":{"f:z":{},"f:a":{}}}]},"#,
+            r#"{"kind":"Deployment","metadata":{"name":"d","managedFields":[{"manager":"m","apiVersion":"v1","fieldsV1":{"f:z":{},"f:a":{}}}]},"#,
             r#""spec":{"template":{"metadata":{"name":"x","labels":{"a":"","b":""}},"spec":{"initContainers":[],"containers":"#,
             r#"[{"name":"c","envFrom":[],"env":[],"volumeMounts":[],"imagePullPolicy":"Always"}],"schedulerName":"s"}}}}"#,
         );

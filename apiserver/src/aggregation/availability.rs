@@ -96,26 +96,30 @@ impl Aggregator {
     async fn ask(&self, object: &Object, value: &Value) -> Finding {
         let service = &value["spec"]["service"];
         let text = |field: &str| service[field].as_str().unwrap_or_default();
-        let (namespace, name) = (text("namespace"), text("name"));
-        if self.objects.get(&Gvr::new("", "v1", "services"), namespace, name).is_none() {
-            let message = format!("service/{name} in {namespace:?} is not present");
+        let (namespace, service) = (text("namespace"), text("name"));
+        if self.objects.get(&Gvr::new("", "v1", "services"), namespace, service).is_none() {
+            let message = format!("service/{service} in {namespace:?} is not present");
             return Finding::ill("ServiceNotFound", message);
         }
-        let backend = match self.backend(object) {
-            Ok(backend) => backend,
+        let spec = &value["spec"];
+        let (target, name) = match self.target(spec) {
+            Ok(found) => found,
             Err(message) => return Finding::ill("MissingEndpoints", message),
         };
-        let spec = &value["spec"];
         let path = format!(
             "/apis/{}/{}",
             spec["group"].as_str().unwrap_or_default(),
             spec["version"].as_str().unwrap_or_default()
         );
         let failed = |why: String| {
-            let url = format!("https://{}:{}{path}", backend.target.host, backend.target.port);
+            let url = format!("https://{}:{}{path}", target.host, target.port);
             Finding::ill("FailedDiscoveryCheck", format!("failing or missing response from {url}: {why}"))
         };
-        match fetch(&backend.tls, &backend.name, &backend.target, &path).await {
+        let tls = match self.tls(object, spec) {
+            Ok(tls) => tls,
+            Err(error) => return failed(error),
+        };
+        match fetch(&tls, &name, &target, &path).await {
             Ok((200, body)) => match serde_json::from_slice(&body) {
                 Ok(resources) => {
                     Finding { available: true, reason: "Passed", message: "all checks passed".to_owned(), resources }

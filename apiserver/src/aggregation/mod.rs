@@ -6,6 +6,7 @@
 
 mod availability;
 mod extensions;
+mod tls;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
@@ -25,7 +26,7 @@ use crate::{
     endpoints::{
         Body,
         proxy::service_target,
-        transport::{Target, extension_tls, forward_over},
+        transport::{Target, forward_over},
     },
     objects::{Object, Objects},
     server::respond,
@@ -44,14 +45,6 @@ pub(crate) struct Aggregator {
     /// TLS by APIService and its revision.
     tls: Mutex<HashMap<Box<str>, (u64, Arc<ClientConfig>)>>,
     extensions: ArcSwap<Extensions>,
-}
-
-/// An extension server, ready to be spoken to.
-struct Backend {
-    target: Target,
-    tls: Arc<ClientConfig>,
-    /// The name its certificate must have.
-    name: String,
 }
 
 impl Aggregator {
@@ -86,24 +79,22 @@ impl Aggregator {
         if !availability::is_available(&service.value()) {
             return Ok(respond::text(503, "service unavailable\n".to_owned()));
         }
-        let backend = self.backend(service).map_err(Status::service_unavailable)?;
+        let value = service.value();
+        let (target, name) = self.target(&value["spec"]).map_err(Status::service_unavailable)?;
+        let tls = self.tls(service, &value["spec"]).map_err(Status::service_unavailable)?;
         identify(request.headers_mut(), user);
         let uri = request.uri();
         let path = uri.path_and_query().map_or_else(|| uri.path().to_owned(), ToString::to_string);
-        forward_over(&backend.tls, &backend.name, &backend.target, &path, request).await
+        forward_over(&tls, &name, &target, &path, request).await
     }
 
-    /// Where the server of an APIService is now.
-    fn backend(&self, service: &Object) -> Result<Backend, String> {
-        let value = service.value();
-        let spec = &value["spec"];
+    /// A ready endpoint of an APIService's server, and the name its certificate must have.
+    fn target(&self, spec: &Value) -> Result<(Target, String), String> {
         let text = |field: &str| spec["service"][field].as_str().unwrap_or_default();
         let (namespace, name, port) =
             (text("namespace"), text("name"), spec["service"]["port"].as_u64().unwrap_or(443));
-        let target = service_target(&*self.objects, namespace, &format!("https:{name}:{port}"))
-            .map_err(|status| status.message)?;
-        let tls = self.tls(service, spec)?;
-        Ok(Backend { target, tls, name: format!("{name}.{namespace}.svc") })
+        let target = service_target(&*self.objects, namespace, &format!("https:{name}:{port}"));
+        Ok((target.map_err(|status| status.message)?, format!("{name}.{namespace}.svc")))
     }
 
     fn tls(&self, service: &Object, spec: &Value) -> Result<Arc<ClientConfig>, String> {
@@ -114,8 +105,8 @@ impl Aggregator {
         }
         let bundle = STANDARD.decode(spec["caBundle"].as_str().unwrap_or_default()).map_err(|e| e.to_string())?;
         let unchecked = spec["insecureSkipTLSVerify"] == true;
-        let tls = extension_tls(self.identity.as_ref(), (!unchecked).then_some(&bundle))
-            .map_err(|error| error.to_string())?;
+        let tls =
+            tls::config(self.identity.as_ref(), (!unchecked).then_some(&bundle)).map_err(|error| error.to_string())?;
         self.tls.lock().insert(service.name.clone(), (service.revision, Arc::clone(&tls)));
         Ok(tls)
     }
@@ -181,19 +172,26 @@ mod tests {
         assert_eq!(all("x-remote-extra-example.com%2fkey"), "v");
     }
 
-    /// A TLS server for `m.n.svc` that answers every request with one list; the second value is its CA.
-    async fn extension_server() -> (u16, String) {
+    /// A TLS server for `m.n.svc` that answers every request with one list; the second value is its CA, which with
+    /// `alone` is the server's own certificate.
+    async fn extension_server(alone: bool) -> (u16, String) {
         use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
         let ca_key = KeyPair::generate().unwrap();
-        let mut ca = CertificateParams::new(Vec::new()).unwrap();
+        let names = if alone { vec!["m.n.svc".to_owned()] } else { Vec::new() };
+        let mut ca = CertificateParams::new(names).unwrap();
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let ca_pem = ca.self_signed(&ca_key).unwrap().pem();
+        let ca_cert = ca.self_signed(&ca_key).unwrap();
+        let ca_pem = ca_cert.pem();
         let key = KeyPair::generate().unwrap();
         let leaf = CertificateParams::new(vec!["m.n.svc".to_owned()]).unwrap();
-        let leaf = leaf.signed_by(&key, &Issuer::new(ca, ca_key)).unwrap();
+        let (leaf, key) = if alone {
+            (ca_cert, ca_key.serialize_der())
+        } else {
+            (leaf.signed_by(&key, &Issuer::new(ca, ca_key)).unwrap(), key.serialize_der())
+        };
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let tls = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-        let private = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let private = rustls::pki_types::PrivateKeyDer::try_from(key).unwrap();
         let tls = tls.with_no_client_auth().with_single_cert(vec![leaf.der().clone()], private).unwrap();
         let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -216,26 +214,30 @@ mod tests {
     #[tokio::test]
     async fn servers_are_available_when_their_certificate_is_right() {
         use serde_json::json;
-        let (port, ca) = extension_server().await;
-        let (_, other) = extension_server().await;
+        let (port, ca) = extension_server(false).await;
+        let (own_port, own) = extension_server(true).await;
         let objects = Arc::new(crate::kinds::fake::FakeObjects::default());
         objects.put(
             "services",
             json!({"metadata": {"name": "m", "namespace": "n"},
             "spec": {"ports": [{"name": "", "port": 443}]}}),
         );
-        objects.put(
-            "endpointslices",
-            json!({"metadata": {"name": "m-1", "namespace": "n",
-            "labels": {"kubernetes.io/service-name": "m"}}, "ports": [{"name": "", "port": port}],
-            "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": true}}]}),
-        );
+        let slice = |port: u16| {
+            json!({"metadata": {"name": "m-1", "namespace": "n", "labels": {"kubernetes.io/service-name": "m"}},
+                "ports": [{"name": "", "port": port}],
+                "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": true}}]})
+        };
         let aggregator = Aggregator::new(None, Arc::clone(&objects) as Arc<dyn Objects>);
         let condition =
             || objects.get(&gvr(), "", "v1.x.example.com").unwrap().value()["status"]["conditions"][0].clone();
-        for (bundle, service, reason) in
-            [(&ca, "m", "Passed"), (&other, "m", "FailedDiscoveryCheck"), (&ca, "gone", "ServiceNotFound")]
-        {
+        for (bundle, port, service, reason) in [
+            (&ca, port, "m", "Passed"),
+            (&own, port, "m", "FailedDiscoveryCheck"),
+            (&own, own_port, "m", "Passed"),
+            (&ca, own_port, "m", "FailedDiscoveryCheck"),
+            (&ca, port, "gone", "ServiceNotFound"),
+        ] {
+            objects.put("endpointslices", slice(port));
             objects.put(
                 "apiservices",
                 json!({"metadata": {"name": "v1.x.example.com"},

@@ -3,15 +3,7 @@
 //! A request is passed on as it is, upgrades included: after a 101 the two connections are joined byte by byte, so every
 //! protocol between client and node (SPDY, WebSocket, a tunnel of one in the other) goes through untranslated.
 
-use std::{
-    fs::File,
-    io,
-    io::BufReader,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs::File, io, io::BufReader, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header};
@@ -93,12 +85,14 @@ fn pem_error(path: &Path) -> impl Fn(io::Error) -> Error + use<> {
     move |source| Error::Read { path: path.clone(), source }
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+/// The certificates of a file.
+pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
     let file = File::open(path).map_err(pem_error(path))?;
     rustls_pemfile::certs(&mut BufReader::new(file)).collect::<Result<_, _>>().map_err(pem_error(path))
 }
 
-fn key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
+/// The private key of a file.
+pub(crate) fn key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
     let file = File::open(path).map_err(pem_error(path))?;
     let key = rustls_pemfile::private_key(&mut BufReader::new(file)).map_err(pem_error(path))?;
     key.ok_or_else(|| Error::Content { path: path.to_path_buf(), reason: "no private key in it".to_owned() })
@@ -170,30 +164,6 @@ async fn in_time(
         Ok(Err(error)) => Err(format!("{dial}: {error}")),
         Ok(Ok(stream)) => Ok(stream),
     }
-}
-
-/// TLS towards an extension server: our front-proxy certificate; its own is checked with `ca`, or not at all.
-pub(crate) fn extension_tls(
-    identity: Option<&(PathBuf, PathBuf)>,
-    ca: Option<&Vec<u8>>,
-) -> Result<Arc<ClientConfig>, Error> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
-    let builder = match ca {
-        Some(bundle) => {
-            let mut roots = RootCertStore::empty();
-            let content = |reason: String| Error::Content { path: "caBundle".into(), reason };
-            for certificate in rustls_pemfile::certs(&mut bundle.as_slice()) {
-                roots.add(certificate.map_err(|error| content(error.to_string()))?)?;
-            }
-            builder.with_root_certificates(roots)
-        }
-        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(Unchecked(provider))),
-    };
-    Ok(Arc::new(match identity {
-        Some((cert, private)) => builder.with_client_auth_cert(certificates(cert)?, key(private)?)?,
-        None => builder.with_no_client_auth(),
-    }))
 }
 
 /// A TLS connection to an extension server under the name it must have.
@@ -325,7 +295,7 @@ async fn join(client: hyper::upgrade::OnUpgrade, backend: hyper::upgrade::OnUpgr
 
 /// Accepts any certificate, but checks that its owner signed the handshake.
 #[derive(Debug)]
-struct Unchecked(Arc<CryptoProvider>);
+pub(crate) struct Unchecked(pub(crate) Arc<CryptoProvider>);
 
 impl ServerCertVerifier for Unchecked {
     fn verify_server_cert(

@@ -42,6 +42,22 @@ pub(super) fn check(e: &mut Errs, versions: &At<'_>) {
 fn root(e: &mut Errs, at: &At<'_>) {
     if at.is_set() {
         node(e, at, Place::Root);
+        object_head(e, &at.get("properties"));
+    }
+}
+
+/// apiVersion, kind and metadata are what they are everywhere; schemas may restrict names only.
+fn object_head(e: &mut Errs, properties: &At<'_>) {
+    for (name, kind) in [("kind", "string"), ("apiVersion", "string"), ("metadata", "object")] {
+        let property = properties.key(name);
+        if property.is_set() && property.get("type").s() != kind {
+            e.invalid_str(&property.get("type"), &format!("must be {kind}"));
+        }
+    }
+    let metadata = properties.key("metadata");
+    if metadata.get("properties").entries().iter().any(|(name, _)| !["name", "generateName"].contains(name)) {
+        let only = "must not specify anything other than name and generateName, but metadata is implicitly specified";
+        e.forbidden(&metadata, only);
     }
 }
 

@@ -135,6 +135,7 @@ fn definition(e: &mut Errs, obj: &Value) {
     e.required_one_of(&spec.get("scope"), &["Cluster", "Namespaced"]);
     versions(e, &spec.get("versions"));
     names_of(e, &spec.get("names"));
+    super::crd_versions::check(e, &spec);
     protected_group(e, obj, group.s());
 }
 

@@ -13,6 +13,7 @@ mod certificates;
 mod cluster;
 mod config;
 mod crd_schema;
+mod crd_versions;
 mod cron;
 mod cronjob;
 mod daemonset;

@@ -173,8 +173,7 @@ fn decode_patched(
     warnings: &mut Vec<String>,
 ) -> Result<Value, Status> {
     let invalid = |value: &Value, detail: String| {
-        let known = schema::lookup(&Gvk::of(value));
-        let error = Error::invalid(&Path::new("patch"), patch.shown(value, known), detail);
+        let error = Error::invalid(&Path::new("patch"), patch.shown(value, schema::lookup(gvk)), detail);
         Status::invalid(&GroupKind::default(), "", vec![error])
     };
     let found = Gvk::of(&new);
