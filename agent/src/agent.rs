@@ -11,10 +11,11 @@ use std::{
 use futures::{StreamExt, future::join_all};
 use k8s_openapi::api::core::v1::Pod;
 use parking_lot::RwLock;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    access::Access,
     api::Api,
     cgroups::{CgroupError, Cgroups},
     config::Config,
@@ -22,6 +23,7 @@ use crate::{
     events::Recorder,
     host::NodeHost,
     images::{ImageError, ImageService, LocalImages},
+    metrics::Metrics,
     network::{BridgeNetwork, NetworkConfig, PodNetwork},
     node,
     objects::Objects,
@@ -31,6 +33,7 @@ use crate::{
     server,
     services::Services,
     sources,
+    stats::Stats,
     volumes::mounts,
 };
 use isopod_runtime::supervisor::protocol::{ContainerState, Op};
@@ -92,6 +95,9 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     let cgroups = Cgroups::open(&paths.instance())?;
     let local =
         LocalImages::open(&paths.image_store(), paths.etc().join("certs.d"), paths.state().join("config.json"))?;
+    if let Ok(verification) = config.kubelet.verification() {
+        local.verify(verification);
+    }
     let node_name: Arc<str> = config.node_name.as_str().into();
     let server = bind(&config).await?;
     let api = Api::start(config.kubeconfig.clone(), stop.clone());
@@ -105,6 +111,11 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
         node_name: node_name.clone(),
         images: Arc::new(local),
         table: PodTable::default(),
+        stats: Stats::default(),
+        metrics: Metrics::default(),
+        access: Access::new(api.clone(), &node_name, &config.kubelet),
+        pressure: watch::channel(Default::default()).0,
+        node: RwLock::default(),
         burstable: RwLock::default(),
         api,
         network,
@@ -116,9 +127,10 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(manager::run(ctx.clone(), manifests, stop.clone()));
     tasks.spawn(node::run(ctx.clone(), stop.clone()));
+    tasks.spawn(node::eviction::run(ctx.clone(), stop.clone()));
     if let Some(bound) = server {
         let host = Arc::new(NodeHost { ctx: ctx.clone() });
-        tasks.spawn(bound.serve(host, server::Metrics::default(), stop.clone()));
+        tasks.spawn(bound.serve(host, stop.clone()));
     }
     stop.cancelled().await;
     // What is not done in a moment is cut off: everything that matters is on disk.

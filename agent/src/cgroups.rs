@@ -3,12 +3,15 @@
 //! Works on v2, v1 and hybrid. Only groups below the instance's own are ever touched; containers' groups below a pod's
 //! are the runtime's.
 
+mod usage;
+
 use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
 
+pub(crate) use self::usage::Usage;
 use crate::qos::{self, Limits, Qos};
 
 /// A file of the tree that could not be made or written.

@@ -11,7 +11,7 @@ use std::{
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::paths::Paths;
+use crate::{images::Verification, paths::Paths};
 
 /// Everything the agent needs to run.
 #[derive(Debug, Clone)]
@@ -102,6 +102,11 @@ pub struct KubeletConfiguration {
     pub registry_pull_qps: i32,
     /// Burst of pulls.
     pub registry_burst: i32,
+    /// Which images that are here already a pod needs credentials for: `NeverVerify`, `NeverVerifyPreloadedImages`,
+    /// `NeverVerifyAllowlistedImages` or `AlwaysVerify`.
+    pub image_pull_credentials_verification_policy: String,
+    /// Preloaded images everybody may use, with `NeverVerifyAllowlistedImages`.
+    pub preloaded_images_verification_allowlist: Vec<String>,
     /// One pull at a time.
     pub serialize_image_pulls: bool,
     /// Pulls at one time.
@@ -142,6 +147,9 @@ pub struct KubeletConfiguration {
     /// Least age of an unused image before it is collected.
     #[serde(rename = "imageMinimumGCAge", with = "go_duration")]
     pub image_minimum_gc_age: Duration,
+    /// Age at which an unused image is collected whatever the disk says, 0 is never.
+    #[serde(rename = "imageMaximumGCAge", with = "go_duration")]
+    pub image_maximum_gc_age: Duration,
     /// Disk use, percent, at which images are collected.
     #[serde(rename = "imageGCHighThresholdPercent")]
     pub image_gc_high_threshold_percent: u8,
@@ -281,6 +289,8 @@ impl Default for KubeletConfiguration {
             enforce_node_allocatable: vec!["pods".into()],
             container_log_max_size: "10Mi".into(),
             container_log_max_files: 5,
+            image_pull_credentials_verification_policy: "NeverVerifyPreloadedImages".into(),
+            preloaded_images_verification_allowlist: Vec::new(),
             registry_pull_qps: 5,
             registry_burst: 10,
             serialize_image_pulls: false,
@@ -300,6 +310,7 @@ impl Default for KubeletConfiguration {
             node_status_update_frequency: seconds(10),
             node_status_report_frequency: seconds(300),
             image_minimum_gc_age: seconds(120),
+            image_maximum_gc_age: Duration::ZERO,
             image_gc_high_threshold_percent: 85,
             image_gc_low_threshold_percent: 80,
             crash_loop_back_off: CrashLoopBackOff::default(),
@@ -341,8 +352,8 @@ pub enum ConfigError {
 /// Upstream's fields that are recognized but not honoured.
 const REFUSED: &str = "podLogsDir syncFrequency fileCheckFrequency httpCheckFrequency staticPodURL staticPodURLHeader \
  readOnlyPort tlsCipherSuites tlsCurvePreferences tlsMinVersion rotateCertificates serverTLSBootstrap \
- imagePullCredentialsVerificationPolicy preloadedImagesVerificationAllowlist enableContentionProfiling oomScoreAdj \
- imageMaximumGCAge volumeStatsAggPeriod kubeletCgroups systemCgroups cgroupRoot cgroupsPerQOS cpuManagerPolicy \
+ enableContentionProfiling oomScoreAdj \
+ volumeStatsAggPeriod kubeletCgroups systemCgroups cgroupRoot cgroupsPerQOS cpuManagerPolicy \
  singleProcessOOMKill cpuManagerPolicyOptions cpuManagerReconcilePeriod memoryManagerPolicy topologyManagerPolicy \
  topologyManagerScope topologyManagerPolicyOptions qosReserved runtimeRequestTimeout hairpinMode runOnce maxOpenFiles \
  contentType kubeAPIQPS kubeAPIBurst mergeDefaultEvictionSettings enableControllerAttachDetach protectKernelDefaults \
@@ -391,6 +402,21 @@ impl KubeletConfiguration {
         Ok(parsed)
     }
 
+    /// Whether pods have to show credentials for images that are here already.
+    pub(crate) fn verification(&self) -> Result<Verification, String> {
+        let list = &self.preloaded_images_verification_allowlist;
+        match self.image_pull_credentials_verification_policy.as_str() {
+            "NeverVerifyAllowlistedImages" => Ok(Verification::NotAllowed(list.clone())),
+            _ if !list.is_empty() => Err("preloadedImagesVerificationAllowlist needs \
+                 imagePullCredentialsVerificationPolicy NeverVerifyAllowlistedImages"
+                .into()),
+            "NeverVerify" => Ok(Verification::Never),
+            "NeverVerifyPreloadedImages" => Ok(Verification::NotPreloaded),
+            "AlwaysVerify" => Ok(Verification::Always),
+            other => Err(format!("imagePullCredentialsVerificationPolicy {other:?} is unknown")),
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
         if self.cgroup_driver != "cgroupfs" {
             return Err(format!("cgroupDriver {:?} is not supported by isopod, want \"cgroupfs\"", self.cgroup_driver));
@@ -398,6 +424,7 @@ impl KubeletConfiguration {
         if !matches!(self.authorization.mode.as_str(), "Webhook" | "AlwaysAllow") {
             return Err(format!("authorization.mode {:?}: want Webhook or AlwaysAllow", self.authorization.mode));
         }
+        self.verification()?;
         if self.container_log_max_files < 2 {
             return Err("containerLogMaxFiles must be greater than 1".into());
         }
@@ -407,6 +434,13 @@ impl KubeletConfiguration {
         }
         isopod_quantity(&self.container_log_max_size)
             .ok_or_else(|| format!("containerLogMaxSize {:?} is not a quantity", self.container_log_max_size))?;
+        for signal in self.eviction_soft.keys().filter(|s| !self.eviction_soft_grace_period.contains_key(*s)) {
+            return Err(format!("evictionSoft {signal:?} has no evictionSoftGracePeriod"));
+        }
+        for (signal, grace) in &self.eviction_soft_grace_period {
+            parse_duration(grace)
+                .ok_or_else(|| format!("evictionSoftGracePeriod {signal}: {grace:?} is not a duration"))?;
+        }
         for (signal, v) in self.eviction_hard.iter().chain(&self.eviction_soft) {
             if !matches!(
                 signal.as_str(),

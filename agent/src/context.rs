@@ -2,19 +2,25 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use k8s_openapi::api::core::v1::Node;
 use parking_lot::RwLock;
+use tokio::sync::watch;
 
 use crate::{
+    access::Access,
     api::Api,
     cgroups::Cgroups,
     config::Config,
     events::Recorder,
     images::ImageService,
+    metrics::Metrics,
     network::PodNetwork,
+    node::pressure::Pressure,
     objects::Objects,
     pods::table::PodTable,
     services::Services,
     spec::{field::Allocatable, files::Resolver},
+    stats::Stats,
 };
 
 /// Facts of this machine that do not change while the agent runs.
@@ -40,6 +46,13 @@ pub(crate) struct Context {
     pub(crate) cgroups: Cgroups,
     pub(crate) machine: Machine,
     pub(crate) table: PodTable,
+    pub(crate) stats: Stats,
+    pub(crate) metrics: Metrics,
+    pub(crate) access: Access,
+    /// What the node is short of.
+    pub(crate) pressure: watch::Sender<Pressure>,
+    /// This machine's Node as last seen.
+    pub(crate) node: RwLock<Option<Arc<Node>>>,
     /// Milli-CPUs requested by burstable pods, for their class's weight.
     pub(crate) burstable: RwLock<std::collections::HashMap<String, i64>>,
 }

@@ -8,12 +8,16 @@ use tokio::sync::mpsc;
 
 use crate::{
     context::Context,
+    metrics,
     pods::{
         exec, sandbox, start,
         table::{ContainerView, Snapshot},
     },
     runtime::Supervisor,
-    server::{AttachRequest, ExecRequest, Host, HostError, LogSource, NetNs, PodRef, Session, Stdio, TerminalSize},
+    server::{
+        AttachRequest, ExecRequest, Host, HostError, Identity, LogSource, NetNs, PodRef, Session, Stdio, TerminalSize,
+    },
+    stats,
 };
 use isopod_runtime::supervisor::protocol::{Op, WinSize};
 
@@ -195,6 +199,49 @@ impl Host for NodeHost {
         }
         let name = sandbox::name(&s.pod);
         s.netns.clone().map(NetNs::Path).ok_or_else(|| HostError::NotFound(format!("pod {name:?} has no network yet")))
+    }
+
+    fn authenticate<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<Option<Identity>, String>> {
+        Box::pin(self.ctx.access.authenticate(token))
+    }
+
+    fn allowed<'a>(
+        &'a self,
+        who: &'a Identity,
+        verb: &'a str,
+        subresource: &'a str,
+    ) -> BoxFuture<'a, Result<bool, String>> {
+        Box::pin(self.ctx.access.allowed(who, verb, subresource))
+    }
+
+    fn anonymous(&self) -> bool {
+        self.ctx.config.kubelet.authentication.anonymous.enabled
+    }
+
+    fn stats(&self, brief: bool) -> BoxFuture<'_, Value> {
+        Box::pin(stats::summary(self.ctx.clone(), brief))
+    }
+
+    fn metrics(&self) -> String {
+        metrics::render(&self.ctx)
+    }
+
+    fn answered(&self, method: &str, path: &str) {
+        let labels = [("long_running", "false"), ("method", method), ("path", path), ("server_type", "readwrite")];
+        if matches!(
+            path,
+            "pods" | "metrics" | "stats" | "configz" | "exec" | "attach" | "portForward" | "containerLogs"
+        ) {
+            self.ctx.metrics.count("kubelet_http_requests_total", labels);
+        }
+    }
+
+    fn probes(&self) -> String {
+        metrics::probes(&self.ctx)
+    }
+
+    fn cadvisor(&self) -> BoxFuture<'_, String> {
+        Box::pin(stats::cadvisor::text(self.ctx.clone()))
     }
 
     fn configuration(&self) -> Value {

@@ -3,6 +3,7 @@
 //! What comes in: the API server's pods of this node, static manifests, the supervisors' events. What goes out: running
 //! containers, status, events. Every loop observes, plans purely and applies idempotently.
 
+mod access;
 mod agent;
 mod api;
 mod cgroups;
@@ -11,6 +12,7 @@ mod context;
 mod events;
 mod host;
 pub mod images;
+mod metrics;
 pub mod network;
 mod node;
 mod objects;
@@ -24,6 +26,7 @@ pub mod server;
 mod services;
 mod sources;
 mod spec;
+mod stats;
 mod tokens;
 mod volumes;
 

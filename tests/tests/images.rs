@@ -42,6 +42,14 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
     assert_eq!(c.k("logs granted"), "from the registry");
     let id = c.get("pod granted")["status"]["containerStatuses"][0]["imageID"].as_str().unwrap().to_owned();
     assert!(id.contains("@sha256:"), "{id}");
+    // It is here now: for those whose credentials its registry knows, for nobody else.
+    c.apply(&pod("granted-again", "team/pulled:1", "good"));
+    c.wait_field("pod granted-again", ".status.phase", |phase| phase == "Succeeded");
+    assert!(c.k("get events --field-selector involvedObject.name=granted-again").contains("already present"));
+    c.apply(&pod("stranger", "team/pulled:1", "bad"));
+    c.wait_field("pod stranger", ".status.containerStatuses[0].state.waiting.reason", |r| {
+        r == "ErrImagePull" || r == "ImagePullBackOff"
+    });
     // Damage the largest blob that the first image does not share: one byte in the middle of the layer.
     let damaged = registry_host.must(
         "cd /var/lib/registry/docker/registry/v2; \

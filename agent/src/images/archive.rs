@@ -276,8 +276,13 @@ fn add(
     for name in names {
         full.push(parse_reference(name).map_err(|error| fail(error.to_string()))?.whole());
     }
-    let image =
-        Image { config: Digest::of(config_bytes), size: store.size_of(&diff_ids), layers: diff_ids, repo_digests };
+    let image = Image {
+        config: Digest::of(config_bytes),
+        size: store.size_of(&diff_ids),
+        layers: diff_ids,
+        repo_digests,
+        pulled_with: BTreeSet::new(),
+    };
     store.add_image(&full, image, config_bytes)?;
     Ok(full)
 }

@@ -34,6 +34,7 @@ pub(super) fn assemble(store: &Store, name: &str, path: &Path, file_name: &str) 
         layers: vec![diff_id.clone()],
         size: meta.size(),
         repo_digests: BTreeSet::new(),
+        pulled_with: BTreeSet::new(),
     };
     if let Some(present) = store.lookup(&name)?
         && present.id == image.config.to_string()

@@ -1,12 +1,19 @@
 //! Registry credentials in Docker's config.json form, from imagePullSecrets and from the node.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use oci_client::{Reference, secrets};
 use serde::Deserialize;
 
-use super::{DockerConfig, RegistryAuth, error::Error};
+use super::{
+    DockerConfig, RegistryAuth,
+    error::Error,
+    store::{ANYBODY, Digest},
+};
 
 #[derive(Deserialize)]
 struct File {
@@ -98,6 +105,30 @@ pub(super) fn candidates(
     all
 }
 
+/// What is remembered of a credential an image was pulled with: never the credential itself. The node's own and none at
+/// all are everybody's.
+pub(super) fn mark(reference: &Reference, auth: &secrets::RegistryAuth, node: &DockerConfig) -> String {
+    let (registry, repository) = (reference.registry(), reference.repository());
+    let own = node.matches(registry, repository).into_iter().any(|(_, known)| known == *auth);
+    match auth {
+        secrets::RegistryAuth::Anonymous => ANYBODY.into(),
+        _ if own => ANYBODY.into(),
+        // Their Debug leaves the secret part out.
+        secrets::RegistryAuth::Basic(user, password) => hashed(&[registry, user, password]),
+        secrets::RegistryAuth::Bearer(token) => hashed(&[registry, token]),
+    }
+}
+
+fn hashed(parts: &[&str]) -> String {
+    // No part holds a zero, so that no two lists make one text.
+    Digest::of(parts.join("\0").as_bytes()).to_string()
+}
+
+/// Marks of everything a pod may pull an image with.
+pub(super) fn marks(reference: &Reference, secrets: &[DockerConfig], node: &DockerConfig) -> BTreeSet<String> {
+    candidates(reference, secrets, node).iter().map(|auth| mark(reference, auth, node)).collect()
+}
+
 /// A key of `auths` without its scheme.
 fn bare(key: &str) -> &str {
     key.trim_start_matches("https://").trim_start_matches("http://")
@@ -149,6 +180,25 @@ mod tests {
     fn without_an_entry_the_pull_is_anonymous() {
         let reference: Reference = "busybox".parse().unwrap();
         assert_eq!(candidates(&reference, &[], &DockerConfig::default()), vec![RegistryAuth::Anonymous]);
+    }
+
+    #[test]
+    fn marks_tell_credentials_apart_and_give_none_away() {
+        let reference: Reference = "r.example/app:1".parse().unwrap();
+        let config = |password: &str| {
+            DockerConfig::parse(
+                format!(r#"{{"auths":{{"r.example":{{"username":"u","password":"{password}"}}}}}}"#).as_bytes(),
+            )
+            .unwrap()
+        };
+        let (a, b, nobody) = (config("geheim"), config("other"), DockerConfig::default());
+        let of = |secrets: &[DockerConfig], node: &DockerConfig| marks(&reference, secrets, node);
+        assert_ne!(of(&[a.clone()], &nobody), of(&[b], &nobody));
+        assert!(!format!("{:?}", of(&[a.clone()], &nobody)).contains("geheim"));
+        // The node's own credentials are everybody's, and so is an open registry.
+        for marks in [of(&[a.clone()], &a), of(&[], &a), of(&[], &nobody)] {
+            assert_eq!(marks, BTreeSet::from([ANYBODY.to_string()]));
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::{collections::BTreeMap, path::Path, path::PathBuf, sync::Arc, time::Dur
 use futures::future::BoxFuture;
 use oci_spec::image::ImageConfiguration;
 
-pub use service::LocalImages;
+pub use service::{LocalImages, Verification};
 
 /// When to contact the registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,6 +144,12 @@ pub trait ImageService: Send + Sync + 'static {
 
     /// Keeps the images with these ids from being collected; replaces the earlier set.
     fn in_use(&self, ids: Vec<String>);
+
+    /// Forgets all names of an image that no container uses and frees layers that no other image has. Bytes freed.
+    fn remove(&self, id: &str) -> Result<u64, ImageError>;
+
+    /// Tells of every later change of the list.
+    fn changes(&self) -> tokio::sync::watch::Receiver<()>;
 
     /// All images, largest first.
     fn list(&self) -> Vec<ImageInfo>;

@@ -48,7 +48,8 @@ pub(super) async fn pull(
         let client = client(endpoint)?;
         let there = at(endpoint, reference);
         for auth in &credentials {
-            match pull_from(inner, name, reference, &there, &client, auth).await {
+            let mark = credentials::mark(reference, auth, &node);
+            match pull_from(inner, name, reference, &there, &client, (auth, mark)).await {
                 Ok(image) => return Ok(image),
                 // What a registry sent was wrong, or this disk failed: another source does not mend that.
                 Err(error @ (Error::Store { .. } | Error::Digest { .. } | Error::Layer { .. })) => {
@@ -96,7 +97,7 @@ async fn pull_from(
     reference: &Reference,
     there: &Reference,
     client: &Client,
-    auth: &RegistryAuth,
+    (auth, mark): (&RegistryAuth, String),
 ) -> Result<ImageHandle, Error> {
     let started = Instant::now();
     let fail = |error: OciDistributionError| classify(name, error);
@@ -122,6 +123,7 @@ async fn pull_from(
         size: inner.store.size_of(&diff_ids),
         layers: diff_ids,
         repo_digests: BTreeSet::from([repo_digest.clone()]),
+        pulled_with: BTreeSet::from([mark]),
     };
     let task = {
         let (inner, image, names) = (inner.clone(), image.clone(), vec![reference.whole(), repo_digest]);

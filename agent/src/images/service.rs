@@ -9,12 +9,12 @@ use std::{
 
 use futures::{FutureExt, future::BoxFuture};
 use oci_client::Reference;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
 
 use super::{
     DockerConfig, ImageError, ImageHandle, ImageInfo, ImageService, Progress, PullPolicy, PullProgress, archive,
-    assemble, error::Error, pull, store,
+    assemble, credentials, error::Error, pull, store,
 };
 
 /// Most layers downloaded at once on a node.
@@ -36,6 +36,34 @@ pub(super) struct Inner {
     /// One pull per image name at a time; later callers find its result in the store.
     pulls: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     in_use: Mutex<BTreeSet<String>>,
+    verification: RwLock<Verification>,
+}
+
+/// Which images that are here already a pod may only use with credentials that their registry has accepted before.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Verification {
+    /// None.
+    Never,
+    /// Those that were pulled.
+    #[default]
+    NotPreloaded,
+    /// Those that were pulled, and preloaded ones that are not in this list (`registry/path` or `registry/path/*`).
+    NotAllowed(Vec<String>),
+    /// All.
+    Always,
+}
+
+/// Whether a pattern covers an image's name.
+fn allows(pattern: &str, name: &str) -> bool {
+    let bare = name.split('@').next().unwrap_or(name);
+    let bare = match bare.rsplit_once(':') {
+        Some((path, tag)) if !tag.contains('/') => path,
+        _ => bare,
+    };
+    match pattern.strip_suffix("/*") {
+        Some(prefix) => bare.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('/')),
+        None => bare == pattern,
+    }
 }
 
 /// Parses an image name with Docker's defaults (`docker.io/library/`, `:latest`).
@@ -55,6 +83,7 @@ impl LocalImages {
                 downloads: Semaphore::new(PARALLEL_DOWNLOADS),
                 pulls: Mutex::new(HashMap::new()),
                 in_use: Mutex::default(),
+                verification: RwLock::default(),
             }),
         })
     }
@@ -66,12 +95,28 @@ impl LocalImages {
         Ok(blocking(move || assemble::assemble(&inner.store, &name, &path, &file_name)).await?)
     }
 
-    /// Forgets all names of an image that no container uses and frees layers that no other image has. Bytes freed.
-    pub fn remove(&self, id: &str) -> Result<u64, ImageError> {
-        if self.inner.in_use.lock().contains(id) {
-            return Ok(0);
+    /// Whether pods have to show credentials for images that are here already.
+    pub fn verify(&self, verification: Verification) {
+        *self.inner.verification.write() = verification;
+    }
+
+    /// Whether a pod with these secrets may use an image that is here, or has to ask the registry.
+    fn may_use(&self, name: &str, reference: &Reference, secrets: &[DockerConfig]) -> Result<bool, Error> {
+        let with = self.inner.store.pulled_with(&reference.whole());
+        let preloaded = match &*self.inner.verification.read() {
+            Verification::Never => return Ok(true),
+            Verification::NotPreloaded => true,
+            Verification::NotAllowed(list) => list.iter().any(|l| allows(l, name)),
+            Verification::Always => false,
+        };
+        if with.is_empty() {
+            return Ok(preloaded);
         }
-        Ok(self.inner.store.remove(id)?)
+        if with.contains(store::ANYBODY) {
+            return Ok(true);
+        }
+        let node = credentials::read(&self.inner.node_credentials)?;
+        Ok(!with.is_disjoint(&credentials::marks(reference, secrets, &node)))
     }
 
     async fn ensure_image(
@@ -84,7 +129,8 @@ impl LocalImages {
         let asked = Instant::now();
         let reference = parse_reference(name)?;
         let present = self.inner.store.lookup(&reference.whole())?;
-        match (policy, present) {
+        let usable = present.is_some() && self.may_use(name, &reference, &secrets)?;
+        match (policy, present.filter(|_| usable)) {
             (PullPolicy::IfNotPresent | PullPolicy::Never, Some(image)) => return Ok(image),
             (PullPolicy::Never, None) => return Err(Error::NeverPull(name.to_owned())),
             _ => {}
@@ -97,6 +143,7 @@ impl LocalImages {
         };
         let _turn = turn.lock().await;
         if policy == PullPolicy::IfNotPresent
+            && self.may_use(name, &reference, &secrets)?
             && let Some(image) = self.inner.store.lookup(&reference.whole())?
         {
             return Ok(image);
@@ -134,6 +181,17 @@ impl ImageService for LocalImages {
         *self.inner.in_use.lock() = ids.into_iter().collect();
     }
 
+    fn remove(&self, id: &str) -> Result<u64, ImageError> {
+        if self.inner.in_use.lock().contains(id) {
+            return Ok(0);
+        }
+        Ok(self.inner.store.remove(id)?)
+    }
+
+    fn changes(&self) -> tokio::sync::watch::Receiver<()> {
+        self.inner.store.changes()
+    }
+
     fn list(&self) -> Vec<ImageInfo> {
         self.inner.store.list()
     }
@@ -151,5 +209,23 @@ impl ImageService for LocalImages {
             Ok(())
         }
         .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::allows;
+
+    #[test]
+    fn allowlists_name_images_and_trees() {
+        for (pattern, name, want) in [
+            ("r.example:5000/app", "r.example:5000/app:1", true),
+            ("r.example:5000/app", "r.example:5000/app@sha256:0", true),
+            ("r.example:5000/app", "r.example:5000/app/other", false),
+            ("r.example/team/*", "r.example/team/app", true),
+            ("r.example/team/*", "r.example/teammate/app", false),
+        ] {
+            assert_eq!(allows(pattern, name), want, "{pattern} {name}");
+        }
     }
 }

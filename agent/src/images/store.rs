@@ -24,6 +24,7 @@ use oci_spec::image::ImageConfiguration;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
 
 use super::{
     ImageHandle, ImageInfo, Pulled,
@@ -94,7 +95,14 @@ pub(super) struct Image {
     /// `repo@sha256:...` names under which it came.
     #[serde(default)]
     pub(super) repo_digests: BTreeSet<String>,
+    /// Who may use it without asking its registry: marks of credentials it was pulled with, [`ANYBODY`] for everyone. Empty
+    /// is an image nobody pulled.
+    #[serde(default)]
+    pub(super) pulled_with: BTreeSet<String>,
 }
+
+/// Mark of an image that was pulled without a pod's own credentials.
+pub(super) const ANYBODY: &str = "";
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Index {
@@ -110,6 +118,7 @@ pub(super) struct Store {
     root: PathBuf,
     index: Mutex<Index>,
     configs: Mutex<BTreeMap<String, Arc<ImageConfiguration>>>,
+    changed: watch::Sender<()>,
 }
 
 impl Store {
@@ -136,7 +145,12 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Index::default(),
             Err(error) => return Err(store_error("read", &path)(error)),
         };
-        Ok(Self { root: root.to_owned(), index: Mutex::new(index), configs: Mutex::default() })
+        Ok(Self {
+            root: root.to_owned(),
+            index: Mutex::new(index),
+            configs: Mutex::default(),
+            changed: watch::channel(()).0,
+        })
     }
 
     /// A new empty file or directory name under `tmp/`.
@@ -174,16 +188,40 @@ impl Store {
     }
 
     /// Gives a complete image its names. The configuration's bytes are stored under their digest.
-    pub(super) fn add_image(&self, names: &[String], image: Image, config: &[u8]) -> Result<(), Error> {
+    pub(super) fn add_image(&self, names: &[String], mut image: Image, config: &[u8]) -> Result<(), Error> {
         let path = self.config_path(&image.config);
         if !path.exists() {
             self.write_atomic(&path, config)?;
         }
         let mut index = self.index.lock();
+        // A layer that was here when the pull began may have been freed with the last image that had it.
+        if let Some(gone) = image.layers.iter().find(|l| !index.layers.contains_key(l.hex())) {
+            let name = names.first().cloned().unwrap_or_default();
+            return Err(Error::Pull {
+                name,
+                why: format!("layer {gone} was removed meanwhile, it will be fetched again"),
+            });
+        }
+        for other in index.images.values_mut().filter(|i| i.config == image.config) {
+            other.pulled_with.extend(image.pulled_with.iter().cloned());
+            image.pulled_with.extend(other.pulled_with.iter().cloned());
+        }
         for name in names {
             index.images.insert(name.clone(), image.clone());
         }
-        self.save(&index)
+        self.save(&index)?;
+        self.changed.send_replace(());
+        Ok(())
+    }
+
+    /// Marks of the credentials an image was pulled with.
+    pub(super) fn pulled_with(&self, name: &str) -> BTreeSet<String> {
+        self.index.lock().images.get(name).map(|i| i.pulled_with.clone()).unwrap_or_default()
+    }
+
+    /// Tells of every later change of the list.
+    pub(super) fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
     }
 
     fn config_path(&self, digest: &Digest) -> PathBuf {
@@ -265,16 +303,19 @@ impl Store {
     pub(super) fn remove(&self, id: &str) -> Result<u64, Error> {
         let started = Instant::now();
         let mut index = self.index.lock();
+        let of = |i: &Image| i.layers.iter().map(|l| l.hex().to_owned()).collect::<Vec<_>>();
+        // Layers of no image at all may be those of a pull under way.
+        let own: BTreeSet<String> = index.images.values().filter(|i| i.config.to_string() == id).flat_map(of).collect();
         index.images.retain(|_, image| image.config.to_string() != id);
-        let used: BTreeSet<_> =
-            index.images.values().flat_map(|image| image.layers.iter().map(|l| l.hex().to_owned())).collect();
-        let unused: Vec<_> = index.layers.keys().filter(|layer| !used.contains(*layer)).cloned().collect();
+        let used: BTreeSet<String> = index.images.values().flat_map(of).collect();
+        let unused: Vec<String> = own.difference(&used).cloned().collect();
         let mut freed = 0;
         for layer in &unused {
             freed += index.layers.remove(layer).unwrap_or_default();
         }
         index.archives.clear();
         self.save(&index)?;
+        self.changed.send_replace(());
         for layer in unused {
             let (from, to) = (self.root.join("layers").join(&layer), self.scratch("removed"));
             match fs::rename(&from, &to) {
@@ -321,6 +362,7 @@ mod tests {
             layers: vec![diff_id],
             size: 10,
             repo_digests: BTreeSet::new(),
+            pulled_with: BTreeSet::new(),
         };
         store.add_image(&[name.to_owned()], image.clone(), config.as_bytes()).unwrap();
         image

@@ -23,7 +23,8 @@ fn text(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_string()
 }
 
-fn meminfo(key: &str) -> i64 {
+/// A line of /proc/meminfo in bytes.
+pub(crate) fn meminfo(key: &str) -> i64 {
     let all = text("/proc/meminfo");
     let line = all.lines().find(|l| l.starts_with(key) && l[key.len()..].starts_with(':'));
     line.and_then(|l| l.split_whitespace().nth(1)?.parse::<i64>().ok()).unwrap_or(0) * 1024
@@ -40,13 +41,17 @@ pub(crate) fn disk(path: &Path) -> Option<(u64, u64, u64, u64)> {
     Some((s.f_blocks * s.f_frsize, s.f_bavail * s.f_frsize, s.f_files, s.f_ffree))
 }
 
-/// An eviction threshold in units of `capacity`.
-pub(crate) fn threshold(of: &BTreeMap<String, String>, signal: &str, capacity: i64) -> i64 {
-    let Some(text) = of.get(signal) else { return 0 };
+/// An eviction threshold as written, in units of `capacity`: a percentage of it or a quantity.
+pub(crate) fn amount(text: &str, capacity: i64) -> i64 {
     match text.strip_suffix('%').and_then(|p| p.parse::<f64>().ok()) {
         Some(percent) => (capacity as f64 * percent / 100.0) as i64,
         None => quantity::milli(text).map_or(0, |m| i64::try_from(m / 1000).unwrap_or(0)),
     }
+}
+
+/// The threshold of a signal; nothing without one.
+fn threshold(of: &BTreeMap<String, String>, signal: &str, capacity: i64) -> i64 {
+    of.get(signal).map_or(0, |text| amount(text, capacity))
 }
 
 fn reserved(k: &KubeletConfiguration, resource: &str) -> i64 {

@@ -3,7 +3,12 @@
 //! In: facts of the machine, the image list, the API's Node (for podCIDRs). Out: the Node, its status when it changes (or
 //! every five minutes), its lease every ten seconds, the pod range for the network.
 
+pub(crate) mod eviction;
+mod images;
 pub(crate) mod info;
+pub(crate) mod pressure;
+mod psi;
+mod ranking;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -143,6 +148,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
     let nodes: Api<Node> = Api::all(client.clone());
     let (mut wait, mut complaint) = (PAUSE, Complaint::default());
     let mut network = ctx.network.changes();
+    let mut pressure = ctx.pressure.subscribe();
     let mut node = loop {
         match register(ctx, &nodes).await {
             Ok(node) => break node,
@@ -155,15 +161,17 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
     tracing::info!(node = %ctx.node_name, "node registered");
     let mut stream = watcher::watch_object(nodes.clone(), &ctx.node_name).backoff(crate::api::pauses()).boxed();
     let k = &ctx.config.kubelet;
-    let mut tick = tokio::time::interval(k.node_status_update_frequency.max(Duration::from_secs(1)));
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut images = ctx.images.changes();
     let mut written = tokio::time::Instant::now() - k.node_status_report_frequency;
     let mut retry = PAUSE;
     loop {
         let mut failed = false;
         uid.send_replace(node.metadata.uid.clone());
         take_pod_cidr(ctx, &node);
+        *ctx.node.write() = Some(Arc::new(node.clone()));
         network.borrow_and_update();
+        pressure.borrow_and_update();
+        images.borrow_and_update();
         let fresh = tokio::time::Instant::now() - written >= k.node_status_report_frequency;
         let (patch, changed, events) = status_patch(ctx, &node);
         if changed || fresh {
@@ -184,8 +192,10 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
         }
         // Cancel-safe: what a stream or channel has is still there in the next round.
         tokio::select! {
-            _ = tick.tick() => {}
+            () = tokio::time::sleep_until(written + k.node_status_report_frequency), if !failed => {}
+            Ok(()) = images.changed() => {}
             Ok(()) = network.changed() => {}
+            Ok(()) = pressure.changed() => {}
             () = tokio::time::sleep(retry), if failed => retry = (retry * 2).min(Duration::from_secs(7)),
             event = stream.next() => match event {
                 Some(Ok(Some(n))) => node = n,
@@ -247,6 +257,7 @@ async fn register(ctx: &Arc<Context>, nodes: &Api<Node>) -> Result<Node, kube::E
                 .boxed(),
         ));
     }
+    let (status, events) = full_status(ctx, None);
     let node = Node {
         metadata: ObjectMeta {
             name: Some(ctx.node_name.to_string()),
@@ -262,28 +273,25 @@ async fn register(ctx: &Arc<Context>, nodes: &Api<Node>) -> Result<Node, kube::E
             taints: Some(k.register_with_taints.clone()).filter(|t| !t.is_empty()),
             ..NodeSpec::default()
         }),
-        status: Some(full_status(ctx, None).0),
+        status: Some(status),
     };
     match nodes.create(&PostParams::default(), &node).await {
         Err(e) if is_code(&e, 409) => nodes.get(&ctx.node_name).await,
+        Ok(node) => {
+            for (reason, text) in events.into_iter().filter(|(reason, _)| reason.starts_with("NodeHas")) {
+                ctx.events.node(&ctx.node_name, Kind::Normal, &reason, text);
+            }
+            let text = "Updated Node Allocatable limit across pods";
+            ctx.events.node(&ctx.node_name, Kind::Normal, "NodeAllocatableEnforced", text);
+            Ok(node)
+        }
         other => other,
     }
 }
 
 fn signals(ctx: &Context) -> Signals {
-    let k = &ctx.config.kubelet;
-    let below = |signal: &str, available: i64, capacity: i64| {
-        let t = info::threshold(&k.eviction_hard, signal, capacity);
-        t > 0 && available < t
-    };
-    let disk = info::disk(&ctx.config.paths.state()).unwrap_or((0, 0, 0, 0));
-    let as_signed = |v: u64| i64::try_from(v).unwrap_or(i64::MAX);
-    let disk_low = disk.0 > 0
-        && (below("nodefs.available", as_signed(disk.1), as_signed(disk.0))
-            || (disk.2 > 0 && below("nodefs.inodesFree", as_signed(disk.3), as_signed(disk.2)))
-            || below("imagefs.available", as_signed(disk.1), as_signed(disk.0)));
-    let memory_low = below("memory.available", info::memory_available(), ctx.machine.memory);
-    Signals { memory_low, disk_low, pids_low: false, network: ctx.network.not_ready() }
+    let p = *ctx.pressure.borrow();
+    Signals { memory_low: p.memory, disk_low: p.disk, pids_low: p.pids, network: ctx.network.not_ready() }
 }
 
 /// The status as it should be, and events for conditions that turned.

@@ -34,6 +34,7 @@ impl Worker {
     pub(super) fn step(&mut self) -> Option<Instant> {
         let at = now();
         self.age_pull_errors(at);
+        let resize = self.resize();
         let plan = self.plan(at);
         if plan.deadline_exceeded {
             let message = "Pod was active on the node longer than the specified deadline";
@@ -72,7 +73,7 @@ impl Worker {
             _ => None,
         });
         let remove = self.remove_again.filter(|_| !self.removing);
-        [planned, shown, remove].into_iter().flatten().chain(making).min()
+        [planned, shown, remove, resize].into_iter().flatten().chain(making).min()
     }
 
     fn plan(&self, at: Nanos) -> Plan {
@@ -176,6 +177,9 @@ impl Worker {
             Ok(live) => {
                 self.sandbox = Making::Done;
                 self.record.phase("sandbox", Some(took));
+                let m = &self.ctx.metrics;
+                m.count("kubelet_started_pods_total", []);
+                m.observe("kubelet_run_podsandbox_duration_seconds", [("runtime_handler", "")], took);
                 self.state.sandbox = Some(live.sandbox.clone());
                 self.state.ips = live.ips.clone();
                 self.state.lost = false;
@@ -185,6 +189,7 @@ impl Worker {
                 self.prepare();
             }
             Err(error) => {
+                self.ctx.metrics.count("kubelet_started_pods_errors_total", []);
                 let text = format!("Failed to create pod sandbox: {error}");
                 tracing::warn!(pod = sandbox::name(&self.pod), error, "no sandbox");
                 self.ctx.events.pod(&self.pod, Kind::Warning, "FailedCreatePodSandBox", &text);
@@ -277,6 +282,8 @@ impl Worker {
             Progress::Image { took } => self.record.phase("image", Some(took)),
             Progress::Running { name, instance, took } => {
                 self.record.phase(format!("container {name}"), Some(took));
+                let labels = [("container_type", self.kind_of(&name))];
+                self.ctx.metrics.count("kubelet_started_containers_total", labels);
                 self.installed(&name, *instance);
             }
             Progress::Started { name, id } => {
@@ -303,6 +310,16 @@ impl Worker {
         }
     }
 
+    /// What metrics call a container of the pod.
+    pub(super) fn kind_of(&self, name: &str) -> &'static str {
+        let init = self.pod.spec.as_ref().and_then(|s| s.init_containers.as_ref());
+        match () {
+            () if init.is_some_and(|l| l.iter().any(|c| c.name == name)) => "init_container",
+            () if self.ephemeral.iter().any(|c| c.name == name) => "ephemeral_container",
+            () => "container",
+        }
+    }
+
     /// A new instance takes the place of the last.
     pub(super) fn installed(&mut self, name: &str, instance: Instance) {
         let max = self.backoff_max();
@@ -313,6 +330,7 @@ impl Worker {
             record.last = Some(old);
             record.restarts = instance.attempt;
         }
+        record.again = false;
         let early = self.early.remove(&instance.id);
         record.current = Some(instance);
         self.begins(name);
@@ -333,6 +351,8 @@ impl Worker {
 
     fn start_failed(&mut self, name: &str, reason: &'static str, message: String, ended: Option<Box<Instance>>) {
         self.starting.remove(name);
+        let labels = [("container_type", self.kind_of(name)), ("code", reason)];
+        self.ctx.metrics.count("kubelet_started_containers_errors_total", labels);
         self.record.blocked(&format!("{reason}: {message}"));
         tracing::info!(pod = sandbox::name(&self.pod), container = name, reason, message, "container not started");
         let at = now();

@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::{Stream, StreamExt, stream::BoxStream};
@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    sandbox,
+    admission, sandbox,
     worker::{self, Command, Handle, Source},
 };
 use crate::{
@@ -54,8 +54,16 @@ struct Manager {
     synced: bool,
     listing: Option<Vec<Pod>>,
     notes: mpsc::UnboundedSender<Note>,
-    retry: bool,
+    /// When mirrors that could not be written are tried again, and the pause before that.
+    retry: Option<(Instant, Duration)>,
+    /// When mirrors were last looked at.
+    tried: Instant,
 }
+
+/// First pause after a mirror could not be written.
+const MIRROR_PAUSE: Duration = Duration::from_secs(1);
+/// Longest.
+const MIRROR_PAUSE_MAX: Duration = Duration::from_secs(300);
 
 fn full_name(pod: &Pod) -> FullName {
     (sandbox::namespace(pod).into(), sandbox::name(pod).into())
@@ -82,7 +90,8 @@ pub(crate) async fn run(ctx: Arc<Context>, mut manifests: watch::Receiver<Manife
         synced: false,
         listing: None,
         notes,
-        retry: false,
+        retry: None,
+        tried: Instant::now(),
     };
     m.restore().await;
     let first = manifests.borrow_and_update().clone();
@@ -105,10 +114,7 @@ pub(crate) async fn run(ctx: Arc<Context>, mut manifests: watch::Receiver<Manife
                 m.set_manifests(now);
             }
             Some(note) = inbox.recv() => m.note(note),
-            () = tokio::time::sleep(Duration::from_secs(2)), if m.retry => {
-                m.retry = false;
-                m.sync_mirrors();
-            }
+            () = crate::volumes::sleep_until(m.retry_at()) => m.sync_mirrors(),
         }
     }
     for entry in m.workers.values() {
@@ -213,12 +219,15 @@ impl Manager {
                 self.sync_mirrors();
             }
             Note::Mirror(name, result) => {
-                self.mirror_work.remove(&name);
-                if let Err(error) = result {
-                    tracing::debug!(pod = name.1, error, "mirror pod");
-                    self.retry = true;
-                } else {
-                    self.sync_mirrors();
+                match result {
+                    // The watch tells what became of it; until then nothing more is to be done.
+                    Ok(()) => self.retry = None,
+                    Err(error) => {
+                        tracing::debug!(pod = name.1, error, "mirror pod");
+                        self.mirror_work.remove(&name);
+                        let pause = self.retry.map_or(MIRROR_PAUSE, |(_, p)| (p * 2).min(MIRROR_PAUSE_MAX));
+                        self.retry = Some((Instant::now() + pause, pause));
+                    }
                 }
             }
         }
@@ -241,6 +250,7 @@ impl Manager {
                 self.sync_mirrors();
             }
             Ok(watcher::Event::Delete(p)) => {
+                self.mirror_work.remove(&full_name(&p));
                 if is_mirror(&p) {
                     self.mirrors.remove(&full_name(&p));
                     self.tell_mirror(&full_name(&p), None);
@@ -256,6 +266,7 @@ impl Manager {
     fn listed(&mut self, list: Vec<Pod>) {
         let there: HashSet<String> = list.iter().map(|p| sandbox::uid(p).to_string()).collect();
         self.mirrors.clear();
+        self.mirror_work.clear();
         for p in list {
             self.apply(p);
         }
@@ -280,6 +291,7 @@ impl Manager {
         if is_mirror(&p) {
             let name = full_name(&p);
             let uid = p.metadata.uid.clone();
+            self.mirror_work.remove(&name);
             self.mirrors.insert(name.clone(), p);
             self.tell_mirror(&name, uid);
             return;
@@ -302,11 +314,18 @@ impl Manager {
             }
             return;
         }
-        let refused = super::admit(&self.ctx, &pod);
+        let refused = admission::admit(&self.ctx, &pod);
         self.spawn(pod, Source::Api);
         if let (Some((reason, message)), Some(e)) = (refused, self.workers.get(&uid)) {
             e.handle.tell(Command::Fail { reason, message, grace: 1 });
         }
+    }
+
+    /// When the pause after a failure is over; a time that has come is not waited for twice.
+    fn retry_at(&self) -> Option<Instant> {
+        let (at, _) = self.retry?;
+        let last = at <= self.tried;
+        (!last).then_some(at)
     }
 
     fn tell_mirror(&self, name: &FullName, uid: Option<String>) {
@@ -317,6 +336,7 @@ impl Manager {
 
     /// A mirror for each static pod, none for anything else.
     fn sync_mirrors(&mut self) {
+        self.tried = Instant::now();
         let Some(client) = self.ctx.api.get().filter(|_| self.synced) else { return };
         let mut work: Vec<(FullName, Option<Pod>, Option<Arc<Pod>>)> = Vec::new();
         for (name, m) in &self.mirrors {
@@ -345,24 +365,25 @@ impl Manager {
                     (_, Some(new)) => mirror::create(client, &new, &node).await,
                     _ => Ok(()),
                 };
-                // The watch tells what became of it; a pause keeps an unwilling server from being asked at once again.
-                if result.is_ok() {
-                    tokio::time::sleep(Duration::from_millis(200)).await;
-                }
                 let _ = notes.send(Note::Mirror(name, result.map_err(|e| e.to_string())));
             });
         }
     }
 }
 
+/// Whether a pod still holds what it was given.
+pub(super) fn is_active(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+    !matches!(phase, Some("Succeeded" | "Failed"))
+}
+
 /// Sum of what running pods request of a resource, in thousandths.
 pub(super) fn requested(ctx: &Context, resource: &str) -> i64 {
-    let active = |p: &Pod| {
-        let phase = p.status.as_ref().and_then(|s| s.phase.as_deref());
-        !matches!(phase, Some("Succeeded" | "Failed"))
-    };
     let all = ctx.table.all();
-    all.iter().filter(|s| active(&s.pod)).filter_map(|s| Some(qos::pod_amount(s.pod.spec.as_ref()?, resource).0)).sum()
+    all.iter()
+        .filter(|s| is_active(&s.pod))
+        .filter_map(|s| Some(qos::pod_amount(s.pod.spec.as_ref()?, resource).0))
+        .sum()
 }
 
 /// Removes a directory of a pod nobody knows.

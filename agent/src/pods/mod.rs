@@ -1,14 +1,18 @@
 //! Pods: one worker each, told what to do by the [`manager`].
 
 mod act;
+mod admission;
 mod adopt;
+mod ends;
 pub(crate) mod exec;
 mod hooks;
 pub(crate) mod manager;
 mod message;
 mod plan;
 mod probing;
+mod publish;
 pub(crate) mod record;
+mod resize;
 pub(crate) mod sandbox;
 pub(crate) mod start;
 pub(crate) mod state;
@@ -104,35 +108,4 @@ async fn manager_clean(ctx: &Context, known: &[String]) {
             std::fs::remove_dir_all(paths.logs().join(&name)).ok();
         }
     }
-}
-
-/// Why this node cannot take an API pod, if so: reason and message.
-fn admit(ctx: &Context, pod: &Pod) -> Option<(String, String)> {
-    let spec = pod.spec.as_ref()?;
-    if spec.priority.unwrap_or(0) >= 2_000_000_000 {
-        return None;
-    }
-    let machine = &ctx.machine;
-    let pods = ctx.table.all().len() as i64;
-    let most = i64::from(ctx.config.kubelet.max_pods);
-    let short = |resource: &str, requested: i64, used: i64, capacity: i64| {
-        let message = format!(
-            "Pod was rejected: Node didn't have enough resource: {resource}, requested: {requested}, used: {used}, capacity: {capacity}"
-        );
-        Some((format!("OutOf{resource}"), message))
-    };
-    if pods + 1 > most {
-        return short("pods", 1, pods, most);
-    }
-    let (cpu, _) = crate::qos::pod_amount(spec, "cpu");
-    let used = manager::requested(ctx, "cpu");
-    if cpu > 0 && used + cpu > machine.allocatable.cpu_milli {
-        return short("cpu", cpu, used, machine.allocatable.cpu_milli);
-    }
-    let memory = crate::qos::pod_amount(spec, "memory").0 / 1000;
-    let used = manager::requested(ctx, "memory") / 1000;
-    if memory > 0 && used + memory > machine.allocatable.memory {
-        return short("memory", memory, used, machine.allocatable.memory);
-    }
-    None
 }

@@ -90,6 +90,11 @@ pub(crate) fn restarts(spec: &PodSpec, c: &Container, ended: &Ended) -> bool {
     }
 }
 
+/// Whether it was stopped only to be started again.
+fn again(state: &PodState, c: &Container) -> bool {
+    state.containers.get(&c.name).is_some_and(|r| r.again)
+}
+
 /// Plans.
 pub(crate) fn plan(v: &View<'_>) -> Plan {
     let mut p = Plan::default();
@@ -204,7 +209,7 @@ fn regular(v: &View<'_>, p: &mut Plan) {
                     p.stop.push((c.name.clone(), StopReason::Changed));
                 }
             }
-            Some(i) if i.ended.as_ref().is_some_and(|e| !restarts(v.spec, c, e)) => {}
+            Some(i) if i.ended.as_ref().is_some_and(|e| !restarts(v.spec, c, e)) && !again(v.state, c) => {}
             _ => {
                 left = true;
                 want(v, p, c);
@@ -220,7 +225,7 @@ fn regular(v: &View<'_>, p: &mut Plan) {
 pub(crate) fn all_done(spec: &PodSpec, state: &PodState) -> bool {
     spec.containers.iter().all(|c| {
         let ended = state.current(&c.name).and_then(|i| i.ended.as_ref());
-        ended.is_some_and(|e| !restarts(spec, c, e))
+        ended.is_some_and(|e| !restarts(spec, c, e)) && !again(state, c)
     })
 }
 

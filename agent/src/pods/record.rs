@@ -75,13 +75,15 @@ impl StartRecord {
         }
     }
 
-    /// The pod is ready (or over): write the record, once.
-    pub(crate) fn complete(&mut self, phase: &str) {
-        if !self.complete {
-            self.phase(phase, None);
-            self.complete = true;
-            self.write();
+    /// The pod is ready (or over): write the record, once. How long it took, the first time.
+    pub(crate) fn complete(&mut self, phase: &str) -> Option<std::time::Duration> {
+        if self.complete {
+            return None;
         }
+        self.phase(phase, None);
+        self.complete = true;
+        self.write();
+        Some(self.begun.elapsed())
     }
 
     fn write(&self) {

@@ -171,13 +171,13 @@ async fn unless<T>(cancel: &CancellationToken, work: impl Future<Output = T>) ->
     }
 }
 
-fn policy(c: &Container) -> PullPolicy {
-    match c.image_pull_policy.as_deref() {
+/// When a registry is asked for an image: as said, else always for `latest` and once for anything else.
+pub(crate) fn pull_policy(image: &str, said: Option<&str>) -> PullPolicy {
+    match said {
         Some("Always") => PullPolicy::Always,
         Some("Never") => PullPolicy::Never,
         Some("IfNotPresent") => PullPolicy::IfNotPresent,
         _ => {
-            let image = c.image.as_deref().unwrap_or("");
             let last = image.rsplit('/').next().unwrap_or("");
             let latest = !image.contains('@') && (!last.contains(':') || last.ends_with(":latest"));
             if latest { PullPolicy::Always } else { PullPolicy::IfNotPresent }
@@ -188,7 +188,7 @@ fn policy(c: &Container) -> PullPolicy {
 async fn image(job: &Job) -> Result<ImageHandle, Failure> {
     let (ctx, c) = (&job.ctx, &job.container);
     let image = c.image.clone().unwrap_or_default();
-    let secrets = pull_secrets(job).await;
+    let secrets = pull_secrets(ctx, &job.pod).await;
     let event = |kind, reason: &str, text: String| ctx.events.container(&job.pod, &c.name, kind, reason, text);
     let (events, pod, name, what) = (ctx.events.clone(), job.pod.clone(), c.name.clone(), image.clone());
     let progress = Arc::new(move |p: PullProgress| {
@@ -196,7 +196,7 @@ async fn image(job: &Job) -> Result<ImageHandle, Failure> {
             events.container(&pod, &name, Kind::Normal, "Pulling", format!("Pulling image {what:?}"));
         }
     });
-    match ctx.images.ensure(&image, policy(c), secrets, progress).await {
+    match ctx.images.ensure(&image, pull_policy(&image, c.image_pull_policy.as_deref()), secrets, progress).await {
         Ok(handle) => {
             let text = match handle.pulled {
                 Some(p) => format!(
@@ -223,18 +223,19 @@ async fn image(job: &Job) -> Result<ImageHandle, Failure> {
     }
 }
 
-async fn pull_secrets(job: &Job) -> Vec<DockerConfig> {
-    let references = job.pod.spec.as_ref().and_then(|s| s.image_pull_secrets.clone()).unwrap_or_default();
+/// Credentials of the pod's imagePullSecrets; one that is not there is told.
+pub(crate) async fn pull_secrets(ctx: &Context, pod: &Pod) -> Vec<DockerConfig> {
+    let references = pod.spec.as_ref().and_then(|s| s.image_pull_secrets.clone()).unwrap_or_default();
     let mut out = Vec::new();
     for r in references {
-        let key = ObjectRef { kind: ObjectKind::Secret, namespace: sandbox::namespace(&job.pod).into(), name: r.name };
-        let held = job.ctx.objects.hold(&key);
+        let key = ObjectRef { kind: ObjectKind::Secret, namespace: sandbox::namespace(pod).into(), name: r.name };
+        let held = ctx.objects.hold(&key);
         let Ok(Ok(Some(o))) = tokio::time::timeout(Duration::from_secs(10), held.get()).await else {
             let text = format!(
                 "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
                 key.name
             );
-            job.ctx.events.pod(&job.pod, Kind::Warning, "FailedToRetrieveImagePullSecret", text);
+            ctx.events.pod(pod, Kind::Warning, "FailedToRetrieveImagePullSecret", text);
             continue;
         };
         let new = o.keys.get(".dockerconfigjson").and_then(|t| DockerConfig::parse(t).ok());

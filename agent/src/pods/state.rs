@@ -43,6 +43,10 @@ pub(crate) struct PodState {
     pub(crate) failure: Option<PodFailure>,
     /// All containers have ended for good and nothing is left to run.
     pub(crate) finished: bool,
+    /// Resources the pod has been given.
+    pub(crate) allocated: Option<super::resize::Allocation>,
+    /// A change of them under way.
+    pub(crate) resize: super::resize::Resize,
     /// When each condition last turned, by type: status and time.
     pub(crate) transitions: BTreeMap<String, (String, Nanos)>,
 }
@@ -76,6 +80,8 @@ pub(crate) struct Record {
     pub(crate) last: Option<Instance>,
     /// Wait before the next restart, and when it was set.
     pub(crate) backoff: Option<Backoff>,
+    /// Its newest instance was stopped to be started again, whatever the restart policy.
+    pub(crate) again: bool,
 }
 
 /// Crash back-off of a container.

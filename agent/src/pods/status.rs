@@ -53,6 +53,13 @@ fn terminated(i: &Instance) -> Option<ContainerStateTerminated> {
     })
 }
 
+/// Whether an instance has ended and none will follow it.
+fn over(v: &View<'_>, c: &Container, i: &Instance, record: &Record, is_init: bool) -> bool {
+    let Some(spec) = &v.pod.spec else { return false };
+    let again = |e| if is_init && !is_sidecar(c) { init_restarts(spec, c, e) } else { restarts(spec, c, e) };
+    !record.again && i.ended.as_ref().is_some_and(|e| !again(e))
+}
+
 /// The status of one container.
 fn container(v: &View<'_>, c: &Container, default_waiting: &str, is_init: bool) -> ContainerStatus {
     let empty = Record::default();
@@ -87,9 +94,9 @@ fn container(v: &View<'_>, c: &Container, default_waiting: &str, is_init: bool) 
                 ..ContainerState::default()
             });
             status.resources = i.resources.clone().and_then(|r| serde_json::from_value(r).ok());
-            status.allocated_resources = status.resources.as_ref().and_then(|r| r.requests.clone());
+            status.allocated_resources = c.resources.as_ref().and_then(|r| r.requests.clone());
             status.user = i.user.clone().and_then(|u| serde_json::from_value(u).ok());
-        } else if let (Some((reason, message)), false) = (waiting, v.terminating) {
+        } else if let (Some((reason, message)), false) = (waiting, v.terminating || over(v, c, i, record, is_init)) {
             status.state = Some(wait(reason, Some(message.clone()).filter(|m| !m.is_empty())));
             if i.ended.is_some() {
                 status.last_state = last(Some(i));
@@ -194,6 +201,8 @@ pub(crate) fn generate(v: &View<'_>) -> PodStatus {
     let conditions = conditions(v, spec, phase, &init, &regular);
     let ips: Vec<IpAddr> = if spec.host_network == Some(true) { v.host_ips.to_vec() } else { v.state.ips.clone() };
     let failure = v.state.failure.as_ref().filter(|_| phase == "Failed");
+    // Nothing was ever tried of a pod that this node has turned away.
+    let rejected = failure.is_some() && v.state.containers.is_empty() && v.state.sandbox.is_none();
     PodStatus {
         phase: Some(phase.into()),
         conditions: Some(conditions),
@@ -204,8 +213,8 @@ pub(crate) fn generate(v: &View<'_>) -> PodStatus {
         pod_ip: ips.first().map(ToString::to_string),
         pod_ips: Some(ips.iter().map(|ip| PodIP { ip: ip.to_string() }).collect()).filter(|l: &Vec<_>| !l.is_empty()),
         start_time: Some(time(v.state.start_time)),
-        init_container_statuses: Some(init).filter(|l| !l.is_empty()),
-        container_statuses: Some(regular),
+        init_container_statuses: Some(init).filter(|l| !l.is_empty() && !rejected),
+        container_statuses: Some(regular).filter(|_| !rejected),
         ephemeral_container_statuses: Some(ephemeral).filter(|l| !l.is_empty()),
         qos_class: Some(qos::class(spec).name().into()),
         observed_generation: v.pod.metadata.generation,
@@ -316,6 +325,23 @@ fn conditions(
             ..PodCondition::default()
         });
     }
+    let resize = &v.state.resize;
+    let pending = resize.pending.clone().map(|(reason, message)| ("PodResizePending", Some(reason), Some(message)));
+    let progress = resize
+        .in_progress
+        .then(|| ("PodResizeInProgress", resize.error.as_ref().map(|_| "Error".to_string()), resize.error.clone()));
+    for (type_, reason, message) in pending.into_iter().chain(progress).filter(|_| !over) {
+        let since = v.state.transitions.get(type_).filter(|t| t.0 == "True").map_or(v.now, |t| t.1);
+        out.push(PodCondition {
+            type_: type_.into(),
+            status: "True".into(),
+            reason,
+            message,
+            last_transition_time: Some(time(since)),
+            observed_generation: v.pod.metadata.generation,
+            ..PodCondition::default()
+        });
+    }
     out
 }
 
@@ -328,6 +354,8 @@ pub(crate) fn remember(state: &mut PodState, status: &PodStatus) {
             *entry = (c.status.clone(), at);
         }
     }
+    let told = |t: &str| status.conditions.iter().flatten().any(|c| c.type_ == t);
+    state.transitions.retain(|t, _| told(t));
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
+use super::worker::Teller;
 use crate::runtime::Supervisor;
 
 /// One container as clients of the node API need it.
@@ -37,6 +38,8 @@ pub(crate) struct Snapshot {
     pub(crate) netns: Option<PathBuf>,
     pub(crate) host_network: bool,
     pub(crate) supervisor: Option<Supervisor>,
+    /// The one who changes it.
+    pub(crate) worker: Teller,
 }
 
 /// All pods by UID.
@@ -57,6 +60,13 @@ impl PodTable {
     pub(crate) fn put(&self, uid: &str, snapshot: Snapshot) {
         self.pods.write().insert(uid.into(), Arc::new(snapshot));
         self.changed.send_replace(());
+    }
+
+    /// Tells of every later change.
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        let mut changes = self.changed.subscribe();
+        changes.borrow_and_update();
+        changes
     }
 
     /// Forgets a pod.

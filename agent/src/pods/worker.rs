@@ -18,14 +18,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    message, probing,
+    probing,
     record::StartRecord,
     sandbox,
     sandbox::Live,
-    start::{self, Prepared, Progress},
-    state::{Ended, Instance, Nanos, PodState, SECOND, now},
+    start::{Prepared, Progress},
+    state::{Nanos, PodState, SECOND, now},
     status,
-    table::{ContainerView, Snapshot},
     writer::{self, Wanted},
 };
 use crate::{
@@ -33,11 +32,12 @@ use crate::{
     events::Kind,
     objects::Held,
     probes::Verdict,
+    qos::Limits,
     runtime::RuntimeEvent,
     spec::field::Addresses,
     volumes::{Mounted, VolumeError},
 };
-use isopod_runtime::supervisor::protocol::{ContainerStatus, Op};
+use isopod_runtime::supervisor::protocol::ContainerStatus;
 
 /// Where a pod comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +72,13 @@ pub(super) enum Input {
     Removed(Result<(), String>),
     /// Objects a failed start or mount waits for have changed.
     Retry,
+    /// The node's pods have changed: a resize that waits may fit now.
+    Room,
+    /// Containers' groups have been resized: those done with what they have now, the pod's limits or the error.
+    Resized {
+        done: Vec<(String, serde_json::Value)>,
+        result: Result<Limits, String>,
+    },
 }
 
 /// Something that is made once and retried after failures.
@@ -92,8 +99,29 @@ pub(super) struct Ends {
 }
 
 impl Ends {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { token: CancellationToken::new(), flag: watch::channel(false).0, code: watch::channel(None).0 }
+    }
+}
+
+/// What lets others of the agent end a pod.
+#[derive(Clone)]
+pub(crate) struct Teller(mpsc::UnboundedSender<Input>);
+
+impl std::fmt::Debug for Teller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Teller")
+    }
+}
+
+impl Teller {
+    pub(super) fn new(inputs: mpsc::UnboundedSender<Input>) -> Self {
+        Self(inputs)
+    }
+
+    /// The pod as a whole fails; its containers have `grace` seconds.
+    pub(crate) fn fail(&self, reason: &str, message: String, grace: i64) {
+        let _ = self.0.send(Input::Command(Command::Fail { reason: reason.into(), message, grace }));
     }
 }
 
@@ -118,7 +146,10 @@ impl Handle {
 /// One pod's worker.
 pub(super) struct Worker {
     pub(super) ctx: Arc<Context>,
+    /// The pod with the resources allocated to it.
     pub(super) pod: Arc<Pod>,
+    /// The pod as the API has it.
+    pub(super) desired: Arc<Pod>,
     pub(super) pods: watch::Sender<Arc<Pod>>,
     pub(super) ephemeral: Vec<Container>,
     pub(super) state: PodState,
@@ -154,6 +185,11 @@ pub(super) struct Worker {
     pub(super) inputs: mpsc::UnboundedSender<Input>,
     pub(super) events: mpsc::UnboundedSender<RuntimeEvent>,
     pub(super) record: StartRecord,
+    /// What the pod's group was last given.
+    pub(super) limits: Option<Limits>,
+    pub(super) resizing: bool,
+    pub(super) resize_again: Option<Instant>,
+    pub(super) waits_for_room: bool,
     /// Objects the pod refers to, watched while it lives.
     pub(super) _held: Vec<Held>,
 }
@@ -235,12 +271,13 @@ impl Worker {
         let state_path = ctx.config.paths.pod(&uid).join("state.json");
         let state = PodState::load(&state_path).unwrap_or_else(|| PodState::new(now()));
         let held = super::references(&pod).iter().map(|key| ctx.objects.hold(key)).collect();
-        let worker = Self {
+        let mut worker = Self {
             ephemeral: super::ephemeral(&pod),
+            desired: pod.clone(),
             pods: watch::channel(pod.clone()).0,
             addresses: watch::channel(Addresses { pod: Vec::new(), host: ctx.machine.ips.clone() }).0,
             ctx,
-            pod,
+            pod: pod.clone(),
             state,
             dirty: true,
             live: None,
@@ -269,8 +306,13 @@ impl Worker {
             inputs,
             events,
             record,
+            limits: None,
+            resizing: false,
+            resize_again: None,
+            waits_for_room: false,
             _held: held,
         };
+        worker.take_pod(pod);
         (worker, writer)
     }
 
@@ -310,6 +352,8 @@ impl Worker {
                 self.removing = false;
                 self.remove_again = Some(Instant::now() + Duration::from_secs(5));
             }
+            Input::Room => self.waits_for_room = false,
+            Input::Resized { done, result } => self.resized(done, result),
             Input::Retry => {
                 self.retry.clear();
                 for m in [&mut self.sandbox, &mut self.volumes] {
@@ -325,8 +369,8 @@ impl Worker {
         match c {
             Command::Update(pod) => {
                 self.ephemeral = super::ephemeral(&pod);
-                self.pod = pod.clone();
-                self.pods.send_replace(pod);
+                self.configure_again(&pod);
+                self.take_pod(pod);
                 self.save_spec();
                 if let Some(m) = self.pod.metadata.deletion_timestamp.as_ref() {
                     let grace = self.pod.metadata.deletion_grace_period_seconds;
@@ -351,6 +395,16 @@ impl Worker {
         }
     }
 
+    /// What could not be configured may be with a pod that has changed: its annotations stand in environments and paths.
+    fn configure_again(&mut self, pod: &Pod) {
+        let (old, new) = (&self.desired.metadata, &pod.metadata);
+        if (&old.labels, &old.annotations, old.generation) != (&new.labels, &new.annotations, new.generation) {
+            let waiting = &self.waiting;
+            self.retry
+                .retain(|name, _| waiting.get(name).is_none_or(|(reason, _)| reason != "CreateContainerConfigError"));
+        }
+    }
+
     /// Begins (or hurries) the end.
     pub(super) fn terminate(&mut self, grace: Option<i64>, deleting: bool) {
         let own = self.pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds).unwrap_or(30);
@@ -369,216 +423,6 @@ impl Worker {
             cancel.cancel();
         }
         probing::keep_readiness(&mut self.probes);
-    }
-
-    /// What the supervisor tells.
-    fn runtime(&mut self, event: RuntimeEvent) {
-        match event {
-            RuntimeEvent::Exited(status) => self.exited(&status),
-            RuntimeEvent::Lost if self.removing || self.removed || self.live.is_none() => {}
-            RuntimeEvent::Lost => self.lost(),
-        }
-    }
-
-    /// The supervisor is gone and with it the pod's containers: everything starts again in a new sandbox.
-    pub(super) fn lost(&mut self) {
-        tracing::warn!(pod = sandbox::name(&self.pod), "the pod's supervisor is gone");
-        self.live = None;
-        self.prepared.send_replace(None);
-        let running = self.state.containers.iter().filter(|(_, r)| r.running());
-        let running: Vec<(String, u32)> =
-            running.filter_map(|(name, r)| Some((name.clone(), r.current.as_ref()?.attempt))).collect();
-        for (name, attempt) in running {
-            self.ended_with(&name, || Ended {
-                code: 137,
-                signal: None,
-                reason: "ContainerStatusUnknown".into(),
-                message: "The container could not be located when the pod was terminated".into(),
-                finished_at: now(),
-            });
-            let bundle = super::exec::bundle(&self.ctx.config.paths, self.uid(), &name, attempt);
-            if let Err(error) = crate::volumes::mounts::remove_tree(&bundle) {
-                tracing::debug!(%error, "container directory");
-            }
-        }
-        self.early.clear();
-        self.state.lost = true;
-        if let Some(s) = &mut self.state.sandbox {
-            self.ctx.cgroups.kill(&s.cgroup);
-            // Init containers that ran in the old sandbox do not count for the next.
-            s.attempt += 1;
-        }
-        let text = "Pod sandbox changed, it will be killed and re-created.";
-        if !self.terminating {
-            self.ctx.events.pod(&self.pod, Kind::Normal, "SandboxChanged", text);
-        }
-        self.state.initialized =
-            self.state.initialized && self.pod.spec.as_ref().is_some_and(|s| super::plan::all_done(s, &self.state));
-        self.sandbox = Making::Not;
-        self.dirty = true;
-    }
-
-    /// Records an exit.
-    pub(super) fn exited(&mut self, status: &ContainerStatus) {
-        let Some(exit) = &status.exit else { return };
-        let Some((name, instance)) = self.state.by_id(&status.id) else {
-            // The supervisor's word and the start's own come by different ways.
-            if !self.starting.is_empty() {
-                self.early.insert(status.id.clone(), status.clone());
-            }
-            return;
-        };
-        let (name, attempt) = (name.clone(), instance.attempt);
-        if instance.started_at.is_none() {
-            instance.started_at = status.started_at;
-        }
-        let c = self.container(&name);
-        let bundle = super::exec::bundle(&self.ctx.config.paths, self.uid(), &name, attempt);
-        let log = start::log_path(&self.ctx, &self.pod, &name, attempt);
-        let policy = c.as_ref().and_then(|c| c.termination_message_policy.as_deref());
-        let text = message::read(&start::message_path(&bundle), &log, policy, exit.code);
-        let reason = match (exit.code, exit.oom_killed) {
-            (_, true) => "OOMKilled",
-            (0, _) => "Completed",
-            _ => "Error",
-        };
-        let ended = Ended {
-            code: exit.code,
-            signal: exit.signal,
-            reason: reason.into(),
-            message: text,
-            finished_at: exit.finished_at,
-        };
-        self.ended_with(&name, || ended);
-        tracing::info!(pod = sandbox::name(&self.pod), container = name, code = exit.code, reason, "container ended");
-        // Its files and cgroup are of no more use; logs stay.
-        let (supervisor, id) = (self.live.as_ref().map(|l| l.supervisor.clone()), status.id.clone());
-        let old_log = attempt.checked_sub(2).map(|a| start::log_path(&self.ctx, &self.pod, &name, a));
-        tokio::spawn(async move {
-            if let Some(s) = supervisor {
-                s.done(Op::Delete { container: id }).await.ok();
-            }
-            if let Err(error) = crate::volumes::mounts::remove_tree(&bundle) {
-                tracing::debug!(%error, "container directory");
-            }
-            if let Some(old) = old_log {
-                super::remove_logs(&old);
-            }
-        });
-    }
-
-    /// Marks a running instance as ended and tells everyone who waits for it.
-    pub(super) fn ended_with(&mut self, name: &str, how: impl FnOnce() -> Ended) {
-        let Some(instance) = self.state.containers.get_mut(name).and_then(|r| r.current.as_mut()) else { return };
-        if instance.ended.is_some() {
-            return;
-        }
-        let ended = how();
-        let code = ended.code;
-        instance.ended = Some(ended);
-        instance.ready = false;
-        instance.started = false;
-        self.dirty = true;
-        for (_, p) in self.probes.remove(name).unwrap_or_default() {
-            p.abort();
-        }
-        if let Some(e) = self.ends.get(name) {
-            e.code.send_replace(Some(code));
-            e.flag.send_replace(true);
-            e.token.cancel();
-        }
-    }
-
-    /// A new instance runs: those who want to know of its end can ask.
-    pub(super) fn begins(&mut self, name: &str) {
-        self.ends.insert(name.into(), Ends::new());
-    }
-
-    fn forget(&self) {
-        let uid = self.uid();
-        let paths = &self.ctx.config.paths;
-        if let Err(error) = sandbox::remove_data(&paths.pod(uid), true) {
-            tracing::warn!(pod = sandbox::name(&self.pod), %error, "pod directory stays");
-        }
-        let logs = paths.pod_logs(sandbox::namespace(&self.pod), sandbox::name(&self.pod), uid);
-        std::fs::remove_dir_all(logs).ok();
-        self.ctx.table.remove(uid);
-    }
-
-    fn save_spec(&self) {
-        let dir = self.ctx.config.paths.pod(self.uid());
-        if std::fs::create_dir_all(&dir).is_ok()
-            && let Ok(text) = serde_json::to_vec(self.pod.as_ref())
-            && let Err(error) = super::state::write_atomically(&dir.join("pod.json"), &text)
-        {
-            tracing::warn!(path = %dir.display(), %error, "pod not saved");
-        }
-    }
-
-    /// Saves what is remembered and shows it to the API server and the node's clients.
-    fn publish(&mut self) {
-        let status = status::generate(&status::View {
-            pod: &self.pod,
-            ephemeral: &self.ephemeral,
-            state: &self.state,
-            waiting: &self.waiting,
-            host_ips: &self.ctx.machine.ips,
-            terminating: self.terminating,
-            now: now(),
-        });
-        status::remember(&mut self.state, &status);
-        let changed = self.published.as_deref() != Some(&status);
-        if changed {
-            let status = Arc::new(status);
-            self.published = Some(status.clone());
-            self.dirty = true;
-            let ready = status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
-            if ready {
-                self.record.complete("ready");
-            }
-            self.wanted.send_modify(|w| w.status = Some(status));
-        }
-        if self.dirty {
-            self.dirty = false;
-            let dir = self.ctx.config.paths.pod(self.uid());
-            let first = !dir.join("pod.json").exists();
-            if first {
-                self.save_spec();
-            }
-            if let Err(error) = self.state.save(&dir.join("state.json")) {
-                tracing::warn!(path = %dir.display(), %error, "state not saved");
-            }
-            self.show();
-        }
-    }
-
-    fn show(&self) {
-        let mut pod = Pod::clone(&self.pod);
-        pod.status = self.published.as_deref().cloned();
-        let containers = self.state.containers.iter().filter_map(|(name, r)| {
-            let i: &Instance = r.current.as_ref()?;
-            let ends = self.ends.get(name);
-            let view = ContainerView {
-                id: i.id.clone(),
-                attempt: i.attempt,
-                running: i.running(),
-                tty: self.container(name).is_some_and(|c| c.tty == Some(true)),
-                ended: ends.map_or_else(|| watch::channel(!i.running()).1, |e| e.flag.subscribe()),
-                exit_code: ends
-                    .map_or_else(|| watch::channel(i.ended.as_ref().map(|e| e.code)).1, |e| e.code.subscribe()),
-                previous: r.last.as_ref().map(|l| l.attempt),
-            };
-            Some((name.clone(), view))
-        });
-        let snapshot = Snapshot {
-            mirror_uid: self.mirror.borrow().clone(),
-            containers: containers.collect(),
-            netns: self.state.sandbox.as_ref().and_then(|s| s.netns.clone()),
-            host_network: self.pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true)),
-            supervisor: self.live.as_ref().map(|l| l.supervisor.clone()),
-            pod: Arc::new(pod),
-        };
-        self.ctx.table.put(self.uid(), snapshot);
     }
 
     /// Longest wait between restarts.

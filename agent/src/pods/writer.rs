@@ -56,7 +56,9 @@ pub(crate) async fn run(
                         pause = Duration::from_millis(200);
                     }
                     // Another pod of this name, or none: this one's status interests nobody any more.
-                    Err(e) if is_code(&e, 404) || is_code(&e, 409) => gone = true,
+                    Err(e) if is_code(&e, 404) || (is_code(&e, 409) && replaced(&pods, &target.name, &uid).await) => {
+                        gone = true;
+                    }
                     Err(error) => {
                         tracing::debug!(pod = target.name, %error, "status not written");
                         retry = Some(pause);
@@ -102,6 +104,25 @@ pub(crate) async fn run(
     }
 }
 
+/// Whether a conflict means that the object is another one by now, not that somebody else was writing too.
+async fn replaced(pods: &KubeApi<Pod>, name: &str, uid: &str) -> bool {
+    matches!(pods.get_metadata_opt(name).await, Ok(now) if now.as_ref().and_then(|p| p.metadata.uid.as_deref()) != Some(uid))
+}
+
+/// Conditions that come and go, of which an earlier life of this agent may have left some.
+const PASSING: [&str; 2] = ["PodResizePending", "PodResizeInProgress"];
+
+/// Deletions of conditions that are not there any more.
+fn gone_conditions(known: Option<&Value>, full: &Value) -> Vec<Value> {
+    let types = |of: &Value| -> Vec<String> {
+        let list = of["conditions"].as_array().into_iter().flatten();
+        list.filter_map(|c| c["type"].as_str().map(str::to_owned)).collect()
+    };
+    let before = known.map_or_else(|| PASSING.map(str::to_owned).to_vec(), types);
+    let now = types(full);
+    before.into_iter().filter(|t| !now.contains(t)).map(|t| json!({"$patch": "delete", "type": t})).collect()
+}
+
 /// The patch that makes the object's status the wanted one: what is gone is said so.
 fn patch(known: Option<&Value>, full: &Value) -> Value {
     let mut out = full.clone();
@@ -120,6 +141,10 @@ fn patch(known: Option<&Value>, full: &Value) -> Value {
             c.entry("reason").or_insert(Value::Null);
             c.entry("message").or_insert(Value::Null);
         }
+    }
+    let gone = gone_conditions(known, full);
+    if let (false, Some(list)) = (gone.is_empty(), map.get_mut("conditions").and_then(Value::as_array_mut)) {
+        list.extend(gone);
     }
     for key in ["podIPs", "hostIPs"] {
         let before = known.and_then(|k| k.get(key)).and_then(Value::as_array).is_some_and(|l| !l.is_empty());
@@ -140,13 +165,15 @@ mod tests {
 
     #[test]
     fn what_is_gone_is_said() {
-        let before = json!({"phase":"Pending","reason":"X","podIPs":[{"ip":"a"}],"startTime":"t"});
+        let before = json!({"phase":"Pending","reason":"X","podIPs":[{"ip":"a"}],"startTime":"t",
+            "conditions":[{"type":"PodResizeInProgress","status":"True"}]});
         let after = json!({"phase":"Running","podIPs":[{"ip":"b"}],"conditions":[{"type":"Ready","status":"True"}]});
         assert_eq!(
             patch(Some(&before), &after),
             json!({"phase":"Running","reason":null,"message":null,"podIP":null,"startTime":null,
                 "podIPs":[{"$patch":"replace"},{"ip":"b"}],
-                "conditions":[{"type":"Ready","status":"True","reason":null,"message":null}]})
+                "conditions":[{"type":"Ready","status":"True","reason":null,"message":null},
+                    {"$patch":"delete","type":"PodResizeInProgress"}]})
         );
     }
 }

@@ -103,10 +103,48 @@ pub(crate) async fn dial(ip: IpAddr, port: u16) -> Result<TcpStream, String> {
     })
 }
 
-/// Does the GET: status and the beginning of the body. The error is upstream's text.
-pub(crate) async fn get(g: &Get, timeout: Duration) -> Result<(u16, String), String> {
+/// What a server answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Answered {
+    pub(crate) status: u16,
+    /// The beginning of the body.
+    pub(crate) body: String,
+    location: Option<String>,
+}
+
+/// Most redirects that are followed.
+const REDIRECTS: usize = 10;
+
+/// Where a redirect leads, when it stays on the host.
+fn redirected(g: &Get, location: &str) -> Option<Get> {
+    let absolute: http::Uri = match location.split_once("://") {
+        Some(_) => location.parse().ok()?,
+        None if location.starts_with('/') => format!("{}{location}", g.url().strip_suffix(&g.path)?).parse().ok()?,
+        None => return None,
+    };
+    let host = absolute.host()?.trim_matches(['[', ']']);
+    let https = absolute.scheme_str() == Some("https");
+    let port = absolute.port_u16().unwrap_or(if https { 443 } else { 80 });
+    let path = absolute.path_and_query().map_or("/", http::uri::PathAndQuery::as_str).to_owned();
+    (host == g.host).then(|| Get { port, path, https, ..g.clone() })
+}
+
+/// Does the GET and follows redirects that stay on the host; one that leaves it is the answer. The error is upstream's text.
+pub(crate) async fn get(g: &Get, timeout: Duration) -> Result<Answered, String> {
     let url = g.url();
-    match tokio::time::timeout(timeout, exchange(g)).await {
+    let follow = async {
+        let mut at = g.clone();
+        for _ in 0..=REDIRECTS {
+            let answer = exchange(&at).await?;
+            let redirect = matches!(answer.status, 301 | 302 | 303 | 307 | 308);
+            match answer.location.as_deref().filter(|_| redirect).and_then(|l| redirected(&at, l)) {
+                Some(next) => at = next,
+                None => return Ok(answer),
+            }
+        }
+        Err(format!("stopped after {REDIRECTS} redirects"))
+    };
+    match tokio::time::timeout(timeout, follow).await {
         Ok(r) => r.map_err(|e| format!("Get {url:?}: {e}")),
         Err(_) => {
             Err(format!("Get {url:?}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)"))
@@ -114,7 +152,7 @@ pub(crate) async fn get(g: &Get, timeout: Duration) -> Result<(u16, String), Str
     }
 }
 
-async fn exchange(g: &Get) -> Result<(u16, String), String> {
+async fn exchange(g: &Get) -> Result<Answered, String> {
     let stream = dial(g.ip, g.port).await?;
     let mut request = http::Request::get(if g.path.is_empty() { "/" } else { &g.path });
     let has = |n: &str| g.headers.iter().any(|(k, _)| k.eq_ignore_ascii_case(n));
@@ -141,7 +179,7 @@ async fn exchange(g: &Get) -> Result<(u16, String), String> {
     }
 }
 
-async fn answer<T>(io: T, request: http::Request<Full<Bytes>>) -> Result<(u16, String), String>
+async fn answer<T>(io: T, request: http::Request<Full<Bytes>>) -> Result<Answered, String>
 where
     T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
 {
@@ -153,6 +191,8 @@ where
             false => e.to_string(),
         })?;
         let status = response.status().as_u16();
+        let location = response.headers().get(http::header::LOCATION);
+        let location = location.and_then(|l| l.to_str().ok()).map(str::to_owned);
         let mut body = Vec::new();
         while body.len() < BODY {
             match response.body_mut().frame().await {
@@ -161,7 +201,7 @@ where
             }
         }
         body.truncate(BODY);
-        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+        Ok(Answered { status, body: String::from_utf8_lossy(&body).into_owned(), location })
     }
     .await;
     driver.abort();
@@ -226,4 +266,54 @@ async fn health(ip: IpAddr, port: u16, service: &str) -> Result<(), String> {
     .await;
     driver.abort();
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    fn at(port: u16, path: &str) -> Get {
+        let ip: IpAddr = "127.0.0.1".parse().unwrap();
+        Get { ip, host: ip.to_string(), port, path: path.into(), https: false, headers: vec![], agent: "test" }
+    }
+
+    #[test]
+    fn redirects_stay_on_the_host() {
+        let g = at(80, "/a?b");
+        for (location, want) in [
+            ("/c?d", Some((80, "/c?d"))),
+            ("http://127.0.0.1:81/", Some((81, "/"))),
+            ("http://0.0.0.0/", None),
+            ("https://example.com/", None),
+            ("nonsense", None),
+        ] {
+            let got = redirected(&g, location).map(|g| (g.port, g.path));
+            assert_eq!(got, want.map(|(port, path)| (port, path.to_string())), "{location}");
+        }
+    }
+
+    #[tokio::test]
+    async fn redirects_are_followed_but_not_forever() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((mut s, _)) = listener.accept().await {
+                let mut text = [0u8; 1024];
+                let n = s.read(&mut text).await.unwrap();
+                let head = match String::from_utf8_lossy(&text[..n]).split(' ').nth(1).unwrap() {
+                    "/start" => "302 Found\r\nLocation: /end",
+                    "/end" => "418 Teapot",
+                    "/away" => "302 Found\r\nLocation: http://0.0.0.0/",
+                    _ => "302 Found\r\nLocation: /loop",
+                };
+                s.write_all(format!("HTTP/1.1 {head}\r\nContent-Length: 0\r\n\r\n").as_bytes()).await.unwrap();
+            }
+        });
+        let long = Duration::from_secs(10);
+        let status = |path: &'static str| async move { get(&at(port, path), long).await.map(|a| a.status) };
+        assert_eq!(status("/start").await, Ok(418));
+        assert_eq!(status("/away").await, Ok(302));
+        assert!(status("/loop").await.unwrap_err().ends_with("stopped after 10 redirects"));
+    }
 }

@@ -123,7 +123,9 @@ async fn run(target: Target, kind: Kind, probe: Probe, known: Option<bool>, repo
     timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         timer.tick().await;
-        let answer = once(&target, &probe, timeout).await;
+        let asked = Instant::now();
+        let answer = once(&target, kind, &probe, timeout).await;
+        measure(&target, kind, answer.is_ok(), asked.elapsed());
         if let Err(text) = &answer {
             let message = format!("{} probe failed: {text}", kind.name());
             target.ctx.events.container(&target.pod, &target.container.name, EventKind::Warning, "Unhealthy", message);
@@ -138,7 +140,18 @@ async fn run(target: Target, kind: Kind, probe: Probe, known: Option<bool>, repo
     }
 }
 
-async fn once(t: &Target, p: &Probe, timeout: Duration) -> Result<(), String> {
+fn measure(t: &Target, kind: Kind, good: bool, took: Duration) {
+    let (m, meta) = (&t.ctx.metrics, &t.pod.metadata);
+    let (namespace, pod) = (meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default());
+    let uid = meta.uid.as_deref().unwrap_or_default();
+    let result = if good { "successful" } else { "failed" };
+    let own = [("container", t.container.name.as_str()), ("namespace", namespace), ("pod", pod)];
+    let [c, n, p] = own;
+    m.count("prober_probe_total", [c, n, p, ("pod_uid", uid), ("probe_type", kind.name()), ("result", result)]);
+    m.observe("prober_probe_duration_seconds", [c, n, p, ("probe_type", kind.name())], took);
+}
+
+async fn once(t: &Target, kind: Kind, p: &Probe, timeout: Duration) -> Result<(), String> {
     if let Some(e) = &p.exec {
         let command = e.command.clone().unwrap_or_default();
         return match exec::capture(&t.supervisor, &t.id, &t.bundle, &command, timeout).await {
@@ -150,12 +163,19 @@ async fn once(t: &Target, p: &Probe, timeout: Duration) -> Result<(), String> {
     let ip = t.ip.ok_or("the pod has no address")?;
     if let Some(h) = &p.http_get {
         let request = http_get(h, ip, &t.container, "kube-probe/1.36")?;
-        let (status, body) = http::get(&request, timeout).await?;
-        tracing::trace!(status, bytes = body.len(), "probe answer");
-        return if (200..400).contains(&status) {
-            Ok(())
-        } else {
-            Err(format!("HTTP probe failed with statuscode: {status}"))
+        let answer = http::get(&request, timeout).await?;
+        return match answer.status {
+            300..400 => {
+                let text = format!(
+                    "{} probe warning: Probe terminated redirects, Response body: {}",
+                    kind.name(),
+                    answer.body
+                );
+                t.ctx.events.container(&t.pod, &t.container.name, EventKind::Warning, "ProbeWarning", text);
+                Ok(())
+            }
+            200..300 => Ok(()),
+            status => Err(format!("HTTP probe failed with statuscode: {status}")),
         };
     }
     if let Some(s) = &p.tcp_socket {

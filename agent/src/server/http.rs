@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 
 use super::{
-    AttachRequest, ExecRequest, Host, HostError, Metrics, PodRef, Stdio,
+    AttachRequest, ExecRequest, Host, HostError, PodRef, Stdio, access,
     logs::{self, truth},
     portforward, remote,
     stream::{fd::FdStream, upgrade},
@@ -61,7 +61,6 @@ impl HostError {
 #[derive(Clone)]
 pub(crate) struct Server {
     pub(crate) host: Arc<dyn Host>,
-    pub(crate) metrics: Metrics,
 }
 
 /// A request's path, cut up, and its decoded query.
@@ -130,27 +129,26 @@ impl Server {
         if matches!(path.as_slice(), ["healthz", ..]) {
             return self.healthz();
         }
-        match identity {
-            None => return text(StatusCode::UNAUTHORIZED, "Unauthorized"),
-            Some(identity) if !identity.trusted() => {
-                let message = format!("Forbidden (user={}, verb={}, resource=nodes)", identity.user, request.method());
-                return text(StatusCode::FORBIDDEN, message);
-            }
-            Some(_) => {}
+        if let Err(refusal) = access::check(self.host.as_ref(), identity, &request, &path).await {
+            let (status, message) = refusal;
+            return text(status, message);
         }
+        self.host.answered(request.method().as_str(), path.first().unwrap_or(&""));
         let reading = matches!(*request.method(), Method::GET | Method::HEAD);
         match path.as_slice() {
             ["pods"] | ["runningpods"] if reading => self.pods(),
             ["configz"] if reading => json_response(&json!({ "kubeletconfig": self.host.configuration() })),
-            ["metrics"] if reading => self.metrics(),
+            ["metrics"] if reading => text(StatusCode::OK, self.host.metrics()),
             ["metrics", "resource"] if reading => {
-                text(StatusCode::OK, summary::resource_metrics(&self.host.stats().await))
+                text(StatusCode::OK, summary::resource_metrics(&self.host.stats(true).await))
             }
-            ["metrics", "probes" | "slis"] if reading => text(StatusCode::OK, ""),
-            ["metrics", "cadvisor"] if reading => {
-                text(StatusCode::OK, summary::container_metrics(&self.host.stats().await))
+            ["metrics", "slis"] if reading => text(StatusCode::OK, ""),
+            ["metrics", "probes"] if reading => text(StatusCode::OK, self.host.probes()),
+            ["metrics", "cadvisor"] if reading => text(StatusCode::OK, self.host.cadvisor().await),
+            ["stats", "summary"] if reading => {
+                let brief = parts.flag(["only_cpu_and_memory", "only_cpu_and_memory"]);
+                json_response(&self.host.stats(brief).await)
             }
-            ["stats", "summary"] if reading => json_response(&self.host.stats().await),
             ["containerLogs", namespace, name, container] if reading => {
                 self.logs(&pod(namespace, name, None), container, &parts).await
             }
@@ -189,17 +187,6 @@ impl Server {
         let pods = self.host.pods();
         let items: Vec<&Value> = pods.iter().map(|pod| &**pod).collect();
         json_response(&json!({ "kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items }))
-    }
-
-    fn metrics(&self) -> Response<Body> {
-        let mut out = String::new();
-        if prometheus_client::encoding::text::encode(&mut out, &self.metrics.lock()).is_err() {
-            return text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be encoded\n");
-        }
-        let mut response = Response::new(full(out));
-        let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
-        response.headers_mut().insert(header::CONTENT_TYPE, kind);
-        response
     }
 
     async fn logs(&self, pod: &PodRef, container: &str, parts: &Parts) -> Response<Body> {

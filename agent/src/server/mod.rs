@@ -1,9 +1,11 @@
 //! The node's own API on port 10250: logs, exec, attach, port-forward, pods, metrics and health.
 //!
-//! In: TLS connections whose client certificate the cluster's CA has signed (in practice the API server's). Out: answers
+//! In: TLS connections with a client certificate the cluster's CA has signed, or with a bearer token. Out: answers
 //! built from what [`Host`] tells of the pods on this node. It never changes a pod and keeps no state of its own: everything
 //! it knows of pods comes through [`Host`], which the pod machinery implements.
 
+mod access;
+pub(crate) mod exposition;
 mod http;
 mod logs;
 mod netns;
@@ -33,10 +35,10 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use self::tls::Identity;
 pub use self::{
     netns::{Error as NetNsError, connect_loopback},
     tls::Error as TlsError,
+    tls::Identity,
 };
 
 /// A pod as a client names it. Static pods are found by their name with the node's suffix.
@@ -169,9 +171,47 @@ pub trait Host: Send + Sync + 'static {
     /// Where the pod's ports are.
     fn network_namespace(&self, pod: &PodRef) -> Result<NetNs, HostError>;
 
-    /// The Summary object of /stats/summary.
-    fn stats(&self) -> BoxFuture<'_, Value> {
+    /// Whose bearer token this is; `None` when it is nobody's. An error is why nobody can tell.
+    fn authenticate<'a>(&'a self, _token: &'a str) -> BoxFuture<'a, Result<Option<Identity>, String>> {
+        Box::pin(async { Ok(None) })
+    }
+
+    /// Whether `who` may do `verb` (`get`, `create`, ...) on a subresource of this node.
+    fn allowed<'a>(
+        &'a self,
+        _who: &'a Identity,
+        _verb: &'a str,
+        _subresource: &'a str,
+    ) -> BoxFuture<'a, Result<bool, String>> {
+        Box::pin(async { Ok(false) })
+    }
+
+    /// Whether callers without credentials are let in as `system:anonymous`.
+    fn anonymous(&self) -> bool {
+        false
+    }
+
+    /// The Summary object of /stats/summary; `brief` is cpu and memory only.
+    fn stats(&self, _brief: bool) -> BoxFuture<'_, Value> {
         Box::pin(async { serde_json::json!({ "node": {}, "pods": [] }) })
+    }
+
+    /// The text of /metrics.
+    fn metrics(&self) -> String {
+        String::new()
+    }
+
+    /// Counts an answered request.
+    fn answered(&self, _method: &str, _path: &str) {}
+
+    /// The text of /metrics/cadvisor.
+    fn cadvisor(&self) -> BoxFuture<'_, String> {
+        Box::pin(async { String::new() })
+    }
+
+    /// The text of /metrics/probes.
+    fn probes(&self) -> String {
+        String::new()
     }
 
     /// The effective configuration as a KubeletConfiguration, for /configz.
@@ -184,9 +224,6 @@ pub trait Host: Send + Sync + 'static {
         Ok(())
     }
 }
-
-/// The process's metrics, shared by everyone who registers some.
-pub type Metrics = Arc<parking_lot::Mutex<prometheus_client::registry::Registry>>;
 
 /// How the server runs.
 #[derive(Debug, Clone)]
@@ -243,8 +280,8 @@ impl Bound {
     }
 
     /// Answers until `stop`, then gives connections a moment to finish.
-    pub async fn serve(self, host: Arc<dyn Host>, metrics: Metrics, stop: CancellationToken) {
-        let server = http::Server { host, metrics };
+    pub async fn serve(self, host: Arc<dyn Host>, stop: CancellationToken) {
+        let server = http::Server { host };
         let mut connections = JoinSet::new();
         loop {
             // Cancel-safe: accept loses no connection, and a join set keeps what is not reaped.

@@ -1,26 +1,8 @@
-//! Prometheus text made from the Summary object, under upstream's names, for /metrics/resource and /metrics/cadvisor.
-
-use std::fmt::Write;
+//! /metrics/resource, made from the Summary object under upstream's names.
 
 use serde_json::Value;
 
-/// One family: name, help, type, and how samples are found.
-struct Family<'a> {
-    out: &'a mut String,
-}
-
-impl Family<'_> {
-    fn begin(&mut self, name: &str, kind: &str, help: &str) {
-        let _ = writeln!(self.out, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: Option<f64>) {
-        let Some(value) = value else { return };
-        let labels: Vec<String> = labels.iter().map(|(n, v)| format!("{n}=\"{v}\"")).collect();
-        let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
-        let _ = writeln!(self.out, "{name}{labels} {value}");
-    }
-}
+use super::exposition::Exposition;
 
 fn cpu_seconds(stats: &Value) -> Option<f64> {
     Some(stats["cpu"]["usageCoreNanoSeconds"].as_f64()? / 1e9)
@@ -28,6 +10,10 @@ fn cpu_seconds(stats: &Value) -> Option<f64> {
 
 fn working_set(stats: &Value) -> Option<f64> {
     stats["memory"]["workingSetBytes"].as_f64()
+}
+
+fn swap(stats: &Value) -> Option<f64> {
+    stats["swap"]["swapUsageBytes"].as_f64()
 }
 
 fn start_seconds(stats: &Value) -> Option<f64> {
@@ -54,29 +40,31 @@ fn each_container(summary: &Value, mut sample: impl FnMut(&[(&str, &str)], &Valu
 
 /// /metrics/resource: what metrics-server reads.
 pub(crate) fn resource_metrics(summary: &Value) -> String {
-    let mut out = String::new();
-    let mut family = Family { out: &mut out };
+    let mut family = Exposition::default();
     type Get = fn(&Value) -> Option<f64>;
-    let containers: [(&str, &str, &str, Get); 3] = [
+    let containers: [(&str, &str, &str, Get); 4] = [
         ("container_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed by the container.", cpu_seconds),
         ("container_memory_working_set_bytes", "gauge", "Current working set of the container.", working_set),
         ("container_start_time_seconds", "gauge", "Start time of the container since unix epoch.", start_seconds),
+        ("container_swap_usage_bytes", "gauge", "Current amount of the container swap usage in bytes.", swap),
     ];
     for (name, kind, help, get) in containers {
         family.begin(name, kind, help);
         each_container(summary, |labels, stats| family.sample(name, labels, get(stats)));
     }
-    let node: [(&str, &str, &str, Get); 2] = [
+    let node: [(&str, &str, &str, Get); 3] = [
         ("node_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed by the node.", cpu_seconds),
         ("node_memory_working_set_bytes", "gauge", "Current working set of the node.", working_set),
+        ("node_swap_usage_bytes", "gauge", "Current swap usage of the node in bytes.", swap),
     ];
     for (name, kind, help, get) in node {
         family.begin(name, kind, help);
         family.sample(name, &[], get(&summary["node"]));
     }
-    let pods: [(&str, &str, &str, Get); 2] = [
+    let pods: [(&str, &str, &str, Get); 3] = [
         ("pod_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed by the pod.", cpu_seconds),
         ("pod_memory_working_set_bytes", "gauge", "Current working set of the pod.", working_set),
+        ("pod_swap_usage_bytes", "gauge", "Current amount of the pod swap usage in bytes.", swap),
     ];
     for (name, kind, help, get) in pods {
         family.begin(name, kind, help);
@@ -86,26 +74,9 @@ pub(crate) fn resource_metrics(summary: &Value) -> String {
             family.sample(name, &[("namespace", namespace), ("pod", pod_name)], get(pod));
         }
     }
-    family.begin("resource_scrape_error", "gauge", "1 if there was an error while getting container metrics.");
-    family.sample("resource_scrape_error", &[], Some(0.0));
-    out
-}
-
-/// /metrics/cadvisor: the few series dashboards ask for first.
-pub(crate) fn container_metrics(summary: &Value) -> String {
-    let mut out = String::new();
-    let mut family = Family { out: &mut out };
-    for (name, kind, help) in [
-        ("container_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed in seconds."),
-        ("container_memory_working_set_bytes", "gauge", "Current working set in bytes."),
-    ] {
-        family.begin(name, kind, help);
-        each_container(summary, |labels, stats| {
-            let value = if name.contains("cpu") { cpu_seconds(stats) } else { working_set(stats) };
-            family.sample(name, labels, value);
-        });
-    }
-    out
+    let help = "1 if there was an error while getting container metrics, 0 otherwise.";
+    family.single("resource_scrape_error", "gauge", help, Some(0.0));
+    family.finish()
 }
 
 #[cfg(test)]

@@ -137,7 +137,7 @@ async fn fixture(client_name: &str) -> Fixture {
     let bound = Bound::new(&config).await.unwrap();
     let address = bound.address().unwrap();
     let stop = CancellationToken::new();
-    tokio::spawn(bound.serve(host, Metrics::default(), stop.clone()));
+    tokio::spawn(bound.serve(host, stop.clone()));
     let identity = (client.der().to_vec(), client_key.serialize_der());
     Fixture {
         address,

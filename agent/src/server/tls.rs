@@ -38,13 +38,13 @@ pub enum Error {
     ClientCa(#[source] rustls::server::VerifierBuilderError),
 }
 
-/// Who a client is by its certificate.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Identity {
-    /// Common name.
-    pub(crate) user: String,
-    /// Organizations.
-    pub(crate) groups: Vec<String>,
+/// Who a client is, by its certificate or its token.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// Common name or user name.
+    pub user: String,
+    /// Organizations or groups.
+    pub groups: Vec<String>,
 }
 
 impl Identity {
@@ -57,7 +57,7 @@ impl Identity {
         Some(Self { user, groups })
     }
 
-    /// Only the API server and the cluster's administrators may use this server.
+    /// The API server and the cluster's administrators need no permission, so that they get in also when nobody can be asked.
     pub(crate) fn trusted(&self) -> bool {
         self.user == "kube-apiserver-kubelet-client"
             || self.groups.iter().any(|g| g == "system:masters" || g == "kubeadm:cluster-admins")

@@ -85,7 +85,7 @@ pub(crate) fn build(i: &Inputs<'_>) -> Result<Value, String> {
     let mut linux = json!({
         "namespaces": namespaces,
         "cgroupsPath": i.cgroup,
-        "resources": resources(c, i.cfs_period, privileged),
+        "resources": resources(c, i.cfs_period, Some(privileged)),
         "maskedPaths": masked,
         "readonlyPaths": read_only,
     });
@@ -168,7 +168,8 @@ fn arguments(c: &Container, image: &oci_spec::image::Config, env: &[(String, Str
     if all.is_empty() { Err("no command specified".into()) } else { Ok(all) }
 }
 
-fn resources(c: &Container, cfs_period: Option<u64>, privileged: bool) -> Value {
+/// The kernel numbers of a container's resources; devices only where `privileged` is said.
+pub(crate) fn resources(c: &Container, cfs_period: Option<u64>, privileged: Option<bool>) -> Value {
     let r = c.resources.as_ref();
     let limit = |n: &str| r.and_then(|r| quantity::get_millis(r.limits.as_ref(), n));
     let request = |n: &str| r.and_then(|r| quantity::get_millis(r.requests.as_ref(), n));
@@ -178,9 +179,10 @@ fn resources(c: &Container, cfs_period: Option<u64>, privileged: bool) -> Value 
         cpu["quota"] = json!(quota);
         cpu["period"] = json!(period);
     }
-    let devices =
-        if privileged { json!([{"allow": true, "access": "rwm"}]) } else { json!([{"allow": false, "access": "rwm"}]) };
-    let mut out = json!({"cpu": cpu, "devices": devices});
+    let mut out = json!({"cpu": cpu});
+    if let Some(allow) = privileged {
+        out["devices"] = json!([{"allow": allow, "access": "rwm"}]);
+    }
     if let Some(memory) = limit("memory").map(|m| m / 1000).filter(|m| *m > 0) {
         out["memory"] = json!({"limit": memory});
     }

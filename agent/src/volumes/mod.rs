@@ -6,6 +6,7 @@
 
 pub(crate) mod atomic;
 pub(crate) mod content;
+mod image;
 pub(crate) mod mounts;
 pub(crate) mod plain;
 
@@ -116,7 +117,7 @@ pub(crate) async fn mount(
 
 async fn plain_volume(
     ctx: &Arc<Context>,
-    pod: &Pod,
+    pod: &Arc<Pod>,
     namespace: &str,
     uid: &str,
     v: &Volume,
@@ -127,6 +128,9 @@ async fn plain_volume(
         let target = directory(ctx, uid, "kubernetes.io~empty-dir", &v.name);
         plain::empty_dir(&target, e, fs_group(pod)).map_err(error)?;
         writable(target)
+    } else if let Some(i) = &v.image {
+        let target = directory(ctx, uid, "kubernetes.io~image", &v.name);
+        Ready { path: image::mount(ctx, pod, i, target).await.map_err(error)?, read_only: true }
     } else if let Some(h) = &v.host_path {
         writable(plain::host_path(h).map_err(error)?)
     } else if let Some(c) = &v.persistent_volume_claim {

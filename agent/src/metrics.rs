@@ -1,0 +1,243 @@
+//! Counters and durations of this agent under the kubelet's names, for /metrics and /metrics/probes.
+//!
+//! What happens is counted where it happens ([`Metrics::count`], [`Metrics::observe`]); what is, is looked up when somebody
+//! asks ([`render`]).
+
+use std::{collections::BTreeMap, fs, time::Duration};
+
+use parking_lot::Mutex;
+
+use crate::{context::Context, node::info, server::exposition::Exposition};
+
+/// Upper bounds of durations in seconds.
+const BOUNDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+
+/// Every family: name and help. Those that begin with `prober_` are shown on /metrics/probes.
+const FAMILIES: &[(&str, &str)] = &[
+    ("kubelet_evictions", "Cumulative number of pod evictions by eviction signal"),
+    ("kubelet_http_requests_total", "Number of the http requests received since the server started"),
+    ("kubelet_image_garbage_collected_total", "Total number of images garbage collected by the kubelet"),
+    (
+        "kubelet_pod_start_duration_seconds",
+        "Duration in seconds from kubelet seeing a pod for the first time to the pod starting to run",
+    ),
+    ("kubelet_run_podsandbox_duration_seconds", "Duration in seconds of the run_podsandbox operations"),
+    ("kubelet_started_containers_errors_total", "Cumulative number of errors when starting containers"),
+    ("kubelet_started_containers_total", "Cumulative number of containers started"),
+    ("kubelet_started_pods_errors_total", "Cumulative number of errors when starting pods"),
+    ("kubelet_started_pods_total", "Cumulative number of pods started"),
+    ("kubelet_terminated_containers_total", "Cumulative number of containers terminated"),
+    ("prober_probe_duration_seconds", "Duration in seconds for a probe response."),
+    ("prober_probe_total", "Cumulative number of a liveness, readiness or startup probe for a container by result."),
+];
+
+/// Labels of a sample.
+type Labels = Vec<(&'static str, String)>;
+
+#[derive(Debug, Clone)]
+enum Cell {
+    Count(u64),
+    Spread { counts: [u64; BOUNDS.len()], all: u64, sum: f64 },
+}
+
+/// What has been counted.
+#[derive(Debug, Default)]
+pub(crate) struct Metrics {
+    cells: Mutex<BTreeMap<&'static str, BTreeMap<Labels, Cell>>>,
+}
+
+fn owned<const N: usize>(labels: [(&'static str, &str); N]) -> Labels {
+    labels.map(|(k, v)| (k, v.to_string())).to_vec()
+}
+
+impl Metrics {
+    /// One more.
+    pub(crate) fn count<const N: usize>(&self, family: &'static str, labels: [(&'static str, &str); N]) {
+        let mut cells = self.cells.lock();
+        let cell = cells.entry(family).or_default().entry(owned(labels)).or_insert(Cell::Count(0));
+        if let Cell::Count(n) = cell {
+            *n += 1;
+        }
+    }
+
+    /// Something took so long.
+    pub(crate) fn observe<const N: usize>(
+        &self,
+        family: &'static str,
+        labels: [(&'static str, &str); N],
+        took: Duration,
+    ) {
+        let mut cells = self.cells.lock();
+        let empty = Cell::Spread { counts: [0; BOUNDS.len()], all: 0, sum: 0.0 };
+        let cell = cells.entry(family).or_default().entry(owned(labels)).or_insert(empty);
+        if let Cell::Spread { counts, all, sum } = cell {
+            let seconds = took.as_secs_f64();
+            for (count, _) in counts.iter_mut().zip(BOUNDS).filter(|(_, bound)| seconds <= *bound) {
+                *count += 1;
+            }
+            *all += 1;
+            *sum += seconds;
+        }
+    }
+
+    /// Drops the samples of a pod that is gone.
+    pub(crate) fn forget_pod(&self, namespace: &str, pod: &str) {
+        let of = |labels: &Labels, key: &str, value: &str| labels.iter().any(|(k, v)| *k == key && v == value);
+        for samples in self.cells.lock().values_mut() {
+            samples.retain(|l, _| !(of(l, "pod", pod) && of(l, "namespace", namespace)));
+        }
+    }
+
+    fn write(&self, e: &mut Exposition, shown: impl Fn(&str) -> bool) {
+        let cells = self.cells.lock();
+        for (name, help) in FAMILIES.iter().filter(|(name, _)| shown(name)) {
+            let Some(samples) = cells.get(name) else { continue };
+            let spread = samples.values().any(|c| matches!(c, Cell::Spread { .. }));
+            e.begin(name, if spread { "histogram" } else { "counter" }, help);
+            for (labels, cell) in samples {
+                let labels: Vec<(&str, &str)> = labels.iter().map(|(k, v)| (*k, v.as_str())).collect();
+                sample(e, name, &labels, cell);
+            }
+        }
+    }
+}
+
+fn sample(e: &mut Exposition, name: &str, labels: &[(&str, &str)], cell: &Cell) {
+    match cell {
+        Cell::Count(n) => e.sample(name, labels, Some(*n as f64)),
+        Cell::Spread { counts, all, sum } => {
+            let bucket = format!("{name}_bucket");
+            for (count, bound) in counts.iter().zip(BOUNDS) {
+                let bound = bound.to_string();
+                let labels: Vec<_> = labels.iter().copied().chain([("le", bound.as_str())]).collect();
+                e.sample(&bucket, &labels, Some(*count as f64));
+            }
+            let labels_inf: Vec<_> = labels.iter().copied().chain([("le", "+Inf")]).collect();
+            e.sample(&bucket, &labels_inf, Some(*all as f64));
+            e.sample(&format!("{name}_sum"), labels, Some(*sum));
+            e.sample(&format!("{name}_count"), labels, Some(*all as f64));
+        }
+    }
+}
+
+/// /metrics/probes.
+pub(crate) fn probes(ctx: &Context) -> String {
+    let mut e = Exposition::default();
+    ctx.metrics.write(&mut e, |name| name.starts_with("prober_"));
+    process(&mut e, true);
+    e.finish()
+}
+
+/// /metrics.
+pub(crate) fn render(ctx: &Context) -> String {
+    let mut e = Exposition::default();
+    pods(ctx, &mut e);
+    e.begin("kubelet_node_name", "gauge", "The node's name. The count is always 1.");
+    e.sample("kubelet_node_name", &[("node", &ctx.node_name)], Some(1.0));
+    let info = info::system_info();
+    let mut version = info.kubelet_version.trim_start_matches('v').split('.');
+    let (major, minor) = (version.next().unwrap_or_default(), version.next().unwrap_or_default());
+    e.begin("kubernetes_build_info", "gauge", "A metric with a constant '1' value labeled by version and platform.");
+    let platform = format!("linux/{}", info.architecture);
+    let labels =
+        [("git_version", info.kubelet_version.as_str()), ("major", major), ("minor", minor), ("platform", &platform)];
+    e.sample("kubernetes_build_info", &labels, Some(1.0));
+    ctx.metrics.write(&mut e, |name| !name.starts_with("prober_"));
+    process(&mut e, false);
+    e.finish()
+}
+
+fn pods(ctx: &Context, e: &mut Exposition) {
+    let all = ctx.table.all();
+    let running = all.iter().filter(|s| s.containers.values().any(|c| c.running)).count();
+    e.single("kubelet_running_pods", "gauge", "Number of pods that have a running pod sandbox", Some(running as f64));
+    e.begin("kubelet_running_containers", "gauge", "Number of containers currently running");
+    let containers = |on: bool| all.iter().flat_map(|s| s.containers.values()).filter(|c| c.running == on).count();
+    for (state, on) in [("running", true), ("exited", false)] {
+        e.sample("kubelet_running_containers", &[("container_state", state)], Some(containers(on) as f64));
+    }
+    let is_static = |s: &crate::pods::table::Snapshot| {
+        s.pod.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(crate::sources::SOURCE))
+    };
+    e.begin("kubelet_desired_pods", "gauge", "The number of pods the kubelet is being instructed to run. static is true if the pod is not from the apiserver.");
+    for (label, want) in [("", false), ("true", true)] {
+        let count = all.iter().filter(|s| is_static(s) == want).count();
+        e.sample("kubelet_desired_pods", &[("static", label)], Some(count as f64));
+    }
+    let mirrors = all.iter().filter(|s| is_static(s) && s.mirror_uid.is_some()).count();
+    e.single(
+        "kubelet_mirror_pods",
+        "gauge",
+        "The number of mirror pods the kubelet will try to create (one per admitted static pod)",
+        Some(mirrors as f64),
+    );
+}
+
+/// What every process tells; `brief` is when it began only.
+fn process(e: &mut Exposition, brief: bool) {
+    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<f64> = stat
+        .rsplit_once(')')
+        .map(|(_, rest)| rest.split_whitespace().skip(1).map(|f| f.parse().unwrap_or(0.0)).collect())
+        .unwrap_or_default();
+    let at = |i: usize| fields.get(i).copied();
+    let boot = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let boot = boot.lines().find_map(|l| l.strip_prefix("btime ")?.trim().parse::<f64>().ok());
+    let started = at(18).zip(boot).map(|(ticks, boot)| boot + ticks / 100.0);
+    e.single("process_start_time_seconds", "gauge", "Start time of the process since unix epoch in seconds.", started);
+    if brief {
+        return;
+    }
+    let cpu = at(10).zip(at(11)).map(|(u, s)| (u + s) / 100.0);
+    e.single("process_cpu_seconds_total", "counter", "Total user and system CPU time spent in seconds.", cpu);
+    e.single("process_virtual_memory_bytes", "gauge", "Virtual memory size in bytes.", at(19));
+    let resident = at(20).map(|pages| pages * 4096.0);
+    e.single("process_resident_memory_bytes", "gauge", "Resident memory size in bytes.", resident);
+    let open = fs::read_dir("/proc/self/fd").ok().map(|d| d.count() as f64);
+    e.single("process_open_fds", "gauge", "Number of open file descriptors.", open);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_durations() {
+        let m = Metrics::default();
+        m.count("kubelet_started_pods_total", []);
+        m.count("kubelet_started_pods_total", []);
+        m.observe("prober_probe_duration_seconds", [("pod", "p"), ("namespace", "n")], Duration::from_millis(200));
+        let text = |probes: bool| {
+            let mut e = Exposition::default();
+            m.write(&mut e, |name| name.starts_with("prober_") == probes);
+            e.finish()
+        };
+        assert!(text(false).ends_with("# TYPE kubelet_started_pods_total counter\nkubelet_started_pods_total 2\n"));
+        let probes = text(true);
+        for line in [
+            "prober_probe_duration_seconds_bucket{pod=\"p\",namespace=\"n\",le=\"0.1\"} 0",
+            "prober_probe_duration_seconds_bucket{pod=\"p\",namespace=\"n\",le=\"0.25\"} 1",
+            "prober_probe_duration_seconds_bucket{pod=\"p\",namespace=\"n\",le=\"+Inf\"} 1",
+            "prober_probe_duration_seconds_sum{pod=\"p\",namespace=\"n\"} 0.2",
+        ] {
+            assert!(probes.lines().any(|l| l == line), "{line}: {probes}");
+        }
+        m.forget_pod("n", "p");
+        assert!(!text(true).contains("pod=\"p\""));
+    }
+
+    #[test]
+    fn every_process_has_begun() {
+        let mut e = Exposition::default();
+        process(&mut e, false);
+        let text = e.finish();
+        for name in [
+            "process_start_time_seconds",
+            "process_cpu_seconds_total",
+            "process_resident_memory_bytes",
+            "process_open_fds",
+        ] {
+            assert!(text.lines().any(|l| l.starts_with(&format!("{name} "))), "{name}: {text}");
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! /metrics/cadvisor: groups and links under the names dashboards ask for.
+
+use std::{fs, sync::Arc};
+
+use super::{interfaces, machine_usage, pod_net_dev};
+use crate::{
+    cgroups::Usage,
+    context::Context,
+    node::info,
+    pods::{sandbox, table::Snapshot},
+    quantity,
+    server::exposition::Exposition,
+};
+
+/// One group with its labels: container, id, image, name, namespace, pod.
+struct Group {
+    labels: [(&'static str, String); 6],
+    usage: Usage,
+    started: Option<f64>,
+    /// Limits and requests as the spec has them: memory limit, cpu quota.
+    memory_limit: Option<i64>,
+    cpu_quota: Option<i64>,
+}
+
+fn labels(
+    container: &str,
+    id: &str,
+    image: &str,
+    name: &str,
+    namespace: &str,
+    pod: &str,
+) -> [(&'static str, String); 6] {
+    [("container", container), ("id", id), ("image", image), ("name", name), ("namespace", namespace), ("pod", pod)]
+        .map(|(k, v)| (k, v.to_string()))
+}
+
+fn groups(ctx: &Context, s: &Snapshot) -> Vec<Group> {
+    let pod = &s.pod;
+    let Some(spec) = &pod.spec else { return Vec::new() };
+    let (namespace, name) = (sandbox::namespace(pod), sandbox::name(pod));
+    let group = ctx.cgroups.pod_group(crate::qos::class(spec), sandbox::uid(pod));
+    let one = |container: &str, group: &str, image: &str, id: &str| Group {
+        labels: labels(container, &format!("/{group}"), image, id, namespace, name),
+        usage: ctx.cgroups.usage(group),
+        started: None,
+        memory_limit: None,
+        cpu_quota: None,
+    };
+    let mut all = vec![one("", &group, "", "")];
+    let status = pod.status.as_ref();
+    for (container, view) in s.containers.iter().filter(|(_, c)| c.running) {
+        let c = crate::qos::all_containers(spec).find(|c| c.name == *container);
+        let image = c.and_then(|c| c.image.clone()).unwrap_or_default();
+        let limits = c.and_then(|c| c.resources.as_ref()?.limits.as_ref());
+        let mut g = one(container, &format!("{group}/{}", view.id), &image, &view.id);
+        g.memory_limit = quantity::get(limits, "memory");
+        g.cpu_quota = quantity::get_millis(limits, "cpu").and_then(|m| crate::qos::quota(m, ctx.cfs_period()?));
+        let list = status.and_then(|s| s.container_statuses.as_ref()).into_iter().flatten();
+        let state = list.filter(|c| c.name == *container).find_map(|c| c.state.as_ref()?.running.as_ref());
+        g.started = state.and_then(|r| r.started_at.as_ref()).map(|t| t.0.as_second() as f64);
+        all.push(g);
+    }
+    all
+}
+
+type Get = fn(&Group) -> Option<f64>;
+
+/// What is said of each group.
+const FAMILIES: &[(&str, &str, &str, Get)] = &[
+    ("container_cpu_system_seconds_total", "counter", "Cumulative system cpu time consumed in seconds.", |g| {
+        seconds(g.usage.cpu_system_nanos)
+    }),
+    ("container_cpu_user_seconds_total", "counter", "Cumulative user cpu time consumed in seconds.", |g| {
+        seconds(g.usage.cpu_user_nanos)
+    }),
+    ("container_cpu_cfs_periods_total", "counter", "Number of elapsed enforcement period intervals.", |g| {
+        float(g.usage.cpu_periods)
+    }),
+    ("container_cpu_cfs_throttled_periods_total", "counter", "Number of throttled period intervals.", |g| {
+        float(g.usage.cpu_throttled_periods)
+    }),
+    (
+        "container_cpu_cfs_throttled_seconds_total",
+        "counter",
+        "Total time duration the container has been throttled.",
+        |g| seconds(g.usage.cpu_throttled_nanos),
+    ),
+    ("container_memory_cache", "gauge", "Number of bytes of page cache memory.", |g| float(g.usage.memory_cache)),
+    ("container_memory_failcnt", "counter", "Number of memory usage hits limits.", |g| float(g.usage.memory_failures)),
+    ("container_memory_mapped_file", "gauge", "Size of memory mapped files in bytes.", |g| {
+        float(g.usage.memory_mapped)
+    }),
+    ("container_memory_max_usage_bytes", "gauge", "Maximum memory usage recorded in bytes.", |g| {
+        float(g.usage.memory_peak)
+    }),
+    ("container_memory_rss", "gauge", "Size of RSS in bytes.", |g| float(g.usage.memory_rss)),
+    ("container_memory_swap", "gauge", "Container swap usage in bytes.", |g| float(g.usage.swap)),
+    ("container_memory_usage_bytes", "gauge", "Current memory usage in bytes, including all memory.", |g| {
+        float(g.usage.memory_usage)
+    }),
+    ("container_memory_working_set_bytes", "gauge", "Current working set in bytes.", |g| {
+        float(g.usage.memory_working_set)
+    }),
+    ("container_oom_events_total", "counter", "Count of out of memory events observed for the container.", |g| {
+        float(g.usage.oom_kills)
+    }),
+    ("container_processes", "gauge", "Number of processes running inside the container.", |g| float(g.usage.processes)),
+    ("container_spec_cpu_quota", "gauge", "CPU quota of the container.", |g| g.cpu_quota.map(|q| q as f64)),
+    ("container_spec_memory_limit_bytes", "gauge", "Memory limit for the container.", |g| {
+        g.memory_limit.map(|l| l as f64)
+    }),
+    ("container_start_time_seconds", "gauge", "Start time of the container since unix epoch in seconds.", |g| {
+        g.started
+    }),
+];
+
+fn float(n: Option<u64>) -> Option<f64> {
+    n.map(|n| n as f64)
+}
+
+fn seconds(nanos: Option<u64>) -> Option<f64> {
+    nanos.map(|n| n as f64 / 1e9)
+}
+
+/// Column of /proc/PID/net/dev, name, help.
+const LINKS: &[(usize, &str, &str)] = &[
+    (0, "container_network_receive_bytes_total", "Cumulative count of bytes received"),
+    (2, "container_network_receive_errors_total", "Cumulative count of errors encountered while receiving"),
+    (3, "container_network_receive_packets_dropped_total", "Cumulative count of packets dropped while receiving"),
+    (1, "container_network_receive_packets_total", "Cumulative count of packets received"),
+    (8, "container_network_transmit_bytes_total", "Cumulative count of bytes transmitted"),
+    (10, "container_network_transmit_errors_total", "Cumulative count of errors encountered while transmitting"),
+    (11, "container_network_transmit_packets_dropped_total", "Cumulative count of packets dropped while transmitting"),
+    (9, "container_network_transmit_packets_total", "Cumulative count of packets transmitted"),
+];
+
+fn machine(ctx: &Context, e: &mut Exposition) {
+    let info = info::system_info();
+    let ids =
+        [("boot_id", info.boot_id.as_str()), ("machine_id", &info.machine_id), ("system_uuid", &info.system_uuid)];
+    let mut gauge = |name: &str, help: &str, value: f64| {
+        e.begin(name, "gauge", help);
+        e.sample(name, &ids, Some(value));
+    };
+    gauge("machine_cpu_cores", "Number of logical CPU cores.", f64::from(ctx.machine.cpus));
+    gauge("machine_memory_bytes", "Amount of memory installed on the machine.", ctx.machine.memory as f64);
+    gauge("machine_swap_bytes", "Amount of swap memory available on the machine.", info::meminfo("SwapTotal") as f64);
+    let version =
+        [("kernelVersion", info.kernel_version.as_str()), ("osVersion", &info.os_image), ("cadvisorVersion", "")];
+    e.begin(
+        "cadvisor_version_info",
+        "gauge",
+        "A metric with a constant '1' value labeled by kernel version and OS version.",
+    );
+    e.sample("cadvisor_version_info", &version, Some(1.0));
+}
+
+/// The text.
+pub(crate) async fn text(ctx: Arc<Context>) -> String {
+    tokio::task::spawn_blocking(move || render(&ctx)).await.unwrap_or_default()
+}
+
+fn render(ctx: &Context) -> String {
+    let mut e = Exposition::default();
+    let mut pods = ctx.table.all();
+    pods.retain(|s| s.containers.values().any(|c| c.running));
+    let mut all = vec![Group {
+        labels: labels("", "/", "", "", "", ""),
+        usage: machine_usage(),
+        started: None,
+        memory_limit: None,
+        cpu_quota: None,
+    }];
+    all.extend(pods.iter().flat_map(|s| groups(ctx, s)));
+    let borrowed: Vec<[(&str, &str); 6]> =
+        all.iter().map(|g| std::array::from_fn(|i| (g.labels[i].0, g.labels[i].1.as_str()))).collect();
+    e.begin("container_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed in seconds.");
+    for (g, l) in all.iter().zip(&borrowed) {
+        let labels: Vec<(&str, &str)> = [l[0], ("cpu", "total")].into_iter().chain(l[1..].iter().copied()).collect();
+        e.sample("container_cpu_usage_seconds_total", &labels, seconds(g.usage.cpu_nanos));
+    }
+    for (name, kind, help, get) in FAMILIES {
+        e.begin(name, kind, help);
+        for (g, l) in all.iter().zip(&borrowed) {
+            e.sample(name, l, get(g));
+        }
+    }
+    links(ctx, &pods, &mut e);
+    machine(ctx, &mut e);
+    e.single(
+        "container_scrape_error",
+        "gauge",
+        "1 if there was an error while getting container metrics, 0 otherwise",
+        Some(0.0),
+    );
+    e.finish()
+}
+
+fn links(ctx: &Context, pods: &[Arc<Snapshot>], e: &mut Exposition) {
+    let of_pod = |s: &Arc<Snapshot>| {
+        let dev = pod_net_dev(ctx, sandbox::uid(&s.pod)).filter(|_| !s.host_network)?;
+        let list = interfaces(&fs::read_to_string(dev).ok()?);
+        Some((sandbox::namespace(&s.pod).to_string(), sandbox::name(&s.pod).to_string(), list))
+    };
+    let found: Vec<_> = pods.iter().filter_map(of_pod).collect();
+    for (column, name, help) in LINKS {
+        e.begin(name, "counter", help);
+        for (namespace, pod, list) in &found {
+            for (interface, numbers) in list {
+                let labels =
+                    [("container", ""), ("interface", interface.as_str()), ("namespace", namespace), ("pod", pod)];
+                e.sample(name, &labels, Some(numbers[*column] as f64));
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! What the node tells about itself on port 10250, and whom: certificates through the API server, tokens of service accounts.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use isopod_tests::{Cluster, Net, eventually};
+use serde_json::Value;
+
+const OBJECTS: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: busy}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: c
+    image: busybox:1
+    command: [sh, -c, 'dd if=/dev/zero of=/v/f bs=1M count=5; while true; do :; done']
+    resources: {limits: {cpu: 200m, memory: 64Mi}}
+    readinessProbe: {exec: {command: ['true']}, periodSeconds: 1}
+    volumeMounts: [{name: v, mountPath: /v}]
+  volumes: [{name: v, emptyDir: {}}]
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: scraper}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: stranger}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: scraper}
+rules: [{apiGroups: [''], resources: [nodes/metrics, nodes/stats], verbs: [get]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: scraper}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: scraper}
+subjects: [{kind: ServiceAccount, name: scraper, namespace: default}]
+"#;
+
+#[test]
+fn numbers_for_those_who_may_see_them() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    c.apply(OBJECTS);
+    c.wait_ready("busy");
+    let raw = |path: &str| c.k(&format!("get --raw /api/v1/nodes/one/proxy/{path}"));
+    let summary = || -> Value { serde_json::from_str(&raw("stats/summary")).unwrap() };
+    let of_pod = |s: &Value| s["pods"].as_array().unwrap().iter().find(|p| p["podRef"]["name"] == "busy").cloned();
+
+    // The second question knows what has happened since the first.
+    summary();
+    let busy = eventually("the pod's rate is known", || {
+        let all = summary();
+        let p = of_pod(&all).ok_or_else(|| all.clone())?;
+        let cores = p["containers"][0]["cpu"]["usageNanoCores"].as_u64().unwrap_or(0);
+        if (20_000_000..400_000_000).contains(&cores) { Ok(p) } else { Err(p) }
+    });
+    assert!(busy["containers"][0]["memory"]["workingSetBytes"].as_u64().unwrap() > 0);
+    assert!(busy["containers"][0]["memory"]["availableBytes"].as_u64().unwrap() < 64 << 20);
+    assert_eq!(busy["volume"][0]["name"], "v");
+    assert!((5 << 20..8 << 20).contains(&busy["volume"][0]["usedBytes"].as_u64().unwrap()), "{busy}");
+    assert!(busy["ephemeral-storage"]["usedBytes"].as_u64().unwrap() >= 5 << 20);
+    assert_eq!(busy["network"]["name"], "eth0");
+    let node = summary()["node"].clone();
+    assert_eq!(node["nodeName"], "one");
+    for field in ["cpu", "memory", "fs", "network", "runtime", "rlimit", "systemContainers"] {
+        assert!(!node[field].is_null(), "{field}: {node}");
+    }
+    let brief: Value = serde_json::from_str(&raw("stats/summary?only_cpu_and_memory=true")).unwrap();
+    assert!(brief["node"]["fs"].is_null() && of_pod(&brief).unwrap()["volume"].is_null());
+
+    let resource = raw("metrics/resource");
+    for series in [
+        "container_cpu_usage_seconds_total{container=\"c\",namespace=\"default\",pod=\"busy\"} ",
+        "pod_memory_working_set_bytes{namespace=\"default\",pod=\"busy\"} ",
+        "node_cpu_usage_seconds_total ",
+        "resource_scrape_error 0",
+    ] {
+        assert!(resource.contains(series), "{series}: {resource}");
+    }
+    let cadvisor = raw("metrics/cadvisor");
+    for series in [
+        "container_memory_rss{container=\"c\"",
+        "container_network_receive_bytes_total{container=\"\",interface=\"eth0\"",
+        "machine_cpu_cores{",
+    ] {
+        assert!(cadvisor.contains(series), "{series}: {cadvisor}");
+    }
+    let metrics = raw("metrics");
+    for series in [
+        "kubelet_running_pods ",
+        "kubelet_started_pods_total ",
+        "kubelet_node_name{node=\"one\"} 1",
+        "process_start_time_seconds ",
+    ] {
+        assert!(metrics.contains(series), "{series}: {metrics}");
+    }
+    let probes = raw("metrics/probes");
+    assert!(probes.contains("prober_probe_total{container=\"c\",namespace=\"default\",pod=\"busy\","), "{probes}");
+    assert!(raw("configz").contains("\"kubeletconfig\""));
+    assert!(raw("pods").contains("\"busy\""));
+
+    // Tokens: the API server says whose they are and what they may.
+    let ask = |account: &str, path: &str| {
+        let token = c.k(&format!("create token {account}"));
+        let header = format!("Authorization: Bearer {}", token.trim());
+        c.host.must(&format!(
+            "curl -sk -m 20 -o /dev/null -w '%{{http_code}}' -H '{header}' https://10.88.0.1:10250/{path}"
+        ))
+    };
+    assert_eq!(ask("scraper", "metrics/resource"), "200");
+    assert_eq!(ask("scraper", "stats/summary"), "200");
+    assert_eq!(ask("scraper", "configz"), "403");
+    assert_eq!(ask("stranger", "metrics/resource"), "403");
+    let code = |more: &str| {
+        c.host.must(&format!("curl -sk -m 20 -o /dev/null -w '%{{http_code}}' {more} https://10.88.0.1:10250/metrics"))
+    };
+    assert_eq!(code(""), "401");
+    assert_eq!(code("-H 'Authorization: Bearer nonsense'"), "401");
+
+    // What a node says when it comes.
+    eventually("the node's events", || {
+        let events = c.k("get events --field-selector involvedObject.kind=Node");
+        let all = [
+            "Starting",
+            "NodeHasSufficientMemory",
+            "NodeHasNoDiskPressure",
+            "NodeHasSufficientPID",
+            "NodeReady",
+            "NodeAllocatableEnforced",
+        ];
+        if all.iter().all(|r| events.contains(r)) { Ok(()) } else { Err(events) }
+    });
+}
