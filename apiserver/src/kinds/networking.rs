@@ -262,19 +262,6 @@ impl Strategy for IpAddress {
         e.0
     }
 
-    fn field_names(&self) -> &'static [&'static str] {
-        &["spec.parentRef"]
-    }
-
-    fn fields(&self, obj: &Value) -> Vec<(&'static str, String)> {
-        let parent = &obj["spec"]["parentRef"];
-        let text = |field: &str| parent[field].as_str().unwrap_or_default().to_owned();
-        vec![(
-            "spec.parentRef",
-            format!("{}/{}/{}/{}", text("group"), text("resource"), text("namespace"), text("name")),
-        )]
-    }
-
     fn cells(&self, obj: &Value, _now: Timestamp) -> Vec<Value> {
         let parent = &obj["spec"]["parentRef"];
         let text = |field: &str| parent[field].as_str().unwrap_or_default();

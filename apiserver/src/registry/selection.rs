@@ -48,12 +48,7 @@ impl Selection {
                     continue;
                 }
                 check(resource, &requirement.field)?;
-                // events.k8s.io reads objects stored as core events.
-                if resource.converted()
-                    && let Some(rest) = requirement.field.strip_prefix("regarding.")
-                {
-                    requirement.field = format!("involvedObject.{rest}");
-                }
+                requirement.field = stored_name(resource, &requirement.field);
             }
             selection.fields = Some(parsed).filter(|p| !p.is_empty());
         }
@@ -109,16 +104,24 @@ fn own_matches(version: &Version, selector: &FieldSelector, object: &Object) -> 
     })
 }
 
+/// The name a field has where objects are stored: events.k8s.io reads core events.
+fn stored_name(resource: &Resource, field: &str) -> String {
+    match field.strip_prefix("regarding.") {
+        Some(rest) if resource.converted() => format!("involvedObject.{rest}"),
+        None if resource.converted() && field == "reportingController" => "reportingComponent".to_owned(),
+        _ => field.to_owned(),
+    }
+}
+
 /// Whether a field may be selected by, with the message of the kind when not.
 fn check(resource: &Resource, field: &str) -> Result<(), Status> {
-    let stored = field.strip_prefix("regarding.").map(|f| format!("involvedObject.{f}"));
-    let name = stored.as_deref().filter(|_| resource.converted()).unwrap_or(field);
+    let name = stored_name(resource, field);
     let names = resource.strategy.field_names();
     let cluster_only = resource.gvr.group.is_empty() && matches!(&*resource.gvr.resource, "namespaces" | "nodes");
     match field {
         "metadata.name" => return Ok(()),
         "metadata.namespace" if !cluster_only => return Ok(()),
-        _ if names.contains(&name) => return Ok(()),
+        _ if names.contains(&name.as_str()) => return Ok(()),
         _ => {}
     }
     Err(Status::bad_request(match (&*resource.gvr.group, &*resource.gvr.resource) {

@@ -2,8 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use isopod_api::status::Status;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -12,6 +12,10 @@ use crate::authn::UserInfo;
 
 /// Largest request body.
 const BODY_MAX: usize = 3 * 1024 * 1024;
+/// What is read of a body that is too large, at most.
+const DRAIN_MAX: usize = 16 * BODY_MAX;
+/// For how long.
+const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// Reads in flight.
 const READS: usize = 400;
 /// Writes in flight.
@@ -48,10 +52,39 @@ impl InFlight {
 }
 
 /// Reads a request's body up to the limit.
-pub(crate) async fn read_body(body: Incoming) -> Result<Bytes, Status> {
-    match Limited::new(body, BODY_MAX).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(Status::too_large(format!("limit is {BODY_MAX}"))),
-        Err(error) => Err(Status::bad_request(format!("unable to read the request body: {error}"))),
+pub(crate) async fn read_body(mut body: Incoming) -> Result<Bytes, Status> {
+    let broken = |error: hyper::Error| Status::bad_request(format!("unable to read the request body: {error}"));
+    // Most bodies are one frame, which is not copied.
+    let (mut first, mut all) = (Bytes::new(), BytesMut::new());
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
+        if first.len().max(all.len()) + data.len() > BODY_MAX {
+            drain(body).await;
+            return Err(Status::too_large(format!("limit is {BODY_MAX}")));
+        }
+        if first.is_empty() && all.is_empty() {
+            first = data;
+            continue;
+        }
+        if all.is_empty() {
+            all.extend_from_slice(&std::mem::take(&mut first));
+        }
+        all.extend_from_slice(&data);
     }
+    Ok(if all.is_empty() { first } else { all.freeze() })
+}
+
+/// Reads on for a while what nobody wants: a client that is still sending when the connection ends never sees the answer.
+async fn drain(mut body: Incoming) {
+    let reading = async {
+        let mut left = DRAIN_MAX;
+        while let Some(Ok(frame)) = body.frame().await {
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Who is slower than that is cut off.
+    let _ = tokio::time::timeout(DRAIN_TIME, reading).await;
 }
