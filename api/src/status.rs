@@ -83,6 +83,24 @@ impl Details {
         Self { name: name.into(), group: gr.group.clone(), kind: gr.resource.clone(), ..Self::default() }
     }
 
+    /// Reads the JSON object; what does not fit is left out.
+    pub fn from_value(value: &Value) -> Option<Self> {
+        let text = |value: &Value, field: &str| value[field].as_str().unwrap_or_default().to_owned();
+        let cause =
+            |c: &Value| Cause { reason: text(c, "reason"), message: text(c, "message"), field: text(c, "field") };
+        value.is_object().then(|| Self {
+            name: text(value, "name"),
+            group: text(value, "group"),
+            kind: text(value, "kind"),
+            uid: text(value, "uid"),
+            causes: value["causes"].as_array().into_iter().flatten().map(cause).collect(),
+            retry_after_seconds: value["retryAfterSeconds"]
+                .as_u64()
+                .and_then(|s| s.try_into().ok())
+                .unwrap_or_default(),
+        })
+    }
+
     fn to_value(&self) -> Value {
         let mut out = Map::new();
         for (key, text) in [("name", &self.name), ("group", &self.group), ("kind", &self.kind), ("uid", &self.uid)] {

@@ -24,6 +24,7 @@ mod render;
 mod run;
 mod server;
 pub mod validation;
+mod webhook;
 
 pub use config::{Config, Error};
 pub use run::run;

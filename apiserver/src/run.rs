@@ -19,11 +19,12 @@ use crate::{
         serviceaccount,
     },
     authz, bootstrap,
-    custom::controller::Controller,
+    custom::{Converter, controller::Controller},
     endpoints::{self, Services},
     objects::Objects,
     registry::Registry,
     server::{App, Counters, Health, InFlight, Server},
+    webhook,
 };
 
 /// Time between two looks for history nobody will come back for.
@@ -56,11 +57,13 @@ async fn serve(
     engine: Arc<dyn Engine>,
     stop: CancellationToken,
 ) -> Result<(), Error> {
-    let plugins = admission::plugins(config);
+    let webhooks = Arc::new(webhook::Client::default());
+    let plugins = admission::plugins(&webhooks);
     let services = ServiceAllocator::new(config.service_cidr, config.node_ports);
     let opened = tokio::task::spawn_blocking(move || Registry::open(engine, plugins, services)).await;
     let registry = Arc::new(opened.map_err(|e| Error::Other(e.to_string()))??);
     let objects: Arc<dyn Objects> = Arc::clone(&registry) as Arc<dyn Objects>;
+    registry.convert_with(Arc::new(Converter::new(Arc::clone(&webhooks), &objects)));
     let mut tokens: Vec<Arc<dyn TokenAuthenticator>> = Vec::new();
     if let Some(path) = &config.token_file {
         tokens.push(Arc::new(StaticTokens::read(path)?));

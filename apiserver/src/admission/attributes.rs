@@ -102,14 +102,19 @@ pub(super) fn namespace(request: &Request<'_>) -> Result<Value, Status> {
 }
 
 /// The values of one evaluation.
-pub(super) fn scope(request: &Request<'_>, matched: &Matched, params: Option<&Value>) -> Result<Scope, Status> {
+pub(super) fn scope(
+    request: &Request<'_>,
+    matched: &Matched,
+    params: Option<&Value>,
+    namespace: &Value,
+) -> Result<Scope, Status> {
     let (object, old) = objects(request, matched)?;
     let mut scope = Scope::new();
     scope.set("object", cel::untyped(&object));
     scope.set("oldObject", cel::untyped(&old));
     scope.set("request", cel::untyped(&attributes(request, matched)));
     scope.set("params", cel::untyped(params.unwrap_or(&Value::Null)));
-    scope.set("namespaceObject", cel::typed(&NAMESPACE, &namespace(request)?, false));
+    scope.set("namespaceObject", cel::typed(&NAMESPACE, namespace, false));
     if let Some(authorizer) = request.authorizer {
         ask(&mut scope, request, authorizer);
     }

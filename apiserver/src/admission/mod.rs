@@ -14,11 +14,13 @@ mod podsecurity;
 mod policies;
 mod quota;
 mod reinvocation;
+mod revisions;
 mod serviceaccount;
 mod shape;
 mod storage;
 #[cfg(test)]
 pub(crate) mod testing;
+mod webhooks;
 
 use std::sync::Arc;
 
@@ -33,7 +35,7 @@ use serde_json::Value;
 pub(crate) use reinvocation::Reinvocation;
 pub(crate) use shape::Shape;
 
-use crate::{authn::UserInfo, authz::Authorizer, objects::Objects};
+use crate::{authn::UserInfo, authz::Authorizer, objects::Objects, webhook};
 
 /// What is being done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +103,8 @@ pub trait Plugin: Send + Sync {
 }
 
 /// The plugins in upstream's order.
-pub fn plugins(_config: &crate::Config) -> Vec<Box<dyn Plugin>> {
+pub(crate) fn plugins(client: &Arc<webhook::Client>) -> Vec<Box<dyn Plugin>> {
+    let webhooks = Arc::new(webhooks::Webhooks::new(Arc::clone(client)));
     vec![
         Box::new(namespace::NamespaceLifecycle),
         Box::new(limits::LimitRanger),
@@ -121,8 +124,10 @@ pub fn plugins(_config: &crate::Config) -> Vec<Box<dyn Plugin>> {
         Box::new(classes::DefaultIngressClass),
         Box::new(pods::PodTopologyLabels),
         Box::new(policies::MutatingAdmissionPolicy::default()),
+        Box::new(webhooks::MutatingAdmissionWebhook(Arc::clone(&webhooks))),
         Box::new(escalation::RbacEscalation),
         Box::new(policies::ValidatingAdmissionPolicy::default()),
+        Box::new(webhooks::ValidatingAdmissionWebhook(webhooks)),
         Box::new(quota::ResourceQuota::default()),
     ]
 }

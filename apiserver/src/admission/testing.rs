@@ -55,6 +55,7 @@ impl FakeObjects {
             name: meta::name(&value).into(),
             labels,
             fields: vec![("spec.nodeName", node.into())].into(),
+            forms: Default::default(),
         };
         let key = (gvr.clone(), object.namespace.to_string(), object.name.to_string());
         self.objects.lock().insert(key, Arc::new(object));
@@ -148,12 +149,21 @@ pub(crate) struct Case<'a> {
     pub(crate) object: Value,
     pub(crate) old: Value,
     pub(crate) warnings: Vec<String>,
+    pub(crate) dry_run: bool,
 }
 
 impl Case<'_> {
     pub(crate) fn create(object: Value) -> Self {
         let user = UserInfo::default();
-        Self { operation: Operation::Create, subresource: "", user, object, old: Value::Null, warnings: vec![] }
+        Self {
+            operation: Operation::Create,
+            subresource: "",
+            user,
+            object,
+            old: Value::Null,
+            warnings: vec![],
+            dry_run: false,
+        }
     }
 
     pub(crate) async fn run(&mut self, plugin: &dyn Plugin, objects: &dyn Objects) -> Result<(), Status> {
@@ -173,7 +183,7 @@ impl Case<'_> {
             object: &mut self.object,
             old: &self.old,
             options: &options,
-            dry_run: false,
+            dry_run: self.dry_run,
             objects,
             warnings: &mut self.warnings,
             shape: &shape,
@@ -181,6 +191,10 @@ impl Case<'_> {
             reinvocation: &mut reinvocation,
         };
         plugin.admit(&mut request).await?;
+        if request.reinvocation.needed {
+            request.reinvocation.again = true;
+            plugin.admit(&mut request).await?;
+        }
         plugin.validate(&mut request).await
     }
 }

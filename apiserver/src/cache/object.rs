@@ -4,9 +4,10 @@
 //! comes right behind `kind` and `apiVersion` and starts with the identity, so the first `"resourceVersion":""` in the
 //! bytes is the one of the object itself: quotes inside names would be escaped.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -49,6 +50,30 @@ pub struct Object {
     pub labels: Box<[(Box<str>, Box<str>)]>,
     /// Values of the kind's field selectors.
     pub fields: Box<[(&'static str, Box<str>)]>,
+    /// What a webhook made of it for other versions.
+    pub(crate) forms: Forms,
+}
+
+/// The bytes of one object in other versions, by the format of the version.
+#[derive(Debug, Default)]
+pub(crate) struct Forms(Mutex<Option<Box<BTreeMap<u32, Bytes>>>>);
+
+impl Forms {
+    /// The object in a format.
+    pub(crate) fn get(&self, format: u32) -> Option<Bytes> {
+        self.0.lock().as_ref()?.get(&format).cloned()
+    }
+
+    /// Keeps the object in a format.
+    pub(crate) fn put(&self, format: u32, bytes: Bytes) {
+        self.0.lock().get_or_insert_default().insert(format, bytes);
+    }
+
+    /// The same forms, each changed.
+    fn map(&self, change: impl Fn(&Bytes) -> Bytes) -> Self {
+        let changed = |forms: &BTreeMap<u32, Bytes>| forms.iter().map(|(format, b)| (*format, change(b))).collect();
+        Self(Mutex::new(self.0.lock().as_deref().map(|forms| Box::new(changed(forms)))))
+    }
 }
 
 impl Object {
@@ -79,12 +104,13 @@ impl Object {
     /// The object with another revision: what a deletion event shows.
     pub(crate) fn at_revision(&self, revision: u64) -> Object {
         let old = format!("\"resourceVersion\":\"{}\"", self.revision);
-        let bytes = match find(&self.bytes, old.as_bytes()) {
-            Some(at) => splice(&self.bytes, at, old.len(), revision),
-            None => self.bytes.clone(),
+        let moved = |bytes: &Bytes| match find(bytes, old.as_bytes()) {
+            Some(at) => splice(bytes, at, old.len(), revision),
+            None => bytes.clone(),
         };
         Object {
-            bytes,
+            bytes: moved(&self.bytes),
+            forms: self.forms.map(moved),
             body_offset: self.body_offset,
             revision,
             namespace: self.namespace.clone(),
@@ -180,6 +206,7 @@ impl Head {
             name: self.name,
             labels: self.labels.into_iter().collect(),
             fields,
+            forms: Forms::default(),
         }
     }
 }

@@ -138,7 +138,7 @@ impl Controller {
                     let crd = crd.or_else(|| self.registry.get(&gvr(), "", name).map(|o| o.value()));
                     let Some(mut crd) = crd else { continue };
                     crd["status"] = known.head["status"].clone();
-                    let new = Definition::new(&crd);
+                    let new = Definition::new(&crd, self.registry.converter());
                     match before.filter(|b| b.hash == new.hash) {
                         Some(before) => Arc::clone(before),
                         None if new.versions.is_empty() => continue,

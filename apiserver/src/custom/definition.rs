@@ -8,7 +8,12 @@ use std::{
 use isopod_api::{gvk::Gvk, meta, structural::Structural};
 use serde_json::Value;
 
-use super::{columns::PrinterColumn, path::JsonPath, rules::Rules};
+use super::{
+    columns::PrinterColumn,
+    conversion::{Conversion, Converter},
+    path::JsonPath,
+    rules::Rules,
+};
 
 /// The paths of the scale subresource.
 #[derive(Debug)]
@@ -100,6 +105,8 @@ pub(crate) struct Definition {
     /// All versions, best first.
     pub(crate) versions: Vec<Arc<Version>>,
     storage: usize,
+    /// The webhook that converts between versions.
+    pub(crate) conversion: Option<Conversion>,
     /// Whether the CRD is being deleted.
     pub(crate) terminating: bool,
     /// Changes with everything clients can see.
@@ -108,7 +115,7 @@ pub(crate) struct Definition {
 
 impl Definition {
     /// Compiles a CRD whose names are accepted.
-    pub(crate) fn new(crd: &Value) -> Self {
+    pub(crate) fn new(crd: &Value, converter: Option<Arc<Converter>>) -> Self {
         let spec = &crd["spec"];
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
         let (group, kind) = (text(&spec["group"]), text(&crd["status"]["acceptedNames"]["kind"]));
@@ -129,6 +136,7 @@ impl Definition {
             namespaced: spec["scope"] == "Namespaced",
             versions: versions.into_iter().map(Arc::new).collect(),
             storage,
+            conversion: Conversion::new(&spec["conversion"], converter),
             terminating,
             hash: hasher.finish(),
             group,

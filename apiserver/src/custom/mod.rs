@@ -10,6 +10,7 @@
 
 mod columns;
 pub(crate) mod controller;
+mod conversion;
 mod definition;
 mod documents;
 pub(crate) mod names;
@@ -27,16 +28,14 @@ use isopod_api::{gvk::Gvk, meta};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use conversion::Converter;
 pub(crate) use definition::{Definition, Version};
 pub(crate) use documents::{v2, v3, v3_index};
 pub(crate) use rules::{environment as rule_environment, mentions};
 pub(crate) use strategy::{Behaviour, STORED};
 pub(crate) use table::{Publication, Served};
 
-use crate::{
-    cache::{Draft, Object},
-    registry::scale,
-};
+use crate::{cache::Object, registry::scale};
 
 /// Where the definitions are.
 pub(crate) fn gvr() -> isopod_api::gvk::Gvr {
@@ -77,6 +76,9 @@ impl Custom {
 
     /// An object in the served version.
     pub(crate) fn value(&self, object: &Object) -> Value {
+        if let Some(form) = object.forms.get(self.format).filter(|_| self.foreign(object)) {
+            return serde_json::from_slice(&form).unwrap_or_default();
+        }
         let value = object.value();
         if self.fresh(object) { value } else { self.serve(value) }
     }
@@ -97,16 +99,6 @@ impl Custom {
             version.settle(&mut value);
         }
         value
-    }
-
-    /// The stored form of an object of the served version.
-    pub(crate) fn draft(&self, mut value: Value) -> Draft {
-        let storage = self.definition.storage();
-        if storage.gvk != self.version.gvk {
-            value["apiVersion"] = storage.gvk.api_version().into();
-            storage.settle(&mut value);
-        }
-        Draft::new(value, &STORED)
     }
 
     /// Whether an object is stored in another version than it would be now.

@@ -2,6 +2,7 @@
 //! logs, exec, proxies.
 
 mod access;
+pub(crate) mod backends;
 mod binding;
 mod connect;
 mod eviction;

@@ -10,7 +10,7 @@ use isopod_api::{gvk::Gvr, status::Status};
 use serde_json::Value;
 
 use super::{
-    Body, Connect, ConnectRequest,
+    Body, Connect, ConnectRequest, backends,
     connect::node_target,
     transport::{Scheme, Target, Transport},
 };
@@ -114,21 +114,8 @@ pub(crate) fn service_target(objects: &dyn Objects, namespace: &str, id: &str) -
         return Err(Status::service_unavailable(format!("no service port {port:?} found for service {name:?}")));
     };
     let port_name = crate::admission::text(port_name, "name").to_owned();
-    let slices = objects.list(&Gvr::new("discovery.k8s.io", "v1", "endpointslices"), namespace);
-    let slices = slices.iter().filter(|slice| slice.label("kubernetes.io/service-name") == Some(name));
-    let mut targets = Vec::new();
-    for slice in slices.map(|slice| slice.value()) {
-        let port = list(&slice, "ports").iter().find(|p| crate::admission::text(p, "name") == port_name);
-        let Some(port) = port.and_then(|p| p["port"].as_u64()).and_then(|p| u16::try_from(p).ok()) else { continue };
-        for endpoint in list(&slice, "endpoints") {
-            if endpoint["conditions"]["ready"] == false {
-                continue;
-            }
-            if let Some(host) = list(endpoint, "addresses").first().and_then(Value::as_str) {
-                targets.push(Target { host: host.to_owned(), port, scheme: scheme(wanted) });
-            }
-        }
-    }
+    let ready = backends::ready(objects, namespace, name, &port_name).into_iter();
+    let mut targets: Vec<_> = ready.map(|(host, port)| Target { host, port, scheme: scheme(wanted) }).collect();
     if targets.is_empty() {
         return Err(unavailable());
     }

@@ -44,6 +44,7 @@ impl FakeObjects {
             name: key.2.as_str().into(),
             labels,
             fields: Box::default(),
+            forms: Default::default(),
         };
         self.all.lock().insert(key, Arc::new(object));
     }

@@ -7,6 +7,7 @@ use super::{Registry, Resource, Writer};
 use super::{managed, metadata, shape};
 use crate::{
     admission::{Operation, Reinvocation, Request},
+    authn::UserInfo,
     server::request::RequestInfo,
 };
 
@@ -87,6 +88,30 @@ impl Registry {
             }
             request.reinvocation.again = true;
         }
+    }
+
+    /// Admits a connection: its options are the object. What plugins make of them is not used.
+    pub(crate) async fn admit_connect(
+        &self,
+        resource: &Resource,
+        info: &RequestInfo,
+        mut options: Value,
+        user: &UserInfo,
+    ) -> Result<(), Status> {
+        let gvk = Gvk::of(&options);
+        let admission = Admission {
+            operation: Operation::Connect,
+            resource,
+            gvk: Some(&gvk),
+            subresource: &info.subresource,
+            namespace: &info.namespace,
+            name: &info.name,
+            old: &Value::Null,
+        };
+        let mut writer = Writer { admission: true, ..Writer::internal(user) };
+        writer.options.object = Value::Null;
+        self.admit(Pass::Mutating, &admission, &mut options, &mut writer).await?;
+        self.admit(Pass::Validating, &admission, &mut options, &mut writer).await
     }
 
     /// Defaults and admits the body of a create that is answered instead of stored.

@@ -48,6 +48,19 @@ impl Registry {
         &self,
         resource: &Arc<Resource>,
         namespace: &str,
+        obj: Value,
+        tracking: Tracking,
+        writer: &mut Writer<'_>,
+    ) -> Result<Arc<Object>, Status> {
+        let created = self.create_stored(resource, namespace, obj, tracking, writer).await?;
+        resource.prepare(std::slice::from_ref(&created)).await?;
+        Ok(created)
+    }
+
+    async fn create_stored(
+        &self,
+        resource: &Arc<Resource>,
+        namespace: &str,
         mut obj: Value,
         tracking: Tracking,
         writer: &mut Writer<'_>,
@@ -109,7 +122,7 @@ impl Registry {
             if versioned {
                 return Err(Status::unknown("resourceVersion should not be set on objects to be created"));
             }
-            let draft = resource.draft(obj);
+            let draft = resource.draft(obj).await?;
             if draft.stored.len() > OBJECT_MAX {
                 return Err(Status::unknown("etcdserver: request is too large"));
             }

@@ -97,6 +97,19 @@ impl Registry {
         options: &Value,
         writer: &mut Writer<'_>,
     ) -> Result<Deleted, Status> {
+        let deleted = self.delete_stored(resource, namespace, name, options, writer).await?;
+        resource.prepare(std::slice::from_ref(&deleted.object)).await?;
+        Ok(deleted)
+    }
+
+    async fn delete_stored(
+        &self,
+        resource: &Arc<Resource>,
+        namespace: &str,
+        name: &str,
+        options: &Value,
+        writer: &mut Writer<'_>,
+    ) -> Result<Deleted, Status> {
         let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
         let namespace = if resource.info.namespaced { namespace } else { "" };
         let key = key(namespace, name);
@@ -106,6 +119,7 @@ impl Registry {
         let dry_run = writer.options.dry_run;
         loop {
             let current = store.get(&key).ok_or_else(|| Status::not_found(&resource.group_resource(), name))?;
+            resource.prepare(std::slice::from_ref(&current)).await?;
             let old = resource.value(&current);
             check_preconditions(resource, name, options, &old)?;
             let admission = Admission {
@@ -128,7 +142,7 @@ impl Registry {
                 Plan::Pending => return Ok(Deleted { object: current, gone: false }),
                 Plan::Remove => (expect, current),
                 Plan::Mark(new, gone) => {
-                    let draft = resource.draft(new);
+                    let draft = resource.draft(new).await?;
                     if dry_run {
                         return Ok(Deleted { object: Arc::new(draft.finish(current.revision)), gone });
                     }
@@ -165,6 +179,9 @@ impl Registry {
     ) -> Result<Vec<Arc<Object>>, Status> {
         let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
         let (snapshot, _) = store.snapshot(&selection.prefix, None);
+        if selection.reads_objects() {
+            resource.prepare(&snapshot.objects).await?;
+        }
         let selected: Vec<_> = snapshot.objects.into_iter().filter(|o| selection.matches(o)).collect();
         let mut deleted = Vec::with_capacity(selected.len());
         for object in selected {

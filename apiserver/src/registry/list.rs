@@ -154,6 +154,17 @@ pub(super) fn check_options(query: &Query, watch: bool) -> Result<(), Status> {
 
 /// Lists.
 pub(crate) async fn list(resource: &Resource, selection: &Selection, query: &Query) -> Result<Listing, Status> {
+    if selection.reads_objects()
+        && let Some(store) = &resource.store
+    {
+        resource.prepare(&store.snapshot(&selection.prefix, None).0.objects).await?;
+    }
+    let listing = selected(resource, selection, query).await?;
+    resource.prepare(&listing.objects).await?;
+    Ok(listing)
+}
+
+async fn selected(resource: &Resource, selection: &Selection, query: &Query) -> Result<Listing, Status> {
     let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
     let limit = query.integer("limit").map_err(Status::bad_request)?.unwrap_or(0).max(0) as usize;
     check_options(query, false)?;

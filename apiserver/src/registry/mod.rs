@@ -51,7 +51,7 @@ use crate::{
     authn::UserInfo,
     authz::Authorizer,
     cache::{Cache, Object, ResourceCache},
-    custom::{Publication, STORED, Served},
+    custom::{Converter, Publication, STORED, Served},
     kinds,
     objects::Objects,
 };
@@ -74,6 +74,7 @@ pub(crate) struct Registry {
     plugins: Vec<Box<dyn Plugin>>,
     services: ServiceAllocator,
     authorizer: OnceLock<Arc<dyn Authorizer>>,
+    converter: OnceLock<Arc<Converter>>,
 }
 
 /// Who writes, and how.
@@ -116,7 +117,28 @@ impl Registry {
         register_custom(&cache)?;
         cache.load()?;
         let custom = ArcSwap::from_pointee(Served::default());
-        Ok(Self { cache, served, custom, versions, plugins, services, authorizer: OnceLock::new() })
+        Ok(Self {
+            cache,
+            served,
+            custom,
+            versions,
+            plugins,
+            services,
+            authorizer: OnceLock::new(),
+            converter: OnceLock::new(),
+        })
+    }
+
+    /// Tells custom resources how to call the webhooks that convert them.
+    pub(crate) fn convert_with(&self, converter: Arc<Converter>) {
+        if self.converter.set(converter).is_err() {
+            tracing::error!("the registry has a converter already");
+        }
+    }
+
+    /// How custom resources call the webhooks that convert them.
+    pub(crate) fn converter(&self) -> Option<Arc<Converter>> {
+        self.converter.get().cloned()
     }
 
     /// Tells admission who may do what. The authorizer reads the registry, so it comes later.

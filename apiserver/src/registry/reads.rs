@@ -26,7 +26,10 @@ impl Registry {
             list::wait_fresh(store, revision).await?;
         }
         let namespace = if resource.info.namespaced { namespace } else { "" };
-        store.get(&key(namespace, name)).ok_or_else(|| Status::not_found(&resource.group_resource(), name))
+        let object = store.get(&key(namespace, name));
+        let object = object.ok_or_else(|| Status::not_found(&resource.group_resource(), name))?;
+        resource.prepare(std::slice::from_ref(&object)).await?;
+        Ok(object)
     }
 }
 

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use isopod_api::{
     gvk::{GroupKind, GroupResource, Gvk, Gvr},
-    resources, schema, structural,
+    resources, schema,
+    status::Status,
+    structural,
 };
 
 use serde_json::Value;
@@ -155,11 +157,24 @@ impl Resource {
     }
 
     /// The stored form of an object.
-    pub(crate) fn draft(&self, value: Value) -> Draft {
+    pub(crate) async fn draft(&self, value: Value) -> Result<Draft, Status> {
         match &self.custom {
-            Some(custom) => custom.draft(value),
-            None => Draft::new(value, &*self.strategy),
+            Some(custom) => custom.draft(value).await,
+            None => Ok(Draft::new(value, &*self.strategy)),
         }
+    }
+
+    /// Makes sure that objects can be read in the served version: some are converted by a webhook.
+    pub(crate) async fn prepare(&self, objects: &[Arc<Object>]) -> Result<(), Status> {
+        match &self.custom {
+            Some(custom) => custom.prepare(objects).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Whether reading takes a webhook.
+    pub(crate) fn prepares(&self) -> bool {
+        self.custom.as_ref().is_some_and(|custom| custom.definition.conversion.is_some())
     }
 
     /// Tells renderings of versions of one stored object apart.

@@ -15,8 +15,8 @@ use crate::{cache::Object, custom::Version, server::query::Query};
 pub(crate) struct Selection {
     labels: Option<Requirements>,
     fields: Option<FieldSelector>,
-    /// The version whose own fields are selected by.
-    custom: Option<Arc<Version>>,
+    /// The version whose own fields are selected by, and the format its objects are kept in.
+    custom: Option<(Arc<Version>, u32)>,
     /// Key prefix: `""` or `namespace/`.
     pub(crate) prefix: String,
 }
@@ -60,13 +60,18 @@ impl Selection {
         self.labels.is_some() || self.fields.is_some()
     }
 
+    /// Whether objects have to be readable in the served version before they are selected.
+    pub(crate) fn reads_objects(&self) -> bool {
+        self.custom.is_some()
+    }
+
     /// Whether an object is selected.
     pub(crate) fn matches(&self, object: &Object) -> bool {
         (self.prefix.is_empty() || self.prefix.strip_suffix('/') == Some(&*object.namespace))
             && self.labels.as_ref().is_none_or(|l| l.matches(&*object.labels))
             && self.fields.as_ref().is_none_or(|f| match &self.custom {
                 None => f.0.iter().all(|r| (object.field(&r.field).unwrap_or("") == r.value) == r.equal),
-                Some(version) => own_matches(version, f, object),
+                Some((version, format)) => own_matches(version, *format, f, object),
             })
     }
 
@@ -77,19 +82,20 @@ impl Selection {
 }
 
 /// The version of a custom resource that declares a field selectable.
-fn own_field(resource: &Resource, field: &str) -> Result<Option<Arc<Version>>, Status> {
+fn own_field(resource: &Resource, field: &str) -> Result<Option<(Arc<Version>, u32)>, Status> {
     let Some(custom) = &resource.custom else { return Ok(None) };
     if matches!(field, "metadata.name" | "metadata.namespace") {
         return Ok(None);
     }
     match custom.version.selectable.iter().any(|(name, _)| name == field) {
-        true => Ok(Some(Arc::clone(&custom.version))),
+        true => Ok(Some((Arc::clone(&custom.version), custom.format))),
         false => Err(Status::bad_request(format!("field label not supported: {field}"))),
     }
 }
 
-fn own_matches(version: &Version, selector: &FieldSelector, object: &Object) -> bool {
-    let value = object.value();
+fn own_matches(version: &Version, format: u32, selector: &FieldSelector, object: &Object) -> bool {
+    let form = object.forms.get(format);
+    let value = form.map_or_else(|| object.value(), |form| serde_json::from_slice(&form).unwrap_or_default());
     selector.0.iter().all(|r| {
         let own = version.selectable.iter().find(|(name, _)| *name == r.field);
         let found = match own {

@@ -131,7 +131,10 @@ impl Registry {
                 }
             };
             match self.attempt(target, &key, &current, edit, rules, writer).await? {
-                Step::Done(outcome) => return Ok(outcome),
+                Step::Done(outcome) => {
+                    resource.prepare(std::slice::from_ref(&outcome.object)).await?;
+                    return Ok(outcome);
+                }
                 Step::Again => tokio::task::yield_now().await,
             }
         }
@@ -147,6 +150,7 @@ impl Registry {
         writer: &mut Writer<'_>,
     ) -> Result<Step, Status> {
         let Target { resource, namespace, name, subresource } = target;
+        resource.prepare(std::slice::from_ref(current)).await?;
         let old = resource.value(current);
         let served = resource.converted().then(|| convert(old.clone(), &resource.gvk));
         let mut new = edit(served.as_ref().unwrap_or(&old), &mut writer.warnings)?;
@@ -193,7 +197,7 @@ impl Registry {
             return Ok(Step::Done(Outcome { object: Arc::clone(current), created: false }));
         }
         let gone = finished(resource, &new);
-        let draft = resource.draft(new);
+        let draft = resource.draft(new).await?;
         if draft.stored.len() > OBJECT_MAX {
             return Err(Status::unknown("etcdserver: request is too large"));
         }

@@ -107,6 +107,7 @@ impl Stream {
         match (initial, revision) {
             (Some(true), _) | (None, None | Some(0)) => {
                 let (snapshot, cursor) = self.store.snapshot(&prefix, None);
+                self.resource.prepare(&snapshot.objects).await?;
                 let selection = &self.request.selection;
                 self.initial = snapshot.objects.into_iter().filter(|o| selection.matches(o)).collect();
                 self.cursor = Some(cursor);
@@ -156,6 +157,10 @@ impl Stream {
                 self.ended = true;
                 return Some(self.expired(&store));
             };
+            if let Err(status) = self.prepare(&events).await {
+                self.ended = true;
+                return Some(self.value_frame("ERROR", &status.to_value()));
+            }
             let mut out = BytesMut::new();
             for event in &events {
                 if let Some(frame) = self.event(event) {
@@ -183,6 +188,21 @@ impl Stream {
                 }
             }
         }
+    }
+
+    /// Has the objects of events converted when only a webhook can. In a task: bodies must be Sync, connections are not.
+    async fn prepare(&self, events: &[Arc<Event>]) -> Result<(), Status> {
+        if !self.resource.prepares() || events.is_empty() {
+            return Ok(());
+        }
+        let mut objects = Vec::with_capacity(2 * events.len());
+        for event in events {
+            objects.push(Arc::clone(&event.object));
+            objects.extend(event.previous.clone());
+        }
+        let resource = Arc::clone(&self.resource);
+        let preparing = tokio::spawn(async move { resource.prepare(&objects).await });
+        preparing.await.unwrap_or_else(|error| Err(Status::internal(error)))
     }
 
     /// How the watcher sees an event, as a frame; `None` when it does not.

@@ -16,6 +16,8 @@ use super::{
     handle::{Call, header_text},
     limits,
     negotiate::{Binary, Media, negotiate},
+    query::Query,
+    request::RequestInfo,
     respond::{self, Style},
 };
 use crate::{
@@ -60,6 +62,9 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
         if info.subresource != "proxy" && !info.rest.is_empty() {
             return Err(Status::no_route());
         }
+        if let Some(options) = connect_options(&resource, info, &call.query) {
+            app.registry.admit_connect(&resource, info, options, &call.user).await?;
+        }
         let body = call.body.take().ok_or_else(|| Status::internal("the body is gone"))?;
         let request = ConnectRequest {
             gvr: key.0,
@@ -103,6 +108,37 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
         headers.append(header::WARNING, other);
     }
     Ok(response)
+}
+
+/// The options of a connection as an object; `None` for logs, which are read.
+fn connect_options(resource: &Resource, info: &RequestInfo, query: &Query) -> Option<Value> {
+    let kind = resource.info.subresource(&info.subresource)?.kind.as_str();
+    let mut options = json!({"kind": kind, "apiVersion": "v1"});
+    let flags = ["stdin", "stdout", "stderr", "tty"].into_iter().filter(|f| query.flag(f));
+    match kind {
+        "PodExecOptions" | "PodAttachOptions" => {
+            for flag in flags {
+                options[flag] = true.into();
+            }
+            if query.has("container") {
+                options["container"] = query.text("container").into();
+            }
+            if kind == "PodExecOptions" {
+                options["command"] = json!(query.all("command"));
+            }
+        }
+        "PodPortForwardOptions" => {
+            let ports: Vec<i64> = query.all("ports").iter().filter_map(|p| p.parse().ok()).collect();
+            if !ports.is_empty() {
+                options["ports"] = json!(ports);
+            }
+        }
+        "PodProxyOptions" | "ServiceProxyOptions" | "NodeProxyOptions" => {
+            options["path"] = info.rest.as_str().into();
+        }
+        _ => return None,
+    }
+    Some(options)
 }
 
 /// While a definition goes, its objects can only be read and deleted.

@@ -14,10 +14,11 @@ use crate::{
         conditions::{Conditions, Expression},
         list,
         matching::Matcher,
+        revisions::Revisions,
         text,
     },
     cel::{self, Type, Variable, admission::Environments},
-    objects::{Object, Objects},
+    objects::Objects,
 };
 
 /// One validation.
@@ -156,15 +157,12 @@ pub(super) struct Hook {
     pub(super) bindings: Vec<Arc<Binding>>,
 }
 
-/// Compiled objects by name, with the revision they were compiled from.
-type Compiled<T> = BTreeMap<Box<str>, (u64, Arc<T>)>;
-
 #[derive(Default)]
 struct State {
     /// Generations of both resources this was made from.
     seen: Option<(u64, u64)>,
-    policies: Compiled<Policy>,
-    bindings: Compiled<Binding>,
+    policies: Revisions<Policy>,
+    bindings: Revisions<Binding>,
     hooks: Arc<Vec<Hook>>,
 }
 
@@ -174,17 +172,6 @@ pub(super) struct Hooks {
     bindings: Gvr,
     mutating: bool,
     state: Mutex<State>,
-}
-
-/// Takes over what is unchanged, compiles what is new.
-fn refresh<T>(old: &mut Compiled<T>, objects: &[Arc<Object>], compile: impl Fn(&Value) -> T) {
-    let mut new = Compiled::new();
-    for object in objects {
-        let kept = old.remove(&object.name).filter(|(revision, _)| *revision == object.revision);
-        let entry = kept.unwrap_or_else(|| (object.revision, Arc::new(compile(&object.value()))));
-        new.insert(object.name.clone(), entry);
-    }
-    *old = new;
 }
 
 impl Hooks {
@@ -206,13 +193,13 @@ impl Hooks {
             return Arc::clone(&state.hooks);
         }
         let state = &mut *state;
-        refresh(&mut state.policies, &objects.list(&self.policies, ""), |v| Policy::new(v, self.mutating));
-        refresh(&mut state.bindings, &objects.list(&self.bindings, ""), Binding::new);
+        state.policies.refresh(&objects.list(&self.policies, ""), |v| Policy::new(v, self.mutating));
+        state.bindings.refresh(&objects.list(&self.bindings, ""), Binding::new);
         let mut bound: BTreeMap<&str, Vec<Arc<Binding>>> = BTreeMap::new();
-        for (_, binding) in state.bindings.values() {
+        for binding in state.bindings.values() {
             bound.entry(&binding.policy).or_default().push(Arc::clone(binding));
         }
-        let hook = |(_, policy): &(u64, Arc<Policy>)| {
+        let hook = |policy: &Arc<Policy>| {
             let bindings = bound.remove(policy.name.as_str())?;
             Some(Hook { policy: Arc::clone(policy), bindings })
         };

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use isopod_api::status::Status;
 use serde_json::Value;
 
-use super::{Request, matching, matching::Matched};
+use super::{Request, attributes, matching, matching::Matched};
 use compiled::{Binding, Hooks, Policy};
 
 pub(super) use mutating::MutatingAdmissionPolicy;
@@ -88,7 +88,8 @@ fn select(request: &Request<'_>, hooks: &Hooks) -> Vec<Result<Invocation, Refusa
 impl Invocation {
     /// The values of an evaluation.
     fn scope(&self, request: &Request<'_>) -> Result<crate::cel::Scope, Status> {
-        let mut scope = super::attributes::scope(request, &self.matched, self.param.as_deref())?;
+        let namespace = attributes::namespace(request)?;
+        let mut scope = attributes::scope(request, &self.matched, self.param.as_deref(), &namespace)?;
         scope.set_variables(&self.policy.variables);
         Ok(scope)
     }
