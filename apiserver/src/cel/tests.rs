@@ -164,3 +164,44 @@ fn work_is_bounded() {
     let nested = format!("{}1{} == 1", "(".repeat(2000), ")".repeat(2000));
     assert!(problem(&nested, &[]).contains("recursion limit"));
 }
+
+#[test]
+fn rules_in_the_wild_compile() {
+    let text = || json!({"type": "string"});
+    let schema = json!({"type": "object", "properties": {
+        "name": text(), "group": text(), "kind": text(), "namespace": text(), "replicas": {"type": "integer"},
+        "ratio": {"type": "number"}, "size": {"x-kubernetes-int-or-string": true}, "wait": {"type": "string", "format": "duration"},
+        "from": {"type": "string", "format": "date-time"}, "labels": {"type": "object", "additionalProperties": text()},
+        "tags": {"type": "array", "items": text()}, "open": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
+        "listeners": {"type": "array", "items": {"type": "object", "properties": {
+            "name": text(), "port": {"type": "integer"}, "protocol": text(),
+            "tls": {"type": "object", "properties": {"mode": text(), "certificateRefs": {"type": "array", "items": text()}}}}}}}});
+    let own = Type::of_schema(&schema, true);
+    let environment = Environment::default().with("self", own.clone()).with("oldSelf", own);
+    for rule in [
+        "self.listeners.all(l1, self.listeners.exists_one(l2, l1.name == l2.name && l1.port == l2.port))",
+        "self.listeners.all(l, l.protocol in ['HTTP', 'TCP', 'UDP'] ? !has(l.tls) : true)",
+        "self.listeners.all(l, has(l.tls) && l.tls.mode == 'Terminate' ? size(l.tls.certificateRefs) > 0 || size(l.name) > 0 : true)",
+        "(has(self.group) && self.group == 'g' && has(self.kind)) ? self.kind.matches('^[A-Z]+$') : true",
+        "[has(self.name), has(self.kind), has(self.group)].filter(x, x).size() == 1",
+        "has(self.name) != has(self.kind) || (self.kind == 'a') == has(self.group)",
+        "self.wait >= duration('0s') && duration(self.wait) < duration('1h') && self.from > timestamp('2020-01-01T00:00:00Z')",
+        "isQuantity(string(self.size)) && quantity(string(self.size)).isGreaterThan(quantity('0'))",
+        "type(self.size) == string ? self.size == 'x' : self.size > 0",
+        "self.replicas >= 0 && self.replicas < 2.5 && self.ratio > 1 && self.replicas % 2 == 0",
+        "self.labels.exists(k, k.startsWith('x')) && self.labels.all(k, v, v != '') && 'a' in self.labels",
+        "self.__namespace__ == oldSelf.__namespace__ || self.tags.map(t, t.split('/')[0]).isSorted()",
+        "self.?tags.orValue([]).size() == 0 && self.tags.join(',').lowerAscii() != 'a'",
+        "self.open.any.thing == 1 && self.metadata.name.size() <= 63 && self.kind == 'Thing'",
+        "math.greatest([self.replicas, 1]) > 1 && math.greatest(self.replicas, 1) > 1",
+        "cidr(self.name).prefixLength() <= 24 && ip(self.name).family() == 4 && isIP(self.group)",
+        "cel.bind(t, self.tags, t.all(x, !format.dns1123Label().validate(x).hasValue()))",
+        "self.listeners.filter(l, l.protocol == 'HTTP').map(l, l.port).sum() > 0 && sets.contains(self.tags, ['a'])",
+        "oldSelf.tags.all(t, self.tags.exists(u, u == t)) && self.tags.distinct().size() == self.tags.size()",
+    ] {
+        let compiled = environment.compile(rule, &[Type::Bool]);
+        assert_eq!(compiled.err(), None, "{rule}");
+    }
+    let error = environment.compile("self.nope == 1", &[Type::Bool]).err().unwrap();
+    assert_eq!(error, "compilation failed: ERROR: <input>:1:5: undefined field 'nope'\n | self.nope == 1\n | ....^");
+}

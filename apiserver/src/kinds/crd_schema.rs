@@ -221,7 +221,7 @@ fn rules(e: &mut Errs, at: &At<'_>, root: bool) {
         if text.s().trim().is_empty() {
             e.required(&text, "rule is not specified");
         } else if let Some(error) = uncompiled(at, &rule, root, text.s(), Type::Bool) {
-            e.0.push(Error::invalid(&text.path, rule.v.clone(), error));
+            e.0.push(Error::invalid(&text.path, shown_rule(rule.v), error));
         }
         let message = rule.get("message");
         if message.is_set() && message.s().trim().is_empty() {
@@ -235,7 +235,7 @@ fn rules(e: &mut Errs, at: &At<'_>, root: bool) {
         if computed.is_set()
             && let Some(error) = uncompiled(at, &rule, root, computed.s(), Type::String)
         {
-            e.0.push(Error::invalid(&computed.path, rule.v.clone(), format!("messageExpression {error}")));
+            e.0.push(Error::invalid(&computed.path, shown_rule(rule.v), format!("messageExpression {error}")));
         }
         let reason = rule.get("reason");
         if reason.is_set() {
@@ -251,6 +251,15 @@ fn rules(e: &mut Errs, at: &At<'_>, root: bool) {
             );
         }
     }
+}
+
+/// A rule as upstream's errors show it: the internal type, whose members have Go's names.
+fn shown_rule(rule: &Value) -> Value {
+    let text = |field: &str| rule[field].as_str().unwrap_or_default();
+    json!({
+        "Rule": text("rule"), "Message": text("message"), "MessageExpression": text("messageExpression"),
+        "Reason": rule["reason"], "FieldPath": text("fieldPath"), "OptionalOldSelf": rule["optionalOldSelf"],
+    })
 }
 
 /// Why an expression of a rule does not compile.
