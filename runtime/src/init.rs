@@ -392,6 +392,12 @@ struct Finish<'a> {
 /// The last steps that need privilege, and those that drop it.
 fn finish(f: Finish<'_>) -> Result<Ready> {
     let process = f.process;
+    if !f.wiring.keep_keyring
+        && let Err(e) = sys::new_session_keyring()
+        && !matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM))
+    {
+        return Err(Error::system("make a session keyring (--no-new-keyring leaves it out)", e));
+    }
     sys::close_on_exec_from(3 + f.wiring.preserve).context(|| "mark descriptors close-on-exec".into())?;
     let mut home = f.home;
     let has_home = process.env().iter().flatten().any(|e| e.strip_prefix("HOME=").is_some_and(|h| !h.is_empty()));

@@ -70,6 +70,8 @@ pub(crate) struct Wiring {
     pub(crate) gate: Gate,
     /// Descriptors from 3 on that the program inherits.
     pub(crate) preserve: u32,
+    /// Stay in the caller's session keyring.
+    pub(crate) keep_keyring: bool,
 }
 
 impl Wiring {

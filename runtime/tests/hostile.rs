@@ -118,7 +118,7 @@ fn mount_targets_are_inside_whatever_the_image_says() {
         refused(&bundle, "mount tmpfs on");
     }
     for (kind, at) in [("proc", "proc"), ("sysfs", "sys")] {
-        let mut bundle = Bundle::new(&["true"]);
+        let bundle = Bundle::new(&["true"]);
         fs::create_dir(bundle.rootfs().join("elsewhere")).unwrap();
         symlink("elsewhere", bundle.rootfs().join(at)).unwrap();
         refused(&bundle, &format!("{kind} must be mounted on an ordinary directory"));

@@ -73,7 +73,8 @@ impl Podman {
 impl Drop for Podman {
     fn drop(&mut self) {
         let _ = self.call(&["rm", "--force", "--all", "--time", "0"]);
-        for group in common::groups(&self.parent) {
+        // Its monitor has a group beside the containers'.
+        for group in ["/conmon", ""].iter().flat_map(|name| common::groups(&format!("{}{name}", &self.parent[1..]))) {
             let _ = fs::remove_dir(group);
         }
         // What its graph driver keeps mounted for later calls.

@@ -7,140 +7,19 @@ use std::{
     fs,
     io::{Read, Write},
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
     process::Command,
-    time::Duration,
 };
 
-use common::{Bundle, RUNTIME, eventually, possible, text};
+use common::{
+    Bundle, RUNTIME, eventually,
+    pod::{PATIENCE, Pod},
+    possible, text,
+};
 use isopod_runtime::supervisor::{
     client::{Connection, Error},
-    protocol::{
-        Answer, ContainerState, ContainerStatus, Event, FailureKind, Op, PidMode, PodConfig, Rootfs, VERSION, WinSize,
-    },
+    protocol::{Answer, ContainerState, ContainerStatus, Event, FailureKind, Op, PidMode, Rootfs, WinSize},
 };
 use serde_json::json;
-
-const PATIENCE: Duration = Duration::from_secs(60);
-
-struct Pod {
-    dir: tempfile::TempDir,
-    cgroup: String,
-    connection: Connection,
-}
-
-impl Pod {
-    fn new(pid: PidMode) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let name = dir.path().file_name().unwrap().to_string_lossy().replace('.', "");
-        let cgroup = format!("isopod-test-pod{name}");
-        let mut sysctls = std::collections::BTreeMap::new();
-        sysctls.insert("kernel.shmmni".to_owned(), "1234".to_owned());
-        let pod = PodConfig {
-            version: VERSION,
-            uid: name.clone(),
-            namespace: "default".into(),
-            name,
-            netns: None,
-            hostname: Some("podhost".into()),
-            host_ipc: false,
-            pid,
-            sysctls,
-            cgroup: cgroup.clone(),
-            log_max_size: 0,
-            log_max_files: 2,
-        };
-        fs::write(dir.path().join("pod.json"), serde_json::to_vec(&pod).unwrap()).unwrap();
-        let connection = Self::supervise(&dir);
-        Self { dir, cgroup, connection }
-    }
-
-    fn supervise(dir: &tempfile::TempDir) -> Connection {
-        let output = Command::new(RUNTIME).arg("supervise").arg(dir.path()).output().unwrap();
-        assert_eq!(text(&output.stdout), "ready\n", "{}", text(&output.stderr));
-        let mut connection = Connection::connect(dir.path()).unwrap();
-        assert_eq!(connection.hello(PATIENCE).unwrap(), VERSION);
-        connection
-    }
-
-    fn call(&mut self, op: Op) -> Result<Answer, Error> {
-        self.connection.call(op, &[], PATIENCE).map(|(answer, _)| answer)
-    }
-
-    fn bundle(&self, args: &[&str]) -> Bundle {
-        let mut bundle = Bundle::new(args);
-        bundle.config["linux"]["cgroupsPath"] = format!("/{}/{}", self.cgroup, bundle.id).into();
-        bundle
-    }
-
-    fn log(&self, bundle: &Bundle) -> PathBuf {
-        self.dir.path().join(format!("{}.log", bundle.id))
-    }
-
-    fn create(&mut self, bundle: &Bundle, stdin: bool, stdin_once: bool) -> i32 {
-        bundle.write();
-        let op = Op::Create {
-            container: bundle.id.clone(),
-            bundle: bundle.dir.path().to_owned(),
-            rootfs: Rootfs::Directory,
-            log_path: Some(self.log(bundle)),
-            stdin,
-            stdin_once,
-            pid_of: None,
-        };
-        match self.call(op).unwrap() {
-            Answer::Created { pid } => pid,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn start(&mut self, bundle: &Bundle) -> i32 {
-        match self.call(Op::Start { container: bundle.id.clone() }).unwrap() {
-            Answer::Started { pid, .. } => pid,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn list(&mut self) -> Vec<ContainerStatus> {
-        match self.call(Op::List).unwrap() {
-            Answer::List(list) => list,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn ended(&mut self) -> ContainerStatus {
-        match self.connection.next(PATIENCE).unwrap() {
-            Event::Exited { status } => status,
-            other @ Event::ExecExited { .. } => panic!("{other:?}"),
-        }
-    }
-
-    /// Entries of the log as (stream, tag, text).
-    fn entries(&self, bundle: &Bundle) -> Vec<(String, String, String)> {
-        let log = fs::read_to_string(self.log(bundle)).unwrap();
-        log.lines()
-            .map(|l| {
-                let mut f = l.splitn(4, ' ').skip(1).map(str::to_owned);
-                (f.next().unwrap(), f.next().unwrap(), f.next().unwrap_or_default())
-            })
-            .collect()
-    }
-
-    fn cgroups(&self) -> Vec<PathBuf> {
-        common::groups(&self.cgroup)
-    }
-}
-
-impl Drop for Pod {
-    fn drop(&mut self) {
-        if let Ok(mut connection) = Connection::connect(self.dir.path()) {
-            let _ = connection.call(Op::Shutdown, &[], PATIENCE);
-        }
-        for dir in self.cgroups() {
-            let _ = fs::remove_dir(dir);
-        }
-    }
-}
 
 fn pipe() -> (OwnedFd, OwnedFd) {
     rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap()

@@ -162,6 +162,16 @@ impl Cgroup {
         Ok(Some(placeholder))
     }
 
+    /// A group below this one, which a process of the container or an administrator made.
+    ///
+    /// # Errors
+    /// When the path climbs.
+    pub(crate) fn below(&self, path: &str) -> Result<Self> {
+        let mut child = self.clone();
+        child.path.push_str(&clean(path)?);
+        Ok(child)
+    }
+
     /// Path below each mount point.
     #[must_use]
     pub fn path(&self) -> &str {

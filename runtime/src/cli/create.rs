@@ -32,7 +32,7 @@ pub(super) struct CreateArgs {
     /// Move the root instead of pivoting
     #[arg(long)]
     no_pivot: bool,
-    /// Accepted for compatibility
+    /// Stay in the caller's session keyring
     #[arg(long)]
     no_new_keyring: bool,
     /// Descriptors from 3 on to pass on
@@ -140,7 +140,7 @@ fn make(global: &Global, args: &CreateArgs, wait_for_start: bool) -> Result<Made
     let passed: u32 = std::env::var("LISTEN_FDS").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
     let preserve = args.preserve_fds + passed;
     crate::protect_descriptors(preserve)?;
-    let wiring = Wiring { console, preserve, ..Wiring::default() };
+    let wiring = Wiring { console, preserve, keep_keyring: args.no_new_keyring, ..Wiring::default() };
     let dir = StateDir::create(&global.root(), &args.id)?;
     let mut state = State {
         id: args.id.clone(),

@@ -56,6 +56,15 @@ pub(super) struct ExecArgs {
     /// Also in a frozen container
     #[arg(long)]
     ignore_paused: bool,
+    /// Group below the container's own to run in; it must exist
+    #[arg(long)]
+    cgroup: Option<String>,
+    /// AppArmor profile
+    #[arg(long)]
+    apparmor: Option<String>,
+    /// SELinux label
+    #[arg(long)]
+    process_label: Option<String>,
     /// Container id
     id: String,
     /// Program and arguments
@@ -90,11 +99,16 @@ pub(super) fn exec(global: &Global, args: &ExecArgs) -> Result<i32> {
     if !state.is_alive() {
         return Err(Error::state("cannot exec in a stopped container"));
     }
+    let below = match (&args.cgroup, &state.cgroup) {
+        (None, _) => None,
+        (Some(path), Some(cgroup)) => Some(cgroup.below(path)?),
+        (Some(_), None) => return Err(Error::state("--cgroup: the container has no cgroup")),
+    };
     let launched = Exec {
         process: &process,
         init: pidfd.as_fd(),
         init_pid: state.pid,
-        cgroup: state.cgroup.as_ref(),
+        cgroup: below.as_ref().or(state.cgroup.as_ref()),
         seccomp: config.spec.linux().as_ref().and_then(|l| l.seccomp().as_ref()),
         user: args.user.as_deref().filter(|_| args.process.is_none()),
         wiring: Wiring { console, preserve: args.preserve_fds, ..Wiring::default() },
@@ -129,6 +143,12 @@ fn process(args: &ExecArgs, config: &Config) -> Result<Process> {
     let mut env = process.env().clone().unwrap_or_default();
     env.extend(args.env.iter().cloned());
     process.set_env(Some(env));
+    if args.apparmor.is_some() {
+        process.set_apparmor_profile(args.apparmor.clone());
+    }
+    if args.process_label.is_some() {
+        process.set_selinux_label(args.process_label.clone());
+    }
     if args.no_new_privs {
         process.set_no_new_privileges(Some(true));
     }

@@ -9,6 +9,7 @@ use clap::Args;
 use serde_json::json;
 
 use crate::{
+    cgroups::{Cgroup, Usage},
     error::{Error, Result},
     state::{StateDir, Status},
 };
@@ -19,7 +20,7 @@ pub(super) struct EventsArgs {
     /// Print once and end
     #[arg(long)]
     stats: bool,
-    /// Seconds between two
+    /// Time between two: 5s, 500ms, 1m
     #[arg(long, default_value = "5s")]
     interval: String,
     /// Container id
@@ -38,13 +39,8 @@ pub(super) struct SpecArgs {
 }
 
 pub(super) fn events(root: &Path, args: &EventsArgs) -> Result<()> {
-    let seconds: u64 = args
-        .interval
-        .trim_end_matches('s')
-        .parse()
-        .ok()
-        .filter(|&s| s > 0)
-        .ok_or_else(|| Error::invalid(format!("malformed interval {:?}", args.interval)))?;
+    let interval = interval(&args.interval)?;
+    let mut oom_kills = None;
     loop {
         let dir = StateDir::open(root, &args.id)?;
         let state = dir.read()?;
@@ -52,28 +48,49 @@ pub(super) fn events(root: &Path, args: &EventsArgs) -> Result<()> {
             return if args.stats { Err(Error::state("container is not running")) } else { Ok(()) };
         }
         drop(dir);
-        let usage = state.cgroup.as_ref().map(crate::cgroups::Cgroup::usage).unwrap_or_default();
-        let event = json!({
-            "type": "stats",
-            "id": args.id,
-            "data": {
-                "cpu": {
-                    "usage": {"total": usage.cpu_ns, "kernel": usage.cpu_system_ns, "user": usage.cpu_user_ns},
-                    "throttling": {"throttledPeriods": usage.throttled_periods},
-                },
-                "memory": {
-                    "usage": {"limit": usage.memory_limit, "usage": usage.memory_bytes},
-                    "raw": usage.memory_stat,
-                },
-                "pids": {"current": usage.pids, "limit": usage.pids_limit},
-            },
-        });
-        println!("{event}");
+        let usage = state.cgroup.as_ref().map(Cgroup::usage).unwrap_or_default();
+        if oom_kills.is_some_and(|before| usage.oom_kills > before) {
+            println!("{}", json!({"type": "oom", "id": args.id}));
+        }
+        oom_kills = Some(usage.oom_kills);
+        println!("{}", stats(&args.id, &usage));
         if args.stats {
             return Ok(());
         }
-        std::thread::sleep(Duration::from_secs(seconds));
+        std::thread::sleep(interval);
     }
+}
+
+fn stats(id: &str, usage: &Usage) -> serde_json::Value {
+    json!({
+        "type": "stats",
+        "id": id,
+        "data": {
+            "cpu": {
+                "usage": {"total": usage.cpu_ns, "kernel": usage.cpu_system_ns, "user": usage.cpu_user_ns},
+                "throttling": {"throttledPeriods": usage.throttled_periods},
+            },
+            "memory": {
+                "usage": {"limit": usage.memory_limit, "usage": usage.memory_bytes},
+                "raw": usage.memory_stat,
+            },
+            "pids": {"current": usage.pids, "limit": usage.pids_limit},
+        },
+    })
+}
+
+/// A Go duration of one unit: `5s`, `500ms`, `1m`; plain numbers are seconds.
+fn interval(text: &str) -> Result<Duration> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor = match &text[digits.len()..] {
+        "ms" => 1,
+        "s" | "" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => 0,
+    };
+    let millis = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(factor)).filter(|&n| n > 0);
+    millis.map(Duration::from_millis).ok_or_else(|| Error::invalid(format!("malformed interval {text:?}")))
 }
 
 pub(super) fn features() -> Result<()> {
@@ -109,9 +126,10 @@ pub(super) fn features() -> Result<()> {
                     "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
                 ],
             },
-            "apparmor": {"enabled": false},
-            "selinux": {"enabled": false},
+            "apparmor": {"enabled": true},
+            "selinux": {"enabled": true},
             "intelRdt": {"enabled": false},
+            "netDevices": {"enabled": false},
             "mountExtensions": {"idmap": {"enabled": true}},
         },
         "annotations": {},

@@ -18,14 +18,14 @@ pub(super) struct UpdateArgs {
     /// File with resources as in config.json, - for stdin
     #[arg(short, long)]
     resources: Option<PathBuf>,
-    /// Bytes
-    #[arg(long, allow_hyphen_values = true)]
+    /// Bytes, or with b, k, m, g
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     memory: Option<i64>,
     /// Bytes, of memory and swap together
-    #[arg(long, allow_hyphen_values = true)]
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     memory_swap: Option<i64>,
     /// Bytes
-    #[arg(long)]
+    #[arg(long, value_parser = bytes)]
     memory_reservation: Option<i64>,
     /// Relative weight
     #[arg(long, visible_alias = "cpu-share")]
@@ -89,6 +89,18 @@ fn resources(args: &UpdateArgs) -> Result<LinuxResources> {
     value.and_then(serde_json::from_value).map_err(|e| Error::invalid(format!("malformed resources: {e}")))
 }
 
+/// `64m` is 64 MiB; -1 is no limit.
+fn bytes(text: &str) -> Result<i64, String> {
+    let lower = text.to_ascii_lowercase();
+    let digits = lower.trim_end_matches("ib").trim_end_matches('b');
+    let (number, shift) = match digits.strip_suffix(['k', 'm', 'g', 't']) {
+        Some(number) => (number, 10 * (1 + "kmgt".find(&digits[number.len()..]).unwrap_or(0))),
+        None => (digits, 0),
+    };
+    let number: i64 = number.parse().map_err(|_| format!("{text:?} is no number of bytes"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
 fn from_flags(args: &UpdateArgs) -> Value {
     let section = |pairs: &[(&str, Option<Value>)]| -> Option<Value> {
         let map: Map<String, Value> = pairs.iter().filter_map(|(k, v)| Some(((*k).to_owned(), v.clone()?))).collect();
@@ -118,4 +130,21 @@ fn from_flags(args: &UpdateArgs) -> Value {
         ("pids", args.pids_limit.map(|limit| json!({ "limit": limit }))),
     ]);
     all.unwrap_or_else(|| json!({}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn sizes_with_and_without_units() {
+        for (text, number) in
+            [("-1", -1), ("1000", 1000), ("64m", 64 << 20), ("2GiB", 2 << 30), ("3kb", 3 << 10), ("7b", 7)]
+        {
+            assert_eq!(bytes(text), Ok(number), "{text}");
+        }
+        for bad in ["", "m", "1.5g", "12x", "9999999999g"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -86,6 +86,8 @@ impl LogWriter {
     /// Takes what a stream said. `batch` is scratch space shared by all logs.
     pub(crate) fn append(&mut self, stream: Stream, mut data: &[u8], batch: &mut Vec<u8>) {
         batch.clear();
+        // One time for what came at once.
+        self.clock.set(now_nanos());
         let mut partial = std::mem::take(&mut self.partial[stream as usize]);
         while !data.is_empty() {
             let newline = find_byte(data, b'\n');
@@ -120,6 +122,7 @@ impl LogWriter {
             let partial = std::mem::take(&mut self.partial[stream as usize]);
             if !partial.is_empty() {
                 batch.clear();
+                self.clock.set(now_nanos());
                 self.entry(stream, b'P', &partial, &[], batch);
                 self.write(batch);
             }
@@ -127,7 +130,7 @@ impl LogWriter {
     }
 
     fn entry(&mut self, stream: Stream, tag: u8, head: &[u8], tail: &[u8], batch: &mut Vec<u8>) {
-        let stamp = *self.clock.stamp();
+        let stamp = self.clock.text;
         let length = stamp.len() + 11 + head.len() + tail.len() + 1;
         let pending = self.size + batch.len() as u64;
         let full = self.rotation.max_size > 0 && pending > 0 && pending + length as u64 > self.rotation.max_size;
@@ -257,8 +260,7 @@ impl Default for Clock {
 }
 
 impl Clock {
-    fn stamp(&mut self) -> &[u8; 30] {
-        let now = now_nanos();
+    fn set(&mut self, now: i64) {
         let (second, mut nanos) = (now / 1_000_000_000, now % 1_000_000_000);
         if second != self.second {
             self.second = second;
@@ -270,7 +272,6 @@ impl Clock {
             *digit = b'0' + (nanos % 10) as u8;
             nanos /= 10;
         }
-        &self.text
     }
 }
 

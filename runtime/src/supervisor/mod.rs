@@ -8,6 +8,7 @@ mod pod;
 pub mod protocol;
 mod server;
 mod status;
+mod streams;
 pub mod wire;
 
 pub use pod::supervise;

@@ -100,6 +100,15 @@ pub(crate) fn find_byte(haystack: &[u8], byte: u8) -> Option<usize> {
     if found.is_null() { None } else { Some(found as usize - haystack.as_ptr() as usize) }
 }
 
+/// Leaves the session keyring of whoever called us for a new, empty one.
+pub(crate) fn new_session_keyring() -> io::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: i32 = 1;
+    let anonymous: *const libc::c_char = std::ptr::null();
+    // SAFETY: a null name asks for an anonymous keyring.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, anonymous) })?;
+    Ok(())
+}
+
 /// ioprio_set(2) on the calling process.
 pub(crate) fn set_io_priority(value: i32) -> io::Result<()> {
     const IOPRIO_WHO_PROCESS: i32 = 1;

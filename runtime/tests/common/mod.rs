@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, reason = "a fixture fails its test by panicking")]
 
+pub(crate) mod pod;
+
 use std::{
     fs,
     os::unix::fs::symlink,
