@@ -37,13 +37,16 @@ pub(crate) fn gvr() -> Gvr {
     Gvr::new("apiregistration.k8s.io", "v1", "apiservices")
 }
 
+/// TLS as a revision of an APIService wants it.
+type Revised = (u64, Arc<ClientConfig>);
+
 /// Passes requests on to extension servers.
 pub(crate) struct Aggregator {
     /// Certificate and key we show to extension servers.
     identity: Option<(PathBuf, PathBuf)>,
     objects: Arc<dyn Objects>,
-    /// TLS by APIService and its revision.
-    tls: Mutex<HashMap<Box<str>, (u64, Arc<ClientConfig>)>>,
+    /// TLS by APIService.
+    tls: Mutex<HashMap<Box<str>, Revised>>,
     extensions: ArcSwap<Extensions>,
 }
 

@@ -68,11 +68,14 @@ pub(super) async fn builtin(objects: &dyn Objects) -> Result<(), Status> {
     Ok(())
 }
 
+/// A group and a version of it.
+type GroupVersion = (String, String);
+
 /// Keeps those of custom resources as the CustomResourceDefinitions say.
 #[derive(Default)]
 pub(super) struct Custom {
-    /// Groups and versions by name and revision of the definition.
-    known: BTreeMap<Box<str>, (u64, Vec<(String, String)>)>,
+    /// What is served by name and revision of the definition.
+    known: BTreeMap<Box<str>, (u64, Vec<GroupVersion>)>,
 }
 
 impl Custom {
@@ -92,7 +95,7 @@ impl Custom {
                 self.known.insert(definition.name.clone(), (definition.revision, served));
             }
         }
-        let wanted: BTreeSet<&(String, String)> = self.known.values().flat_map(|(_, served)| served).collect();
+        let wanted: BTreeSet<&GroupVersion> = self.known.values().flat_map(|(_, served)| served).collect();
         for (group, version) in &wanted {
             ensure(objects, &gvr(), "", local(group, version, "true", 1000, 100)).await?;
         }
@@ -112,7 +115,7 @@ impl Custom {
 }
 
 /// The group and served versions of a definition that is established.
-fn served(crd: &Value) -> Vec<(String, String)> {
+fn served(crd: &Value) -> Vec<GroupVersion> {
     if !crate::custom::names::holds(crd, "Established") || meta::deletion_timestamp(crd).is_some() {
         return Vec::new();
     }

@@ -3,6 +3,7 @@
 use isopod_api::{field::Path, names};
 use serde_json::{Value, json};
 
+use super::job_indexes;
 use crate::validation::{
     At, Errs, IMMUTABLE, internal, meta, same, selector,
     template::{labels_match, pod_template, sorted},
@@ -286,6 +287,13 @@ fn success_policy(e: &mut Errs, spec: &At<'_>, indexed: bool) {
         if !indexes.is_set() && !count.is_set() {
             e.required(&rule, "at least one of succeededCount or succeededIndexes must be specified");
         }
+        let mut named = None;
+        if indexes.is_set() {
+            match job_indexes::count(indexes.s(), spec.get("completions").int0()) {
+                Ok(total) => named = Some(total),
+                Err(why) => e.invalid(&indexes, &format!("error parsing succeededIndexes: {why}")),
+            }
+        }
         if let Some(n) = count.int() {
             if n <= 0 {
                 e.invalid(&count, "must be greater than 0");
@@ -294,6 +302,12 @@ fn success_policy(e: &mut Errs, spec: &At<'_>, indexed: bool) {
                 let detail = format!(
                     "must be less than or equal to {} (the number of specified completions)",
                     spec.get("completions").int0()
+                );
+                e.invalid(&count, &detail);
+            }
+            if let Some(total) = named.filter(|total| n > *total) {
+                let detail = format!(
+                    "must be less than or equal to {total} (the number of indexes in the specified succeededIndexes field)"
                 );
                 e.invalid(&count, &detail);
             }

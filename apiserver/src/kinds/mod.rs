@@ -28,6 +28,7 @@ pub(crate) mod fake;
 mod flowcontrol;
 mod ingress;
 mod job;
+mod job_indexes;
 mod job_validation;
 mod namespace;
 mod networking;
