@@ -56,23 +56,22 @@ pub struct Object {
 
 /// The bytes of one object in other versions, by the format of the version.
 #[derive(Debug, Default)]
-pub(crate) struct Forms(Mutex<Option<Box<BTreeMap<u32, Bytes>>>>);
+pub(crate) struct Forms(Mutex<BTreeMap<u32, Bytes>>);
 
 impl Forms {
     /// The object in a format.
     pub(crate) fn get(&self, format: u32) -> Option<Bytes> {
-        self.0.lock().as_ref()?.get(&format).cloned()
+        self.0.lock().get(&format).cloned()
     }
 
     /// Keeps the object in a format.
     pub(crate) fn put(&self, format: u32, bytes: Bytes) {
-        self.0.lock().get_or_insert_default().insert(format, bytes);
+        self.0.lock().insert(format, bytes);
     }
 
     /// The same forms, each changed.
     fn map(&self, change: impl Fn(&Bytes) -> Bytes) -> Self {
-        let changed = |forms: &BTreeMap<u32, Bytes>| forms.iter().map(|(format, b)| (*format, change(b))).collect();
-        Self(Mutex::new(self.0.lock().as_deref().map(|forms| Box::new(changed(forms)))))
+        Self(Mutex::new(self.0.lock().iter().map(|(format, bytes)| (*format, change(bytes))).collect()))
     }
 }
 

@@ -310,7 +310,7 @@ impl Checker<'_> {
     }
 
     fn overload(&mut self, expr: &IdedExpr, name: &str, all: &[Signature], method: bool, given: &[Type]) -> Type {
-        if given.iter().any(|t| *t == Type::Error) {
+        if given.contains(&Type::Error) {
             // Said already.
             return Type::Error;
         }

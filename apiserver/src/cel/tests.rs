@@ -205,3 +205,64 @@ fn rules_in_the_wild_compile() {
     let error = environment.compile("self.nope == 1", &[Type::Bool]).err().unwrap();
     assert_eq!(error, "compilation failed: ERROR: <input>:1:5: undefined field 'nope'\n | self.nope == 1\n | ....^");
 }
+
+/// Allows one verb, and says who asked for what.
+struct OnlyGet;
+
+impl crate::authz::Authorizer for OnlyGet {
+    fn authorize(&self, asked: &crate::authz::Attributes) -> crate::authz::Decision {
+        let what = if asked.resource_request {
+            format!("{}/{}/{}/{} {}", asked.group, asked.resource, asked.subresource, asked.namespace, asked.name)
+        } else {
+            asked.path.clone()
+        };
+        let text = format!("{} {what}", asked.user.name);
+        match asked.verb.as_str() {
+            "get" => crate::authz::Decision::Allow(text),
+            _ => crate::authz::Decision::NoOpinion(text),
+        }
+    }
+}
+
+#[test]
+fn expressions_ask_the_authorizer() {
+    let environment = admission::environment(admission::Offers { params: false, authorizer: true });
+    let mut scope = Scope::new();
+    let user = crate::authn::UserInfo { name: "ann".into(), ..Default::default() };
+    let own = crate::authz::Attributes {
+        user: user.clone(),
+        resource: "pods".into(),
+        resource_request: true,
+        ..Default::default()
+    };
+    scope.set("authorizer", authorizer(Arc::new(OnlyGet), &user));
+    scope.set("authorizer.requestResource", request_resource(Arc::new(OnlyGet), own));
+    for (text, want) in [
+        (
+            "authorizer.group('apps').resource('deployments').namespace('ns').name('d').check('get').allowed()",
+            json!(true),
+        ),
+        ("authorizer.group('apps').resource('deployments').check('list').allowed()", json!(false)),
+        (
+            "authorizer.group('apps').resource('deployments').subresource('scale').namespace('ns').name('d').check('get').reason()",
+            json!("ann apps/deployments/scale/ns d"),
+        ),
+        ("authorizer.path('/healthz').check('get').reason()", json!("ann /healthz")),
+        (
+            "authorizer.serviceAccount('ns', 'sa').path('/x').check('get').reason()",
+            json!("system:serviceaccount:ns:sa /x"),
+        ),
+        ("authorizer.requestResource.check('update').allowed()", json!(false)),
+        ("authorizer.requestResource.check('get').reason()", json!("ann /pods// ")),
+        ("authorizer.requestResource.check('get').errored()", json!(false)),
+    ] {
+        let program = environment.compile(text, &[]).unwrap_or_else(|e| panic!("{text}: {e}"));
+        let value = program.evaluate(&scope, &mut BUDGET.clone()).map(|v| json(&v).unwrap());
+        assert_eq!(value, Ok(want), "{text}");
+    }
+    let error = environment.compile("authorizer.allowed()", &[Type::Bool]).err().unwrap();
+    assert!(
+        error.contains("found no matching overload for 'allowed' applied to 'kubernetes.authorization.Authorizer.()'"),
+        "{error}"
+    );
+}
