@@ -98,6 +98,7 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     if let Ok(verification) = config.kubelet.verification() {
         local.verify(verification);
     }
+    local.limit_pulls(config.kubelet.parallel_pulls());
     let node_name: Arc<str> = config.node_name.as_str().into();
     let server = bind(&config).await?;
     let api = Api::start(config.kubeconfig.clone(), stop.clone());
@@ -128,6 +129,11 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     tasks.spawn(manager::run(ctx.clone(), manifests, stop.clone()));
     tasks.spawn(node::run(ctx.clone(), stop.clone()));
     tasks.spawn(node::eviction::run(ctx.clone(), stop.clone()));
+    let k = &ctx.config.kubelet;
+    if k.healthz_port > 0 {
+        let address = SocketAddr::new(k.healthz_bind_address, k.healthz_port);
+        tasks.spawn(server::health::serve(address, stop.clone()));
+    }
     if let Some(bound) = server {
         let host = Arc::new(NodeHost { ctx: ctx.clone() });
         tasks.spawn(bound.serve(host, stop.clone()));

@@ -2,6 +2,8 @@
 //!
 //! Every upstream field is either honoured or refused by name; a word that upstream does not know is an error too.
 
+mod duration;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
@@ -9,8 +11,10 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
+use self::duration::go_duration;
+pub use self::duration::{format_duration, parse_duration};
 use crate::{images::Verification, paths::Paths};
 
 /// Everything the agent needs to run.
@@ -417,6 +421,12 @@ impl KubeletConfiguration {
         }
     }
 
+    /// Most images pulled at one time, if that is limited.
+    pub(crate) fn parallel_pulls(&self) -> Option<usize> {
+        let most = self.max_parallel_image_pulls.and_then(|n| usize::try_from(n).ok());
+        if self.serialize_image_pulls { Some(1) } else { most }
+    }
+
     fn check(&self) -> Result<(), String> {
         if self.cgroup_driver != "cgroupfs" {
             return Err(format!("cgroupDriver {:?} is not supported by isopod, want \"cgroupfs\"", self.cgroup_driver));
@@ -425,6 +435,12 @@ impl KubeletConfiguration {
             return Err(format!("authorization.mode {:?}: want Webhook or AlwaysAllow", self.authorization.mode));
         }
         self.verification()?;
+        if self.max_parallel_image_pulls == Some(0) {
+            return Err("maxParallelImagePulls must be a positive number".into());
+        }
+        if self.serialize_image_pulls && self.max_parallel_image_pulls.is_some_and(|n| n > 1) {
+            return Err("maxParallelImagePulls cannot be larger than 1 unless serializeImagePulls is false".into());
+        }
         if self.container_log_max_files < 2 {
             return Err("containerLogMaxFiles must be greater than 1".into());
         }
@@ -434,7 +450,8 @@ impl KubeletConfiguration {
         }
         isopod_quantity(&self.container_log_max_size)
             .ok_or_else(|| format!("containerLogMaxSize {:?} is not a quantity", self.container_log_max_size))?;
-        for signal in self.eviction_soft.keys().filter(|s| !self.eviction_soft_grace_period.contains_key(*s)) {
+        let graceless = self.eviction_soft.keys().find(|s| !self.eviction_soft_grace_period.contains_key(*s));
+        if let Some(signal) = graceless {
             return Err(format!("evictionSoft {signal:?} has no evictionSoftGracePeriod"));
         }
         for (signal, grace) in &self.eviction_soft_grace_period {
@@ -469,68 +486,6 @@ fn isopod_quantity(text: &str) -> Option<i128> {
     crate::quantity::milli(text)
 }
 
-/// Parses Go's duration format (`1h30m`, `100ms`, `0`).
-pub fn parse_duration(text: &str) -> Option<Duration> {
-    if text == "0" {
-        return Some(Duration::ZERO);
-    }
-    let mut rest = text;
-    let mut total = 0f64;
-    if rest.is_empty() {
-        return None;
-    }
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        rest = &rest[digits..];
-        let unit = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
-        total += number
-            * match &rest[..unit] {
-                "h" => 3600.0,
-                "m" => 60.0,
-                "s" => 1.0,
-                "ms" => 1e-3,
-                "us" | "µs" => 1e-6,
-                "ns" => 1e-9,
-                _ => return None,
-            };
-        rest = &rest[unit..];
-    }
-    Some(Duration::from_secs_f64(total))
-}
-
-/// Formats as Go does, to the millisecond (`1m30s`, `1.5s`, `250ms`).
-pub fn format_duration(d: Duration) -> String {
-    if d.is_zero() {
-        return "0s".into();
-    }
-    if d < Duration::from_secs(1) {
-        let ms = d.as_millis();
-        return if ms == 0 { format!("{}µs", d.as_micros()) } else { format!("{ms}ms") };
-    }
-    let (s, ms) = (d.as_secs(), d.subsec_millis());
-    let (h, m, s) = (s / 3600, s / 60 % 60, s % 60);
-    let fraction = if ms == 0 { String::new() } else { format!(".{ms:03}").trim_end_matches('0').to_string() };
-    match (h, m) {
-        (0, 0) => format!("{s}{fraction}s"),
-        (0, _) => format!("{m}m{s}{fraction}s"),
-        _ => format!("{h}h{m}m{s}{fraction}s"),
-    }
-}
-
-mod go_duration {
-    use super::*;
-
-    pub(super) fn serialize<S: serde::Serializer>(d: &Duration, s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_str(&format_duration(*d))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
-        let text = String::deserialize(d)?;
-        parse_duration(&text).ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration")))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -550,21 +505,20 @@ mod tests {
             ("cgroupRoot: /x", "field \"cgroupRoot\" of KubeletConfiguration is not supported by isopod: remove it"),
             ("maxpods: 3", "unknown field \"maxpods\" in KubeletConfiguration"),
             ("evictionHard: {foo: 1Gi}", "unknown eviction signal \"foo\""),
+            (
+                "evictionSoft: {memory.available: 1Gi}",
+                "evictionSoft \"memory.available\" has no evictionSoftGracePeriod",
+            ),
+            ("maxParallelImagePulls: 0", "maxParallelImagePulls must be a positive number"),
+            (
+                "imagePullCredentialsVerificationPolicy: Sometimes",
+                "imagePullCredentialsVerificationPolicy \"Sometimes\" is unknown",
+            ),
         ] {
             assert_eq!(KubeletConfiguration::parse(&format!("{HEAD}{line}\n")).unwrap_err(), want);
         }
         assert!(
             KubeletConfiguration::parse("kind: KubeletConfiguration\n").unwrap_err().contains("apiVersion is missing")
         );
-    }
-
-    #[test]
-    fn durations_round_trip() {
-        for t in ["1h30m0s", "1.5s", "100ms", "5m0s", "0s", "2s"] {
-            assert_eq!(format_duration(parse_duration(t).unwrap()), t);
-        }
-        for bad in ["", "5", "x", "5q"] {
-            assert_eq!(parse_duration(bad), None, "{bad}");
-        }
     }
 }

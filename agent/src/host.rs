@@ -214,6 +214,10 @@ impl Host for NodeHost {
         Box::pin(self.ctx.access.allowed(who, verb, subresource))
     }
 
+    fn debugging(&self) -> bool {
+        self.ctx.config.kubelet.enable_debugging_handlers
+    }
+
     fn anonymous(&self) -> bool {
         self.ctx.config.kubelet.authentication.anonymous.enabled
     }

@@ -120,6 +120,8 @@ fn numbers_for_those_who_may_see_them() {
     assert_eq!(code(""), "401");
     assert_eq!(code("-H 'Authorization: Bearer nonsense'"), "401");
 
+    assert_eq!(c.host.must("curl -s -m 20 http://127.0.0.1:10248/healthz"), "ok");
+
     // What a node says when it comes.
     eventually("the node's events", || {
         let events = c.k("get events --field-selector involvedObject.kind=Node");

@@ -615,6 +615,21 @@ fn living() -> Vec<Value> {
             s["securityContext"] = json!({"sysctls": [{"name": "kernel.msgmax", "value": "1000"}]});
             s
         }),
+        pod("own-users", &{
+            let mut s = sleep(json!({}));
+            s["hostUsers"] = json!(false);
+            s
+        }),
+        pod("classed", &{
+            let mut s = sleep(json!({}));
+            s["runtimeClassName"] = json!("ours");
+            s
+        }),
+        pod("classed-elsewhere", &{
+            let mut s = sleep(json!({}));
+            s["runtimeClassName"] = json!("elsewhere");
+            s
+        }),
         pod("post-http", &sleep(hook("postStart"))),
         pod("pre-http", &sleep(hook("preStop"))),
         pod("pre-sleep", &{
@@ -636,6 +651,8 @@ fn pods_that_live() {
     let c = cluster(&mut net);
     c.apply(&list(vec![
         json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "changed"}, "stringData": {"k": "before"}}),
+        json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "ours"}, "handler": "isopod"}),
+        json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "elsewhere"}, "handler": "gvisor"}),
         json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "removed"}, "data": {"k": "there"}}),
         pod(
             "web",
@@ -713,6 +730,17 @@ fn pods_that_live() {
     // A sysctl this node does not allow.
     c.wait_field("pod unsafe-sysctl", ".status.reason", |r| r == "SysctlForbidden");
     c.wait_field("pod unsafe-sysctl", ".status.phase", |r| r == "Failed");
+
+    // What this node cannot do is said, not left out.
+    c.wait_ready("classed");
+    for (pod, why) in
+        [("own-users", "user namespaces"), ("classed-elsewhere", "no runtime for \\\"gvisor\\\" is configured")]
+    {
+        eventually(why, || {
+            let events = c.get(&format!("events --field-selector involvedObject.name={pod}")).to_string();
+            if events.contains("FailedCreatePodSandBox") && events.contains(why) { Ok(()) } else { Err(events) }
+        });
+    }
 
     // Hooks.
     let asked = |what: &str| {

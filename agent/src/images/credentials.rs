@@ -193,10 +193,10 @@ mod tests {
         };
         let (a, b, nobody) = (config("geheim"), config("other"), DockerConfig::default());
         let of = |secrets: &[DockerConfig], node: &DockerConfig| marks(&reference, secrets, node);
-        assert_ne!(of(&[a.clone()], &nobody), of(&[b], &nobody));
-        assert!(!format!("{:?}", of(&[a.clone()], &nobody)).contains("geheim"));
+        assert_ne!(of(std::slice::from_ref(&a), &nobody), of(&[b], &nobody));
+        assert!(!format!("{:?}", of(std::slice::from_ref(&a), &nobody)).contains("geheim"));
         // The node's own credentials are everybody's, and so is an open registry.
-        for marks in [of(&[a.clone()], &a), of(&[], &a), of(&[], &nobody)] {
+        for marks in [of(std::slice::from_ref(&a), &a), of(&[], &a), of(&[], &nobody)] {
             assert_eq!(marks, BTreeSet::from([ANYBODY.to_string()]));
         }
     }

@@ -37,6 +37,8 @@ pub(super) struct Inner {
     pulls: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     in_use: Mutex<BTreeSet<String>>,
     verification: RwLock<Verification>,
+    /// Places for pulls, where their number is limited.
+    places: RwLock<Option<Arc<Semaphore>>>,
 }
 
 /// Which images that are here already a pod may only use with credentials that their registry has accepted before.
@@ -84,6 +86,7 @@ impl LocalImages {
                 pulls: Mutex::new(HashMap::new()),
                 in_use: Mutex::default(),
                 verification: RwLock::default(),
+                places: RwLock::default(),
             }),
         })
     }
@@ -98,6 +101,11 @@ impl LocalImages {
     /// Whether pods have to show credentials for images that are here already.
     pub fn verify(&self, verification: Verification) {
         *self.inner.verification.write() = verification;
+    }
+
+    /// Most pulls at one time; later ones wait.
+    pub fn limit_pulls(&self, most: Option<usize>) {
+        *self.inner.places.write() = most.map(|n| Arc::new(Semaphore::new(n.max(1))));
     }
 
     /// Whether a pod with these secrets may use an image that is here, or has to ask the registry.
@@ -148,6 +156,11 @@ impl LocalImages {
         {
             return Ok(image);
         }
+        let places = self.inner.places.read().clone();
+        let _place = match &places {
+            Some(places) => places.acquire().await.ok(),
+            None => None,
+        };
         let mut image = pull::pull(&self.inner, name, &reference, &secrets).await?;
         if let Some(pulled) = &mut image.pulled {
             pulled.including_waiting = asked.elapsed();

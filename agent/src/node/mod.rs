@@ -16,7 +16,10 @@ use futures::StreamExt;
 use k8s_openapi::{
     api::{
         coordination::v1::{Lease, LeaseSpec},
-        core::v1::{ContainerImage, Node, NodeCondition, NodeSpec, NodeStatus},
+        core::v1::{
+            ContainerImage, Node, NodeCondition, NodeFeatures, NodeRuntimeHandler, NodeRuntimeHandlerFeatures,
+            NodeSpec, NodeStatus,
+        },
     },
     apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference, Time},
     jiff::Timestamp,
@@ -33,6 +36,7 @@ use crate::{
     api::{is_code, refusal},
     context::Context,
     events::Kind,
+    pods::sandbox,
 };
 
 fn now() -> Time {
@@ -162,7 +166,8 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
     let mut stream = watcher::watch_object(nodes.clone(), &ctx.node_name).backoff(crate::api::pauses()).boxed();
     let k = &ctx.config.kubelet;
     let mut images = ctx.images.changes();
-    let mut written = tokio::time::Instant::now() - k.node_status_report_frequency;
+    let report = k.node_status_report_frequency.max(Duration::from_secs(1));
+    let mut written = tokio::time::Instant::now() - report;
     let mut retry = PAUSE;
     loop {
         let mut failed = false;
@@ -172,7 +177,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
         network.borrow_and_update();
         pressure.borrow_and_update();
         images.borrow_and_update();
-        let fresh = tokio::time::Instant::now() - written >= k.node_status_report_frequency;
+        let fresh = tokio::time::Instant::now() - written >= report;
         let (patch, changed, events) = status_patch(ctx, &node);
         if changed || fresh {
             match nodes.patch_status(&ctx.node_name, &PatchParams::default(), &Patch::Strategic(patch)).await {
@@ -192,7 +197,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
         }
         // Cancel-safe: what a stream or channel has is still there in the next round.
         tokio::select! {
-            () = tokio::time::sleep_until(written + k.node_status_report_frequency), if !failed => {}
+            () = tokio::time::sleep_until(written + report), if !failed => {}
             Ok(()) = images.changed() => {}
             Ok(()) = network.changed() => {}
             Ok(()) = pressure.changed() => {}
@@ -294,6 +299,13 @@ fn signals(ctx: &Context) -> Signals {
     Signals { memory_low: p.memory, disk_low: p.disk, pids_low: p.pids, network: ctx.network.not_ready() }
 }
 
+/// What the default handler and those of RuntimeClasses can do.
+fn handlers() -> Vec<NodeRuntimeHandler> {
+    let features = NodeRuntimeHandlerFeatures { recursive_read_only_mounts: Some(true), user_namespaces: Some(false) };
+    let names = [""].into_iter().chain(sandbox::HANDLERS);
+    names.map(|n| NodeRuntimeHandler { name: Some(n.into()), features: Some(features.clone()) }).collect()
+}
+
 /// The status as it should be, and events for conditions that turned.
 fn full_status(ctx: &Context, old: Option<&NodeStatus>) -> (NodeStatus, Vec<(String, String)>) {
     let (capacity, allocatable) = info::resources(&ctx.config, &ctx.machine);
@@ -339,6 +351,8 @@ fn full_status(ctx: &Context, old: Option<&NodeStatus>) -> (NodeStatus, Vec<(Str
         daemon_endpoints: serde_json::from_value(json!({"kubeletEndpoint": {"Port": ctx.config.kubelet.port}})).ok(),
         images: Some(images.collect()),
         node_info: Some(info::system_info()),
+        features: Some(NodeFeatures { supplemental_groups_policy: Some(true) }),
+        runtime_handlers: Some(handlers()),
         ..NodeStatus::default()
     };
     (status, events)
@@ -359,6 +373,8 @@ fn status_patch(ctx: &Context, node: &Node) -> (serde_json::Value, bool, Vec<(St
         comparable.addresses != old.addresses,
         comparable.node_info != old.node_info,
         comparable.daemon_endpoints != old.daemon_endpoints,
+        comparable.features != old.features,
+        comparable.runtime_handlers.as_ref().map(Vec::len) != old.runtime_handlers.as_ref().map(Vec::len),
         comparable.images.unwrap_or_default() != old.images.clone().unwrap_or_default(),
         comparable.conditions.iter().flatten().any(|c| !old.conditions.iter().flatten().any(|o| o == c)),
     ];

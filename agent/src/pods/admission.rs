@@ -41,7 +41,7 @@ fn room(ctx: &Context, spec: &PodSpec) -> Option<Refusal> {
         Some((format!("OutOf{resource}"), message))
     };
     let pods = ctx.table.all().iter().filter(|s| manager::is_active(&s.pod)).count() as i64;
-    let most = i64::from(ctx.config.kubelet.max_pods);
+    let most = i64::from(crate::node::info::max_pods(&ctx.config.kubelet, machine.cpus));
     if pods + 1 > most {
         return short("pods", 1, pods, most);
     }
@@ -129,7 +129,7 @@ mod tests {
             (port("", 80, "UDP"), port("", 80, "TCP"), false),
             (port("", 81, "TCP"), port("", 80, "TCP"), false),
         ] {
-            assert_eq!(clash(&[a.clone()], &[b.clone()]), want, "{a:?} {b:?}");
+            assert_eq!(clash(std::slice::from_ref(&a), std::slice::from_ref(&b)), want, "{a:?} {b:?}");
         }
     }
 

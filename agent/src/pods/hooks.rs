@@ -29,6 +29,7 @@ pub(crate) async fn run(
     }
     if let Some(h) = &handler.http_get {
         let ip = ip.ok_or("failed to find networking container: the pod has no address")?;
+        let ip = probes::address(h.host.as_deref(), ip).await?;
         let request = probes::http_get(h, ip, container, "kube-lifecycle/1.36")?;
         return probes::http::get(&request, limit).await.map(|_| ());
     }

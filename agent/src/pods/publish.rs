@@ -54,10 +54,8 @@ impl Worker {
             self.published = Some(status.clone());
             self.dirty = true;
             let ready = status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
-            if ready {
-                if let Some(took) = self.record.complete("ready") {
-                    self.ctx.metrics.observe("kubelet_pod_start_duration_seconds", [], took);
-                }
+            if ready && let Some(took) = self.record.complete("ready") {
+                self.ctx.metrics.observe("kubelet_pod_start_duration_seconds", [], took);
             }
             self.wanted.send_modify(|w| w.status = Some(status));
         }

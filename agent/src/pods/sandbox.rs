@@ -9,7 +9,10 @@ use std::{
 };
 
 use isopod_runtime::supervisor::protocol::{ContainerStatus, Op, PidMode, PodConfig, VERSION};
-use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use k8s_openapi::api::{
+    core::v1::{Pod, PodSpec},
+    node::v1::RuntimeClass,
+};
 use tokio::sync::mpsc;
 
 use super::state::Sandbox;
@@ -108,6 +111,12 @@ pub(crate) async fn create(
     if let Some(name) = security::forbidden_sysctl(pod, &ctx.config.kubelet.allowed_unsafe_sysctls) {
         return Err(format!("forbidden sysctl: {name:?} not allowlisted"));
     }
+    if spec.host_users == Some(false) {
+        return Err(
+            "can't set spec.HostUsers: false: this node's runtime does not support user namespaces for pods".into()
+        );
+    }
+    runtime_class(ctx, spec).await?;
     let (netns, ips) = if host_network(spec) {
         (None, ctx.machine.ips.clone())
     } else {
@@ -156,6 +165,22 @@ pub(crate) async fn create(
         }
     }
     Ok(Live { supervisor, sandbox: Sandbox { attempt, netns, ips: ips.clone(), cgroup: group }, ips, hostname, shm })
+}
+
+/// Handlers of RuntimeClasses that mean this node's own runtime.
+pub(crate) const HANDLERS: [&str; 2] = ["isopod", "runc"];
+
+/// A pod of a RuntimeClass is only run by the handler it names.
+async fn runtime_class(ctx: &Context, spec: &PodSpec) -> Result<(), String> {
+    let Some(name) = spec.runtime_class_name.as_deref().filter(|n| !n.is_empty()) else { return Ok(()) };
+    let client =
+        ctx.api.get().ok_or_else(|| format!("RuntimeClass {name:?} cannot be read: there is no API server"))?;
+    let classes: kube::Api<RuntimeClass> = kube::Api::all(client);
+    let class = classes.get(name).await.map_err(|e| format!("failed to get RuntimeClass {name:?}: {e}"))?;
+    if HANDLERS.contains(&class.handler.as_str()) {
+        return Ok(());
+    }
+    Err(format!("no runtime for {:?} is configured", class.handler))
 }
 
 /// Joins the sandbox of a pod that ran before this agent did: the sandbox and its containers as they stand.

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 use k8s_openapi::{
     api::core::v1::{
         Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
-        ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodStatus,
+        ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodStatus, VolumeMount, VolumeMountStatus,
     },
     apimachinery::pkg::apis::meta::v1::Time,
 };
@@ -53,6 +53,25 @@ fn terminated(i: &Instance) -> Option<ContainerStateTerminated> {
     })
 }
 
+/// Mounts as they are shown: writable ones say nothing of recursion.
+fn mounts(c: &Container) -> Vec<VolumeMountStatus> {
+    let one = |m: &VolumeMount| {
+        let recursive = match m.recursive_read_only.as_deref() {
+            Some("Enabled" | "IfPossible") => "Enabled",
+            _ => "Disabled",
+        };
+        let read_only = m.read_only == Some(true);
+        VolumeMountStatus {
+            name: m.name.clone(),
+            mount_path: m.mount_path.clone(),
+            read_only: read_only.then_some(true),
+            recursive_read_only: read_only.then(|| recursive.to_string()),
+            volume_status: None,
+        }
+    };
+    c.volume_mounts.iter().flatten().map(one).collect()
+}
+
 /// Whether an instance has ended and none will follow it.
 fn over(v: &View<'_>, c: &Container, i: &Instance, record: &Record, is_init: bool) -> bool {
     let Some(spec) = &v.pod.spec else { return false };
@@ -80,6 +99,7 @@ fn container(v: &View<'_>, c: &Container, default_waiting: &str, is_init: bool) 
             .filter(|s| s.terminated.is_some())
     };
     if let Some(i) = &record.current {
+        status.volume_mounts = Some(mounts(c)).filter(|m| !m.is_empty());
         status.image_id = i.image_id.clone();
         if !i.image.is_empty() {
             status.image = i.image.clone();

@@ -162,6 +162,7 @@ async fn once(t: &Target, kind: Kind, p: &Probe, timeout: Duration) -> Result<()
     }
     let ip = t.ip.ok_or("the pod has no address")?;
     if let Some(h) = &p.http_get {
+        let ip = address(h.host.as_deref(), ip).await?;
         let request = http_get(h, ip, &t.container, "kube-probe/1.36")?;
         let answer = http::get(&request, timeout).await?;
         return match answer.status {
@@ -193,7 +194,8 @@ async fn once(t: &Target, kind: Kind, p: &Probe, timeout: Duration) -> Result<()
     Err("missing probe handler".into())
 }
 
-async fn address(host: Option<&str>, pod: IpAddr) -> Result<IpAddr, String> {
+/// The address a probe or hook goes to: its host's, or the pod's.
+pub(crate) async fn address(host: Option<&str>, pod: IpAddr) -> Result<IpAddr, String> {
     match host.filter(|h| !h.is_empty()) {
         None => Ok(pod),
         Some(h) => match h.parse() {
@@ -224,15 +226,9 @@ fn port(p: &IntOrString, c: &Container) -> Result<u16, String> {
         .ok_or_else(|| format!("couldn't find port: {text:?} in container {:?}", c.name))
 }
 
-/// A probe's or hook's HTTP request.
-pub(crate) fn http_get(
-    h: &HTTPGetAction,
-    pod_ip: IpAddr,
-    c: &Container,
-    agent: &'static str,
-) -> Result<http::Get, String> {
-    let host = h.host.clone().filter(|h| !h.is_empty()).unwrap_or_else(|| pod_ip.to_string());
-    let ip = host.parse().unwrap_or(pod_ip);
+/// A probe's or hook's HTTP request to an address.
+pub(crate) fn http_get(h: &HTTPGetAction, ip: IpAddr, c: &Container, agent: &'static str) -> Result<http::Get, String> {
+    let host = h.host.clone().filter(|h| !h.is_empty()).unwrap_or_else(|| ip.to_string());
     let path = h.path.clone().unwrap_or_default();
     Ok(http::Get {
         ip,

@@ -134,6 +134,10 @@ impl Server {
             return text(status, message);
         }
         self.host.answered(request.method().as_str(), path.first().unwrap_or(&""));
+        let debugs = ["runningpods", "containerLogs", "exec", "attach", "portForward", "run"];
+        if path.first().is_some_and(|first| debugs.contains(first)) && !self.host.debugging() {
+            return text(StatusCode::METHOD_NOT_ALLOWED, "Debug endpoints are disabled.\n");
+        }
         let reading = matches!(*request.method(), Method::GET | Method::HEAD);
         match path.as_slice() {
             ["pods"] | ["runningpods"] if reading => self.pods(),

@@ -6,6 +6,7 @@
 
 mod access;
 pub(crate) mod exposition;
+pub(crate) mod health;
 mod http;
 mod logs;
 mod netns;
@@ -184,6 +185,11 @@ pub trait Host: Send + Sync + 'static {
         _subresource: &'a str,
     ) -> BoxFuture<'a, Result<bool, String>> {
         Box::pin(async { Ok(false) })
+    }
+
+    /// Whether logs, exec, attach, port-forward and run are served at all.
+    fn debugging(&self) -> bool {
+        true
     }
 
     /// Whether callers without credentials are let in as `system:anonymous`.

@@ -1,0 +1,62 @@
+//! /healthz on a local port without TLS, for people and scripts on the machine.
+
+use std::{convert::Infallible, net::SocketAddr};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+fn answer(path: &str) -> Response<Full<Bytes>> {
+    let known = matches!(path, "/healthz" | "/healthz/ping" | "/healthz/log" | "/healthz/syncloop");
+    let (status, text) = if known { (StatusCode::OK, "ok") } else { (StatusCode::NOT_FOUND, "404 page not found\n") };
+    let mut response = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
+    *response.status_mut() = status;
+    response
+}
+
+/// Answers until `stop`. A port that is taken is said and done without: several agents may live on one machine.
+pub(crate) async fn serve(address: SocketAddr, stop: CancellationToken) {
+    let listener = match TcpListener::bind(address).await {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::warn!(%address, %error, "no health port");
+            return;
+        }
+    };
+    loop {
+        // Cancel-safe: accept loses no connection.
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => return,
+        };
+        let Ok((stream, _)) = accepted else {
+            // Out of descriptors, most likely: a pause lets some be closed.
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            continue;
+        };
+        tokio::spawn(async move {
+            let service = service_fn(|r: Request<Incoming>| async move { Ok::<_, Infallible>(answer(r.uri().path())) });
+            let mut builder = hyper::server::conn::http1::Builder::new();
+            builder.timer(TokioTimer::new()).keep_alive(false);
+            if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
+                tracing::debug!(%error, "health connection");
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checks_have_names() {
+        for (path, want) in [("/healthz", 200), ("/healthz/syncloop", 200), ("/healthz/other", 404), ("/", 404)] {
+            assert_eq!(answer(path).status(), want, "{path}");
+        }
+    }
+}
