@@ -150,8 +150,8 @@ impl Collector {
         }
     }
 
-    /// Removes every unused image, for a disk that is short; what was freed.
+    /// Removes every unused image that is not too young, for a disk that is short; what was freed.
     pub(super) fn all_unused(&self, ctx: &Context) -> u64 {
-        self.free(ctx, u64::MAX, Duration::ZERO)
+        self.free(ctx, u64::MAX, ctx.config.kubelet.image_minimum_gc_age)
     }
 }
