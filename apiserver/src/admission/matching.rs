@@ -243,8 +243,7 @@ mod tests {
         let mut case = Case::create(object);
         case.operation = operation;
         case.run(&probe, &objects).await.unwrap();
-        let found = *probe.1.lock();
-        found
+        probe.1.into_inner()
     }
 
     #[tokio::test]
