@@ -12,6 +12,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use futures::future::BoxFuture;
@@ -27,7 +28,7 @@ use super::{
     gone::Gone,
     links, namespace,
     records::{Record, Records},
-    rules,
+    rules, shape, watchman,
 };
 use crate::Paths;
 
@@ -96,7 +97,7 @@ enum Ranges {
     Ready,
 }
 
-struct Inner {
+pub(super) struct Inner {
     config: NetworkConfig,
     handle: Handle,
     bridge: u32,
@@ -208,6 +209,14 @@ impl BridgeNetwork {
                 inner.configure(ranges).await;
             }
         });
+        match watchman::open() {
+            Ok(socket) => {
+                tokio::spawn(watchman::run(socket, Arc::downgrade(&inner), inner.config.table()));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "it will not be noticed when somebody removes the pod network's rules")
+            }
+        }
         Ok(Self { inner })
     }
 
@@ -307,6 +316,17 @@ impl Inner {
         self.write_rules().await
     }
 
+    /// Somebody removed the table.
+    pub(super) async fn restore_rules(self: &Arc<Self>) {
+        if *self.ranges.borrow() != Ranges::Ready {
+            return;
+        }
+        match self.write_rules().await {
+            Ok(()) => tracing::warn!(table = self.config.table(), "somebody removed our nftables table: written again"),
+            Err(error) => tracing::error!(%error, "somebody removed our nftables table, and it cannot be written"),
+        }
+    }
+
     /// Writes the rules from the records as they are when nft's turn comes.
     async fn write_rules(self: &Arc<Self>) -> Result<(), NetworkError> {
         let inner = self.clone();
@@ -314,7 +334,7 @@ impl Inner {
             let _turn = inner.rules.lock();
             let (records, gone) = {
                 let mut state = inner.state.lock();
-                (state.records.values().cloned().collect::<Vec<_>>(), state.gone.all())
+                (state.records.values().cloned().collect::<Vec<_>>(), state.gone.all(Instant::now()))
             };
             rules::apply(&inner.rule_settings(), &records, &gone)
         });
@@ -479,13 +499,25 @@ impl Inner {
             // The record says what may be left; it goes when that is gone.
             return Err(error);
         }
-        if !record.host_ports.is_empty()
-            && let Err(error) = self.write_rules().await
-        {
+        if let Err(error) = self.finish(&record).await {
             self.teardown(&record.uid).await?;
             return Err(error);
         }
         Ok(self.status(&record))
+    }
+
+    /// What only some pods have: limits of bandwidth, host ports.
+    async fn finish(self: &Arc<Self>, record: &Record) -> Result<(), NetworkError> {
+        if let Some(bits) = record.bandwidth.ingress {
+            let link = links::need(&self.handle, &record.link).await?;
+            shape::limit(&self.handle, link, &record.link, bits).await?;
+        }
+        if let Some(bits) = record.bandwidth.egress {
+            let inside = namespace::enter(self.netns(&record.uid)).await?;
+            let link = links::need(&inside, links::POD_LINK).await?;
+            shape::limit(&inside, link, links::POD_LINK, bits).await?;
+        }
+        if record.host_ports.is_empty() { Ok(()) } else { self.write_rules().await }
     }
 
     /// The record first, then the namespace under the pod's name.
@@ -508,7 +540,7 @@ impl Inner {
         let Some(record) = self.state.lock().records.get(uid).cloned() else {
             return Ok(namespace::unpin(&self.netns(uid))?);
         };
-        self.state.lock().gone.insert(&record.ips);
+        self.state.lock().gone.insert(&record.ips, Instant::now());
         if record.host_ports.is_empty() {
             self.write_gone().await;
         } else {

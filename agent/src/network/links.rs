@@ -26,6 +26,12 @@ pub(crate) struct Error {
     source: Box<rtnetlink::Error>,
 }
 
+impl Error {
+    pub(crate) fn new(what: String, source: rtnetlink::Error) -> Self {
+        Self { what, source: Box::new(source) }
+    }
+}
+
 fn failed(what: String) -> impl FnOnce(rtnetlink::Error) -> Error {
     |source| Error { what, source: Box::new(source) }
 }
@@ -53,7 +59,7 @@ pub(crate) async fn index(handle: &Handle, name: &str) -> Result<Option<u32>, Er
     }
 }
 
-async fn need(handle: &Handle, name: &str) -> Result<u32, Error> {
+pub(crate) async fn need(handle: &Handle, name: &str) -> Result<u32, Error> {
     let missing =
         || Error { what: format!("link {name} is not there"), source: Box::new(rtnetlink::Error::RequestFailed) };
     index(handle, name).await?.ok_or_else(missing)

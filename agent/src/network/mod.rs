@@ -10,8 +10,10 @@ mod links;
 mod namespace;
 mod records;
 mod rules;
+mod shape;
 #[cfg(test)]
 mod tests;
+mod watchman;
 
 use std::{net::IpAddr, path::PathBuf};
 

@@ -9,7 +9,7 @@ use std::{
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
+    sched::{CloneFlags, setns, unshare},
 };
 use rtnetlink::Handle;
 
@@ -51,6 +51,21 @@ pub(crate) fn sysctl(name: &str, value: &str) {
     }
 }
 
+/// A route socket that lives in a pinned namespace.
+pub(crate) async fn enter(path: PathBuf) -> Result<Handle, Error> {
+    let runtime = tokio::runtime::Handle::current();
+    let entered = tokio::task::spawn_blocking(move || {
+        // A thread of its own: no other may find itself in a pod's namespace afterwards.
+        let thread = std::thread::Builder::new().name("netns".into()).spawn(move || {
+            let file = File::open(&path).map_err(|source| Error::File { path: path.clone(), source })?;
+            setns(&file, CloneFlags::CLONE_NEWNET).map_err(Error::Unshare)?;
+            route_socket(&runtime)
+        });
+        thread.map_err(Error::Thread)?.join().unwrap_or_else(|_| Err(Error::Thread(io::ErrorKind::BrokenPipe.into())))
+    });
+    entered.await.unwrap_or_else(|_| Err(Error::Thread(io::ErrorKind::BrokenPipe.into())))
+}
+
 /// Makes a namespace, pins it on `path`, and returns a route socket that lives in it.
 pub(crate) async fn create(path: PathBuf) -> Result<Handle, Error> {
     let runtime = tokio::runtime::Handle::current();
@@ -78,7 +93,11 @@ fn create_here(path: &Path, runtime: &tokio::runtime::Handle) -> Result<Handle, 
     for (name, value) in SYSCTLS {
         sysctl(name, value);
     }
-    // The socket belongs to the namespace it was opened in, whoever uses it later.
+    route_socket(runtime)
+}
+
+/// The socket belongs to the namespace it is opened in, whoever uses it later.
+fn route_socket(runtime: &tokio::runtime::Handle) -> Result<Handle, Error> {
     let _entered = runtime.enter();
     let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;
     runtime.spawn(connection);

@@ -4,7 +4,8 @@
 //! run one step before the service proxy's: a host port beats a node port, as with every other network plugin.
 //!
 //! What is sent to a pod that is gone is refused at once: without that a client waits for retransmissions that nobody
-//! will ever answer. An address is in the set `gone` from before its link goes until it is given out again.
+//! will ever answer. An address is in the set `gone` from before its link goes, for half a minute or until it is given out
+//! again.
 
 use std::{
     fmt::Write as _,
@@ -85,6 +86,7 @@ fn render(family: Family, settings: &Settings, records: &[Record], gone: &[IpAdd
         Family::V4 => "iifname != \"lo\" ip daddr 127.0.0.0/8 drop",
         Family::V6 => "iifname != \"lo\" ip6 daddr ::1 drop",
     };
+    let seconds = super::gone::WHILE.as_secs();
     let unreachable = match family {
         Family::V4 => "reject with icmp host-unreachable",
         Family::V6 => "reject with icmpv6 addr-unreachable",
@@ -104,7 +106,7 @@ fn render(family: Family, settings: &Settings, records: &[Record], gone: &[IpAdd
 	map ports {{ type inet_proto . inet_service : {address} . inet_service; }}
 	map addressed {{ type {address} . inet_proto . inet_service : {address} . inet_service; }}
 	set hairpin {{ type {address} . {address}; }}
-	set gone {{ type {address}; }}
+	set gone {{ type {address}; flags timeout; timeout {seconds}s; }}
 }}
 flush table {table}
 flush map {table} ports
@@ -164,7 +166,9 @@ fn burials(verb: &str, family: Family, settings: &Settings, addresses: &[IpAddr]
 
 /// Changes which addresses are nobody's, in one transaction.
 pub(crate) fn bury(settings: &Settings, added: &[IpAddr], removed: &[IpAddr]) -> Result<(), Error> {
-    let text = |f: Family| burials("delete", f, settings, removed) + &burials("add", f, settings, added);
+    // One whose time is up meanwhile is not there any more: added first, it can be deleted in any case.
+    let free = |f| burials("add", f, settings, removed) + &burials("delete", f, settings, removed);
+    let text = |f: Family| free(f) + &burials("add", f, settings, added);
     let text: String = families().into_iter().map(text).collect();
     if text.is_empty() { Ok(()) } else { nft(&text) }
 }

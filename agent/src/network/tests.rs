@@ -155,6 +155,38 @@ fn pods_that_are_gone_refuse_at_once() {
 }
 
 #[test]
+fn bandwidth_is_limited_both_ways() {
+    alone(|root| async move {
+        let network = started(&root).await;
+        let client = network.setup(request("client")).await.unwrap();
+        // How long a megabyte takes from one to the other.
+        let transfer = |from: &PodNetworkStatus, to: &PodNetworkStatus| {
+            let address = SocketAddr::new(to.ips[0], 9000);
+            let listener = inside(&to.netns, || TcpListener::bind(address).unwrap());
+            let reader = std::thread::spawn(move || {
+                let mut bytes = Vec::new();
+                listener.accept().unwrap().0.read_to_end(&mut bytes).unwrap();
+                assert_eq!(bytes.len(), 1 << 20);
+            });
+            let begun = Instant::now();
+            inside(&from.netns, || TcpStream::connect(address).unwrap().write_all(&vec![0; 1 << 20]).unwrap());
+            reader.join().unwrap();
+            begun.elapsed()
+        };
+        // Eight megabits per second: a megabyte in about a second, less what the bucket holds at first.
+        let limited =
+            |uid: &str, ingress, egress| PodNetworkRequest { bandwidth: Bandwidth { ingress, egress }, ..request(uid) };
+        let inward = network.setup(limited("in", Some(8_000_000), None)).await.unwrap();
+        let outward = network.setup(limited("out", None, Some(8_000_000))).await.unwrap();
+        let slow = Duration::from_millis(700);
+        assert!(transfer(&client, &inward) > slow, "to the pod");
+        assert!(transfer(&inward, &client) < slow, "from the pod it is not limited");
+        assert!(transfer(&outward, &client) > slow, "from the pod");
+        assert!(transfer(&client, &outward) < slow, "to the pod it is not limited");
+    });
+}
+
+#[test]
 fn host_ports_work_from_everywhere() {
     alone(|root| async move {
         run("ip link add node0 type veth peer name node1");
@@ -172,6 +204,15 @@ fn host_ports_work_from_everywhere() {
         assert_eq!(inside(&client.netns, || ask("192.0.2.1:8000")).unwrap(), client.ips[0]);
         // Itself, through the node.
         inside(&web.netns, || ask("192.0.2.1:8000")).unwrap();
+        server.join().unwrap();
+        // Somebody flushes everything: a moment later all is there again.
+        run("nft flush ruleset");
+        let server = serve(&web, 80, 1);
+        let begun = Instant::now();
+        while ask("192.0.2.1:8000").is_err() {
+            assert!(begun.elapsed() < Duration::from_secs(5), "host ports do not come back");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         server.join().unwrap();
         network.teardown("web").await.unwrap();
         assert!(ask("192.0.2.1:8000").is_err());
