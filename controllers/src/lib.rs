@@ -17,6 +17,7 @@ mod endpoints;
 mod expectations;
 mod gc;
 mod job;
+mod load_balancer;
 mod namespace;
 mod node;
 mod ownership;
@@ -124,6 +125,7 @@ fn start(ctx: &Arc<Context>, root_ca: String) {
     endpoints::slices::start(ctx);
     endpoints::legacy::start(ctx);
     endpoints::mirror::start(ctx);
+    load_balancer::start(ctx);
     service_account::start(ctx);
     root_ca::start(ctx, root_ca);
     namespace::start(ctx);

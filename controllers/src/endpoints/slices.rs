@@ -9,7 +9,9 @@ use crate::written::Written;
 use isopod_client::objects::{DeleteOptions, HasMeta, is_namespace_terminating, is_not_found, message};
 use isopod_client::{Queue, Recorder, spawn_workers};
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, Service};
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
+use k8s_openapi::api::discovery::v1::{
+    Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -155,10 +157,12 @@ fn endpoint(service: &Service, pod: &Pod, addresses: Vec<String>, zone: Option<S
     let terminating = pod.deleting();
     let publish = service.spec.as_ref().and_then(|s| s.publish_not_ready_addresses).unwrap_or(false);
     let node = pods::node(pod);
+    let ready = publish || (serving && !terminating);
     Endpoint {
         addresses,
+        hints: hints(service, node, zone.as_deref()).filter(|_| ready),
         conditions: Some(EndpointConditions {
-            ready: Some(publish || (serving && !terminating)),
+            ready: Some(ready),
             serving: Some(serving),
             terminating: Some(terminating),
         }),
@@ -174,6 +178,18 @@ fn endpoint(service: &Service, pod: &Pod, addresses: Vec<String>, zone: Option<S
         zone,
         ..Endpoint::default()
     }
+}
+
+/// Where traffic to an endpoint should come from, as `spec.trafficDistribution` wants it: from its own zone, or its node.
+fn hints(service: &Service, node: &str, zone: Option<&str>) -> Option<EndpointHints> {
+    let same_node = match service.spec.as_ref()?.traffic_distribution.as_deref()? {
+        "PreferSameZone" | "PreferClose" => false,
+        "PreferSameNode" => true,
+        _ => return None,
+    };
+    let for_zones = zone.map(|zone| vec![ForZone { name: zone.to_owned() }]);
+    let for_nodes = (same_node && !node.is_empty()).then(|| vec![ForNode { name: node.to_owned() }]);
+    (for_zones.is_some() || for_nodes.is_some()).then_some(EndpointHints { for_nodes, for_zones })
 }
 
 fn to_ports(ports: &[Port]) -> Vec<EndpointPort> {
@@ -391,6 +407,22 @@ mod tests {
         let endpoints = plan.update[0].1.endpoints.as_ref().unwrap();
         let changed = endpoints.iter().find(|e| identity(e) == "p000").unwrap();
         assert_eq!(changed.conditions.as_ref().and_then(|c| c.ready), Some(false));
+    }
+
+    #[test]
+    fn hints_follow_the_traffic_distribution() {
+        let hints = |distribution: &str, ready: bool| {
+            let mut service = service(json!([{"port": 80}]));
+            service.spec.get_or_insert_default().traffic_distribution = Some(distribution.to_owned());
+            let plan = plan(&service, &[pod("a", "10.0.0.1", ready)], &[], &|_| Some("z".into()), None);
+            let hints = plan.create[0].endpoints.as_ref().unwrap()[0].hints.clone();
+            serde_json::to_value(hints).unwrap()
+        };
+        assert_eq!(hints("PreferSameZone", true), json!({"forZones": [{"name": "z"}]}));
+        assert_eq!(hints("PreferClose", true), json!({"forZones": [{"name": "z"}]}));
+        let node = json!({"forNodes": [{"name": "n1"}], "forZones": [{"name": "z"}]});
+        assert_eq!(hints("PreferSameNode", true), node);
+        assert_eq!(hints("PreferSameNode", false), json!(null));
     }
 
     #[test]
