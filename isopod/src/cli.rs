@@ -35,6 +35,10 @@ enum Command {
     Join(commands::join::Args),
     /// Print the command that joins another machine.
     Token(commands::token::Args),
+    /// Show what every service address and port leads to.
+    Services(commands::services::Args),
+    /// Say what would become of a connection from a pod to a service.
+    Trace(commands::trace::Args),
     /// Run the API server (used by its static pod).
     Apiserver(commands::apiserver::Args),
     /// Run the scheduler (used by its static pod).
@@ -77,6 +81,8 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Agent(args) => commands::agent::run(&paths, args),
         Command::Join(args) => commands::join::run(&paths, args),
         Command::Token(args) => commands::token::run(&paths, &args),
+        Command::Services(args) => commands::services::run(&paths, &args),
+        Command::Trace(args) => commands::trace::run(&paths, &args),
         Command::Apiserver(args) => commands::apiserver::run(args),
         Command::Scheduler(args) => commands::scheduler::run(args),
         Command::ControllerManager(args) => commands::controller_manager::run(args),

@@ -9,6 +9,7 @@
 mod conntrack;
 mod dns;
 mod health;
+pub mod inspect;
 mod links;
 mod metrics;
 mod model;
@@ -144,8 +145,13 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     tasks.spawn(watch::policy::run(client.clone(), inputs.clone()));
     tasks.spawn(watch::nodes(client, config.node_name.clone(), inputs, nodes_to));
     if config.node_routes {
-        let (own, ips, cidrs) = (config.node_name.clone(), config.node_ips.clone(), config.cluster_cidrs.clone());
-        tasks.spawn(links::run(handle.clone(), own, ips, cidrs, nodes.clone()));
+        let own = links::Own {
+            name: config.node_name.clone(),
+            addresses: config.node_ips.clone(),
+            cluster: config.cluster_cidrs.clone(),
+            bridge: config.bridge.clone(),
+        };
+        tasks.spawn(links::run(handle.clone(), own, nodes.clone()));
     }
     let checks = health::Health { node: config.node_name.clone(), report, nodes, metrics: metrics.clone() };
     let addresses = config.healthz.into_iter().chain(config.metrics).collect();
@@ -192,7 +198,7 @@ pub async fn cleanup(config: &Config) -> Result<(), Error> {
     let tables = tokio::task::spawn_blocking(move || nft::kernel::Kernel::open(settings).and_then(|k| k.destroy()));
     let tables = tables.await.unwrap_or(Ok(()));
     let handle = links::open()?;
-    let routes = links::remove_routes(&handle, &config.cluster_cidrs).await;
+    let routes = links::remove_routes(&handle, &config.cluster_cidrs, &config.bridge).await;
     let address = match config.cluster_dns {
         Some(address) => links::remove_dns_address(&handle, address).await,
         None => Ok(()),

@@ -1,66 +1,139 @@
-//! What the proxy counts, under kube-proxy's names.
+//! What the proxy counts, under kube-proxy's names. One sync programs both families: their series are equal.
 
 use prometheus_client::{
-    metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 
 /// Seconds: a change of one service is well under the first of kube-proxy's own buckets.
 const SYNC_BUCKETS: [f64; 14] =
     [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 4.096, 16.384];
+/// From an endpoint's change to the kernel.
+const PROGRAMMING_BUCKETS: [f64; 12] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 60.0];
+
+/// `ip_family`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ByFamily {
+    ip_family: &'static str,
+}
+
+/// `ip_family` and `traffic_policy`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ByPolicy {
+    ip_family: &'static str,
+    traffic_policy: &'static str,
+}
+
+const FAMILIES: [ByFamily; 2] = [ByFamily { ip_family: "IPv4" }, ByFamily { ip_family: "IPv6" }];
+
+type Times = Family<ByFamily, Histogram, fn() -> Histogram>;
+type Moments = Family<ByFamily, Gauge<f64, std::sync::atomic::AtomicU64>>;
 
 /// All metrics; the registry writes them as text.
 #[derive(Debug)]
 pub(crate) struct Metrics {
-    pub(crate) registry: Registry,
-    pub(crate) sync: Histogram,
-    pub(crate) full_sync: Histogram,
+    registry: Registry,
+    sync: Times,
+    full_sync: Times,
+    partial_sync: Times,
+    programming: Times,
     pub(crate) service_changes: Counter,
     pub(crate) endpoint_changes: Counter,
-    pub(crate) last_sync: Gauge,
-    pub(crate) last_queued: Gauge,
+    pub(crate) services_pending: Gauge,
+    pub(crate) endpoints_pending: Gauge,
+    no_local: Family<ByPolicy, Gauge>,
+    last_sync: Moments,
+    last_queued: Moments,
     pub(crate) repairs: Counter,
     pub(crate) failures: Counter,
     pub(crate) dns_requests: Counter,
     pub(crate) dns_forwarded: Counter,
 }
 
+fn now() -> f64 {
+    jiff::Timestamp::now().as_millisecond() as f64 / 1000.0
+}
+
 impl Metrics {
     pub(crate) fn new() -> Self {
         let mut registry = Registry::default();
-        let sync = Histogram::new(SYNC_BUCKETS);
-        let full_sync = Histogram::new(SYNC_BUCKETS);
-        let (service_changes, endpoint_changes) = (Counter::default(), Counter::default());
-        let (last_sync, last_queued) = (Gauge::default(), Gauge::default());
-        let (repairs, failures) = (Counter::default(), Counter::default());
-        let (dns_requests, dns_forwarded) = (Counter::default(), Counter::default());
-        let name = |n: &str| format!("kubeproxy_sync_{n}");
-        registry.register(name("proxy_rules_duration_seconds"), "Time of one sync", sync.clone());
-        registry.register(name("full_proxy_rules_duration_seconds"), "Time of one full sync", full_sync.clone());
-        registry.register(name("proxy_rules_service_changes"), "Service changes seen", service_changes.clone());
-        registry.register(name("proxy_rules_endpoint_changes"), "Endpoint changes seen", endpoint_changes.clone());
-        registry.register(name("proxy_rules_last_timestamp_seconds"), "When rules were last synced", last_sync.clone());
+        let times = || Times::new_with_constructor(|| Histogram::new(SYNC_BUCKETS));
+        let all = Self {
+            sync: times(),
+            full_sync: times(),
+            partial_sync: times(),
+            programming: Times::new_with_constructor(|| Histogram::new(PROGRAMMING_BUCKETS)),
+            service_changes: Counter::default(),
+            endpoint_changes: Counter::default(),
+            services_pending: Gauge::default(),
+            endpoints_pending: Gauge::default(),
+            no_local: Family::default(),
+            last_sync: Moments::default(),
+            last_queued: Moments::default(),
+            repairs: Counter::default(),
+            failures: Counter::default(),
+            dns_requests: Counter::default(),
+            dns_forwarded: Counter::default(),
+            registry: Registry::default(),
+        };
+        let rules = |n: &str| format!("kubeproxy_sync_proxy_rules_{n}");
+        registry.register(rules("duration_seconds"), "Time of one sync", all.sync.clone());
+        let full = "kubeproxy_sync_full_proxy_rules_duration_seconds";
+        registry.register(full, "Time of one sync of everything", all.full_sync.clone());
+        let partial = "kubeproxy_sync_partial_proxy_rules_duration_seconds";
+        registry.register(partial, "Time of one sync of changes", all.partial_sync.clone());
+        let programming = "kubeproxy_network_programming_duration_seconds";
+        registry.register(programming, "From an endpoint's change to the kernel", all.programming.clone());
+        registry.register(rules("service_changes"), "Service changes seen", all.service_changes.clone());
+        registry.register(rules("endpoint_changes"), "Endpoint changes seen", all.endpoint_changes.clone());
+        registry.register(rules("service_changes_pending"), "Changes not in the kernel", all.services_pending.clone());
         registry.register(
-            name("proxy_rules_last_queued_timestamp_seconds"),
-            "When a sync was last asked for",
-            last_queued.clone(),
+            rules("endpoint_changes_pending"),
+            "Changes not in the kernel",
+            all.endpoints_pending.clone(),
         );
-        registry.register("kubeproxy_table_repairs", "Repairs after others changed our table", repairs.clone());
-        registry.register("kubeproxy_sync_failures", "Syncs the kernel refused", failures.clone());
-        registry.register("coredns_dns_requests", "DNS queries received", dns_requests.clone());
-        registry.register("coredns_forward_requests", "DNS queries sent upstream", dns_forwarded.clone());
-        Self {
-            registry,
-            sync,
-            full_sync,
-            service_changes,
-            endpoint_changes,
-            last_sync,
-            last_queued,
-            repairs,
-            failures,
-            dns_requests,
-            dns_forwarded,
+        let none = "Services with policy Local and without endpoints here";
+        registry.register(rules("no_local_endpoints_total"), none, all.no_local.clone());
+        registry.register(rules("last_timestamp_seconds"), "When rules were last synced", all.last_sync.clone());
+        let queued = rules("last_queued_timestamp_seconds");
+        registry.register(queued, "When a sync was last asked for", all.last_queued.clone());
+        registry.register("kubeproxy_table_repairs", "Repairs after others changed our table", all.repairs.clone());
+        registry.register("kubeproxy_sync_failures", "Syncs the kernel refused", all.failures.clone());
+        registry.register("coredns_dns_requests", "DNS queries received", all.dns_requests.clone());
+        registry.register("coredns_forward_requests", "DNS queries sent upstream", all.dns_forwarded.clone());
+        Self { registry, ..all }
+    }
+
+    /// A sync begins.
+    pub(crate) fn queued(&self) {
+        FAMILIES.iter().for_each(|f| drop(self.last_queued.get_or_create(f).set(now())));
+    }
+
+    /// A sync is done: of everything, or of what had changed.
+    pub(crate) fn synced(&self, seconds: f64, full: bool) {
+        for family in &FAMILIES {
+            self.last_sync.get_or_create(family).set(now());
+            self.sync.get_or_create(family).observe(seconds);
+            let kind = if full { &self.full_sync } else { &self.partial_sync };
+            kind.get_or_create(family).observe(seconds);
+        }
+        self.services_pending.set(0);
+        self.endpoints_pending.set(0);
+    }
+
+    /// An endpoint's change is in the kernel, so many seconds after it happened.
+    pub(crate) fn programmed(&self, seconds: f64) {
+        FAMILIES.iter().for_each(|f| self.programming.get_or_create(f).observe(seconds));
+    }
+
+    /// How many services with policy Local have no endpoint here.
+    pub(crate) fn without_local(&self, internal: usize, external: usize) {
+        for ByFamily { ip_family } in FAMILIES {
+            for (traffic_policy, count) in [("internal", internal), ("external", external)] {
+                let count = i64::try_from(count).unwrap_or(i64::MAX);
+                self.no_local.get_or_create(&ByPolicy { ip_family, traffic_policy }).set(count);
+            }
         }
     }
 

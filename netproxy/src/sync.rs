@@ -112,6 +112,8 @@ pub(crate) struct Sync {
     slice_owner: std::collections::HashMap<(Arc<str>, Arc<str>), ServiceName>,
     services: Listing<ServiceName>,
     slices: Listing<(Arc<str>, Arc<str>)>,
+    /// When the changes of endpoints happened that are not in the kernel yet.
+    triggers: Vec<jiff::Timestamp>,
     policies: Policies,
     /// By [`PolicyKind`]; namespaces are names without a namespace.
     policy_lists: [Listing<Name>; 3],
@@ -137,6 +139,7 @@ impl Sync {
             slice_owner: Default::default(),
             services: Listing::default(),
             slices: Listing::default(),
+            triggers: Vec::new(),
             settings,
             kernel: None,
             zone,
@@ -164,6 +167,7 @@ impl Sync {
             Input::ServicesBegin => self.services.seen = Some(HashSet::new()),
             Input::Service(service) => {
                 self.metrics.service_changes.inc();
+                self.metrics.services_pending.inc();
                 if let Some(seen) = &mut self.services.seen {
                     seen.insert(service.name.clone());
                 }
@@ -171,6 +175,7 @@ impl Sync {
             }
             Input::ServiceGone(name) => {
                 self.metrics.service_changes.inc();
+                self.metrics.services_pending.inc();
                 self.shadow.remove_service(&name);
             }
             Input::ServicesEnd => {
@@ -182,6 +187,7 @@ impl Sync {
             Input::Slice(slice) => self.take_slice(*slice),
             Input::SliceGone { namespace, name } => {
                 self.metrics.endpoint_changes.inc();
+                self.metrics.endpoints_pending.inc();
                 if let Some(service) = self.slice_owner.remove(&(namespace, name.clone())) {
                     self.shadow.remove_slice(&service, &name);
                 }
@@ -242,6 +248,9 @@ impl Sync {
 
     fn take_slice(&mut self, slice: Slice) {
         self.metrics.endpoint_changes.inc();
+        self.metrics.endpoints_pending.inc();
+        // What was there before this process tells nothing about it.
+        self.triggers.extend(slice.changed.filter(|_| self.slices.complete));
         let id = (slice.service.namespace.clone(), Arc::from(&*slice.name));
         if let Some(seen) = &mut self.slices.seen {
             seen.insert(id.clone());
@@ -262,12 +271,17 @@ impl Sync {
             return;
         }
         let started = Instant::now();
-        let now = jiff::Timestamp::now().as_second();
-        self.metrics.last_queued.set(now);
+        self.metrics.queued();
+        let full = self.kernel.is_none();
         match self.program(verify) {
             Ok(()) => {
-                self.metrics.last_sync.set(now);
-                self.metrics.sync.observe(started.elapsed().as_secs_f64());
+                self.metrics.synced(started.elapsed().as_secs_f64(), full);
+                let now = jiff::Timestamp::now();
+                for since in std::mem::take(&mut self.triggers) {
+                    self.metrics.programmed(now.duration_since(since).as_secs_f64().max(0.0));
+                }
+                let (internal, external) = self.shadow.without_local();
+                self.metrics.without_local(internal, external);
                 self.publish(None);
             }
             Err(error) => {
@@ -336,7 +350,6 @@ impl Sync {
         let mut kernel = Kernel::open(self.settings.clone())?;
         let difference = kernel.reconcile(&wanted)?;
         self.kernel = Some(kernel);
-        self.metrics.full_sync.observe(started.elapsed().as_secs_f64());
         tracing::info!(
             services = self.shadow.service_count(),
             elements = wanted.len(),

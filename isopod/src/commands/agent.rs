@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -113,6 +114,9 @@ impl Node {
                 cluster_dns: Some(cluster_dns),
                 cluster_domain,
                 upstream_resolv_conf: resolv_conf,
+                // Where kube-proxy has them.
+                healthz: Some((IpAddr::from([0, 0, 0, 0]), 10_256).into()),
+                metrics: Some((IpAddr::from([127, 0, 0, 1]), 10_249).into()),
                 ..isopod_netproxy::Config::new(&settings.node_name, &paths.instance(), &paths.bridge())
             },
             kubeconfig,

@@ -8,7 +8,9 @@ pub(crate) mod join;
 pub(crate) mod kubeconfig;
 pub(crate) mod reset;
 pub(crate) mod scheduler;
+pub(crate) mod services;
 pub(crate) mod token;
+pub(crate) mod trace;
 pub(crate) mod up;
 
 use std::{future::Future, path::Path};

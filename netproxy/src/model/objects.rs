@@ -12,6 +12,8 @@ use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// Label of a slice naming its service.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// Annotation of a slice with the time of the change it reflects.
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
 const AFFINITY_TIMEOUT: u32 = 10_800;
 
@@ -216,6 +218,8 @@ pub(crate) struct Slice {
     pub(crate) name: Box<str>,
     pub(crate) ports: Box<[SlicePort]>,
     pub(crate) endpoints: Box<[Endpoint]>,
+    /// When the change happened that it reflects.
+    pub(crate) changed: Option<jiff::Timestamp>,
 }
 
 impl Slice {
@@ -238,6 +242,7 @@ impl Slice {
             name: meta.name.as_deref()?.into(),
             ports: ports.collect(),
             endpoints: object.endpoints.iter().flatten().filter_map(Endpoint::parse).collect(),
+            changed: meta.annotations.as_ref().and_then(|a| a.get(TRIGGER_TIME)?.parse().ok()),
         })
     }
 }

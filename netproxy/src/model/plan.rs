@@ -48,7 +48,7 @@ impl Frontend {
 
 /// How a frontend treats its clients.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Reach {
+pub(crate) enum Reach {
     /// Cluster address.
     Internal(Policy),
     /// External address, balancer address or node port.
@@ -65,7 +65,7 @@ pub(crate) struct Pools {
 }
 
 /// Every frontend of a port with how it treats clients; `firewalled` ones only let source ranges in.
-fn frontends_of_port<'a>(
+pub(crate) fn frontends_of_port<'a>(
     service: &'a Service,
     port: &'a ServicePort,
 ) -> impl Iterator<Item = (Frontend, Reach, bool)> + 'a {

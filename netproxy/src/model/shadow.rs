@@ -11,8 +11,8 @@ use std::{
 };
 
 use super::{
-    objects::{Backend, Place, Policy, Protocol, Service, ServiceName, Slice},
-    plan::{self, Frontend, Pools},
+    objects::{Backend, Place, Policy, Protocol, Service, ServiceName, ServicePort, Slice},
+    plan::{self, Frontend, Pools, Reach},
 };
 use crate::nft::element::{Chain, Element, ElementKey, Family, Key, Map, Value};
 
@@ -81,6 +81,21 @@ impl Applied {
         found
     }
 
+    /// Whether a policy Local, internal and external, finds no endpoint here though there are some.
+    fn lacks_local(&self) -> (usize, usize) {
+        let lacks = self.pools.iter().any(|p| p.local.is_empty() && !p.cluster.is_empty());
+        let Some(service) = self.service.as_ref().filter(|s| s.ours && lacks) else { return (0, 0) };
+        let is_local = |policy| usize::from(policy == Policy::Local);
+        (is_local(service.internal_policy), is_local(service.external_policy))
+    }
+
+    /// The health check port and how many endpoints are here.
+    fn health_check(&self) -> Option<(u16, usize)> {
+        let service = self.service.as_ref().filter(|s| s.ours && s.external_policy == Policy::Local)?;
+        let local: HashSet<IpAddr> = self.pools.iter().flat_map(|p| &p.local).map(|b| b.ip()).collect();
+        (service.health_check_node_port != 0).then_some((service.health_check_node_port, local.len()))
+    }
+
     fn frontends(&self) -> impl Iterator<Item = Frontend> + '_ {
         let all = self.service.iter().flat_map(|s| plan::frontends(s));
         all.filter(|f| !self.denied.contains(f))
@@ -98,6 +113,9 @@ pub(crate) struct Shadow {
     waiting: HashMap<Frontend, Vec<ServiceName>>,
     shared: HashMap<ElementKey, u32>,
     dirty: HashSet<ServiceName>,
+    /// Port and number of endpoints here.
+    health_checks: BTreeMap<ServiceName, (u16, usize)>,
+    without_local: (usize, usize),
 }
 
 impl Shadow {
@@ -181,14 +199,28 @@ impl Shadow {
 
     /// Services with a health check port, with how many endpoints this node has for each.
     pub(crate) fn health_checks(&self) -> Vec<(u16, ServiceName, usize)> {
-        let local = |a: &Applied| a.pools.iter().flat_map(|p| &p.local).map(|b| b.ip()).collect::<HashSet<_>>().len();
-        self.applied
-            .iter()
-            .filter_map(|(name, a)| {
-                let service = a.service.as_ref().filter(|s| s.ours && s.external_policy == Policy::Local)?;
-                (service.health_check_node_port != 0).then(|| (service.health_check_node_port, name.clone(), local(a)))
-            })
-            .collect()
+        self.health_checks.iter().map(|(name, (port, count))| (*port, name.clone(), *count)).collect()
+    }
+
+    /// How many services with policy Local, internal and external, have endpoints but none here.
+    pub(crate) fn without_local(&self) -> (usize, usize) {
+        self.without_local
+    }
+
+    /// Every frontend with its service, the service's port and how it treats clients, in order of names. The last says
+    /// whether another service holds it.
+    pub(crate) fn visit(&self, see: &mut dyn FnMut(&Service, &ServicePort, (Frontend, Reach, bool), &Pools, bool)) {
+        let mut names: Vec<_> = self.applied.keys().collect();
+        names.sort();
+        for applied in names.into_iter().filter_map(|n| self.applied.get(n)) {
+            let Some(service) = applied.service.as_ref().filter(|s| s.ours) else { continue };
+            for (number, port) in service.ports.iter().enumerate() {
+                for front in plan::frontends_of_port(service, port) {
+                    let Some(pools) = applied.pools.get(plan::pool_index(number, front.0.family())) else { continue };
+                    see(service, port, front, pools, applied.denied.contains(&front.0));
+                }
+            }
+        }
     }
 
     /// Every element that should be in the kernel.
@@ -222,9 +254,21 @@ impl Shadow {
             diff(&old, &new, delta);
         }
         self.share(&old, &new, delta);
+        self.count(name, &old, &new);
         leftovers(&old, &new, delta);
         if new.service.is_some() {
             self.applied.insert(name.clone(), new);
+        }
+    }
+
+    /// Follows what is counted over all services.
+    fn count(&mut self, name: &ServiceName, old: &Applied, new: &Applied) {
+        let (before, after) = (old.lacks_local(), new.lacks_local());
+        self.without_local.0 = self.without_local.0 + after.0 - before.0;
+        self.without_local.1 = self.without_local.1 + after.1 - before.1;
+        match new.health_check() {
+            Some(check) => drop(self.health_checks.insert(name.clone(), check)),
+            None => drop(self.health_checks.remove(name)),
         }
     }
 

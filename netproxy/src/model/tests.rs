@@ -33,6 +33,7 @@ pub(crate) fn slice(service: &ServiceName, port_name: &str, port: u16, endpoints
     Slice {
         service: service.clone(),
         name: "slice".into(),
+        changed: None,
         ports: [SlicePort { name: port_name.into(), protocol: Protocol::Tcp, port }].into(),
         endpoints: endpoints
             .iter()

@@ -16,6 +16,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use super::{
     element::{Chain, Element, ElementKey, Family, Map},
+    remember,
     skeleton::{self, Chains, Settings},
     wire::{self, Batch},
 };
@@ -139,6 +140,7 @@ impl Kernel {
             }
             other => other?,
         }
+        self.add_remembering(&self.chains.timeouts)?;
         self.digest = self.rules_digest()?;
         let present = if existing.is_empty() { HashMap::new() } else { self.dump()? };
         self.correct(present, wanted)
@@ -190,9 +192,19 @@ impl Kernel {
         }
         let more = |f: &Family| skeleton::render_more(*f, &self.settings, &self.chains, &chains);
         run_nft(&self.families.iter().map(more).collect::<String>())?;
+        let fresh: Vec<u32> = chains.timeouts.iter().filter(|t| !self.chains.timeouts.contains(t)).copied().collect();
+        self.add_remembering(&fresh)?;
         self.chains = chains;
         self.digest = self.rules_digest()?;
         Ok(())
+    }
+
+    /// Adds the rules that nft cannot write; their chains are empty.
+    fn add_remembering(&self, timeouts: &[u32]) -> Result<(), Error> {
+        if !self.families.contains(&Family::V6) {
+            return Ok(());
+        }
+        timeouts.iter().try_for_each(|t| self.transact(&remember::rule(&self.settings.table, AFFINITY, *t), 1))
     }
 
     /// One transaction, unless there is so much to add that it is a first load.

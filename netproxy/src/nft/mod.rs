@@ -4,9 +4,9 @@ pub(crate) mod element;
 pub(crate) mod kernel;
 #[cfg(test)]
 mod packets;
+mod remember;
 pub(crate) mod skeleton;
 #[cfg(test)]
 pub(crate) mod tests;
-#[cfg(test)]
 pub(crate) mod trace;
 pub(crate) mod wire;

@@ -284,7 +284,7 @@ impl Text<'_> {
 
     fn remember(&mut self, seconds: u32) {
         let ip = self.family.nft();
-        // nft 1.0.6 runs out of registers on this statement with IPv6 addresses: ClientIP affinity is IPv4's for now.
+        // nft 1.0.6 runs out of registers on this statement with IPv6 addresses: `remember` adds it by netlink.
         let protocols: &[&str] = if self.family == Family::V4 { &["tcp", "udp", "sctp"] } else { &[] };
         let rules: Vec<String> = protocols
             .iter()

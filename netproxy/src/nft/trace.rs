@@ -1,4 +1,4 @@
-//! Follows a packet through the maps as the skeleton's rules would: for tests, against real packets.
+//! Follows a packet through the maps as the skeleton's rules would: for `isopod trace`, and for tests against real packets.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -48,7 +48,9 @@ pub(crate) struct Tracer {
 }
 
 impl Tracer {
-    pub(crate) fn new(elements: &[Element], cluster: Vec<IpNet>, node: Vec<IpAddr>) -> Self {
+    /// For packets of one family: a key of a node port does not tell which it belongs to.
+    pub(crate) fn new(family: Family, elements: &[Element], cluster: Vec<IpNet>, node: Vec<IpAddr>) -> Self {
+        let elements: Vec<&Element> = elements.iter().filter(|e| e.family == family).collect();
         let ranges = elements.iter().filter_map(|e| match e.value {
             Value::Until(end) => Some((e.map, e.key, end)),
             _ => None,

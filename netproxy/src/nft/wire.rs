@@ -241,9 +241,14 @@ impl Batch {
 
 /// A transaction of one message.
 pub(crate) fn single(kind: u16, family: Family, fill: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    single_with(kind, 0, family, fill)
+}
+
+/// A transaction of one message with flags of its own.
+pub(crate) fn single_with(kind: u16, flags: u16, family: Family, fill: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut out = Vec::new();
     message(&mut out, (BATCH_BEGIN, NLM_F_REQUEST, 0), (0, SUBSYS_NFTABLES), |_| {});
-    message(&mut out, (nft(kind), NLM_F_REQUEST | NLM_F_ACK, 1), (family.number(), 0), fill);
+    message(&mut out, (nft(kind), NLM_F_REQUEST | NLM_F_ACK | flags, 1), (family.number(), 0), fill);
     message(&mut out, (BATCH_END, NLM_F_REQUEST, 2), (0, SUBSYS_NFTABLES), |_| {});
     out
 }

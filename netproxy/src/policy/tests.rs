@@ -13,7 +13,7 @@ use super::{model::Policies, objects::*};
 use crate::{
     model::{objects::Protocol, shadow::Delta, shadow::cancel_out},
     nft::{
-        element::{Element, Map},
+        element::{Element, Family, Map},
         kernel::Kernel,
         tests as nft,
         trace::Tracer,
@@ -75,8 +75,9 @@ fn flush(all: &mut Policies) -> Delta {
 
 /// Whether a packet passes, by the elements.
 fn passes(all: &Policies, from: &str, to: &str, protocol: Protocol) -> bool {
-    let tracer = Tracer::new(&elements(all), Vec::new(), Vec::new());
-    tracer.permits(from.parse().unwrap(), to.parse().unwrap(), protocol)
+    let from = from.parse().unwrap();
+    let tracer = Tracer::new(Family::of(&from), &elements(all), Vec::new(), Vec::new());
+    tracer.permits(from, to.parse().unwrap(), protocol)
 }
 
 #[test]
@@ -422,5 +423,5 @@ fn what_cannot_be_read_lets_nothing_through() {
     assert!(!passes(&all, "192.0.2.9", "10.244.0.2:85", Protocol::Tcp));
     let socket: SocketAddr = "10.244.0.2:85".parse().unwrap();
     let own: IpAddr = "10.244.0.2".parse().unwrap();
-    assert!(Tracer::new(&elements(&all), Vec::new(), Vec::new()).permits(own, socket, Protocol::Tcp));
+    assert!(Tracer::new(Family::V4, &elements(&all), Vec::new(), Vec::new()).permits(own, socket, Protocol::Tcp));
 }

@@ -164,7 +164,7 @@ pub(crate) async fn slices(client: Client, inputs: mpsc::Sender<Input>) {
 }
 
 impl NodeInfo {
-    fn parse(node: &Node) -> Self {
+    pub(crate) fn parse(node: &Node) -> Self {
         let spec = node.spec.as_ref();
         let mut cidrs: Vec<&String> = spec.and_then(|s| s.pod_cidrs.as_ref()).into_iter().flatten().collect();
         if cidrs.is_empty() {

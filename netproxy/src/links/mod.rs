@@ -1,6 +1,11 @@
 //! What the proxy needs of this node's links and routes: the DNS address, and ways to the other nodes' pods.
 //!
-//! Routes carry a protocol number of our own, so that they are told apart from anyone else's.
+//! Routes carry a protocol number of our own, so that they are told apart from anyone else's. A node on a link of ours is
+//! the gateway to its pods; one that is not is reached by `vxlan`.
+
+#[cfg(test)]
+mod packets;
+mod vxlan;
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -141,9 +146,24 @@ async fn present(handle: &Handle, cluster: &[IpNet]) -> Result<Vec<RouteMessage>
     Ok(all)
 }
 
+/// Where this node is, for the routes to others.
+#[derive(Clone, Debug)]
+pub(crate) struct Own {
+    pub(crate) name: String,
+    pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) cluster: Vec<IpNet>,
+    pub(crate) bridge: String,
+}
+
+/// Whether the kernel refuses a gateway because it is on no link of ours.
+fn is_far(error: &rtnetlink::Error) -> bool {
+    [nix::libc::ENETUNREACH, nix::libc::EHOSTUNREACH].iter().any(|code| errno(error) == Some(*code))
+}
+
 /// Makes the routes as wanted; one that cannot be made does not keep the others from it.
-async fn apply(handle: &Handle, cluster: &[IpNet], mut wanted: BTreeMap<IpNet, IpAddr>) -> Result<(), Error> {
-    for route in present(handle, cluster).await? {
+async fn apply(handle: &Handle, own: &Own, nodes: &Nodes) -> Result<(), Error> {
+    let mut wanted = wanted(nodes, &own.name, &own.addresses);
+    for route in present(handle, &own.cluster).await? {
         let Some(net) = destination(&route) else { continue };
         match wanted.get(&net) {
             Some(way) if gateway(&route) == Some(*way) => drop(wanted.remove(&net)),
@@ -151,34 +171,42 @@ async fn apply(handle: &Handle, cluster: &[IpNet], mut wanted: BTreeMap<IpNet, I
             None => handle.route().del(route).execute().await.map_err(request(format!("remove route to {net}")))?,
         }
     }
+    let mut far = vxlan::Far::new();
     for (net, way) in wanted {
         let Some(message) = message(net, way) else { continue };
-        if let Err(error) = handle.route().add(message).replace().execute().await {
-            tracing::warn!(%net, via = %way, %error, "no route to another node's pods: is the node on the same link?");
+        match (handle.route().add(message).replace().execute().await, net, way) {
+            (Ok(()), ..) => {}
+            (Err(error), IpNet::V4(net), IpAddr::V4(way)) if is_far(&error) => {
+                far.insert(net, way);
+            }
+            (Err(error), ..) => tracing::warn!(%net, via = %way, %error, "no route to another node's pods"),
         }
     }
-    Ok(())
+    let Some(address) = own.addresses.iter().find_map(|a| if let IpAddr::V4(a) = a { Some(*a) } else { None }) else {
+        return Ok(());
+    };
+    let mut ranges = nodes.get(&own.name).into_iter().flat_map(|n| &n.pod_cidrs);
+    let source = ranges.find_map(|r| if let IpNet::V4(r) = r { Some(vxlan::gateway(r)) } else { None });
+    vxlan::apply(handle, &vxlan::name(&own.bridge), address, source, &far).await
 }
 
 /// Follows the nodes.
-pub(crate) async fn run(
-    handle: Handle,
-    own: String,
-    own_addresses: Vec<IpAddr>,
-    cluster: Vec<IpNet>,
-    mut nodes: watch::Receiver<Arc<Nodes>>,
-) {
+pub(crate) async fn run(handle: Handle, own: Own, mut nodes: watch::Receiver<Arc<Nodes>>) {
     while nodes.changed().await.is_ok() {
         let table = nodes.borrow_and_update().clone();
-        if let Err(error) = apply(&handle, &cluster, wanted(&table, &own, &own_addresses)).await {
+        if let Err(error) = apply(&handle, &own, &table).await {
             tracing::warn!(error = %crate::sync::Chain(&error), "routes to other nodes' pods");
         }
     }
 }
 
-/// Removes every route of ours.
-pub(crate) async fn remove_routes(handle: &Handle, cluster: &[IpNet]) -> Result<(), Error> {
-    apply(handle, cluster, BTreeMap::new()).await
+/// Removes every route of ours, and the link for nodes that are far.
+pub(crate) async fn remove_routes(handle: &Handle, cluster: &[IpNet], bridge: &str) -> Result<(), Error> {
+    for route in present(handle, cluster).await? {
+        let net = destination(&route).map(|n| n.to_string()).unwrap_or_default();
+        handle.route().del(route).execute().await.map_err(request(format!("remove route to {net}")))?;
+    }
+    vxlan::remove(handle, &vxlan::name(bridge)).await
 }
 
 #[cfg(test)]

@@ -1,0 +1,80 @@
+//! `isopod services`: what every service address and port leads to, as this node's proxy has it.
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use isopod_agent::Paths;
+use isopod_netproxy::inspect::{Row, Snapshot};
+
+use crate::node::Settings;
+
+/// How to print.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// Every endpoint.
+    Wide,
+    /// For programs.
+    Json,
+}
+
+/// Options of `services`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only services of this namespace.
+    #[arg(short, long)]
+    namespace: Option<String>,
+    /// Format; a table by default.
+    #[arg(short, long)]
+    output: Option<Output>,
+}
+
+/// Endpoints shown before the rest is only counted.
+const SHOWN: usize = 3;
+
+pub(crate) fn run(paths: &Paths, args: &Args) -> Result<()> {
+    let snapshot = snapshot(paths)?;
+    let mut rows = snapshot.services();
+    rows.retain(|row| args.namespace.as_ref().is_none_or(|n| *n == row.namespace));
+    if args.output == Some(Output::Json) {
+        println!("{}", serde_json::to_string_pretty(&rows).context("write JSON")?);
+        return Ok(());
+    }
+    let shown = if args.output == Some(Output::Wide) { usize::MAX } else { SHOWN };
+    let header = ["NAMESPACE", "NAME", "AT", "VIA", "ENDPOINTS"].map(str::to_owned);
+    let lines: Vec<[String; 5]> = std::iter::once(header).chain(rows.iter().map(|row| line(row, shown))).collect();
+    let width = |column: usize| lines.iter().map(|l| l[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..4).map(width).collect();
+    for [namespace, name, at, via, endpoints] in &lines {
+        let (a, b, c, d) = (widths[0], widths[1], widths[2], widths[3]);
+        println!("{namespace:a$}   {name:b$}   {at:c$}   {via:d$}   {endpoints}");
+    }
+    Ok(())
+}
+
+fn line(row: &Row, shown: usize) -> [String; 5] {
+    let mut endpoints = row.endpoints.iter().take(shown).cloned().collect::<Vec<_>>().join(", ");
+    if row.endpoints.len() > shown {
+        endpoints += &format!(" + {} more", row.endpoints.len() - shown);
+    }
+    if row.endpoints.is_empty() {
+        endpoints = "<none>".to_owned();
+    }
+    [row.namespace.clone(), row.name.clone(), row.at.clone(), row.via.clone(), endpoints]
+}
+
+/// What the API server knows now, seen from this node.
+pub(crate) fn snapshot(paths: &Paths) -> Result<Snapshot> {
+    let settings = Settings::resolve(&paths.etc().join("cluster.yaml"), crate::node::Options::default())?;
+    let admin = paths.kubeconfig("admin");
+    let kubeconfig = if admin.exists() { admin } else { paths.kubeconfig("agent") };
+    let config = isopod_netproxy::Config {
+        node_ips: vec![settings.node_ip],
+        cluster_cidrs: vec![settings.pod_cidr],
+        service_cidrs: vec![settings.service_cidr],
+        ..isopod_netproxy::Config::new(&settings.node_name, &paths.instance(), &paths.bridge())
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start runtime")?;
+    runtime.block_on(async {
+        let client = super::client(&kubeconfig).await?;
+        Snapshot::load(&client, &config).await.context("ask the API server for services")
+    })
+}

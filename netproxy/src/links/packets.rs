@@ -1,0 +1,111 @@
+//! Two nodes with a router between them, in network namespaces of the test's own: their pods reach each other.
+
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    process::Command,
+    time::Duration,
+};
+
+use super::*;
+use crate::watch::NodeInfo;
+
+fn run(command: &str) -> String {
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs a closure in a namespace, on a thread of its own.
+fn at<T: Send>(place: &str, body: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let ns = std::fs::File::open(format!("/run/netns/{place}")).unwrap();
+            nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            body()
+        });
+        thread.join().unwrap()
+    })
+}
+
+/// `near` and `far` behind the router, which is the caller; a bridge address on each stands for its pods.
+fn build() {
+    use nix::{mount::MsFlags, sched::CloneFlags};
+    nix::sched::unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("tests of the data plane need root");
+    nix::mount::mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+    nix::mount::mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+    for (name, n) in [("near", 1), ("far", 2)] {
+        run(&format!("ip netns add {name}"));
+        run(&format!("ip link add v{name} type veth peer name eth0 netns {name}"));
+        run(&format!("ip addr add 192.0.{n}.254/24 dev v{name}"));
+        run(&format!("ip link set v{name} up"));
+        run(&format!("ip -n {name} addr add 192.0.{n}.1/24 dev eth0"));
+        run(&format!("ip -n {name} link set eth0 up"));
+        run(&format!("ip -n {name} link set lo up"));
+        run(&format!("ip -n {name} route add default via 192.0.{n}.254"));
+        run(&format!("ip -n {name} link add isopod0 type bridge"));
+        run(&format!("ip -n {name} addr add 10.244.{n}.1/24 dev isopod0"));
+        run(&format!("ip -n {name} link set isopod0 up"));
+    }
+}
+
+fn nodes() -> Nodes {
+    let node = |n: u8| NodeInfo {
+        pod_cidrs: vec![format!("10.244.{n}.0/24").parse().unwrap()],
+        addresses: vec![IpAddr::from([192, 0, n, 1])],
+        ..NodeInfo::default()
+    };
+    Nodes::from([("near".to_owned(), node(1)), ("far".to_owned(), node(2))])
+}
+
+/// Applies a table of nodes on one of them.
+fn follow(name: &str, nodes: &Nodes) {
+    let n = if name == "near" { 1 } else { 2 };
+    let own = Own {
+        name: name.into(),
+        addresses: vec![IpAddr::from([192, 0, n, 1])],
+        cluster: vec!["10.244.0.0/16".parse().unwrap()],
+        bridge: "isopod0".into(),
+    };
+    at(name, || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async { apply(&open().unwrap(), &own, nodes).await.unwrap() });
+    });
+}
+
+#[test]
+fn nodes_without_a_common_link_reach_each_others_pods() {
+    let test = || {
+        build();
+        let all = nodes();
+        ["near", "far"].iter().for_each(|name| follow(name, &all));
+        let server = at("far", || TcpListener::bind("10.244.2.1:80").unwrap());
+        let answers = std::thread::spawn(move || {
+            let (mut stream, from) = server.accept().unwrap();
+            // More than a packet, in both directions of the way.
+            stream.write_all(&vec![b'x'; 100_000]).unwrap();
+            from.ip()
+        });
+        let got = at("near", || {
+            let mut stream =
+                TcpStream::connect_timeout(&"10.244.2.1:80".parse().unwrap(), Duration::from_secs(3)).unwrap();
+            let mut text = Vec::new();
+            stream.read_to_end(&mut text).unwrap();
+            text.len()
+        });
+        assert_eq!(got, 100_000);
+        assert_eq!(answers.join().unwrap(), IpAddr::from([10, 244, 1, 1]), "pods see the pods' side of a node");
+        // Again: nothing changes. Then the other node leaves, and with it all that was for it.
+        let before = run("ip -n near route");
+        follow("near", &all);
+        assert_eq!(run("ip -n near route"), before);
+        assert!(before.contains("10.244.2.0/24 via 10.244.2.1 dev isopod0x"), "{before}");
+        let alone: Nodes = all.into_iter().filter(|(name, _)| name == "near").collect();
+        follow("near", &alone);
+        assert!(!run("ip -n near route").contains("10.244.2"));
+        assert!(!run("ip -n near -o link").contains("isopod0x"));
+    };
+    std::thread::spawn(test).join().unwrap();
+}
