@@ -63,7 +63,8 @@ fn repeated_handshakes(netstat: &str) -> u64 {
 }
 
 /// Clients that ask all the time, on the node and in a pod, see a Service follow its scaling: what is gone refuses for a
-/// moment, then is not asked any more. Nobody waits for a pod that is gone: that shows as repeated handshakes.
+/// moment, then is not asked any more. Nobody waits for a pod that is gone: no request takes two seconds, and handshakes
+/// are not repeated (but for a packet that a busy machine loses).
 #[test]
 fn a_service_follows_scaling_and_nobody_hangs() {
     let mut net = Net::new();
@@ -75,8 +76,8 @@ fn a_service_follows_scaling_and_nobody_hangs() {
         (repeated_handshakes(&c.host.must("cat /proc/net/netstat")), repeated_handshakes(&pod))
     };
     // Every line: how the request ended, and who answered.
-    let node = format!("while [ ! -e /run/enough ]; do out=$(curl -s -m 20 http://{ip}/); echo \"$? $out\"; done");
-    let pod = format!("while [ ! -e /enough ]; do out=$(timeout 20 wget -q -O- http://{ip}/); echo \"$? $out\"; done");
+    let node = format!("while [ ! -e /run/enough ]; do out=$(curl -s -m 2 http://{ip}/); echo \"$? $out\"; done");
+    let pod = format!("while [ ! -e /enough ]; do out=$(timeout 2 wget -q -O- http://{ip}/); echo \"$? $out\"; done");
     let before = counters();
     let mut clients = [
         c.host.spawn("node-client.log", "sh", &["-c", &node]),
@@ -130,7 +131,10 @@ fn a_service_follows_scaling_and_nobody_hangs() {
     c.host.must("touch /run/enough");
     c.k("exec client -- touch /enough");
     clients.each_mut().map(|client| client.wait().unwrap());
-    assert_eq!(counters(), before, "a handshake had to be repeated");
+    let after = counters();
+    let repeated = (after.0 - before.0, after.1 - before.1);
+    println!("repeated handshakes on the node and in the pod: {repeated:?}");
+    assert!(repeated.0 <= 1 && repeated.1 <= 1, "handshakes repeated: {repeated:?}");
 }
 
 #[test]
@@ -200,4 +204,75 @@ fn clients_stick_and_names_resolve_under_load() {
     let load = answers(&c.k("exec client -- sh -c 'for i in $(seq 8); do (for j in $(seq 50); do \
          nslookup web.default.svc.cluster.local >/dev/null 2>&1 && echo ok || echo lost; done) & done; wait'"));
     assert_eq!(load, BTreeMap::from([("ok".to_owned(), 400)]));
+}
+
+/// A LoadBalancer Service gets the nodes' addresses and answers there, from outside too; the tools say the same.
+#[test]
+fn load_balancers_work_without_a_cloud() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    let outside = net.host("two");
+    three_pods(&c);
+    let expose = |name: &str, more: &str| {
+        c.apply(&format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{type: LoadBalancer, selector: {{app: web}}, \
+             ports: [{{port: 8000, targetPort: 8080}}]{more}}}\n"
+        ))
+    };
+    let ingress = |name: &str, want: &str| {
+        c.wait_field(&format!("service {name}"), ".status.loadBalancer.ingress[*].ip", |ip| ip == want);
+    };
+    expose("first", "");
+    ingress("first", &c.host.address);
+    let url = format!("http://{}:8000/", c.host.address);
+    let all_three = || {
+        let text = outside.must(&format!("for i in $(seq 60); do curl -s -m 5 {url}; done"));
+        if answers(&text).len() == 3 { Ok(()) } else { Err(text) }
+    };
+    eventually("all pods answer outside", all_three);
+    assert!(c.k(&format!("exec client -- timeout 5 wget -q -O- {url}")).starts_with("web-"));
+    // The port is taken: the second waits for the first to go.
+    expose("second", ", externalTrafficPolicy: Local, loadBalancerSourceRanges: [10.88.0.2/32]");
+    eventually("why it has to wait", || {
+        let events = c.k("get events --field-selector involvedObject.name=second");
+        if events.contains("belongs to Service default/first") { Ok(()) } else { Err(events) }
+    });
+    ingress("second", "");
+    c.k("delete service first");
+    ingress("second", &c.host.address);
+    eventually("all pods answer again, and see the client", all_three);
+    let log = c.k("logs -l app=web --tail=1000");
+    assert!(log.contains(&outside.address), "{log}");
+    // Sources that are not allowed get no answer.
+    c.k("patch service second -p '{\"spec\":{\"loadBalancerSourceRanges\":[\"10.99.0.0/16\"]}}'");
+    eventually("no answer", || {
+        let ran = outside.sh(&format!("curl -s -m 1 {url}"));
+        if ran.code == 28 { Ok(()) } else { Err(ran) }
+    });
+    let table = c.isopod(&["services", "-n", "default", "-o", "wide"]).ok().unwrap();
+    let row = table.lines().find(|l| l.contains(":8000/TCP")).unwrap();
+    assert!(row.contains("load balancer") || row.contains("cluster address"), "{table}");
+    assert!(table.contains("from 10.99.0.0/16") && table.matches("web-").count() >= 6, "{table}");
+    let trace = c.isopod(&["trace", "client", "web:80"]).ok().unwrap();
+    assert!(trace.ends_with("gets through to all 3 endpoints\n"), "{trace}");
+    let trace = c.isopod(&["trace", "nobody", "web:80"]);
+    assert_eq!((trace.code, trace.err.lines().count()), (64, 1), "{trace:?}");
+    // kube-proxy's places and names.
+    let health = c.host.must("curl -s -m 5 http://127.0.0.1:10256/healthz");
+    assert!(health.contains("\"nodeEligible\":true"), "{health}");
+    c.host.must("curl -s -f -m 5 http://127.0.0.1:10256/livez");
+    let metrics = c.host.must("curl -s -f -m 5 http://127.0.0.1:10249/metrics");
+    for name in ["network_programming_duration_seconds_bucket", "sync_proxy_rules_service_changes_total"] {
+        assert!(metrics.contains(&format!("kubeproxy_{name}")), "{metrics}");
+    }
+    assert_eq!(c.host.must("curl -s -f -m 5 http://127.0.0.1:10249/proxyMode"), "nftables");
+    // Somebody edits our tables: all is as it was within moments.
+    let ip = c.get("service web")["spec"]["clusterIP"].as_str().unwrap().to_owned();
+    for edit in ["flush map ip isopod services", "flush chain ip isopod nat", "flush ruleset"] {
+        c.host.must(&format!("nft {edit}"));
+        eventually(edit, || {
+            let ran = c.host.sh(&format!("curl -s -m 1 http://{ip}/"));
+            if ran.out.starts_with("web-") { Ok(()) } else { Err(ran) }
+        });
+    }
 }
