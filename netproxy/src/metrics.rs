@@ -107,7 +107,9 @@ impl Metrics {
 
     /// A sync begins.
     pub(crate) fn queued(&self) {
-        FAMILIES.iter().for_each(|f| drop(self.last_queued.get_or_create(f).set(now())));
+        for family in &FAMILIES {
+            self.last_queued.get_or_create(family).set(now());
+        }
     }
 
     /// A sync is done: of everything, or of what had changed.

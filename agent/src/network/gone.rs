@@ -10,7 +10,7 @@ use std::{
 };
 
 /// How long: everybody who knew the pod has been told by then.
-pub(crate) const WHILE: Duration = Duration::from_secs(30);
+pub(crate) const WHILE: Duration = Duration::from_secs(10);
 /// Addresses remembered at most.
 const MOST: usize = 64;
 

@@ -4,7 +4,7 @@
 //! run one step before the service proxy's: a host port beats a node port, as with every other network plugin.
 //!
 //! What is sent to a pod that is gone is refused at once: without that a client waits for retransmissions that nobody
-//! will ever answer. An address is in the set `gone` from before its link goes, for half a minute or until it is given out
+//! will ever answer. An address is in the set `gone` from before its link goes, for some seconds or until it is given out
 //! again.
 
 use std::{

@@ -102,6 +102,9 @@ impl Applied {
     }
 }
 
+/// Sees a service, its port, a frontend with how it treats clients, the endpoints, and whether another service has it.
+pub(crate) type Visitor<'a> = dyn FnMut(&Service, &ServicePort, (Frontend, Reach, bool), &Pools, bool) + 'a;
+
 /// The model.
 #[derive(Debug, Default)]
 pub(crate) struct Shadow {
@@ -207,9 +210,8 @@ impl Shadow {
         self.without_local
     }
 
-    /// Every frontend with its service, the service's port and how it treats clients, in order of names. The last says
-    /// whether another service holds it.
-    pub(crate) fn visit(&self, see: &mut dyn FnMut(&Service, &ServicePort, (Frontend, Reach, bool), &Pools, bool)) {
+    /// Every frontend, in order of names.
+    pub(crate) fn visit(&self, see: &mut Visitor<'_>) {
         let mut names: Vec<_> = self.applied.keys().collect();
         names.sort();
         for applied in names.into_iter().filter_map(|n| self.applied.get(n)) {

@@ -161,11 +161,6 @@ impl Policies {
         self.pods.get(&name.namespace)?.get(name)
     }
 
-    /// A pod by any of its addresses.
-    pub(crate) fn pod_at(&self, address: &IpAddr) -> Option<&Arc<Pod>> {
-        self.pods.values().flat_map(BTreeMap::values).find(|p| p.addresses.contains(address))
-    }
-
     fn selected<'a>(&'a self, policy: &'a Policy) -> impl Iterator<Item = &'a Name> {
         let chosen = |n: &&Name| {
             n.namespace == policy.name.namespace && self.pod(n).is_some_and(|p| policy.pods.matches(&p.labels))
