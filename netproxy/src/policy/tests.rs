@@ -81,6 +81,7 @@ fn passes(all: &Policies, from: &str, to: &str, protocol: Protocol) -> bool {
 }
 
 #[test]
+#[allow(clippy::type_complexity, reason = "a table of cases")]
 fn what_the_api_says_happens() {
     let web = "10.244.0.2";
     let (db, far, two) = ("10.244.0.3", "10.244.1.2", "10.244.0.4");
