@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    path::PathBuf,
     process::{Child, Stdio},
     time::{Duration, Instant},
 };
@@ -19,6 +20,8 @@ const CONFIGURATION: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: Ku
 pub struct Cluster {
     /// Where it runs.
     pub host: Host,
+    /// The directory of its executables.
+    bin: PathBuf,
     up: Option<Child>,
     /// Time from the start of `isopod up` to its word that the node is Ready.
     pub started_in: Duration,
@@ -28,7 +31,23 @@ impl Cluster {
     /// Puts the test images in place and starts a cluster.
     pub fn start(host: &Host) -> Self {
         Self::install_images(host);
-        let mut cluster = Self { host: host.clone(), up: None, started_in: Duration::ZERO };
+        Self::start_from(host, binaries())
+    }
+
+    /// The same with the executables installed on the host's own disk, as on a real machine: agent and control plane share one
+    /// file only where both are on one mount.
+    pub fn start_installed(host: &Host) -> Self {
+        Self::install_images(host);
+        let bin = host.path("/var/lib/bin");
+        fs::create_dir_all(&bin).unwrap();
+        for name in ["isopod", "isopod-runtime"] {
+            fs::copy(binaries().join(name), bin.join(name)).unwrap();
+        }
+        Self::start_from(host, PathBuf::from("/var/lib/bin"))
+    }
+
+    fn start_from(host: &Host, bin: PathBuf) -> Self {
+        let mut cluster = Self { host: host.clone(), bin, up: None, started_in: Duration::ZERO };
         cluster.up();
         cluster
     }
@@ -50,8 +69,7 @@ impl Cluster {
         let started = Instant::now();
         let log = self.host.disk().join("up.log");
         let file = fs::File::create(&log).unwrap();
-        let isopod = binaries().join("isopod");
-        let mut command = self.host.command(isopod.to_str().unwrap());
+        let mut command = self.host.command(self.bin.join("isopod").to_str().unwrap());
         self.up = Some(
             command.arg("up").stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file).spawn().unwrap(),
         );
@@ -72,7 +90,7 @@ impl Cluster {
 
     /// Runs the isopod executable on the host.
     pub fn isopod(&self, args: &[&str]) -> Ran {
-        self.host.run(binaries().join("isopod").to_str().unwrap(), args)
+        self.host.run(self.bin.join("isopod").to_str().unwrap(), args)
     }
 
     /// Waits for `isopod up` to end by itself.

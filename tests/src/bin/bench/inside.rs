@@ -12,6 +12,7 @@ use kube::{
     api::{DeleteParams, ListParams, PostParams, WatchEvent, WatchParams},
 };
 use serde_json::json;
+use tokio::io::AsyncBufReadExt;
 
 use crate::{row, times};
 
@@ -25,7 +26,7 @@ pub(crate) fn run(args: &[String]) {
             "pods-at-once" => pods_at_once(client, 50).await,
             "creates" => creates().await,
             "lists" => lists(client).await,
-            "services" => services(client).await,
+            "services" => services(client, args[1].parse().unwrap()).await,
             other => panic!("unknown benchmark {other}"),
         }
     });
@@ -181,55 +182,61 @@ async fn lists(client: Client) {
     pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default()).await.unwrap();
 }
 
-async fn services(client: Client) {
+/// Brings the cluster to so many Services of ten endpoints each, then adds single ones.
+async fn services(client: Client, total: usize) {
     let services: Api<Service> = Api::default_namespaced(client.clone());
     let slices: Api<EndpointSlice> = Api::default_namespaced(client);
-    let mut made = 0;
-    for total in [1000, 10_000] {
-        let mut creating = FuturesUnordered::new();
-        while made < total {
-            let (services, slices, name) = (services.clone(), slices.clone(), format!("bench-{made}"));
-            made += 1;
-            creating.push(async move {
-                let service = json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}});
-                services.create(&PostParams::default(), &serde_json::from_value(service).unwrap()).await.unwrap();
-                let endpoints: Vec<_> = (0..10).map(|i| json!({"addresses": [format!("10.244.200.{}", i + 1)]})).collect();
-                let slice = json!({"metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}},
-                    "addressType": "IPv4", "endpoints": endpoints, "ports": [{"name": "", "port": 8080, "protocol": "TCP"}]});
-                slices.create(&PostParams::default(), &serde_json::from_value(slice).unwrap()).await.unwrap();
-            });
-            if creating.len() >= 32 {
-                creating.next().await;
-            }
+    let made = services.list_metadata(&ListParams::default().labels("bench=service")).await.unwrap().items.len();
+    let mut creating = FuturesUnordered::new();
+    for n in made..total {
+        let (services, slices) = (services.clone(), slices.clone());
+        creating.push(async move { service(&services, &slices, &format!("bench-{n}"), 10).await });
+        if creating.len() >= 32 {
+            creating.next().await;
         }
-        while creating.next().await.is_some() {}
-        one_change(&services, &slices, total).await;
     }
+    while creating.next().await.is_some() {}
+    one_change(&services, &slices, total).await;
 }
 
-/// From the API server's answer to the element being in the kernel.
+/// Makes a Service after its endpoints; its address.
+async fn service(services: &Api<Service>, slices: &Api<EndpointSlice>, name: &str, endpoints: u8) -> String {
+    let endpoints: Vec<_> = (1..=endpoints).map(|i| json!({"addresses": [format!("10.244.200.{i}")]})).collect();
+    let slice = json!({"metadata": {"name": name, "labels": {"kubernetes.io/service-name": name, "bench": "service"}}, "addressType": "IPv4",
+        "endpoints": endpoints, "ports": [{"name": "", "port": 8080, "protocol": "TCP"}]});
+    slices.create(&PostParams::default(), &serde_json::from_value(slice).unwrap()).await.unwrap();
+    let service =
+        json!({"metadata": {"name": name, "labels": {"bench": "service"}}, "spec": {"ports": [{"port": 80}]}});
+    let made = services.create(&PostParams::default(), &serde_json::from_value(service).unwrap()).await.unwrap();
+    made.spec.and_then(|spec| spec.cluster_ip).unwrap()
+}
+
+/// From the API server's answer to the element being in the kernel, as its own monitor tells.
 async fn one_change(services: &Api<Service>, slices: &Api<EndpointSlice>, total: usize) {
+    let mut monitor = tokio::process::Command::new("nft")
+        .args(["-nn", "monitor", "new", "elements"])
+        .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = tokio::io::BufReader::new(monitor.stdout.take().unwrap()).lines();
+    let mut told = async |name: String, patience: Duration| {
+        let address = service(services, slices, &name, 1).await;
+        let started = Instant::now();
+        let mark = format!("{address} . ");
+        let line = async { while !lines.next_line().await.unwrap().is_some_and(|line| line.contains(&mark)) {} };
+        tokio::time::timeout(patience, line).await.ok().map(|()| started.elapsed())
+    };
+    // The monitor reads the whole ruleset before its first word: it is there when it tells of a change.
+    let mut n = 0;
+    while told(format!("warm-{total}-{n}"), Duration::from_secs(1)).await.is_none() {
+        n += 1;
+        assert!(n < 60, "nft monitor tells of no change");
+    }
     let mut all = Vec::new();
     for n in 0..10 {
         let name = format!("change-{total}-{n}");
-        let slice = json!({"metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}}, "addressType": "IPv4",
-            "endpoints": [{"addresses": ["10.244.200.1"]}], "ports": [{"name": "", "port": 8080, "protocol": "TCP"}]});
-        slices.create(&PostParams::default(), &serde_json::from_value(slice).unwrap()).await.unwrap();
-        let service = json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}});
-        let made = services.create(&PostParams::default(), &serde_json::from_value(service).unwrap()).await.unwrap();
-        let started = Instant::now();
-        let address = made.spec.and_then(|spec| spec.cluster_ip).unwrap();
-        // A connection is refused at once (nobody listens at 10.244.200.1: unreachable) only when the rule is there;
-        // what is asked is the kernel's map.
-        loop {
-            let element = format!("get element ip isopod services {{ {address} . tcp . 80 }}");
-            let output = tokio::process::Command::new("nft").args(element.split(' ')).output().await.unwrap();
-            if output.status.success() {
-                break;
-            }
-            assert!(started.elapsed() < Duration::from_secs(20), "{}", String::from_utf8_lossy(&output.stderr));
-        }
-        all.push(started.elapsed());
+        all.push(told(name.clone(), Duration::from_secs(20)).await.unwrap_or_else(|| panic!("{name} never came")));
     }
     row(&format!("one service more at {total} x 10, API to kernel"), &times(all));
 }

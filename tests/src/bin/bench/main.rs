@@ -20,7 +20,7 @@ fn main() {
     }
     let mut net = Net::new();
     let host = net.host("bench");
-    let mut cluster = Cluster::start(&host);
+    let mut cluster = Cluster::start_installed(&host);
     let text = std::fs::read_to_string(host.disk().join("up.log")).unwrap();
     row("start: nothing to Ready", text.lines().find_map(|line| line.strip_prefix("Ready in ")).unwrap_or("?"));
     let ran = cluster.isopod(&["down"]);
@@ -29,16 +29,22 @@ fn main() {
     cluster.up();
     let text = std::fs::read_to_string(host.disk().join("up.log")).unwrap();
     row("start: again, with its data", text.lines().find_map(|line| line.strip_prefix("Ready in ")).unwrap_or("?"));
-    memory::idle(&cluster);
+    memory::all(&cluster, "idle");
     memory::cpu(&cluster, Duration::from_secs(60));
-    for what in ["pods-one-by-one", "pods-at-once", "creates", "lists", "services"] {
-        inside(&cluster, what);
-        if what == "pods-at-once" {
-            memory::per_pod(&cluster);
-            cluster.k("delete pods --all --now --wait=true");
-        }
+    inside(&cluster, &["pods-one-by-one"]);
+    inside(&cluster, &["pods-at-once"]);
+    memory::per_pod(&cluster);
+    cluster.k("delete pods --all --now --wait=true");
+    inside(&cluster, &["creates"]);
+    inside(&cluster, &["lists"]);
+    for total in ["1000", "10000"] {
+        inside(&cluster, &["services", total]);
+        full_sync(&mut cluster, total);
     }
-    memory::after_load(&cluster);
+    cluster.k("delete endpointslices,services -l bench=service --wait=false > /dev/null");
+    // What was freed is given back within seconds; what watches may still ask for, within five minutes.
+    std::thread::sleep(Duration::from_secs(20));
+    memory::all(&cluster, "after load");
     runtime::compare(&host);
 }
 
@@ -47,13 +53,36 @@ fn row(what: &str, value: &str) {
     println!("{what:<52} {value}");
 }
 
-fn inside(cluster: &Cluster, what: &str) {
+fn inside(cluster: &Cluster, what: &[&str]) {
     let own = std::env::current_exe().unwrap();
+    let what = what.join(" ");
     let ran = cluster.host.sh(&format!("KUBECONFIG=/etc/isopod/kubeconfig {} inside {what}", own.display()));
     print!("{}", ran.out);
     if ran.code != 0 {
-        row(what, &format!("failed: {}", ran.err.lines().last().unwrap_or_default()));
+        row(&what, &format!("failed: {}", ran.err.lines().last().unwrap_or_default()));
     }
+}
+
+/// The proxy starts with its table gone: what it says of loading everything.
+fn full_sync(cluster: &mut Cluster, total: &str) {
+    cluster.kill_agent();
+    cluster.host.must("nft delete table ip isopod");
+    let log = cluster.host.path("/var/log/isopod/agent.log");
+    let before = std::fs::read_to_string(&log).unwrap().len();
+    cluster.up();
+    let said = isopod_tests::eventually("the proxy has loaded its rules", || {
+        let text = std::fs::read_to_string(&log).unwrap();
+        let line = text[before..].lines().find(|line| line.contains("service rules loaded")).map(str::to_owned);
+        line.ok_or(text[before..].to_owned())
+    });
+    let value = |key: &str| {
+        let rest = said.split(key).nth(1).unwrap_or_default();
+        rest.split_whitespace().next().unwrap_or_default().to_owned()
+    };
+    row(
+        &format!("proxy full sync at {total} x 10, empty table to loaded"),
+        &format!("{} ms for {} elements", value("millis="), value("added=")),
+    );
 }
 
 /// The median and the largest of some times, in milliseconds.

@@ -9,7 +9,7 @@ use crate::row;
 /// PSS in KiB by process: `isopod up`, `isopod apiserver`, ..., `supervise`.
 fn pss(cluster: &Cluster) -> BTreeMap<String, Vec<u64>> {
     let text = cluster.host.must(
-        "for p in /proc/[0-9]*; do e=$(readlink $p/exe 2>/dev/null); case $e in */isopod|*/isopod-runtime) ;; *) continue ;; esac; \
+        "for p in /proc/[0-9]*; do e=$(tr '\\0' '\\n' < $p/cmdline 2>/dev/null | head -n1); case $e in */isopod|*/isopod-runtime) ;; *) continue ;; esac; \
          echo \"$(tr '\\0' ' ' < $p/cmdline | awk '{n=split($1,a,\"/\"); print a[n] \"-\" $2}') $(awk '/^Pss:/{print $2}' $p/smaps_rollup)\"; done",
     );
     let mut all: BTreeMap<String, Vec<u64>> = BTreeMap::new();
@@ -25,18 +25,13 @@ fn mib(kib: u64) -> String {
     format!("{:.1} MiB", kib as f64 / 1024.0)
 }
 
-pub(crate) fn idle(cluster: &Cluster) {
+/// One row per component and one for all, at `when`.
+pub(crate) fn all(cluster: &Cluster, when: &str) {
     let all = pss(cluster);
     for (name, sizes) in &all {
-        row(&format!("memory idle (PSS): {name} x{}", sizes.len()), &mib(sizes.iter().sum()));
+        row(&format!("memory {when} (PSS): {name} x{}", sizes.len()), &mib(sizes.iter().sum()));
     }
-    row("memory idle (PSS): everything", &mib(all.values().flatten().sum()));
-}
-
-pub(crate) fn after_load(cluster: &Cluster) {
-    // Allocators give memory back within seconds of the load's end.
-    std::thread::sleep(Duration::from_secs(10));
-    row("memory after load (PSS): everything", &mib(pss(cluster).values().flatten().sum()));
+    row(&format!("memory {when} (PSS): everything"), &mib(all.values().flatten().sum()));
 }
 
 pub(crate) fn per_pod(cluster: &Cluster) {
@@ -52,7 +47,7 @@ pub(crate) fn per_pod(cluster: &Cluster) {
 /// CPU ticks of all isopod processes.
 fn ticks(cluster: &Cluster) -> u64 {
     let text = cluster.host.must(
-        "for p in /proc/[0-9]*; do e=$(readlink $p/exe 2>/dev/null); case $e in */isopod|*/isopod-runtime) awk '{print $14+$15}' $p/stat 2>/dev/null ;; esac; done",
+        "for p in /proc/[0-9]*; do e=$(tr '\\0' '\\n' < $p/cmdline 2>/dev/null | head -n1); case $e in */isopod|*/isopod-runtime) awk '{print $14+$15}' $p/stat 2>/dev/null ;; esac; done",
     );
     text.lines().filter_map(|line| line.parse::<u64>().ok()).sum()
 }
