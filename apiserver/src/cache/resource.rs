@@ -30,8 +30,8 @@ const RING_EVENTS: usize = 4096;
 const RING_BYTES: usize = 8 << 20;
 /// Events always kept, whatever their size.
 const RING_MINIMUM: usize = 64;
-/// Events older than this are dropped when nothing else happens.
-const RING_AGE: Duration = Duration::from_secs(300);
+/// Events older than this are dropped when nothing else happens; upstream keeps as much.
+const RING_AGE: Duration = Duration::from_secs(75);
 
 /// How a watcher sees an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
