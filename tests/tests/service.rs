@@ -77,7 +77,9 @@ fn a_service_follows_scaling_and_nobody_hangs() {
     };
     // Every line: how the request ended, and who answered.
     let node = format!("while [ ! -e /run/enough ]; do out=$(curl -s -m 2 http://{ip}/); echo \"$? $out\"; done");
-    let pod = format!("while [ ! -e /enough ]; do out=$(timeout 2 wget -q -O- http://{ip}/ 2> /dev/null); echo \"$? $out\"; done");
+    let pod = format!(
+        "while [ ! -e /enough ]; do out=$(timeout 2 wget -q -O- http://{ip}/ 2> /dev/null); echo \"$? $out\"; done"
+    );
     let before = counters();
     let mut clients = [
         c.host.spawn("node-client.log", "sh", &["-c", &node]),
