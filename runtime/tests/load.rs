@@ -70,7 +70,7 @@ fn output_is_taken_as_fast_as_it_comes() {
     let started = Instant::now();
     pod.start(&bundle);
     assert_eq!(pod.ended().exit.unwrap().code, 0);
-    let rate = (file * times >> 20) as f64 / started.elapsed().as_secs_f64();
+    let rate = ((file * times) >> 20) as f64 / started.elapsed().as_secs_f64();
     eprintln!("{rate:.0} MB/s of 128-byte lines");
     assert!(files(&pod.log(&bundle)).len() == 3);
 }

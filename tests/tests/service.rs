@@ -127,7 +127,7 @@ fn a_service_follows_scaling_and_nobody_hangs() {
             // curl: 7, refused; 18, 52 and 56, the pod ended in the middle of a request. 28 would be a client that hung.
             // wget: 1, any of them; 143 would be a client that hung.
             let ended = |l: &&str| ["7 ", "18 ", "52 ", "56 ", "1 "].iter().any(|code| l.starts_with(code));
-            assert!(failed.iter().all(|l| ended(l)), "{failed:?}");
+            assert!(failed.iter().all(ended), "{failed:?}");
         }
     }
     c.host.must("touch /run/enough");
