@@ -9,6 +9,8 @@
 mod conntrack;
 mod dns;
 mod health;
+#[cfg(test)]
+mod hosts;
 pub mod inspect;
 mod links;
 mod metrics;

@@ -3,38 +3,18 @@
 use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
-    process::Command,
     time::Duration,
 };
 
 use super::*;
-use crate::watch::NodeInfo;
-
-fn run(command: &str) -> String {
-    let mut words = command.split_whitespace();
-    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// Runs a closure in a namespace, on a thread of its own.
-fn at<T: Send>(place: &str, body: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            let ns = std::fs::File::open(format!("/run/netns/{place}")).unwrap();
-            nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            body()
-        });
-        thread.join().unwrap()
-    })
-}
+use crate::{
+    hosts::{at, leave, run},
+    watch::NodeInfo,
+};
 
 /// `near` and `far` behind the router, which is the caller; a bridge address on each stands for its pods.
 fn build() {
-    use nix::{mount::MsFlags, sched::CloneFlags};
-    nix::sched::unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("tests of the data plane need root");
-    nix::mount::mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-    nix::mount::mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    leave();
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
     for (name, n) in [("near", 1), ("far", 2)] {
         run(&format!("ip netns add {name}"));

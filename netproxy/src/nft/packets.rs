@@ -17,6 +17,7 @@ use super::{
     skeleton::Settings,
     trace::{Fate, Packet, Tracer},
 };
+use crate::hosts::{at, leave, run};
 use crate::model::{
     objects::{Place, Policy, Protocol, Service, ServiceName, Slice},
     shadow::Shadow,
@@ -50,36 +51,13 @@ fn socket(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(address.parse().unwrap(), port)
 }
 
-fn run(command: &str) {
-    let mut words = command.split_whitespace();
-    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
 fn sysctl(name: &str, value: &str) {
     std::fs::write(format!("/proc/sys/net/{name}"), value).unwrap();
 }
 
-/// Runs a closure in a namespace, on a thread of its own; the node is the thread's own.
-fn at<T: Send>(place: &str, body: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            if place != "node" {
-                let ns = std::fs::File::open(format!("/run/netns/{place}")).unwrap();
-                nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            }
-            body()
-        });
-        thread.join().unwrap()
-    })
-}
-
 /// Builds the network; afterwards the calling thread is the node.
 fn build() {
-    use nix::{mount::MsFlags, sched::CloneFlags};
-    nix::sched::unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("tests of the data plane need root");
-    nix::mount::mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-    nix::mount::mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    leave();
     // Addresses are good at once: until a link's own is, a node asks for no neighbour of it.
     sysctl("ipv6/conf/default/accept_dad", "0");
     sysctl("ipv6/conf/all/accept_dad", "0");
