@@ -6,9 +6,12 @@
 
 mod availability;
 mod extensions;
-mod tls;
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -26,6 +29,7 @@ use crate::{
     endpoints::{
         Body,
         proxy::service_target,
+        tls,
         transport::{Target, forward_over},
     },
     objects::{Object, Objects},
@@ -108,8 +112,10 @@ impl Aggregator {
         }
         let bundle = STANDARD.decode(spec["caBundle"].as_str().unwrap_or_default()).map_err(|e| e.to_string())?;
         let unchecked = spec["insecureSkipTLSVerify"] == true;
-        let tls =
-            tls::config(self.identity.as_ref(), (!unchecked).then_some(&bundle)).map_err(|error| error.to_string())?;
+        let pinned =
+            rustls_pemfile::certs(&mut bundle.as_slice()).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
+        let ca = (!unchecked).then_some((Path::new("caBundle"), pinned));
+        let tls = tls::config(self.identity.as_ref(), ca).map_err(|error| error.to_string())?;
         self.tls.lock().insert(service.name.clone(), (service.revision, Arc::clone(&tls)));
         Ok(tls)
     }

@@ -14,7 +14,10 @@ use kube_cel::cel::{
 };
 use serde_json::Value;
 
-use super::functions::ROOT;
+use super::{
+    functions::ROOT,
+    lex::{RESERVED, WORDS},
+};
 
 /// A text.
 pub(crate) fn string(text: &str) -> Cel {
@@ -121,33 +124,9 @@ pub(crate) fn json(value: &Cel) -> Result<Value, String> {
     })
 }
 
-const RESERVED: [&str; 21] = [
-    "true",
-    "false",
-    "null",
-    "in",
-    "as",
-    "break",
-    "const",
-    "continue",
-    "else",
-    "for",
-    "function",
-    "if",
-    "import",
-    "let",
-    "loop",
-    "package",
-    "namespace",
-    "return",
-    "var",
-    "void",
-    "while",
-];
-
 /// A property's name as expressions write it.
 pub(crate) fn escape(name: &str) -> String {
-    if RESERVED.contains(&name) {
+    if RESERVED.contains(&name) || WORDS.contains(&name) {
         return format!("__{name}__");
     }
     let mut out = String::with_capacity(name.len());

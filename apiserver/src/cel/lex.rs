@@ -24,7 +24,8 @@ const SYMBOLS: [&str; 27] = [
     "&&", "||", "==", "!=", "<=", ">=", "<", ">", "+", "-", "*", "/", "%", "!", "?", ":", ".", ",", "(", ")", "[", "]",
     "{", "}", "=", "&", "|",
 ];
-const WORDS: [&str; 4] = ["true", "false", "null", "in"];
+/// Words that are tokens of their own.
+pub(super) const WORDS: [&str; 4] = ["true", "false", "null", "in"];
 
 /// One token.
 #[derive(Debug)]

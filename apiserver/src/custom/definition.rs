@@ -3,9 +3,11 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
+    time::Duration,
 };
 
 use isopod_api::{gvk::Gvk, meta, structural::Structural};
+use jiff::Timestamp;
 use serde_json::Value;
 
 use super::{
@@ -109,6 +111,8 @@ pub(crate) struct Definition {
     pub(crate) conversion: Option<Conversion>,
     /// Whether the CRD is being deleted.
     pub(crate) terminating: bool,
+    /// When it was established, in whole seconds.
+    established: Option<Timestamp>,
     /// Changes with everything clients can see.
     pub(crate) hash: u64,
 }
@@ -138,6 +142,7 @@ impl Definition {
             storage,
             conversion: Conversion::new(&spec["conversion"], converter),
             terminating,
+            established: established(crd),
             hash: hasher.finish(),
             group,
         }
@@ -158,10 +163,29 @@ impl Definition {
         self.names[field].as_str().unwrap_or_default()
     }
 
+    /// Waits out the second in which it was established, as creations do (two seconds of them in Kubernetes), so that
+    /// times of whole seconds tell apart what came before objects and what came with them.
+    pub(crate) async fn settled(&self) {
+        let left = self.unsettled(Timestamp::now());
+        if !left.is_zero() {
+            tokio::time::sleep(left).await;
+        }
+    }
+
+    fn unsettled(&self, now: Timestamp) -> Duration {
+        let since = |time| now.duration_since(time).try_into().unwrap_or_default();
+        self.established.map_or(Duration::ZERO, |time| Duration::from_secs(1).saturating_sub(since(time)))
+    }
+
     /// Key prefix of the objects in the store.
     pub(crate) fn prefix(&self) -> String {
         prefix(&self.group, self.text("plural"))
     }
+}
+
+fn established(crd: &Value) -> Option<Timestamp> {
+    let conditions = crd["status"]["conditions"].as_array()?;
+    conditions.iter().find(|c| c["type"] == "Established")?["lastTransitionTime"].as_str()?.parse().ok()
 }
 
 /// Key prefix of a CRD's objects in the store.
@@ -213,6 +237,16 @@ pub(super) fn rank(version: &str) -> (u8, u64, u64, std::cmp::Reverse<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_new_definition_settles_within_its_second() {
+        let condition = serde_json::json!({"type": "Established", "lastTransitionTime": "2026-01-01T00:00:07Z"});
+        let definition = Definition::new(&serde_json::json!({"status": {"conditions": [condition]}}), None);
+        let left = |now: &str| definition.unsettled(now.parse().unwrap()).as_millis();
+        assert_eq!([left("2026-01-01T00:00:07.25Z"), left("2026-01-01T00:00:08Z")], [750, 0]);
+        assert_eq!(left("2026-01-01T00:00:06Z"), 1000, "a clock that went back delays no longer than that");
+        assert_eq!(Definition::new(&serde_json::json!({}), None).unsettled(Timestamp::now()), Duration::ZERO);
+    }
 
     #[test]
     fn versions_in_order() {

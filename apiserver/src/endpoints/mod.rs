@@ -8,6 +8,7 @@ mod connect;
 mod eviction;
 pub(crate) mod proxy;
 mod query;
+pub(crate) mod tls;
 mod tokens;
 pub(crate) mod transport;
 

@@ -3,7 +3,7 @@
 //! A request is passed on as it is, upgrades included: after a 101 the two connections are joined byte by byte, so every
 //! protocol between client and node (SPDY, WebSocket, a tunnel of one in the other) goes through untranslated.
 
-use std::{fs::File, io, io::BufReader, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header};
@@ -11,19 +11,14 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use isopod_api::status::Status;
-use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime},
-};
+use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
 };
 use tokio_rustls::TlsConnector;
 
-use super::Body;
+use super::{Body, tls};
 use crate::{Config, Error};
 
 /// How long a connection may take to come about.
@@ -80,41 +75,12 @@ pub(crate) struct Transport {
     unchecked: Arc<ClientConfig>,
 }
 
-fn pem_error(path: &Path) -> impl Fn(io::Error) -> Error + use<> {
-    let path = path.to_path_buf();
-    move |source| Error::Read { path: path.clone(), source }
-}
-
-/// The certificates of a file.
-pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let file = File::open(path).map_err(pem_error(path))?;
-    rustls_pemfile::certs(&mut BufReader::new(file)).collect::<Result<_, _>>().map_err(pem_error(path))
-}
-
-/// The private key of a file.
-pub(crate) fn key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
-    let file = File::open(path).map_err(pem_error(path))?;
-    let key = rustls_pemfile::private_key(&mut BufReader::new(file)).map_err(pem_error(path))?;
-    key.ok_or_else(|| Error::Content { path: path.to_path_buf(), reason: "no private key in it".to_owned() })
-}
-
 impl Transport {
     /// Reads the client certificate and the agents' CA.
     pub(crate) fn load(config: &Config) -> Result<Self, Error> {
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(&config.kubelet_ca)? {
-            roots.add(certificate)?;
-        }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let builder = || ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
-        let node = builder()?
-            .with_root_certificates(roots)
-            .with_client_auth_cert(certificates(&config.kubelet_client_cert)?, key(&config.kubelet_client_key)?)?;
-        let unchecked = builder()?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Unchecked(provider.clone())))
-            .with_no_client_auth();
-        Ok(Self { node: Arc::new(node), unchecked: Arc::new(unchecked) })
+        let identity = (config.kubelet_client_cert.clone(), config.kubelet_client_key.clone());
+        let ca = (config.kubelet_ca.as_path(), tls::certificates(&config.kubelet_ca)?);
+        Ok(Self { node: tls::config(Some(&identity), Some(ca))?, unchecked: tls::config(None, None)? })
     }
 
     async fn connect(&self, target: &Target) -> io::Result<Box<dyn Stream>> {
@@ -290,44 +256,5 @@ async fn join(client: hyper::upgrade::OnUpgrade, backend: hyper::upgrade::OnUpgr
     let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
     if let Err(error) = tokio::io::copy_bidirectional_with_sizes(&mut client, &mut backend, 32 << 10, 32 << 10).await {
         tracing::debug!(%error, "tunnel");
-    }
-}
-
-/// Accepts any certificate, but checks that its owner signed the handshake.
-#[derive(Debug)]
-pub(crate) struct Unchecked(pub(crate) Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Unchecked {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
     }
 }

@@ -113,8 +113,7 @@ impl Registry {
         let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
         let namespace = if resource.info.namespaced { namespace } else { "" };
         let key = key(namespace, name);
-        let dry_run = options.get("dryRun").and_then(Value::as_array).is_some_and(|d| !d.is_empty());
-        writer.options.dry_run |= dry_run;
+        writer.options.dry_run |= options.get("dryRun").and_then(Value::as_array).is_some_and(|d| !d.is_empty());
         writer.options.object = options.clone();
         let dry_run = writer.options.dry_run;
         loop {

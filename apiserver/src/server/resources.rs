@@ -279,6 +279,9 @@ fn body_kind(resource: &Resource, subresource: &str) -> Gvk {
 async fn create(app: &Arc<App>, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
     let body = take_body(&mut call).await?;
     let style = call.style;
+    if let Some(custom) = &resource.custom {
+        custom.definition.settled().await;
+    }
     let Input { mut writer, content_type } = input(&call, "CreateOptions", false)?;
     let info = &call.info;
     let gvk = body_kind(resource, &info.subresource);

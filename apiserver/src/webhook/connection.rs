@@ -1,6 +1,6 @@
 //! Connections to one webhook: TLS with its CA, kept while the far end is still an endpoint.
 
-use std::{fs, io, net::SocketAddr, sync::Arc};
+use std::{fs, io, net::SocketAddr, path::Path};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -11,11 +11,12 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use rustls::{CertificateError, ClientConfig, RootCertStore, pki_types::ServerName};
+use rustls::{CertificateError, pki_types::ServerName};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use super::Target;
+use crate::endpoints::tls;
 
 /// Idle connections of one webhook.
 const IDLE: usize = 16;
@@ -64,24 +65,11 @@ impl Pool {
     pub(super) fn new(target: &Target) -> Result<Self, String> {
         let system = || SYSTEM_ROOTS.iter().find_map(|path| fs::read(path).ok()).unwrap_or_default();
         let pem = if target.ca.is_empty() { system() } else { target.ca.clone() };
-        let mut roots = RootCertStore::empty();
-        for certificate in rustls_pemfile::certs(&mut pem.as_slice()).flatten() {
-            // A bundle may hold what rustls does not take; the others still count.
-            if let Err(error) = roots.add(certificate) {
-                tracing::debug!(host = target.host, %error, "a CA of a webhook");
-            }
-        }
-        if roots.is_empty() {
-            return Err("unable to load root certificates: unable to parse bytes as PEM block".into());
-        }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|e| e.to_string())?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+        let pinned = rustls_pemfile::certs(&mut pem.as_slice()).flatten().collect();
+        let config = tls::config(None, Some((Path::new("caBundle"), pinned)))
+            .map_err(|_| "unable to load root certificates: unable to parse bytes as PEM block")?;
         let name = ServerName::try_from(target.host.clone()).map_err(|e| e.to_string())?;
-        Ok(Self { tls: TlsConnector::from(Arc::new(config)), name, idle: Mutex::default() })
+        Ok(Self { tls: TlsConnector::from(config), name, idle: Mutex::default() })
     }
 
     /// A kept connection to one of the addresses.

@@ -14,7 +14,7 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, Certificate, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::{
     ServerConfig,
     pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
@@ -52,6 +52,23 @@ impl WebhookServer {
         let key = KeyPair::generate().unwrap();
         let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
         let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &issuer).unwrap();
+        Self::serve(&certificate, &key, ca_pem, Arc::new(answer)).await
+    }
+
+    /// Starts it with a certificate that signs itself, as a CA may, and is its own bundle.
+    pub(crate) async fn self_signed(
+        name: &str,
+        answer: impl Fn(Value) -> (u16, Value) + Send + Sync + 'static,
+    ) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut parameters = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = parameters.self_signed(&key).unwrap();
+        let pem = certificate.pem();
+        Self::serve(&certificate, &key, pem, Arc::new(answer)).await
+    }
+
+    async fn serve(certificate: &Certificate, key: &KeyPair, ca: String, answer: Answer) -> Self {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
         let config = ServerConfig::builder_with_provider(provider)
@@ -64,7 +81,7 @@ impl WebhookServer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let connections = Arc::new(AtomicUsize::new(0));
-        let (counted, answer): (_, Answer) = (Arc::clone(&connections), Arc::new(answer));
+        let counted = Arc::clone(&connections);
         let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 counted.fetch_add(1, Ordering::Relaxed);
@@ -78,7 +95,7 @@ impl WebhookServer {
                 });
             }
         });
-        Self { address, ca: ca_pem, connections, accepting: accepting.abort_handle() }
+        Self { address, ca, connections, accepting: accepting.abort_handle() }
     }
 
     /// A `clientConfig` that leads here.

@@ -81,3 +81,15 @@ async fn services_lead_to_their_endpoints() {
     let error = post(&client, &other, &objects, SHORT).await.unwrap_err();
     assert!(error.contains("no service port 1 found for service \"hook\""), "{error}");
 }
+
+#[tokio::test]
+async fn a_server_may_be_its_own_authority() {
+    let server = WebhookServer::self_signed("127.0.0.1", |body| (200, json!({"n": body["n"]}))).await;
+    let (client, objects) = (Client::default(), FakeObjects::new([]));
+    assert_eq!(post(&client, &server.config("/"), &objects, SHORT).await, Ok(json!({"n": 1})));
+    let mut wrong = server.config("/");
+    wrong["caBundle"] =
+        WebhookServer::self_signed("127.0.0.1", |_| (200, json!({}))).await.config("/")["caBundle"].clone();
+    let refused = post(&client, &wrong, &objects, SHORT).await.unwrap_err();
+    assert!(refused.contains("failed to verify certificate"), "{refused}");
+}

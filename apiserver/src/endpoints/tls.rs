@@ -1,6 +1,11 @@
-//! TLS towards extension servers.
+//! TLS towards nodes, pods, extension servers and webhooks: who we are, and whom we believe.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    fs::File,
+    io::{self, BufReader},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
@@ -9,28 +14,46 @@ use rustls::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_name,
     },
-    pki_types::{CertificateDer, ServerName, UnixTime},
+    crypto::CryptoProvider,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime},
     server::ParsedCertificate,
 };
 
-use crate::{
-    Error,
-    endpoints::transport::{Unchecked, certificates, key},
-};
+use crate::Error;
 
-/// How a server is spoken to: we show `identity`; its own certificate is checked with the CAs of `ca`, or not at all.
-pub(super) fn config(identity: Option<&(PathBuf, PathBuf)>, ca: Option<&Vec<u8>>) -> Result<Arc<ClientConfig>, Error> {
+fn pem_error(path: &Path) -> impl Fn(io::Error) -> Error + use<> {
+    let path = path.to_path_buf();
+    move |source| Error::Read { path: path.clone(), source }
+}
+
+/// The certificates of a file.
+pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let file = File::open(path).map_err(pem_error(path))?;
+    rustls_pemfile::certs(&mut BufReader::new(file)).collect::<Result<_, _>>().map_err(pem_error(path))
+}
+
+/// The private key of a file.
+pub(crate) fn key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
+    let file = File::open(path).map_err(pem_error(path))?;
+    let key = rustls_pemfile::private_key(&mut BufReader::new(file)).map_err(pem_error(path))?;
+    key.ok_or_else(|| Error::Content { path: path.to_path_buf(), reason: "no private key in it".to_owned() })
+}
+
+/// How a server is spoken to: we show `identity`; its own certificate is checked with CAs (and where they are from), or
+/// not at all.
+pub(crate) fn config(
+    identity: Option<&(PathBuf, PathBuf)>,
+    ca: Option<(&Path, Vec<CertificateDer<'static>>)>,
+) -> Result<Arc<ClientConfig>, Error> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let verifier: Arc<dyn ServerCertVerifier> = match ca {
         None => Arc::new(Unchecked(Arc::clone(&provider))),
-        Some(bundle) => {
-            let content = |reason: String| Error::Content { path: "caBundle".into(), reason };
-            let pinned: Vec<CertificateDer<'static>> = rustls_pemfile::certs(&mut bundle.as_slice())
-                .collect::<Result<_, _>>()
-                .map_err(|error| content(error.to_string()))?;
+        Some((path, pinned)) => {
             let mut roots = RootCertStore::empty();
+            // A bundle may hold what rustls does not take; the others still count.
             roots.add_parsable_certificates(pinned.iter().cloned());
             let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider));
+            let content = |reason: String| Error::Content { path: path.to_path_buf(), reason };
             let chain = chain.build().map_err(|error| content(error.to_string()))?;
             Arc::new(Bundle { chain, pinned })
         }
@@ -96,5 +119,44 @@ impl ServerCertVerifier for Bundle {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.chain.supported_verify_schemes()
+    }
+}
+
+/// Accepts any certificate, but checks that its owner signed the handshake.
+#[derive(Debug)]
+struct Unchecked(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Unchecked {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
     }
 }
