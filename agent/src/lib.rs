@@ -10,6 +10,7 @@ mod cgroups;
 pub mod config;
 mod context;
 mod events;
+mod grpc;
 mod host;
 pub mod images;
 mod metrics;

@@ -1,10 +1,10 @@
-//! One HTTP GET or gRPC health check of a probe or a hook.
+//! One HTTP GET of a probe or a hook.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::TokioIo;
 use rustls::{
     DigitallySignedStruct, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -89,7 +89,7 @@ impl Get {
     }
 }
 
-fn authority(host: &str, port: u16) -> String {
+pub(super) fn authority(host: &str, port: u16) -> String {
     if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
 
@@ -202,66 +202,6 @@ where
         }
         body.truncate(BODY);
         Ok(Answered { status, body: String::from_utf8_lossy(&body).into_owned(), location })
-    }
-    .await;
-    driver.abort();
-    result
-}
-
-/// gRPC health check (grpc.health.v1.Health/Check).
-pub(crate) async fn grpc(ip: IpAddr, port: u16, service: &str, timeout: Duration) -> Result<(), String> {
-    let target = authority(&ip.to_string(), port);
-    match tokio::time::timeout(timeout, health(ip, port, service)).await {
-        Ok(r) => r,
-        Err(_) => Err(format!("timeout: failed to connect service {target:?} within {timeout:?}")),
-    }
-}
-
-async fn health(ip: IpAddr, port: u16, service: &str) -> Result<(), String> {
-    let target = authority(&ip.to_string(), port);
-    let failed = |e: String| format!("error: health rpc probe failed: {e}");
-    let stream =
-        dial(ip, port).await.map_err(|e| format!("timeout: failed to connect service {target:?} within 1s: {e}"))?;
-    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
-        .await
-        .map_err(|e| failed(e.to_string()))?;
-    let driver = tokio::spawn(connection);
-    let result = async {
-        // HealthCheckRequest { string service = 1 } in one uncompressed gRPC frame.
-        let mut message = Vec::new();
-        if !service.is_empty() {
-            message.push(0x0a);
-            message.push(u8::try_from(service.len().min(127)).unwrap_or(127));
-            message.extend_from_slice(&service.as_bytes()[..service.len().min(127)]);
-        }
-        let mut frame = vec![0];
-        frame.extend_from_slice(&(message.len() as u32).to_be_bytes());
-        frame.extend_from_slice(&message);
-        let request = http::Request::post(format!("http://{target}/grpc.health.v1.Health/Check"))
-            .header("content-type", "application/grpc")
-            .header("te", "trailers")
-            .header("user-agent", "kube-probe/1.36")
-            .body(Full::new(Bytes::from(frame)))
-            .map_err(|e| failed(e.to_string()))?;
-        let response = sender.send_request(request).await.map_err(|e| failed(e.to_string()))?;
-        let early = response.headers().get("grpc-status").cloned();
-        let collected = response.into_body().collect().await.map_err(|e| failed(e.to_string()))?;
-        let status = collected.trailers().and_then(|t| t.get("grpc-status").cloned()).or(early);
-        let status = status.and_then(|s| s.to_str().ok().map(ToString::to_string)).unwrap_or_else(|| "0".into());
-        match status.as_str() {
-            "0" => {}
-            "12" => {
-                return Err(
-                    "error: this server does not implement the grpc health protocol (grpc.health.v1.Health)".into()
-                );
-            }
-            "5" => return Err(failed(format!("service {service:?} is unknown"))),
-            other => return Err(failed(format!("rpc error: code = {other}"))),
-        }
-        let body = collected.to_bytes();
-        // HealthCheckResponse { ServingStatus status = 1 }: SERVING is 1.
-        let serving = body.get(5..).is_some_and(|m| m == [0x08, 0x01]);
-        if serving { Ok(()) } else { Err("service unhealthy (responded with \"NOT_SERVING\")".into()) }
     }
     .await;
     driver.abort();

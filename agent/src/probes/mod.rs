@@ -2,6 +2,7 @@
 //!
 //! In: a running container. Out: [`Verdict`]s to the pod's worker, Unhealthy events. The counting is pure ([`Counter`]).
 
+mod grpc;
 pub(crate) mod http;
 
 use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
@@ -189,7 +190,7 @@ async fn once(t: &Target, kind: Kind, p: &Probe, timeout: Duration) -> Result<()
     }
     if let Some(g) = &p.grpc {
         let port = u16::try_from(g.port).map_err(|_| format!("invalid port {}", g.port))?;
-        return http::grpc(ip, port, g.service.as_deref().unwrap_or(""), timeout).await;
+        return grpc::check(ip, port, g.service.as_deref().unwrap_or(""), timeout).await;
     }
     Err("missing probe handler".into())
 }
