@@ -169,11 +169,11 @@ async fn load_images(local: &LocalImages, config: &Config) {
         }
     };
     let own = async {
-        let Some(name) = &config.control_plane_image else { return };
+        let Some(name) = &config.own_image else { return };
         match std::env::current_exe() {
             Ok(path) => {
                 if let Err(error) = local.assemble(name, &path, "isopod").await {
-                    tracing::error!(%error, image = name, "the control plane's image cannot be assembled");
+                    tracing::error!(%error, image = name, "isopod's own image cannot be assembled");
                 }
             }
             Err(error) => tracing::error!(%error, "the path of this executable"),

@@ -44,8 +44,8 @@ pub struct Config {
     pub cluster_cidr: ipnet::IpNet,
     /// Service addresses.
     pub service_cidr: ipnet::IpNet,
-    /// Name of the control plane's image to assemble from this executable, if any.
-    pub control_plane_image: Option<String>,
+    /// Name of the image to assemble from this executable, if any: the control plane's, and that of volumes' removers.
+    pub own_image: Option<String>,
 }
 
 /// The subset of `kubelet.config.k8s.io/v1beta1 KubeletConfiguration` that is honoured.

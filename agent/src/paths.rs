@@ -62,6 +62,11 @@ impl Paths {
         self.root.join("var/lib/isopod")
     }
 
+    /// Volumes of StorageClass `local`.
+    pub fn local_volumes(&self) -> PathBuf {
+        self.state().join("volumes")
+    }
+
     /// Unpacked images.
     pub fn image_store(&self) -> PathBuf {
         self.state().join("image-store")

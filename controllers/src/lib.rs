@@ -18,6 +18,7 @@ mod expectations;
 mod gc;
 mod job;
 mod load_balancer;
+mod local_volumes;
 mod namespace;
 mod node;
 mod ownership;
@@ -65,6 +66,10 @@ pub struct Config {
     pub leader_elect: bool,
     /// How long a silent node counts as healthy.
     pub node_grace: Duration,
+    /// Where the provisioner of the StorageClass `local` has its directories on every node.
+    pub local_volumes: String,
+    /// The image of isopod itself that every agent has.
+    pub image: String,
 }
 
 /// Why the controllers ended.
@@ -139,6 +144,7 @@ fn start(ctx: &Arc<Context>, root_ca: String) {
     cluster_role::start(ctx);
     certificates::start(ctx);
     volumes::start(ctx);
+    local_volumes::start(ctx);
     autoscaler::start(ctx);
     node::eviction::start(ctx);
     node::pod_gc::start(ctx);
@@ -161,6 +167,8 @@ mod tests {
             root_ca: ca.into(),
             leader_elect: false,
             node_grace: Duration::from_secs(50),
+            local_volumes: "/volumes".into(),
+            image: "isopod".into(),
         }
     }
 

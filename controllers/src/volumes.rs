@@ -1,11 +1,12 @@
 //! PersistentVolumes and claims: binds each claim to a volume that fits, follows reclaim policies, and keeps both from
 //! going while they are in use.
 //!
-//! No provisioning here: claims of classes with a provisioner wait for it. Binding has two sides (the volume's claimRef, the
+//! No provisioning here: claims of classes with a provisioner are marked for it and wait. Binding has two sides (the volume's claimRef, the
 //! claim's volumeName); either may be written first, by an administrator, the scheduler or this controller, and the other
 //! follows.
 
 use crate::context::Context;
+use crate::local_volumes::{ASKED, SELECTED_NODE};
 use crate::pods;
 use isopod_client::objects::{DeleteOptions, HasMeta, is_not_found};
 use isopod_client::quantity::value;
@@ -19,9 +20,11 @@ use std::sync::Arc;
 const NAME: &str = "persistentvolume-binder-controller";
 const BIND_COMPLETED: &str = "pv.kubernetes.io/bind-completed";
 const BOUND_BY_CONTROLLER: &str = "pv.kubernetes.io/bound-by-controller";
+/// The older name of the annotation that marks a claim for its provisioner; some drivers look for it only.
+const ASKED_BEFORE: &str = "volume.beta.kubernetes.io/storage-provisioner";
 const CLAIM_PROTECTION: &str = "kubernetes.io/pvc-protection";
 const VOLUME_PROTECTION: &str = "kubernetes.io/pv-protection";
-const DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
+pub(crate) const DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Work {
@@ -225,7 +228,8 @@ impl Controller {
             new.status.get_or_insert_default().phase = Some("Pending".into());
             self.write(claim, &new, "status").await?;
         }
-        if late {
+        let selected = claim.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(SELECTED_NODE));
+        if late && !selected {
             let text = "waiting for first consumer to be created before binding";
             self.recorder.normal(claim, "WaitForFirstConsumer", text);
         } else if let Some(class) = class.filter(|c| c.provisioner != "kubernetes.io/no-provisioner") {
@@ -236,6 +240,12 @@ impl Controller {
                 class.provisioner
             );
             self.recorder.normal(claim, "ExternalProvisioning", text);
+            let mut new = claim.clone();
+            new.metadata
+                .annotations
+                .get_or_insert_default()
+                .extend([ASKED, ASKED_BEFORE].map(|key| (key.to_owned(), class.provisioner.clone())));
+            self.write(claim, &new, "").await?;
         } else {
             let text = "no persistent volumes available for this claim and no storage class is set";
             self.recorder.normal(claim, "FailedBinding", text);

@@ -84,6 +84,7 @@ pub(crate) fn manifests(paths: &Paths, settings: &Settings) -> Result<()> {
             ("pki", show(paths.pki())),
             ("etc", show(paths.etc())),
             ("data", show(data)),
+            ("volumes", show(paths.local_volumes())),
         ],
     )
 }

@@ -45,6 +45,9 @@ enum Command {
     Scheduler(commands::scheduler::Args),
     /// Run the controllers (used by their static pod).
     ControllerManager(commands::controller_manager::Args),
+    /// Remove the directory of a volume (used by the pods that empty volumes of StorageClass `local`).
+    #[command(hide = true)]
+    RemoveVolume(commands::remove_volume::Args),
     /// Print the version.
     Version,
 }
@@ -86,6 +89,7 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Apiserver(args) => commands::apiserver::run(args),
         Command::Scheduler(args) => commands::scheduler::run(args),
         Command::ControllerManager(args) => commands::controller_manager::run(args),
+        Command::RemoveVolume(args) => commands::remove_volume::run(&args),
         Command::Version => {
             println!("isopod {} (Kubernetes v1.36.2)", env!("CARGO_PKG_VERSION"));
             Ok(())

@@ -45,7 +45,7 @@ mod tests {
     #[test]
     fn every_placeholder_is_known_and_the_result_is_a_pod() {
         let values: Vec<(&str, String)> =
-            ["image", "api_port", "node_ip", "service_cidr", "pod_cidr", "pki", "data", "etc"]
+            ["image", "api_port", "node_ip", "service_cidr", "pod_cidr", "pki", "data", "etc", "volumes"]
                 .into_iter()
                 .map(|name| (name, if name == "api_port" { "6443".to_owned() } else { format!("/{name}") }))
                 .collect();

@@ -35,7 +35,7 @@ fn needed(ctx: &Context, images: &[ImageInfo]) -> Vec<String> {
         lists.into_iter().flatten().flatten().map(|c| c.image_id.as_str()).collect::<Vec<_>>()
     });
     let wanted: std::collections::HashSet<&str> = statuses.collect();
-    let own = ctx.config.control_plane_image.as_deref();
+    let own = ctx.config.own_image.as_deref();
     // What pods ask for counts before a container of it runs, and for volumes made of images.
     let asked: Vec<String> = pods.iter().filter_map(|s| s.pod.spec.as_ref()).flat_map(asked).collect();
     let means =

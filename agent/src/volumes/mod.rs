@@ -27,6 +27,9 @@ use crate::{
     spec::{BindMount, expand::expand, field::Addresses},
 };
 
+/// Whose volumes are directories that the first pod's node makes.
+const LOCAL_PROVISIONER: &str = "isopod.dev/local";
+
 /// A volume that could not be set up.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("MountVolume.SetUp failed for volume \"{volume}\" : {message}")]
@@ -134,11 +137,11 @@ async fn plain_volume(
     } else if let Some(h) = &v.host_path {
         writable(plain::host_path(h).map_err(error)?)
     } else if let Some(c) = &v.persistent_volume_claim {
-        let path = claim(ctx, namespace, &c.claim_name).await.map_err(error)?;
+        let path = claim(ctx, pod, namespace, &c.claim_name).await.map_err(error)?;
         Ready { path, read_only: c.read_only == Some(true) }
     } else if v.ephemeral.is_some() {
         let name = format!("{}-{}", pod.metadata.name.as_deref().unwrap_or_default(), v.name);
-        writable(claim(ctx, namespace, &name).await.map_err(error)?)
+        writable(claim(ctx, pod, namespace, &name).await.map_err(error)?)
     } else {
         return Err(error("no volume plugin matched: this kind of volume is not supported".into()));
     };
@@ -146,7 +149,7 @@ async fn plain_volume(
 }
 
 /// The directory of a bound claim: local and hostPath volumes.
-async fn claim(ctx: &Context, namespace: &str, name: &str) -> Result<PathBuf, String> {
+async fn claim(ctx: &Context, pod: &Pod, namespace: &str, name: &str) -> Result<PathBuf, String> {
     let client = ctx.api.wait().await.ok_or("there is no API server")?;
     let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client.clone(), namespace);
     let claim = claims.get(name).await.map_err(|e| e.to_string())?;
@@ -154,13 +157,15 @@ async fn claim(ctx: &Context, namespace: &str, name: &str) -> Result<PathBuf, St
     let volume = claim.spec.and_then(|s| s.volume_name).filter(|_| bound);
     let volume = volume.ok_or_else(|| format!("PersistentVolumeClaim {name} is not bound"))?;
     let volumes: kube::Api<PersistentVolume> = kube::Api::all(client);
-    let spec = volumes.get(&volume).await.map_err(|e| e.to_string())?.spec.unwrap_or_default();
+    let found = volumes.get(&volume).await.map_err(|e| e.to_string())?;
+    let by = found.metadata.annotations.as_ref().and_then(|a| a.get("pv.kubernetes.io/provisioned-by"));
+    let ours = by.is_some_and(|by| by == LOCAL_PROVISIONER);
+    let spec = found.spec.unwrap_or_default();
     if let Some(h) = &spec.host_path {
         return plain::host_path(h);
     }
     let local = spec.local.ok_or_else(|| format!("PersistentVolume {volume} is of a kind that is not supported"))?;
-    let path = PathBuf::from(&local.path);
-    if path.exists() { Ok(path) } else { Err(format!("path {:?} does not exist", local.path)) }
+    plain::local(&local.path, ours, fs_group(pod))
 }
 
 /// One content volume.

@@ -1,4 +1,4 @@
-//! emptyDir, hostPath and the ownership a pod's group gets.
+//! emptyDir, hostPath, local and the ownership a pod's group gets.
 
 use std::{
     fs, io,
@@ -82,6 +82,24 @@ pub(crate) fn host_path(source: &HostPathVolumeSource) -> Result<PathBuf, String
     what.map(|()| path).map_err(|what| format!("hostPath type check failed: {} is not {what}", source.path))
 }
 
+/// The directory of a local volume, which is made when it is to be: anyone may write, as the class has no owner to go by.
+pub(crate) fn local(path: &str, make: bool, gid: Option<u32>) -> Result<PathBuf, String> {
+    let target = PathBuf::from(path);
+    let context = |what: &str| {
+        let text = format!("{what} {path}");
+        move |e: io::Error| format!("{text}: {e}")
+    };
+    if make && !target.exists() {
+        fs::create_dir_all(&target).map_err(context("create"))?;
+        fs::set_permissions(&target, fs::Permissions::from_mode(0o777)).map_err(context("chmod"))?;
+    }
+    let meta = fs::metadata(&target).map_err(|_| format!("path {path:?} does not exist"))?;
+    if let Some(gid) = gid.filter(|gid| meta.is_dir() && meta.gid() != *gid) {
+        own(&target, gid, true).map_err(context("chown"))?;
+    }
+    Ok(target)
+}
+
 /// Gives a tree to a group: everyone in it may read, write and, in directories, create.
 pub(crate) fn own(root: &Path, gid: u32, writable: bool) -> io::Result<()> {
     let mask = if writable { 0o660 } else { 0o440 };
@@ -128,6 +146,19 @@ mod tests {
             host_path(&HostPathVolumeSource { path: "/dev/null".into(), type_: Some("CharDevice".into()) }).is_ok()
         );
         assert!(of("x/y", "").unwrap().is_dir());
+    }
+
+    #[test]
+    fn local_volumes_are_made_only_for_the_provisioner() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/v");
+        let path = path.to_str().unwrap();
+        assert!(local(path, false, None).unwrap_err().ends_with("does not exist"));
+        let meta = fs::metadata(local(path, true, Some(77)).unwrap()).unwrap();
+        assert_eq!((meta.mode() & 0o7777, meta.gid()), (0o2777, 77));
+        fs::write(dir.path().join("a/v/f"), "kept").unwrap();
+        local(path, true, Some(77)).unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("a/v/f")).unwrap(), "kept");
     }
 
     #[test]

@@ -146,7 +146,25 @@ fn spec(e: &mut Errs, at: &At<'_>) {
         e.dns_label(&service);
     }
     selector_and_template(e, at, "statefulset");
-    for_replicas(e, at);
+    for_replicas(e, &At::new(at.path.clone(), &with_claims(at.v)));
+}
+
+/// The spec with each claim template as a volume of the pods, as the controller will make them: containers may mount them.
+fn with_claims(spec: &Value) -> Value {
+    let mut spec = spec.clone();
+    let claims = spec["volumeClaimTemplates"].as_array().cloned().unwrap_or_default();
+    let Some(pod) = spec.pointer_mut("/template/spec").filter(|pod| pod.is_object()) else { return spec };
+    if pod["volumes"].is_null() {
+        pod["volumes"] = json!([]);
+    }
+    if let Some(volumes) = pod["volumes"].as_array_mut() {
+        for name in claims.iter().filter_map(|claim| claim["metadata"]["name"].as_str()) {
+            if !volumes.iter().any(|volume| volume["name"] == name) {
+                volumes.push(json!({"name": name, "persistentVolumeClaim": {"claimName": name}}));
+            }
+        }
+    }
+    spec
 }
 
 fn update_strategy(e: &mut Errs, at: &At<'_>) {

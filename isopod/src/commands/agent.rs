@@ -89,7 +89,6 @@ impl Node {
             })
             .collect();
         let kubeconfig = kubeconfig.unwrap_or_else(|| paths.kubeconfig("agent"));
-        let control_plane = paths.pki().join("ca.key").exists();
         let resolv_conf = kubelet.resolv_conf.clone();
         Ok(Self {
             agent: isopod_agent::Config {
@@ -105,7 +104,7 @@ impl Node {
                 client_ca: paths.pki().join("ca.crt"),
                 cluster_cidr: settings.pod_cidr,
                 service_cidr: settings.service_cidr,
-                control_plane_image: control_plane.then(|| manifests::IMAGE.to_owned()),
+                own_image: Some(manifests::IMAGE.to_owned()),
             },
             proxy: isopod_netproxy::Config {
                 node_ips: vec![settings.node_ip],

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 
+use crate::manifests;
+
 /// Options of the controllers.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -26,6 +28,9 @@ pub(crate) struct Args {
     /// Act only while holding the lease: for several control-plane machines.
     #[arg(long)]
     leader_elect: bool,
+    /// Directory, on every node, of the volumes of StorageClass `local`.
+    #[arg(long, default_value = "/var/lib/isopod/volumes", value_name = "DIR")]
+    local_volumes: String,
     /// How long a silent node counts as healthy, in seconds.
     #[arg(long, default_value_t = 50, value_name = "SECONDS")]
     node_monitor_grace_period: u64,
@@ -44,6 +49,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
         root_ca: pki("ca.crt"),
         leader_elect: args.leader_elect,
         node_grace: std::time::Duration::from_secs(args.node_monitor_grace_period),
+        local_volumes: args.local_volumes,
+        image: manifests::IMAGE.to_owned(),
     };
     let kubeconfig = args.kubeconfig;
     super::serve(1, |stop| async move {

@@ -3,6 +3,8 @@
 //! In: the set, its pods, its ControllerRevisions. Out: at most the next steps that the order allows; pods named
 //! `<set>-<ordinal>`, their claims, revisions, status.
 
+mod claims;
+
 use crate::context::Context;
 use crate::deployment::plan::{scaled, short_hash};
 use crate::ownership::{claim, controller};
@@ -15,9 +17,7 @@ use isopod_client::select::Selector;
 use isopod_client::{Queue, Recorder, spawn_workers};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{ControllerRevision, StatefulSet, StatefulSetStatus};
-use k8s_openapi::api::core::v1::{
-    PersistentVolumeClaim, PersistentVolumeClaimVolumeSource, Pod, PodTemplateSpec, Volume,
-};
+use k8s_openapi::api::core::v1::{PersistentVolumeClaimVolumeSource, Pod, PodTemplateSpec, Volume};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -207,6 +207,7 @@ impl Controller {
         let goal = Goal::of(&set);
         let now = Timestamp::now();
         let steps = plan(&goal, &numbered, &update, old.current_replicas.unwrap_or(0), now);
+        claims::own(&self.ctx, &set, &goal, &numbered).await?;
         let mut result = Ok(());
         for step in steps {
             result = self.apply(&set, &step, &history, &current, &update).await;
@@ -214,7 +215,6 @@ impl Controller {
                 break;
             }
         }
-        self.retain_claims(&set, &goal, &numbered).await?;
         let status = status(&set, &goal, &numbered, &current, &update, now);
         if set.status.as_ref() != Some(&status) {
             let mut new = (*set).clone();
@@ -279,7 +279,7 @@ impl Controller {
         revision: &str,
     ) -> Result<(), kube::Error> {
         let pod = pod_for(set, n, template, revision);
-        for claim in claims_for(set, n) {
+        for claim in claims::of(set, n) {
             if self.ctx.caches.claims.get(claim.namespace(), claim.name()).is_some() {
                 continue;
             }
@@ -328,51 +328,12 @@ impl Controller {
             }
         }
     }
-
-    /// Deletes the claims of ordinals that were scaled away, when the retention policy says so.
-    async fn retain_claims(
-        &self,
-        set: &StatefulSet,
-        goal: &Goal,
-        owned: &[(i32, Arc<Pod>)],
-    ) -> Result<(), kube::Error> {
-        let policy = set.spec.as_ref().and_then(|s| s.persistent_volume_claim_retention_policy.as_ref());
-        if policy.and_then(|p| p.when_scaled.as_deref()) != Some("Delete") {
-            return Ok(());
-        }
-        let templates = set.spec.as_ref().and_then(|s| s.volume_claim_templates.as_ref());
-        for template in templates.into_iter().flatten() {
-            let prefix = format!("{}-{}", template.name(), set.name());
-            for claim in self.ctx.caches.claims.in_namespace(set.namespace()) {
-                let Some(n) = ordinal(&prefix, claim.name()) else { continue };
-                let beyond = n < goal.start || n >= goal.start + goal.replicas;
-                if beyond && !claim.deleting() && !owned.iter().any(|(o, _)| *o == n) {
-                    let options = DeleteOptions::uid(claim.uid());
-                    self.ctx.objects.delete::<PersistentVolumeClaim>(claim.namespace(), claim.name(), &options).await?;
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 fn template_of(set: &StatefulSet, history: &[Arc<ControllerRevision>], name: &str) -> PodTemplateSpec {
     let stored = history.iter().find(|r| r.name() == name).and_then(|r| r.data.as_ref());
     let stored = stored.and_then(|d| serde_json::from_value(d.0.pointer("/spec/template")?.clone()).ok());
     stored.unwrap_or_else(|| set.spec.as_ref().map(|s| s.template.clone()).unwrap_or_default())
-}
-
-fn claims_for(set: &StatefulSet, n: i32) -> Vec<PersistentVolumeClaim> {
-    let spec = set.spec.clone().unwrap_or_default();
-    let labels = spec.selector.match_labels.unwrap_or_default();
-    let named = |mut claim: PersistentVolumeClaim| {
-        claim.metadata.name = Some(format!("{}-{}-{n}", claim.name(), set.name()));
-        claim.metadata.namespace = Some(set.namespace().to_owned());
-        claim.metadata.labels.get_or_insert_default().extend(labels.clone());
-        claim.status = None;
-        claim
-    };
-    spec.volume_claim_templates.into_iter().flatten().map(named).collect()
 }
 
 fn pod_for(set: &StatefulSet, n: i32, template: &PodTemplateSpec, revision: &str) -> Pod {
@@ -521,7 +482,7 @@ mod tests {
         assert_eq!(pod.name(), "s-1");
         let spec = pod.spec.unwrap();
         assert_eq!((spec.hostname.as_deref(), spec.subdomain.as_deref()), (Some("s-1"), Some("svc")));
-        assert_eq!(claims_for(&set, 1)[0].name(), "data-s-1");
+        assert_eq!(claims::of(&set, 1)[0].name(), "data-s-1");
         assert_eq!(spec.volumes.unwrap()[0].persistent_volume_claim.as_ref().unwrap().claim_name, "data-s-1");
     }
 }
