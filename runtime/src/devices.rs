@@ -6,7 +6,7 @@ use std::{
 };
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chmodat, chownat, makedev, mknodat, symlinkat};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chownat, makedev, mknodat, symlinkat};
 
 use crate::{
     error::{Context, Error, Result},
@@ -104,9 +104,8 @@ impl Node {
         let what = || format!("create device {}", self.path.display());
         if !*bind {
             match mknodat(parent, name, self.kind, Mode::from_raw_mode(self.mode), makedev(self.major, self.minor)) {
+                // The umask is empty here: the mode is whole, and no chmod could be led through a link put in its place.
                 Ok(()) => {
-                    // The umask took its share of the mode.
-                    chmodat(parent, name, Mode::from_raw_mode(self.mode), AtFlags::empty()).context(what)?;
                     if let Some((uid, gid)) = self.owner.filter(|&o| o != (0, 0)) {
                         let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
                         chownat(parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW).context(what)?;

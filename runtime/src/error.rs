@@ -59,6 +59,17 @@ impl Error {
         Self { kind: Kind::System, what: what.into(), errno: cause.raw_os_error(), cause: Some(text(&cause)) }
     }
 
+    /// No longer than a message may be: names from a hostile configuration are in it.
+    #[must_use]
+    pub(crate) fn short(mut self) -> Self {
+        const LONGEST: usize = 4096;
+        if self.what.len() > LONGEST {
+            self.what.truncate(self.what.floor_char_boundary(LONGEST));
+            self.what.push_str("...");
+        }
+        self
+    }
+
     /// What a caller can do about it.
     #[must_use]
     pub fn kind(&self) -> Kind {

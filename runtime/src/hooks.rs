@@ -3,11 +3,14 @@
 use std::{
     io::Write,
     os::unix::process::{CommandExt, ExitStatusExt},
-    process::{Command, Stdio},
-    time::{Duration, Instant},
+    process::{Child, Command, Stdio},
 };
 
 use oci_spec::runtime::Hook;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
 
 use crate::error::{Error, Kind, Result};
 
@@ -36,26 +39,27 @@ fn run_one(hook: &Hook, state: &[u8]) -> Result<()> {
         // A hook that does not read its state is no error.
         drop(stdin.write_all(state));
     }
-    let deadline = hook.timeout().filter(|&t| t > 0).map(|t| Instant::now() + Duration::from_secs(t as u64));
-    let status = loop {
-        match deadline {
-            None => break child.wait(),
-            Some(at) => match child.try_wait() {
-                Ok(None) if Instant::now() < at => std::thread::sleep(Duration::from_millis(2)),
-                Ok(None) => {
-                    drop(child.kill());
-                    drop(child.wait());
-                    return Err(Error::new(Kind::System, "timed out and was killed"));
-                }
-                Ok(Some(status)) => break Ok(status),
-                Err(e) => break Err(e),
-            },
-        }
-    };
-    let status = status.map_err(|e| Error::system("wait", e))?;
+    if let Some(seconds) = hook.timeout().filter(|&t| t > 0)
+        && !ends_within(&child, seconds)
+    {
+        drop(child.kill());
+        drop(child.wait());
+        return Err(Error::new(Kind::System, "timed out and was killed"));
+    }
+    let status = child.wait().map_err(|e| Error::system("wait", e))?;
     match (status.code(), status.signal()) {
         (Some(0), _) => Ok(()),
         (Some(code), _) => Err(Error::new(Kind::System, format!("exited with {code}"))),
         (None, signal) => Err(Error::new(Kind::System, format!("was killed by signal {}", signal.unwrap_or(0)))),
     }
+}
+
+/// Waits for a process's end, so many seconds.
+fn ends_within(child: &Child, seconds: i64) -> bool {
+    let timeout = Timespec { tv_sec: seconds, tv_nsec: 0 };
+    // Not yet waited for, so the pid is its own.
+    let Some(pid) = Pid::from_raw(child.id() as i32) else { return true };
+    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return true };
+    let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+    !matches!(poll(&mut fds, Some(&timeout)), Ok(0))
 }

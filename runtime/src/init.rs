@@ -5,7 +5,6 @@
 //! last, seccomp as late as no_new_privs permits.
 
 use std::{
-    fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
@@ -36,6 +35,9 @@ use crate::{
 /// Sets the container up and runs its program.
 pub(crate) fn main(prepared: &Prepared<'_>, channel: &Channel) -> ! {
     die_with_maker();
+    if !prepared.userns {
+        hide();
+    }
     sys::close_all_except(&mut launch::kept(prepared, channel));
     match set_up(prepared, channel) {
         Ok(ready) => run(ready, &prepared.wiring, channel),
@@ -58,9 +60,15 @@ fn die_with_maker() {
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
 }
 
+/// Until the program runs, processes that share the PID namespace may not look into this one, which holds descriptors of
+/// the host (CVE-2016-9962). In a user namespace of its own only from [`finish`] on: before, its maker writes its maps.
+fn hide() {
+    let _ = nix::sys::prctl::set_dumpable(false);
+}
+
 fn fail(channel: &Channel, error: Error) -> ! {
     let code = error.exit_code();
-    drop(channel.report(&Report::Failed(error), None));
+    drop(channel.report(&Report::Failed(error.short()), None));
     sys::exit_now(code)
 }
 
@@ -76,7 +84,7 @@ struct Ready {
 fn run(ready: Ready, wiring: &Wiring, channel: &Channel) -> ! {
     let error = match wait_and_run(&ready, wiring, channel) {
         Ok(never) => match never {},
-        Err(error) => error,
+        Err(error) => error.short(),
     };
     let code = error.exit_code();
     match &wiring.gate {
@@ -129,9 +137,7 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
         userns: p.userns,
         idmaps: &p.idmaps,
     };
-    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-        mounts::mount_one(&context, index, mount)?;
-    }
+    let kernel = mounts::mount_all(&context, spec.mounts().as_deref().unwrap_or_default())?;
     if !binds_dev(spec) {
         devices::populate(&root, linux.devices().as_deref().unwrap_or_default(), p.userns)?;
     }
@@ -141,10 +147,10 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
         hooks::run("createContainer", all.create_container().as_ref(), &state)?;
     }
     for path in linux.readonly_paths().iter().flatten() {
-        mounts::make_read_only(&root, Path::new(path))?;
+        kernel.make_read_only(&root, Path::new(path))?;
     }
     for path in linux.masked_paths().iter().flatten() {
-        mounts::mask(&root, Path::new(path), null.as_fd())?;
+        kernel.mask(&root, Path::new(path), null.as_fd())?;
     }
     process::ensure_cwd(&root, process.cwd());
     let read_only = spec.root().as_ref().and_then(|r| r.readonly()).unwrap_or(false);
@@ -229,7 +235,9 @@ fn time_namespace(p: &Prepared<'_>) -> Result<()> {
         root::write_below(p.proc.as_fd(), "self/timens_offsets", line.as_bytes())
             .context(|| format!("set time offset {line:?}"))?;
     }
-    let file = File::open("/proc/self/ns/time_for_children").context(|| "open time namespace".into())?;
+    let file =
+        rustix::fs::openat(&p.proc, "self/ns/time_for_children", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .context(|| "open time namespace".into())?;
     move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Time)).context(|| "enter time namespace".into())
 }
 
@@ -322,8 +330,7 @@ fn stdio(stdio: &Stdio, slave: Option<&OwnedFd>, null: BorrowedFd<'_>, process: 
 fn join(p: &PreparedExec<'_>, channel: &Channel) -> Result<Ready> {
     let mut warn = |text: String| drop(channel.report(&Report::Warning(text), None));
     if !p.userns {
-        // Until the program runs, processes of the container may not look into this one (CVE-2016-9962).
-        nix::sys::prctl::set_dumpable(false).context(|| "become undumpable".into())?;
+        hide();
     }
     let affinity = p.process.exec_cpu_affinity().as_ref();
     if let Some(cpus) = affinity.and_then(|a| a.initial().as_deref()) {
@@ -423,6 +430,9 @@ fn finish(f: Finish<'_>) -> Result<Ready> {
         if let Some(listener) = listener {
             f.channel.report(&Report::Listener, Some(listener.as_fd()))?;
         }
+    }
+    if f.userns {
+        hide();
     }
     // As root first: a directory only root may enter is still the one that was asked for.
     let entered = process::enter_cwd(process.cwd());

@@ -361,11 +361,15 @@ fn write_id_maps(pid: i32, uids: Option<&[LinuxIdMapping]>, gids: Option<&[Linux
     let text = |maps: Option<&[LinuxIdMapping]>| -> String {
         maps.into_iter().flatten().map(|m| format!("{} {} {}\n", m.container_id(), m.host_id(), m.size())).collect()
     };
-    let write = |file: &str, value: &str| std::fs::write(format!("/proc/{pid}/{file}"), value);
+    let proc = root::host_proc()?;
+    let write = |file: &str, value: &str| root::write_below(proc.as_fd(), &format!("{pid}/{file}"), value.as_bytes());
     if !rustix::process::geteuid().is_root() {
         drop(write("setgroups", "deny"));
     }
     for (file, tool, maps) in [("uid_map", "newuidmap", uids), ("gid_map", "newgidmap", gids)] {
+        if maps.is_none_or(<[_]>::is_empty) {
+            continue;
+        }
         match write(file, &text(maps)) {
             Err(e) if e.raw_os_error() == Some(libc::EPERM) => map_with_tool(tool, pid, maps)?,
             other => other.context(|| format!("write {file} of the user namespace"))?,

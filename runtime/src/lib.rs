@@ -14,6 +14,7 @@ mod hooks;
 mod init;
 mod launch;
 mod lsm;
+mod masks;
 mod mount_options;
 mod mounts;
 mod passwd;

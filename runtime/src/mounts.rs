@@ -19,8 +19,9 @@ use rustix::{
 use crate::{
     cgroups::CgroupView,
     error::{Context, Error, Result},
+    masks::KernelMounts,
     mount_options::{self, MountOptions},
-    root::{PROC_MAGIC, Root, SYSFS_MAGIC, is_on},
+    root::{PROC_MAGIC, Root, is_on},
     sys::{MountAttributes, mount_setattr},
 };
 
@@ -107,8 +108,16 @@ pub(crate) struct MountContext<'a> {
     pub(crate) idmaps: &'a [Option<OwnedFd>],
 }
 
-/// Makes the `index`th mount of the configuration.
-pub(crate) fn mount_one(context: &MountContext<'_>, index: usize, mount: &Mount) -> Result<()> {
+/// Makes the mounts of the configuration.
+pub(crate) fn mount_all(context: &MountContext<'_>, mounts: &[Mount]) -> Result<KernelMounts> {
+    let mut kernel = KernelMounts::default();
+    for (index, mount) in mounts.iter().enumerate() {
+        kernel.mounted(mount.destination(), mount_one(context, index, mount)?);
+    }
+    Ok(kernel)
+}
+
+fn mount_one(context: &MountContext<'_>, index: usize, mount: &Mount) -> Result<OwnedFd> {
     let options = mount_options::parse(mount.options().as_deref().unwrap_or_default())?;
     let destination = mount.destination();
     let kind = mount.typ().as_deref().unwrap_or(if options.bind { "bind" } else { "none" });
@@ -124,7 +133,7 @@ pub(crate) fn mount_one(context: &MountContext<'_>, index: usize, mount: &Mount)
     result.map_err(|e| e.within(format_args!("mount {kind} on {}", destination.display())))
 }
 
-fn bind(context: &MountContext<'_>, index: usize, mount: &Mount, options: &MountOptions) -> Result<()> {
+fn bind(context: &MountContext<'_>, index: usize, mount: &Mount, options: &MountOptions) -> Result<OwnedFd> {
     let source = mount.source().as_ref().ok_or_else(|| Error::invalid("a bind mount needs a source"))?;
     let source = if source.is_absolute() { source.clone() } else { context.bundle.join(source) };
     let tree = clone_tree(CWD, &source, options.recursive).context(|| format!("open source {}", source.display()))?;
@@ -137,7 +146,8 @@ fn bind(context: &MountContext<'_>, index: usize, mount: &Mount, options: &Mount
     let target = if is_dir { context.root.ensure_dir(destination)? } else { context.root.ensure_file(destination)? };
     refuse_procfs(target.as_fd(), destination)?;
     attach(tree.as_fd(), target.as_fd()).context(|| "attach".into())?;
-    propagate(tree.as_fd(), options)
+    propagate(tree.as_fd(), options)?;
+    Ok(tree)
 }
 
 /// Applies the mappings of an idmapped mount.
@@ -152,14 +162,13 @@ fn map_ids(context: &MountContext<'_>, index: usize, mount: BorrowedFd<'_>, opti
     mount_setattr(mount, attributes).context(|| "map ids".into())
 }
 
-fn kernel_fs(context: &MountContext<'_>, kind: &str, mount: &Mount, options: &MountOptions) -> Result<()> {
+fn kernel_fs(context: &MountContext<'_>, kind: &str, mount: &Mount, options: &MountOptions) -> Result<OwnedFd> {
     let destination = mount.destination();
-    let target = context.root.ensure_dir(destination)?;
+    drop(context.root.ensure_dir(destination)?);
     // CVE-2019-16884 and kin: through a symlink the mount would land elsewhere and the masks with it.
-    let exact = context.root.open_exact(destination, OFlags::PATH | OFlags::DIRECTORY);
-    if exact.is_err() {
-        return Err(Error::invalid(format!("{kind} must be mounted on an ordinary directory, not through a symlink")));
-    }
+    let target = context.root.open_exact(destination, OFlags::PATH | OFlags::DIRECTORY).map_err(|_| {
+        Error::invalid(format!("{kind} must be mounted on an ordinary directory, not through a symlink"))
+    })?;
     let made = new_file_system(kind, Some(kind), &options.data, options.set).or_else(|e| {
         // A user namespace that does not own the network namespace may not mount sysfs: bind the host's.
         if context.userns && e.raw_os_error() == Some(libc::EPERM) {
@@ -172,7 +181,8 @@ fn kernel_fs(context: &MountContext<'_>, kind: &str, mount: &Mount, options: &Mo
     });
     let made = made.context(|| "create".into())?;
     attach(made.as_fd(), target.as_fd()).context(|| "attach".into())?;
-    propagate(made.as_fd(), options)
+    propagate(made.as_fd(), options)?;
+    Ok(made)
 }
 
 fn file_system(
@@ -181,7 +191,7 @@ fn file_system(
     kind: &str,
     mount: &Mount,
     options: &MountOptions,
-) -> Result<()> {
+) -> Result<OwnedFd> {
     let destination = mount.destination();
     let target = context.root.ensure_dir(destination)?;
     refuse_procfs(target.as_fd(), destination)?;
@@ -213,17 +223,19 @@ fn file_system(
         }
     }
     attach(made.as_fd(), target.as_fd()).context(|| "attach".into())?;
-    propagate(made.as_fd(), options)
+    propagate(made.as_fd(), options)?;
+    Ok(made)
 }
 
-fn cgroup(context: &MountContext<'_>, destination: &Path, options: &MountOptions) -> Result<()> {
+fn cgroup(context: &MountContext<'_>, destination: &Path, options: &MountOptions) -> Result<OwnedFd> {
     let target = context.root.ensure_dir(destination)?;
     refuse_procfs(target.as_fd(), destination)?;
     if let Some(unified) = &context.cgroup.unified_only {
         let tree = clone_tree(CWD, unified, false).context(|| format!("open {}", unified.display()))?;
         apply(tree.as_fd(), options)?;
         attach(tree.as_fd(), target.as_fd()).context(|| "attach".into())?;
-        return propagate(tree.as_fd(), options);
+        propagate(tree.as_fd(), options)?;
+        return Ok(tree);
     }
     let data = [("mode".to_owned(), Some("755".to_owned()))];
     let flags = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
@@ -245,7 +257,7 @@ fn cgroup(context: &MountContext<'_>, destination: &Path, options: &MountOptions
         let attributes = MountAttributes { set: libc::MOUNT_ATTR_RDONLY, ..MountAttributes::default() };
         mount_setattr(tmpfs.as_fd(), attributes).context(|| "make read-only".into())?;
     }
-    Ok(())
+    Ok(tmpfs)
 }
 
 /// Sets a built mount's attributes.
@@ -284,51 +296,6 @@ fn refuse_procfs(target: BorrowedFd<'_>, destination: &Path) -> Result<()> {
         return Ok(());
     }
     Err(Error::invalid("cannot mount inside /proc"))
-}
-
-/// Covers masked paths: files by /dev/null, directories by an empty read-only tmpfs.
-pub(crate) fn mask(root: &Root, path: &Path, null: BorrowedFd<'_>) -> Result<()> {
-    let Some(target) = existing(root, path)? else { return Ok(()) };
-    let is_dir = rustix::fs::fstat(&target)
-        .map(|s| rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Directory)
-        .context(|| format!("stat {}", path.display()))?;
-    let cover = if is_dir {
-        let data = [("nr_inodes".to_owned(), Some("2".to_owned())), ("mode".to_owned(), Some("755".to_owned()))];
-        new_file_system("tmpfs", Some("tmpfs"), &data, libc::MOUNT_ATTR_RDONLY)
-    } else {
-        clone_tree(null, Path::new(""), false)
-    };
-    cover.and_then(|c| attach(c.as_fd(), target.as_fd())).context(|| format!("mask {}", path.display()))
-}
-
-/// Makes a path read-only by binding it over itself.
-pub(crate) fn make_read_only(root: &Root, path: &Path) -> Result<()> {
-    let Some(target) = existing(root, path)? else { return Ok(()) };
-    let attributes = MountAttributes { set: libc::MOUNT_ATTR_RDONLY, recursive: true, ..MountAttributes::default() };
-    clone_tree(target.as_fd(), Path::new(""), true)
-        .and_then(|tree| {
-            mount_setattr(tree.as_fd(), attributes)?;
-            attach(tree.as_fd(), target.as_fd())
-        })
-        .context(|| format!("make {} read-only", path.display()))
-}
-
-/// A path to be protected; `None` when it does not exist. What lies below /proc and /sys must really be there.
-fn existing(root: &Root, path: &Path) -> Result<Option<OwnedFd>> {
-    let fd = match root.open(path, OFlags::PATH) {
-        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
-        other => other.context(|| format!("open {}", path.display()))?,
-    };
-    for (prefix, magic) in [("/proc", PROC_MAGIC), ("/sys", SYSFS_MAGIC)] {
-        let inside = path.starts_with(prefix) && !path.starts_with("/sys/fs/cgroup");
-        if inside && root.open(Path::new(prefix), OFlags::PATH).is_ok_and(|p| is_on(p.as_fd(), magic)) {
-            let real = is_on(fd.as_fd(), magic) || root.open_exact(path, OFlags::PATH).is_ok();
-            if !real {
-                return Err(Error::invalid(format!("{} leads out of {prefix}", path.display())));
-            }
-        }
-    }
-    Ok(Some(fd))
 }
 
 /// Copies what `destination` holds into a detached tmpfs.

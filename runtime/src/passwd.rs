@@ -82,7 +82,6 @@ pub(crate) fn resolve(user: &str, passwd: &str, group: &str) -> Result<Identity>
         identity.groups = lines(group, 4)
             .filter(|f| f[3].split(',').any(|member| member.trim() == name))
             .filter_map(|f| f[2].parse().ok())
-            .take(65_536)
             .collect();
     }
     Ok(identity)

@@ -191,7 +191,7 @@ fn set_ids(process: &Process, in_userns: bool) -> Result<()> {
     match setgroups(&groups) {
         // An unprivileged user namespace denies setgroups; there is nothing to drop then.
         Err(nix::errno::Errno::EPERM) if in_userns && groups.is_empty() => {}
-        other => other.context(|| format!("set groups {extra:?}"))?,
+        other => other.context(|| format!("set {} additional groups", extra.len()))?,
     }
     let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
     setresgid(gid, gid, gid).context(|| format!("set gid {gid}"))?;

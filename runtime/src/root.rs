@@ -113,9 +113,10 @@ fn components(path: &Path) -> Result<Vec<&std::ffi::OsStr>> {
     Ok(names)
 }
 
-/// openat2 answers EAGAIN when a rename races with the scoped walk; the kernel asks to try again.
+/// openat2 answers EAGAIN when any rename on the machine races with a scoped walk over `..`; the kernel asks to try again.
+/// Somebody who renames without end makes that last, but not for ever.
 fn retry(mut call: impl FnMut() -> rustix::io::Result<OwnedFd>) -> io::Result<OwnedFd> {
-    for _ in 0..128 {
+    for _ in 0..8192 {
         match call() {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
             other => return other.map_err(Into::into),
@@ -139,9 +140,10 @@ pub(crate) fn host_proc() -> Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Writes a file below a directory in one write, following no symlink out of it.
+/// Writes a file below a directory in one write, following no symlink out of it and entering no other mount: what covers
+/// a file of procfs would swallow the word.
 pub(crate) fn write_below(dir: BorrowedFd<'_>, path: &str, value: &[u8]) -> io::Result<()> {
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     // /proc/self is an ordinary symlink to a sibling, so it stays beneath.
     let fd = openat2(dir, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty(), resolve)?;
     let written = rustix::io::write(&fd, value)?;

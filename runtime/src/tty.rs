@@ -40,16 +40,12 @@ pub(crate) fn open(root: &Root, size: Option<(u16, u16)>, console: bool) -> Resu
             .context(|| "set terminal size".into())?;
     }
     if console {
-        let name = rustix::pty::ptsname(&master, vec![]).context(|| "name terminal".into())?;
-        let number = name.to_string_lossy().rsplit('/').next().unwrap_or_default().to_owned();
-        let path = Path::new("/dev/pts").join(number);
-        let fd = root.open_exact(&path, OFlags::PATH).context(|| format!("open {}", path.display()))?;
         drop(root.ensure_file(Path::new("/dev/console"))?);
         // CVE-2025-52565: through a symlink of the image the terminal would cover some other file.
         let target = root
             .open_exact(Path::new("/dev/console"), OFlags::PATH)
             .context(|| "open /dev/console as an ordinary file".into())?;
-        mounts::clone_tree(fd.as_fd(), Path::new(""), false)
+        mounts::clone_tree(slave.as_fd(), Path::new(""), false)
             .and_then(|tree| mounts::attach(tree.as_fd(), target.as_fd()))
             .context(|| "bind /dev/console".into())?;
     }

@@ -10,6 +10,7 @@ use std::{
     path::Path,
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
 };
 
 use common::{Bundle, possible, text};
@@ -44,19 +45,37 @@ fn the_runtimes_file_survives_a_container_that_waits_for_it() {
         return;
     }
     // CVE-2019-5736: processes of the container open the runtime's file while it enters and write to it once it is gone.
+    // Each time it holds the file of an entering process open it says so; it must have had its chances.
     let script = "while :; do for p in /proc/[0-9]*; do \
-                  (exec 9<$p/exe && sleep 0.05; echo overwritten > /proc/self/fd/9) 2>/dev/null; done; done";
-    let mut bundle = Bundle::new(&["sh", "-c", script]);
+                  (exec 9<$p/exe; [ $(stat -L -c %i /proc/self/fd/9) = $0 ] || exit; echo held >> /held; \
+                  sleep 0.05; echo overwritten > /proc/self/fd/9; echo overwritten > $p/exe) 2>/dev/null; done; done";
+    let mut bundle = Bundle::new(&[]);
+    // A copy of the runtime of its own: should it be overwritten, then only this one.
+    let runtime = bundle.dir.path().join("isopod-runtime");
+    fs::copy(common::RUNTIME, &runtime).unwrap();
+    let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&runtime).unwrap());
+    bundle.config["process"]["args"] = json!(["sh", "-c", script, inode.to_string()]);
     bundle.config["process"]["capabilities"] = json!({"bounding": ["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE"],
         "effective": ["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE"], "permitted": ["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE"]});
     symlink("/proc/self/exe", bundle.rootfs().join("bin/evil")).unwrap();
-    let before = fs::read(common::RUNTIME).unwrap();
+    bundle.config["root"]["readonly"] = false.into();
+    let before = fs::read(&runtime).unwrap();
     bundle.start();
-    for _ in 0..10 {
-        bundle.call(&["exec", &bundle.id, "/bin/evil", "--version"]);
-        bundle.call(&["exec", &bundle.id, "true"]);
-    }
-    assert!(fs::read(common::RUNTIME).unwrap() == before, "the runtime was overwritten");
+    let exec = |args: &[&str]| {
+        let mut command = Command::new(&runtime);
+        command.arg("--root").arg(bundle.dir.path().join("state")).args(["exec", &bundle.id]).args(args);
+        command.output().unwrap()
+    };
+    let held = || fs::read_to_string(bundle.rootfs().join("held")).unwrap_or_default().lines().count();
+    let chances = || {
+        // It runs the runtime itself, slow enough to be caught, and the ordinary way.
+        let evil = exec(&["/bin/evil", "--root", "/none", "exec", "none", "true"]);
+        assert!(text(&evil.stderr).contains("does not exist"), "{}", text(&evil.stderr));
+        exec(&["true"]);
+        (held() >= 3).then_some(())
+    };
+    common::eventually("the runtime's file is held open from inside", chances, || format!("{} times", held()));
+    assert!(fs::read(&runtime).unwrap() == before, "the runtime was overwritten");
 }
 
 #[test]
@@ -84,6 +103,9 @@ fn no_descriptor_of_the_host_is_a_way_out() {
             assert!(!output.status.success() && output.stdout.is_empty(), "{cwd}: {}", text(&output.stdout));
         }
     }
+    // The same from a directory of the container's works, so the refusals above are about the directory.
+    let inside = bundle.call(&["exec", "--cwd", "/bin", &bundle.id, "sh", "-c", "ls ./busybox"]);
+    assert_eq!(text(&inside.stdout), "./busybox\n", "{}", text(&inside.stderr));
     let list = bundle.call(&["exec", &bundle.id, "ls", "/proc/self/fd"]);
     assert_eq!(text(&list.stdout).split_whitespace().collect::<Vec<_>>(), ["0", "1", "2", "3"]);
 }
@@ -125,6 +147,35 @@ fn mount_targets_are_inside_whatever_the_image_says() {
     }
 }
 
+/// Says stop when it goes, also in a panic.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Swaps two names for each other without end while `attempt` is called, until it says `true`.
+#[track_caller]
+fn racing(a: &Path, b: &Path, what: &str, mut attempt: impl FnMut() -> bool) {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let flags = rustix::fs::RenameFlags::EXCHANGE;
+                // A name may be missing for now: the runtime is yet to make it.
+                let _ = rustix::fs::renameat_with(rustix::fs::CWD, a, rustix::fs::CWD, b, flags);
+            }
+        });
+        let _stop = Stop(&stop);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !attempt() {
+            assert!(Instant::now() < deadline, "{what}: never");
+        }
+    });
+}
+
 #[test]
 fn a_parallel_writer_wins_nothing() {
     if !possible() {
@@ -133,10 +184,16 @@ fn a_parallel_writer_wins_nothing() {
     // The image is shared with another container that swaps a directory and a link to the host for each other.
     let host = tempfile::tempdir().unwrap();
     let source = tempfile::tempdir().unwrap();
-    let mut bundle = Bundle::new(&["true"]);
+    let mut bundle = Bundle::new(&["cat", "/proc/self/mountinfo"]);
     let (shown, other) = (bundle.rootfs().join("vol"), bundle.rootfs().join("other"));
     fs::create_dir(&shown).unwrap();
     symlink(host.path(), &other).unwrap();
+    // The race is a real one: who walks the path by name ends on the host soon.
+    racing(&shown, &other, "a naive walk escapes", || {
+        drop(fs::create_dir_all(shown.join("naive/walk")));
+        host.path().join("naive").exists()
+    });
+    fs::remove_dir_all(host.path().join("naive")).unwrap();
     for name in ["deep/er", "file"] {
         let source = if name == "file" { Path::new(common::RUNTIME) } else { source.path() };
         mount(
@@ -144,21 +201,59 @@ fn a_parallel_writer_wins_nothing() {
             json!({"destination": format!("/vol/{name}"), "type": "bind", "source": source, "options": ["bind"]}),
         );
     }
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(Ordering::Relaxed) {
-                let flags = rustix::fs::RenameFlags::EXCHANGE;
-                rustix::fs::renameat_with(rustix::fs::CWD, &shown, rustix::fs::CWD, &other, flags).unwrap();
-            }
-        });
-        let ended = (0..60).filter(|_| bundle.run().status.success()).count();
-        stop.store(true, Ordering::Relaxed);
-        eprintln!("{ended} of 60 containers ran");
+    // Both must happen: containers that came in time and run, with their volumes, and such that met the link.
+    let (mut ran, mut refused) = (0, 0);
+    racing(&shown, &other, "containers run and are refused", || {
+        let output = bundle.run();
+        if output.status.success() {
+            assert_eq!(text(&output.stdout).matches("/deep/er ").count(), 1, "{}", text(&output.stdout));
+            ran += 1;
+        } else {
+            assert!(text(&output.stderr).contains("mount bind on /vol/"), "{}", text(&output.stderr));
+            refused += 1;
+        }
+        assert_eq!(fs::read_dir(host.path()).unwrap().count(), 0, "something was made on the host");
+        ran >= 20 && refused >= 20
     });
-    assert_eq!(fs::read_dir(host.path()).unwrap().count(), 0, "something was made on the host");
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!table.contains(&*host.path().to_string_lossy()));
+}
+
+#[test]
+fn a_procfs_that_is_moved_takes_its_masks_along() {
+    if !possible() {
+        return;
+    }
+    // CVE-2019-19921, CVE-2023-28642, CVE-2025-31133: what is masked by name is not what is mounted.
+    let script = "for d in /proc /decoy /elsewhere; do if [ -e $d/self/status ]; then \
+                  echo timers $(cat $d/timer_list | wc -c); (: >> $d/sys/kernel/core_pattern) 2>/dev/null && echo writable; fi; done; \
+                  echo end";
+    let mut bundle = Bundle::new(&["sh", "-c", script]);
+    bundle.config["linux"]["maskedPaths"] = json!(["/proc/timer_list"]);
+    without_mount(&mut bundle, "/sys");
+    without_mount(&mut bundle, "/sys/fs/cgroup");
+    let root = bundle.rootfs();
+    fs::create_dir_all(root.join("decoy/sys/kernel")).unwrap();
+    fs::write(root.join("decoy/timer_list"), "").unwrap();
+    fs::create_dir(root.join("proc")).unwrap();
+    symlink("decoy", root.join("elsewhere")).unwrap();
+    // Without masks the script would tell.
+    let protected = std::mem::take(&mut bundle.config["linux"]["readonlyPaths"]);
+    bundle.config["linux"]["maskedPaths"] = json!([]);
+    let bare = text(&bundle.run().stdout);
+    assert!(bare.contains("writable") && !bare.contains("timers 0"), "{bare}");
+    (bundle.config["linux"]["readonlyPaths"], bundle.config["linux"]["maskedPaths"]) =
+        (protected, json!(["/proc/timer_list"]));
+    let (mut seen, mut refused) = (0, 0);
+    racing(&root.join("proc"), &root.join("elsewhere"), "containers run and are refused", || {
+        let output = bundle.run();
+        let out = text(&output.stdout);
+        assert!(!out.contains("writable"), "{out}");
+        assert!(out.lines().all(|l| matches!(l, "timers 0" | "end")), "{out}");
+        seen += usize::from(out.contains("timers 0"));
+        refused += usize::from(!output.status.success());
+        seen >= 20 && refused >= 20
+    });
 }
 
 #[test]
@@ -192,16 +287,62 @@ fn masks_and_devices_are_the_kernels_own() {
     let output = bundle.run();
     assert_eq!(text(&output.stdout).trim(), "0", "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("Operation not permitted"), "{}", text(&output.stderr));
-    // A masked path that an earlier mount replaced by a link out of /proc.
-    let mut bundle = Bundle::new(&["true"]);
+    // A masked path that the image, or an earlier mount, made a link: what it shows inside is what is covered.
+    let script = "ls -A /etc /proc/timer_list; cat /secret /hidden; stat -c %t,%T /hidden; cat /etc/passwd";
+    let mut bundle = Bundle::new(&["sh", "-c", script]);
     let fake = tempfile::tempdir().unwrap();
     symlink("/etc", fake.path().join("timer_list")).unwrap();
     without_mount(&mut bundle, "/proc");
     mount(&mut bundle, json!({"destination": "/proc", "type": "bind", "source": fake.path(), "options": ["bind"]}));
-    // The mask lands on whatever the link shows inside the container; nothing of the host's is touched.
-    let before = fs::read_dir("/etc").unwrap().count();
-    drop(bundle.run());
-    assert_eq!(fs::read_dir("/etc").unwrap().count(), before);
+    symlink("../../../../../../../../hidden", bundle.rootfs().join("secret")).unwrap();
+    fs::write(bundle.rootfs().join("hidden"), "the secret").unwrap();
+    bundle.config["linux"]["maskedPaths"] = json!(["/proc/timer_list", "/secret"]);
+    let (etc, hosts) = (fs::read_dir("/etc").unwrap().count(), fs::read("/etc/passwd").unwrap());
+    let output = bundle.run();
+    let out = text(&output.stdout);
+    assert_eq!(out, "/etc:\n\n/proc/timer_list:\n1,3\n", "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("cat: can't open '/etc/passwd'"), "{}", text(&output.stderr));
+    assert_eq!(fs::read_dir("/etc").unwrap().count(), etc);
+    assert_eq!(fs::read("/etc/passwd").unwrap(), hosts);
+    // Links of procfs itself lead nowhere else.
+    for (path, words) in [("/proc/self/root/etc", "open /proc/self/root/etc"), ("/proc/1/cwd", "open /proc/1/cwd")] {
+        let mut bundle = Bundle::new(&["true"]);
+        bundle.config["linux"]["maskedPaths"] = json!([path]);
+        refused(&bundle, words);
+    }
+}
+
+#[test]
+fn a_made_device_is_not_led_elsewhere() {
+    if !possible() {
+        return;
+    }
+    // Whoever swaps a link for a node just made would have had the link's target get the node's mode.
+    let host = tempfile::tempdir().unwrap();
+    let victim = host.path().join("victim");
+    fs::write(&victim, "").unwrap();
+    fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+    let mut bundle = Bundle::new(&["sh", "-c", "stat -c %a /dev/mine"]);
+    without_mount(&mut bundle, "/dev");
+    bundle.config["mounts"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|m| !m["destination"].as_str().unwrap().starts_with("/dev/"));
+    bundle.config["root"]["readonly"] = false.into();
+    bundle.config["linux"]["devices"] =
+        json!([{"path": "/dev/mine", "type": "c", "major": 1, "minor": 3, "fileMode": 0o666, "uid": 0, "gid": 0}]);
+    fs::create_dir(bundle.rootfs().join("dev")).unwrap();
+    let (node, link) = (bundle.rootfs().join("dev/mine"), bundle.rootfs().join("link"));
+    symlink(&victim, &link).unwrap();
+    let (mut ran, mut met) = (0, 0);
+    racing(&node, &link, "nodes are made and links met", || {
+        match bundle.run().status.success() {
+            true => ran += 1,
+            false => met += 1,
+        }
+        ran >= 20 && met >= 20
+    });
+    assert_eq!(fs::metadata(&victim).unwrap().permissions().mode() & 0o777, 0o600);
 }
 
 #[test]
@@ -217,20 +358,36 @@ fn a_hostile_passwd_file_costs_an_error() {
         let _ = fs::remove_file(&passwd).or_else(|_| fs::remove_dir(&passwd));
         make(&passwd);
     };
+    assert_eq!(text(&exec("web").stdout), "Uid:\t33\t33\t33\t33\n");
     put(&|p| assert!(Command::new("mkfifo").arg(p).status().unwrap().success()));
     assert!(text(&exec("web").stderr).contains("no regular file"));
     put(&|p| fs::create_dir(p).unwrap());
     assert!(text(&exec("web").stderr).contains("no regular file"));
     // The host's users are none of the container's.
     put(&|p| symlink("../../../../../../../../etc/passwd", p).unwrap());
-    assert!(!exec("daemon").status.success());
-    put(&|p| symlink("/proc/1/root/etc/passwd", p).unwrap());
-    assert!(!exec("web").status.success());
+    assert!(
+        text(&exec("daemon").stderr).contains("too many levels of symbolic links"),
+        "{}",
+        text(&exec("daemon").stderr)
+    );
+    put(&|p| symlink("/proc/1/root/etc/group", p).unwrap());
+    assert!(text(&exec("web").stderr).contains("too many levels of symbolic links"));
+    // A group file of the same kind, and home directories that are none.
+    put(&|p| fs::write(p, "web:x:33:44::/www:/bin/sh\n").unwrap());
+    let group = bundle.rootfs().join("etc/group");
+    fs::remove_file(&group).unwrap();
+    assert!(Command::new("mkfifo").arg(&group).status().unwrap().success());
+    assert!(text(&exec("web").stderr).contains("/etc/group in the container is no regular file"));
+    fs::remove_file(&group).unwrap();
+    // More groups than the kernel takes: an error, not a truncated list.
+    fs::write(&group, (0..70_000).map(|g| format!("g{g}:x:{g}:web\n")).collect::<String>()).unwrap();
+    assert!(text(&exec("web").stderr).contains("set 70000 additional groups"), "{}", text(&exec("web").stderr));
+    fs::remove_file(&group).unwrap();
     put(&|p| fs::write(p, "web:x:-1:0::/:\nweb:x:4294967296:0::/:\n\0\0:::::::\n").unwrap());
     assert!(text(&exec("web").stderr).contains("malformed uid"));
     // Sparse and endless: read up to a bound.
     put(&|p| fs::File::create(p).unwrap().set_len(1 << 40).unwrap());
-    assert!(!exec("web").status.success());
+    assert!(text(&exec("web").stderr).contains("unable to find user web"));
     assert_eq!(text(&exec("33").stdout), "Uid:\t33\t33\t33\t33\n");
 }
 
@@ -257,6 +414,10 @@ fn configurations_have_bounds() {
         assert!(text(&output.stderr).contains(words), "{words}: {}", text(&output.stderr));
         assert!(!bundle.dir.path().join("state").join(&bundle.id).exists());
     }
+    // Errors stay errors, however long the names in them are.
+    let mut long = Bundle::new(&["true"]);
+    long.config["process"]["args"] = json!(["/x".repeat(60_000)]);
+    refused(&long, "exec: \"/x/x");
     for id in ["../x", "a/b", "", ".", ".."] {
         let output = bundle.call(&["run", "--bundle", &bundle.dir.path().to_string_lossy(), id]);
         assert!(!output.status.success(), "{id:?}");
@@ -278,12 +439,22 @@ fn cgroup_paths_stay_in_their_hierarchy() {
     fs::write(&target, "as it was").unwrap();
     fs::set_permissions(&target, fs::Permissions::from_mode(0o666)).unwrap();
     let climb = format!("../../../../..{}", target.display());
-    for resources in
-        [json!({"unified": {climb.as_str(): "1"}}), json!({"hugepageLimits": [{"pageSize": climb, "limit": 1}]})]
-    {
+    let unified = if common::unified() { "malformed" } else { "unified" };
+    for (resources, words) in [
+        (json!({"unified": {climb.as_str(): "1"}}), unified),
+        (json!({"hugepageLimits": [{"pageSize": climb, "limit": 1}]}), "malformed pageSize"),
+        (json!({"rdma": {climb.as_str(): {"hcaHandles": 1}}}), "rdma"),
+    ] {
         let mut bundle = Bundle::new(&["true"]);
         bundle.config["linux"]["resources"] = resources;
-        assert!(!bundle.run().status.success());
+        refused(&bundle, words);
+    }
+    // The group below its own that an exec asks for.
+    let bundle = Bundle::new(&["sleep", "1000"]);
+    bundle.start();
+    for path in ["..", "../..", "a/../../..", "/.."] {
+        let output = bundle.call(&["exec", "--cgroup", path, &bundle.id, "true"]);
+        assert!(text(&output.stderr).contains("cgroup path"), "{path}: {}", text(&output.stderr));
     }
     assert_eq!(fs::read_to_string(&target).unwrap(), "as it was");
 }
