@@ -145,7 +145,7 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     tasks.spawn(watch::services(client.clone(), inputs.clone()));
     tasks.spawn(watch::slices(client.clone(), inputs.clone()));
     tasks.spawn(watch::policy::run(client.clone(), inputs.clone()));
-    tasks.spawn(watch::nodes(client, config.node_name.clone(), inputs, nodes_to));
+    tasks.spawn(watch::nodes(client.clone(), config.node_name.clone(), inputs, nodes_to));
     if config.node_routes {
         let own = links::Own {
             name: config.node_name.clone(),
@@ -159,7 +159,7 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     let addresses = config.healthz.into_iter().chain(config.metrics).collect();
     tasks.spawn(health::run(checks, addresses, stop.clone()));
     if let Some(address) = config.cluster_dns {
-        start_dns(&config, address, &handle, zone, metrics, &mut tasks, &stop).await;
+        start_dns(client, &config, address, &handle, zone, metrics, &mut tasks, &stop).await;
     }
     stop.cancelled().await;
     tasks.shutdown().await;
@@ -168,7 +168,9 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     Ok(())
 }
 
+#[allow(clippy::too_many_arguments, reason = "what a server is made of")]
 async fn start_dns(
+    client: kube::Client,
     config: &Config,
     address: IpAddr,
     handle: &rtnetlink::Handle,
@@ -183,8 +185,10 @@ async fn start_dns(
     match dns::server::bind(address, DNS_PORT) {
         Ok(sockets) => {
             let own_nets = config.cluster_cidrs.iter().chain(&config.service_cidrs).copied().collect();
-            let forwarder = dns::forward::Forwarder::new(config.upstream_resolv_conf.clone(), address);
+            let upstream = dns::upstream::Upstream::new(config.upstream_resolv_conf.clone(), address);
+            let forwarder = dns::forward::Forwarder::new(upstream);
             let server = Arc::new(dns::server::Server { zone, forwarder, own_nets, metrics });
+            tasks.spawn(watch::dns(client, server.clone()));
             tasks.spawn(dns::server::serve(server, sockets, stop.clone()));
         }
         Err(error) => tracing::error!(%address, %error, "cluster DNS does not answer: its port cannot be opened"),

@@ -25,6 +25,15 @@ pub(crate) struct ByPolicy {
     traffic_policy: &'static str,
 }
 
+/// `rcode`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ByCode {
+    rcode: &'static str,
+}
+
+/// Response codes of DNS that are counted by their names.
+const CODES: [&str; 6] = ["NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED"];
+
 const FAMILIES: [ByFamily; 2] = [ByFamily { ip_family: "IPv4" }, ByFamily { ip_family: "IPv6" }];
 
 type Times = Family<ByFamily, Histogram, fn() -> Histogram>;
@@ -47,7 +56,9 @@ pub(crate) struct Metrics {
     last_queued: Moments,
     pub(crate) repairs: Counter,
     pub(crate) failures: Counter,
-    pub(crate) dns_requests: Counter,
+    dns_requests: Counter,
+    dns_responses: Family<ByCode, Counter>,
+    pub(crate) dns_cache_hits: Counter,
     pub(crate) dns_forwarded: Counter,
 }
 
@@ -74,6 +85,8 @@ impl Metrics {
             repairs: Counter::default(),
             failures: Counter::default(),
             dns_requests: Counter::default(),
+            dns_responses: Family::default(),
+            dns_cache_hits: Counter::default(),
             dns_forwarded: Counter::default(),
             registry: Registry::default(),
         };
@@ -101,6 +114,8 @@ impl Metrics {
         registry.register("kubeproxy_table_repairs", "Repairs after others changed our table", all.repairs.clone());
         registry.register("kubeproxy_sync_failures", "Syncs the kernel refused", all.failures.clone());
         registry.register("coredns_dns_requests", "DNS queries received", all.dns_requests.clone());
+        registry.register("coredns_dns_responses", "DNS answers by their code", all.dns_responses.clone());
+        registry.register("coredns_cache_hits", "DNS answers remembered from upstream", all.dns_cache_hits.clone());
         registry.register("coredns_forward_requests", "DNS queries sent upstream", all.dns_forwarded.clone());
         Self { registry, ..all }
     }
@@ -127,6 +142,14 @@ impl Metrics {
     /// An endpoint's change is in the kernel, so many seconds after it happened.
     pub(crate) fn programmed(&self, seconds: f64) {
         FAMILIES.iter().for_each(|f| self.programming.get_or_create(f).observe(seconds));
+    }
+
+    /// DNS answers that were given, by code.
+    pub(crate) fn answered(&self, codes: &[u64; 16]) {
+        for (rcode, count) in CODES.into_iter().zip(codes).filter(|(_, count)| **count > 0) {
+            self.dns_responses.get_or_create(&ByCode { rcode }).inc_by(*count);
+        }
+        self.dns_requests.inc_by(codes.iter().sum());
     }
 
     /// How many services with policy Local have no endpoint here.

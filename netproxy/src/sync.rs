@@ -31,6 +31,9 @@ use crate::{
     },
 };
 
+/// Services whose names change at once.
+const ZONE_PART: usize = 64;
+
 /// Something that happened.
 #[derive(Debug)]
 pub(crate) enum Input {
@@ -292,11 +295,14 @@ impl Sync {
                 self.publish(Some(since));
             }
         }
-        let mut zone = self.zone.write();
-        for name in dirty {
-            zone.update(&name, self.shadow.service(&name).map(Arc::as_ref), self.shadow.slices(&name));
+        // In parts: queries are answered meanwhile.
+        for names in dirty.chunks(ZONE_PART) {
+            let mut zone = self.zone.write();
+            for name in names {
+                zone.update(name, self.shadow.service(name).map(Arc::as_ref), self.shadow.slices(name));
+            }
         }
-        zone.set_ready();
+        self.zone.write().set_ready();
     }
 
     fn publish(&self, failing_since: Option<Instant>) {

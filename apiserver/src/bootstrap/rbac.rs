@@ -33,6 +33,16 @@ fn own() -> Value {
             "name": "isopod:controllers", "labels": labels, "annotations": annotations,
             "rules": [{ "verbs": ["*"], "apiGroups": ["*"], "resources": ["*"] }],
         }],
+        // Servers for other domains, where cluster DNS add-ons look for them.
+        "roles": [{
+            "name": "isopod:dns", "namespace": "kube-system", "labels": labels, "annotations": annotations,
+            "rules": [{ "verbs": ["get", "list", "watch"], "apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["kube-dns"] }],
+        }],
+        "roleBindings": [{
+            "name": "isopod:dns", "namespace": "kube-system", "labels": labels, "annotations": annotations,
+            "roleRef": { "apiGroup": GROUP, "kind": "Role", "name": "isopod:dns" },
+            "subjects": [{ "kind": "Group", "apiGroup": GROUP, "name": "system:nodes" }],
+        }],
         "clusterRoleBindings": [{
             "name": "isopod:node", "labels": labels, "annotations": annotations,
             "roleRef": { "apiGroup": GROUP, "kind": "ClusterRole", "name": "isopod:node" },

@@ -4,7 +4,7 @@
 //! `A-B-C-D.NAMESPACE.pod.ZONE` and the reverse names of cluster addresses and headless endpoints.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
@@ -14,23 +14,36 @@ use crate::model::objects::{Kind, Protocol, Service, ServiceName, Slice};
 /// Version of the specification, answered at `dns-version`.
 const VERSION: &str = "1.1.0";
 
-/// Data of one record.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) enum Data {
+/// One record of a name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Record<'z> {
     Address(IpAddr),
-    Service { port: u16, target: String },
-    Alias(String),
-    Pointer(String),
+    /// A port of the service, or of one of its hosts.
+    Service {
+        port: u16,
+        host: Option<&'z str>,
+    },
+    Alias(&'z str),
     Text(&'static str),
 }
 
-/// What the zone says of a name.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Lookup {
-    /// The name exists; these are its records of any type, and addresses of the names they mention.
-    Found { records: Vec<Data>, extra: Vec<(String, IpAddr)> },
-    /// The name does not exist.
-    Absent,
+/// A name that exists.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Node<'z, 'q> {
+    /// Other names are below it.
+    Inner,
+    Version,
+    Pod(IpAddr),
+    /// A service, and the labels in front of its name.
+    Service(Owner<'z>, &'q [&'q str]),
+}
+
+/// A service in the zone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner<'z> {
+    pub(crate) name: &'z str,
+    pub(crate) namespace: &'z str,
+    entry: &'z Entry,
 }
 
 /// A named port: name, protocol, number.
@@ -44,6 +57,8 @@ struct Host {
     /// Its own label: the pod's host name, or its address with dashes.
     label: Box<str>,
     address: IpAddr,
+    /// Whether an earlier host has this address as well.
+    again: bool,
     ports: Arc<[Port]>,
 }
 
@@ -162,76 +177,122 @@ impl Zone {
         format!("{}.{}.svc.{}", name.name, name.namespace, self.domain)
     }
 
-    /// Looks up the labels in front of the zone's own, in lower case.
-    pub(crate) fn lookup(&self, labels: &[&str]) -> Lookup {
-        let found = |records| Lookup::Found { records, extra: Vec::new() };
+    /// Finds a name by the labels in front of the zone's own, in lower case; `None`: it does not exist.
+    pub(crate) fn find<'z, 'q>(&'z self, labels: &'q [&'q str]) -> Option<Node<'z, 'q>> {
         match labels {
-            [] | ["svc" | "pod"] => found(Vec::new()),
-            ["dns-version"] => found(vec![Data::Text(VERSION)]),
-            [namespace, "svc" | "pod"] => self.namespaces.get(*namespace).map_or(Lookup::Absent, |_| found(Vec::new())),
-            [label, _, "pod"] => undashed(label).map_or(Lookup::Absent, |a| found(vec![Data::Address(a)])),
+            [] | ["svc" | "pod"] => Some(Node::Inner),
+            ["dns-version"] => Some(Node::Version),
+            [namespace, "svc" | "pod"] => self.namespaces.get(*namespace).map(|_| Node::Inner),
+            [label, _, "pod"] => undashed(label).map(Node::Pod),
             [rest @ .., service, namespace, "svc"] => {
-                let entry = self.namespaces.get(*namespace).and_then(|n| n.get(*service));
-                entry
-                    .and_then(|e| self.service(e, &ServiceName::new(namespace, service), rest))
-                    .unwrap_or(Lookup::Absent)
+                let (namespace, services) = self.namespaces.get_key_value(*namespace)?;
+                let (name, entry) = services.get_key_value(*service)?;
+                let owner = Owner { name, namespace, entry };
+                owner.has(rest).then_some(if owner.is_inner(rest) { Node::Inner } else { Node::Service(owner, rest) })
             }
-            _ => Lookup::Absent,
+            _ => None,
+        }
+    }
+}
+
+impl<'z> Node<'z, '_> {
+    /// Calls `see` with every record of the name.
+    pub(crate) fn records(&self, see: &mut dyn FnMut(Record<'z>)) {
+        match self {
+            Self::Inner => {}
+            Self::Version => see(Record::Text(VERSION)),
+            Self::Pod(address) => see(Record::Address(*address)),
+            Self::Service(owner, rest) => owner.records(rest, see),
         }
     }
 
-    fn service(&self, entry: &Entry, name: &ServiceName, rest: &[&str]) -> Option<Lookup> {
-        let full = || self.full(name);
-        let (mut records, mut extra) = (Vec::new(), Vec::new());
-        match (entry, rest) {
-            (Entry::External { target }, []) => records.push(Data::Alias(target.to_string())),
-            (Entry::External { .. }, _) => return None,
-            (Entry::Cluster { addresses, ports }, [] | [_, _]) => {
-                let target = full();
-                for (_, _, port) in ports.iter().filter(|p| matches(p, rest)) {
-                    records.push(Data::Service { port: *port, target: target.clone() });
-                }
-                if rest.is_empty() {
-                    records.extend(addresses.iter().map(|a| Data::Address(*a)));
-                } else if records.is_empty() {
-                    return None;
-                }
-                extra.extend(addresses.iter().map(|a| (target.clone(), *a)));
+    /// Calls `see` with the addresses of the names that service records mention: of a host, or of the service itself.
+    pub(crate) fn targets(&self, see: &mut dyn FnMut(Option<&'z str>, IpAddr)) {
+        let Self::Service(owner, rest) = self else { return };
+        match owner.entry {
+            Entry::Cluster { addresses, .. } => addresses.iter().for_each(|a| see(None, *a)),
+            Entry::Headless { hosts } => {
+                let host = if let [label] = *rest { of_label(hosts, label) } else { hosts };
+                let named = |h: &&Host| h.ports.iter().any(|p| rest.len() < 2 || matches(p, rest));
+                host.iter().filter(named).for_each(|h| see(Some(&h.label), h.address));
             }
-            (Entry::Cluster { .. }, _) => return None,
-            (Entry::Headless { hosts }, [label]) => {
-                for host in hosts.iter().filter(|h| &*h.label == *label) {
-                    records.push(Data::Address(host.address));
-                    records.extend(
-                        host.ports.iter().map(|p| Data::Service { port: p.2, target: format!("{label}.{}", full()) }),
-                    );
-                }
-                if records.is_empty() {
-                    return None;
-                }
-            }
-            (Entry::Headless { hosts }, [] | [_, _]) => {
-                for host in hosts {
-                    let target = format!("{}.{}", host.label, full());
-                    for (_, _, port) in host.ports.iter().filter(|p| matches(p, rest)) {
-                        records.push(Data::Service { port: *port, target: target.clone() });
-                        extra.push((target.clone(), host.address));
-                    }
-                    if rest.is_empty() {
-                        records.push(Data::Address(host.address));
-                    }
-                }
-                if records.is_empty() && !rest.is_empty() {
-                    return None;
-                }
-            }
-            (Entry::Headless { .. }, _) => return None,
+            Entry::External { .. } => {}
         }
-        records.sort();
-        records.dedup();
-        extra.sort();
-        extra.dedup();
-        Some(Lookup::Found { records, extra })
+    }
+}
+
+/// The hosts of one label: they are in order of labels.
+fn of_label<'a>(hosts: &'a [Host], label: &str) -> &'a [Host] {
+    let start = hosts.partition_point(|h| &*h.label < label);
+    let end = hosts.partition_point(|h| &*h.label <= label);
+    &hosts[start..end]
+}
+
+/// The ports of a host that none before it under the same name has.
+fn own_ports(hosts: &[Host], number: usize) -> impl Iterator<Item = &Port> {
+    let host = &hosts[number];
+    let earlier = move || hosts[..number].iter().rev().take_while(move |h| h.label == host.label);
+    host.ports.iter().filter(move |p| !earlier().any(|h| h.ports.contains(p)))
+}
+
+impl<'z> Owner<'z> {
+    fn all_ports(&self) -> impl Iterator<Item = &'z Port> {
+        let (own, hosts): (&[Port], &[Host]) = match self.entry {
+            Entry::Cluster { ports, .. } => (ports, &[]),
+            Entry::Headless { hosts } => (&[], hosts),
+            Entry::External { .. } => (&[], &[]),
+        };
+        own.iter().chain(hosts.iter().flat_map(|h| &*h.ports))
+    }
+
+    /// Whether the labels name a protocol of its ports, below which they are.
+    fn is_inner(&self, rest: &[&str]) -> bool {
+        matches!(rest, [label] if label.starts_with('_'))
+    }
+
+    /// Whether the service has a name with these labels in front.
+    fn has(&self, rest: &[&str]) -> bool {
+        match (self.entry, rest) {
+            // The specification's own exception: a headless service without endpoints has no name.
+            (Entry::Headless { hosts }, []) => !hosts.is_empty(),
+            (_, []) => true,
+            (_, [proto]) if self.is_inner(rest) => {
+                let proto = proto.strip_prefix('_');
+                self.all_ports().any(|(name, p, _)| !name.is_empty() && proto == Some(p.lower()))
+            }
+            (Entry::Headless { hosts }, [label]) => !of_label(hosts, label).is_empty(),
+            (_, [_, _]) => self.all_ports().any(|p| matches(p, rest)),
+            _ => false,
+        }
+    }
+
+    fn records(&self, rest: &[&str], see: &mut dyn FnMut(Record<'z>)) {
+        match (self.entry, rest) {
+            (Entry::External { target }, _) => see(Record::Alias(target)),
+            (Entry::Cluster { addresses, ports }, _) => {
+                if rest.is_empty() {
+                    addresses.iter().for_each(|a| see(Record::Address(*a)));
+                }
+                let ports = ports.iter().filter(|p| matches(p, rest));
+                ports.for_each(|p| see(Record::Service { port: p.2, host: None }));
+            }
+            (Entry::Headless { hosts }, [label]) => {
+                let hosts = of_label(hosts, label);
+                for (number, host) in hosts.iter().enumerate() {
+                    see(Record::Address(host.address));
+                    own_ports(hosts, number).for_each(|p| see(Record::Service { port: p.2, host: Some(&host.label) }));
+                }
+            }
+            (Entry::Headless { hosts }, _) => {
+                for (number, host) in hosts.iter().enumerate() {
+                    if rest.is_empty() && !host.again {
+                        see(Record::Address(host.address));
+                    }
+                    let ports = own_ports(hosts, number).filter(|p| matches(p, rest));
+                    ports.for_each(|p| see(Record::Service { port: p.2, host: Some(&host.label) }));
+                }
+            }
+        }
     }
 }
 
@@ -256,16 +317,27 @@ fn pointers(entry: &Entry) -> Vec<(IpAddr, Option<Box<str>>)> {
     }
 }
 
+/// The ready endpoints, in order of their labels; one that several slices have is one host with all their ports.
 fn hosts<'a>(slices: impl Iterator<Item = &'a Slice>) -> Box<[Host]> {
     let mut hosts: Vec<Host> = Vec::new();
     for slice in slices {
         let ports: Arc<[Port]> = slice.ports.iter().map(|p| (p.name.clone(), p.protocol, p.port)).collect();
         for endpoint in slice.endpoints.iter().filter(|e| e.ready) {
             let label = endpoint.hostname.clone().unwrap_or_else(|| dashed(&endpoint.address).into());
-            hosts.push(Host { label, address: endpoint.address, ports: ports.clone() });
+            hosts.push(Host { label, address: endpoint.address, again: false, ports: ports.clone() });
         }
     }
-    hosts.sort_by(|a, b| (a.address, &a.label).cmp(&(b.address, &b.label)));
+    hosts.sort_by(|a, b| (&a.label, a.address).cmp(&(&b.label, b.address)));
+    hosts.dedup_by(|later, first| {
+        let same = (&later.label, later.address) == (&first.label, first.address);
+        if same && later.ports != first.ports {
+            let more = later.ports.iter().filter(|p| !first.ports.contains(p));
+            first.ports = first.ports.iter().chain(more).cloned().collect();
+        }
+        same
+    });
+    let mut known = HashSet::new();
+    hosts.iter_mut().for_each(|h| h.again = !known.insert(h.address));
     hosts.into()
 }
 
@@ -286,44 +358,58 @@ mod tests {
         let mut out = service("prod", "out", &[], &[]);
         out.kind = Kind::External("example.com".into());
         zone.update(&out.name.clone(), Some(&out), [].into_iter());
+        let mut empty = service("prod", "empty", &[], &[("sql", 5432, 0)]);
+        empty.kind = Kind::Headless;
+        zone.update(&empty.name.clone(), Some(&empty), [].into_iter());
         zone
     }
 
-    fn records(zone: &Zone, labels: &[&str]) -> Option<Vec<Data>> {
-        match zone.lookup(labels) {
-            Lookup::Found { records, .. } => Some(records),
-            Lookup::Absent => None,
-        }
+    fn records<'a>(zone: &'a Zone, labels: &'a [&'a str]) -> Option<Vec<Record<'a>>> {
+        let node = zone.find(labels)?;
+        let mut all = Vec::new();
+        node.records(&mut |r| all.push(r));
+        Some(all)
     }
 
-    fn address(text: &str) -> Data {
-        Data::Address(text.parse().unwrap())
+    fn address(text: &str) -> Record<'_> {
+        Record::Address(text.parse().unwrap())
     }
 
-    fn srv(port: u16, target: &str) -> Data {
-        Data::Service { port, target: target.into() }
+    fn srv(port: u16, host: Option<&str>) -> Record<'_> {
+        Record::Service { port, host }
     }
 
     #[test]
     fn names_of_the_specification() {
         let zone = zone();
-        let web = "web.default.svc.cluster.local";
-        let db = "db.prod.svc.cluster.local";
-        let cases: &[(&[&str], Option<Vec<Data>>)] = &[
-            (&["web", "default", "svc"], Some(vec![address("10.96.0.9"), srv(80, web)])),
-            (&["_http", "_tcp", "web", "default", "svc"], Some(vec![srv(80, web)])),
+        let db_0 = Some("db-0");
+        let cases: &[(&[&str], Option<Vec<Record<'_>>>)] = &[
+            (&["web", "default", "svc"], Some(vec![address("10.96.0.9"), srv(80, None)])),
+            (&["_http", "_tcp", "web", "default", "svc"], Some(vec![srv(80, None)])),
+            (&["_tcp", "web", "default", "svc"], Some(vec![])),
+            (&["_udp", "web", "default", "svc"], None),
             (&["_http", "_udp", "web", "default", "svc"], None),
+            (&["_", "_tcp", "web", "default", "svc"], None),
             (&["x", "web", "default", "svc"], None),
             (&["none", "default", "svc"], None),
             (&["default", "svc"], Some(vec![])),
             (&["nowhere", "svc"], None),
-            (&["dns-version"], Some(vec![Data::Text("1.1.0")])),
-            (&["out", "prod", "svc"], Some(vec![Data::Alias("example.com".into())])),
-            (&["db-0", "db", "prod", "svc"], Some(vec![address("10.244.0.7"), srv(5432, &format!("db-0.{db}"))])),
+            (&["dns-version"], Some(vec![Record::Text("1.1.0")])),
+            (&["out", "prod", "svc"], Some(vec![Record::Alias("example.com")])),
+            (&["x", "out", "prod", "svc"], None),
             (
-                &["_sql", "_tcp", "db", "prod", "svc"],
-                Some(vec![srv(5432, &format!("10-244-1-7.{db}")), srv(5432, &format!("db-0.{db}"))]),
+                &["db", "prod", "svc"],
+                Some(vec![
+                    address("10.244.1.7"),
+                    srv(5432, Some("10-244-1-7")),
+                    address("10.244.0.7"),
+                    srv(5432, db_0),
+                ]),
             ),
+            (&["db-0", "db", "prod", "svc"], Some(vec![address("10.244.0.7"), srv(5432, db_0)])),
+            (&["db-1", "db", "prod", "svc"], None),
+            (&["_sql", "_tcp", "db", "prod", "svc"], Some(vec![srv(5432, Some("10-244-1-7")), srv(5432, db_0)])),
+            (&["empty", "prod", "svc"], None),
             (&["10-244-0-9", "default", "pod"], Some(vec![address("10.244.0.9")])),
             (&["2001-db8--1", "default", "pod"], Some(vec![address("2001:db8::1")])),
             (&["web", "default", "pod"], None),
@@ -331,6 +417,30 @@ mod tests {
         for (labels, expected) in cases {
             assert_eq!(records(&zone, labels), *expected, "{labels:?}");
         }
+    }
+
+    /// Several addresses of one host name, one endpoint in two slices, endpoints that are not ready.
+    #[test]
+    fn hosts_are_what_their_slices_say_together() {
+        let name = ServiceName::new("prod", "db");
+        let mut first = slice(&name, "sql", 5432, &[("10.244.0.7", "n1"), ("10.244.0.8", "n1"), ("10.244.0.9", "n1")]);
+        first.endpoints[0].hostname = Some("db".into());
+        first.endpoints[1].hostname = Some("db".into());
+        first.endpoints[2].ready = false;
+        let mut second = slice(&name, "web", 80, &[("10.244.0.7", "n1")]);
+        second.endpoints[0].hostname = Some("db".into());
+        let mut headless = service("prod", "db", &[], &[]);
+        headless.kind = Kind::Headless;
+        let mut zone = Zone::new("cluster.local");
+        zone.update(&name, Some(&headless), [first, second].iter());
+        let both = [address("10.244.0.7"), srv(5432, Some("db")), srv(80, Some("db")), address("10.244.0.8")];
+        let got = records(&zone, &["db", "db", "prod", "svc"]).unwrap();
+        assert_eq!(got, both, "one service record for both addresses");
+        assert_eq!(records(&zone, &["_web", "_tcp", "db", "prod", "svc"]).unwrap(), [srv(80, Some("db"))]);
+        let mut targets = Vec::new();
+        let labels = ["_web", "_tcp", "db", "prod", "svc"];
+        zone.find(&labels).unwrap().targets(&mut |host, address| targets.push((host, address.to_string())));
+        assert_eq!(targets, [(Some("db"), "10.244.0.7".to_owned())]);
     }
 
     #[test]
@@ -342,6 +452,6 @@ mod tests {
         assert_eq!(of(&zone, "10.244.0.7"), ["db-0.db.prod.svc.cluster.local"]);
         zone.update(&name, None, [].into_iter());
         assert!(of(&zone, "10.96.0.9").is_empty());
-        assert_eq!(zone.lookup(&["default", "svc"]), Lookup::Absent);
+        assert!(zone.find(&["default", "svc"]).is_none());
     }
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::Snapshot;
 use crate::{
-    dns::zone::{Data, Lookup},
+    dns::zone::Record,
     model::objects::Protocol,
     nft::{
         element::{Element, Family},
@@ -122,12 +122,10 @@ impl Snapshot {
         for suffix in [format!(".{namespace}.svc"), ".svc".into(), String::new()] {
             let name = format!("{lower}{suffix}");
             let labels: Vec<&str> = name.split('.').collect();
-            let Lookup::Found { records, .. } = self.zone.lookup(&labels) else { continue };
-            let addresses: Vec<IpAddr> = records
-                .iter()
-                .filter_map(|r| if let Data::Address(a) = r { Some(*a) } else { None })
-                .filter(fits)
-                .collect();
+            let Some(node) = self.zone.find(&labels) else { continue };
+            let mut addresses: Vec<IpAddr> = Vec::new();
+            node.records(&mut |r| addresses.extend(if let Record::Address(a) = r { Some(a) } else { None }));
+            addresses.retain(fits);
             if let Some(first) = addresses.first() {
                 let list: Vec<String> = addresses.iter().map(ToString::to_string).collect();
                 out.steps.push(("name", format!("{name}.{domain} is {}", list.join(", "))));

@@ -375,10 +375,25 @@ impl Text<'_> {
         self.chain("network_policy", &rules);
     }
 
+    /// Queries to this node's own DNS leave no trace in conntrack: a busy cluster's would fill it.
+    fn untracked(&mut self) {
+        let family = self.family;
+        let own = self.settings.dns.iter().filter(|a| Family::of(a) == family);
+        let rule = |address: &str, a, port| format!("{address} {a} udp {port} 53 notrack");
+        let queries: Vec<String> = own.clone().map(|a| rule(&self.ip("daddr"), a, "dport")).collect();
+        let answers: Vec<String> = own.map(|a| rule(&self.ip("saddr"), a, "sport")).collect();
+        if !queries.is_empty() {
+            let hook = |hook: &str| vec![format!("type filter hook {hook} priority -300;")];
+            self.chain("untracked-prerouting", &[hook("prerouting"), queries.clone()].concat());
+            self.chain("untracked-output", &[hook("output"), queries, answers].concat());
+        }
+    }
+
     fn hooks(&mut self) {
         let hook = |kind: &str, hook: &str, priority: i32| format!("type {kind} hook {hook} priority {priority};");
         let guard = "iifname != \"lo\" ip daddr 127.0.0.0/8 drop".to_owned();
         let guard = (self.family == Family::V4 && self.settings.localhost_node_ports).then_some(guard);
+        self.untracked();
         let filter = "ct state new jump filter".to_owned();
         let mut first = vec![hook("filter", "prerouting", -110)];
         first.extend(guard);

@@ -5,7 +5,7 @@ use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 use futures::{Stream, StreamExt};
 use ipnet::IpNet;
 use k8s_openapi::api::{
-    core::v1::{Node, Service as ServiceObject},
+    core::v1::{ConfigMap, Node, Service as ServiceObject},
     discovery::v1::EndpointSlice,
 };
 use kube::{
@@ -19,6 +19,7 @@ use kube::{
 use tokio::sync::{mpsc, watch};
 
 use crate::{
+    dns::{server::Server, upstream::Custom},
     model::objects::{Place, Service, ServiceName, Slice},
     sync::Input,
 };
@@ -81,13 +82,16 @@ impl Backoff for Pauses {
 }
 
 /// The events of a watch that never ends. A trouble is told once, and so is its end.
-fn events<K>(api: Api<K>) -> impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send + Unpin
+fn events<K>(
+    api: Api<K>,
+    config: watcher::Config,
+) -> impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send + Unpin
 where
     K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
     let kind = std::any::type_name::<K>().rsplit("::").next().unwrap_or_default();
     let mut trouble: Option<String> = None;
-    watcher(api, watcher::Config::default())
+    watcher(api, config)
         .backoff(ResetTimerBackoff::new(Pauses::default(), CALM))
         .inspect(move |event| match event {
             Err(error) => {
@@ -111,7 +115,7 @@ where
 
 /// Watches services until the receiver is gone.
 pub(crate) async fn services(client: Client, inputs: mpsc::Sender<Input>) {
-    let mut events = events(Api::<ServiceObject>::all(client));
+    let mut events = events(Api::<ServiceObject>::all(client), watcher::Config::default());
     while let Some(event) = events.next().await {
         let input = match event {
             Err(_) => continue,
@@ -141,7 +145,7 @@ fn service_name(object: &ServiceObject) -> Option<ServiceName> {
 
 /// Watches endpoint slices until the receiver is gone.
 pub(crate) async fn slices(client: Client, inputs: mpsc::Sender<Input>) {
-    let mut events = events(Api::<EndpointSlice>::all(client));
+    let mut events = events(Api::<EndpointSlice>::all(client), watcher::Config::default());
     while let Some(event) = events.next().await {
         let gone = |object: &EndpointSlice| {
             let (namespace, name) = (object.metadata.namespace.as_deref()?, object.metadata.name.as_deref()?);
@@ -188,7 +192,7 @@ impl NodeInfo {
 
 /// Watches nodes: tells the model this node's place, and everyone the table of nodes.
 pub(crate) async fn nodes(client: Client, own: String, inputs: mpsc::Sender<Input>, table: watch::Sender<Arc<Nodes>>) {
-    let mut events = events(Api::<Node>::all(client));
+    let mut events = events(Api::<Node>::all(client), watcher::Config::default());
     let mut current = Nodes::new();
     let mut listing: Option<Nodes> = None;
     while let Some(event) = events.next().await {
@@ -221,6 +225,37 @@ pub(crate) async fn nodes(client: Client, own: String, inputs: mpsc::Sender<Inpu
             if inputs.send(Input::Place(place)).await.is_err() {
                 return;
             }
+        }
+    }
+}
+
+/// Watches the ConfigMap that says who is asked for which names, until stopped.
+pub(crate) async fn dns(client: Client, server: Arc<Server>) {
+    let only = watcher::Config::default().fields("metadata.name=kube-dns");
+    let mut events = events(Api::<ConfigMap>::namespaced(client, "kube-system"), only);
+    let mut found = false;
+    while let Some(event) = events.next().await {
+        let data = match event {
+            Ok(watcher::Event::Init) => {
+                found = false;
+                continue;
+            }
+            Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => {
+                found = true;
+                object.data.unwrap_or_default()
+            }
+            Ok(watcher::Event::InitDone) if found => continue,
+            Ok(watcher::Event::InitDone | watcher::Event::Delete(_)) => Default::default(),
+            Err(_) => continue,
+        };
+        match Custom::parse(&data) {
+            Ok(custom) => {
+                if server.forwarder.upstream.set_custom(custom) {
+                    server.forwarder.cache.clear();
+                    tracing::info!("DNS asks the servers of ConfigMap kube-system/kube-dns");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "ConfigMap kube-system/kube-dns not used"),
         }
     }
 }

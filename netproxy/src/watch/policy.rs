@@ -17,7 +17,7 @@ use crate::{
 /// Watches policies until the receiver is gone.
 pub(crate) async fn run(client: Client, inputs: mpsc::Sender<Input>) {
     let mut others = JoinSet::new();
-    let mut events = events(Api::<NetworkPolicy>::all(client.clone()));
+    let mut events = events(Api::<NetworkPolicy>::all(client.clone()), watcher::Config::default());
     let mut told = false;
     while let Some(event) = events.next().await {
         let input = match event {
@@ -56,7 +56,7 @@ fn is_denied(error: &watcher::Error) -> bool {
 }
 
 async fn pods(client: Client, inputs: mpsc::Sender<Input>) {
-    let mut events = events(Api::<PodObject>::all(client));
+    let mut events = events(Api::<PodObject>::all(client), watcher::Config::default());
     while let Some(event) = events.next().await {
         let input = match event {
             Err(_) => continue,
@@ -75,7 +75,7 @@ async fn pods(client: Client, inputs: mpsc::Sender<Input>) {
 }
 
 async fn namespaces(client: Client, inputs: mpsc::Sender<Input>) {
-    let mut events = events(Api::<Namespace>::all(client));
+    let mut events = events(Api::<Namespace>::all(client), watcher::Config::default());
     while let Some(event) = events.next().await {
         let input = match event {
             Err(_) => continue,
