@@ -134,14 +134,15 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     let (report_to, report) = state::channel(sync::Report::default());
     let (nodes_to, nodes) = state::channel(Arc::default());
     let place = model::objects::Place { node: config.node_name.as_str().into(), zone: None };
-    let core = sync::Sync::new(place, config.settings(), zone.clone(), metrics.clone(), report_to);
-    let monitor = monitor::open().map_err(Error::Monitor)?;
+    let ears = monitor::open().map_err(Error::Monitor)?;
+    let tables = (config.settings(), Some(ears.clone()));
+    let core = sync::Sync::new(place, tables, zone.clone(), metrics.clone(), report_to);
     let thread =
         std::thread::Builder::new().name("netproxy".into()).spawn(move || core.run(queue)).map_err(Error::Thread)?;
 
     let handle = links::open()?;
     let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(monitor::run(monitor, config.table.clone(), report.clone(), inputs.clone()));
+    tasks.spawn(monitor::run(ears, config.table.clone(), report.clone(), inputs.clone()));
     tasks.spawn(watch::services(client.clone(), inputs.clone()));
     tasks.spawn(watch::slices(client.clone(), inputs.clone()));
     tasks.spawn(watch::policy::run(client.clone(), inputs.clone()));
@@ -201,7 +202,8 @@ async fn start_dns(
 /// The first thing that could not be removed; the rest is removed all the same.
 pub async fn cleanup(config: &Config) -> Result<(), Error> {
     let settings = config.settings();
-    let tables = tokio::task::spawn_blocking(move || nft::kernel::Kernel::open(settings).and_then(|k| k.destroy()));
+    let tables =
+        tokio::task::spawn_blocking(move || nft::kernel::Kernel::open(settings, None).and_then(|k| k.destroy()));
     let tables = tables.await.unwrap_or(Ok(()));
     let handle = links::open()?;
     let routes = links::remove_routes(&handle, &config.cluster_cidrs, &config.bridge).await;

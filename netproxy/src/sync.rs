@@ -20,6 +20,7 @@ use crate::{
         objects::{Place, Service, ServiceName, Slice},
         shadow::{Shadow, cancel_out},
     },
+    monitor::Ears,
     nft::{
         element::Element,
         kernel::{Error, Kernel},
@@ -121,6 +122,7 @@ pub(crate) struct Sync {
     /// By [`PolicyKind`]; namespaces are names without a namespace.
     policy_lists: [Listing<Name>; 3],
     settings: Settings,
+    ears: Option<Ears>,
     kernel: Option<Kernel>,
     zone: Arc<RwLock<Zone>>,
     metrics: Arc<Metrics>,
@@ -130,7 +132,7 @@ pub(crate) struct Sync {
 impl Sync {
     pub(crate) fn new(
         place: Place,
-        settings: Settings,
+        (settings, ears): (Settings, Option<Ears>),
         zone: Arc<RwLock<Zone>>,
         metrics: Arc<Metrics>,
         report: watch::Sender<Report>,
@@ -144,6 +146,7 @@ impl Sync {
             slices: Listing::default(),
             triggers: Vec::new(),
             settings,
+            ears,
             kernel: None,
             zone,
             metrics,
@@ -311,30 +314,27 @@ impl Sync {
         self.report.send_replace(Report { failing_since, health_checks, netlink_port });
     }
 
-    fn wanted(&self) -> Vec<Element> {
-        let mut all = Vec::new();
-        self.shadow.elements(&mut |e| all.push(e));
-        self.policies.elements(&mut |e| all.push(e));
-        all
-    }
-
     fn program(&mut self, verify: bool) -> Result<(), Error> {
+        let policies = self.policies.is_dirty() && self.policies_known();
+        if self.kernel.is_none() {
+            self.shadow.catch_up();
+            if policies {
+                self.policies.flush(&mut Vec::new(), &mut Vec::new());
+            }
+            return self.start();
+        }
         let mut delta = self.shadow.flush();
-        if self.policies.is_dirty() && self.policies_known() {
+        if policies {
             self.policies.flush(&mut delta.removed, &mut delta.added);
             cancel_out(&mut delta);
         }
-        let Some(kernel) = &mut self.kernel else { return self.start() };
+        let Some(kernel) = &mut self.kernel else { return Ok(()) };
         if !delta.is_empty() {
             kernel.apply(&delta)?;
             tracing::debug!(added = delta.added.len(), removed = delta.removed.len(), "service maps changed");
         }
-        if verify {
-            let wanted = self.wanted();
-            let difference = match &mut self.kernel {
-                Some(kernel) => kernel.verify(&wanted)?,
-                None => return Ok(()),
-            };
+        if kernel.take_doubt() || verify {
+            let difference = kernel.verify(&wanted(&self.shadow, &self.policies))?;
             if difference.removed + difference.added > 0 {
                 self.metrics.repairs.inc();
                 tracing::warn!(?difference, "somebody changed our nftables elements: repaired");
@@ -352,19 +352,25 @@ impl Sync {
     /// First load, or a new beginning after a failure: whatever is in the kernel becomes what it should be.
     fn start(&mut self) -> Result<(), Error> {
         let started = Instant::now();
-        let wanted = self.wanted();
-        let mut kernel = Kernel::open(self.settings.clone())?;
-        let difference = kernel.reconcile(&wanted)?;
+        let mut kernel = Kernel::open(self.settings.clone(), self.ears.clone())?;
+        let difference = kernel.reconcile(&wanted(&self.shadow, &self.policies))?;
         self.kernel = Some(kernel);
         tracing::info!(
             services = self.shadow.service_count(),
-            elements = wanted.len(),
             added = difference.added,
             removed = difference.removed,
             millis = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
             "service rules loaded"
         );
         Ok(())
+    }
+}
+
+/// Every element that should be in the kernel.
+fn wanted(shadow: &Shadow, policies: &Policies) -> impl Fn(&mut dyn FnMut(Element)) {
+    |emit| {
+        shadow.elements(emit);
+        policies.elements(emit);
     }
 }
 

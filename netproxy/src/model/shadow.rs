@@ -236,28 +236,38 @@ impl Shadow {
     /// Brings the applied state up to date and says what changes in the kernel.
     pub(crate) fn flush(&mut self) -> Delta {
         let mut delta = Delta::default();
-        // Removal first: what one service lets go another may wait for.
-        while !self.dirty.is_empty() {
-            let mut names: Vec<_> = std::mem::take(&mut self.dirty).into_iter().collect();
-            names.sort_by(|a, b| (self.services.contains_key(a), a).cmp(&(self.services.contains_key(b), b)));
-            names.iter().for_each(|name| self.flush_service(name, &mut delta));
-        }
+        self.flush_into(Some(&mut delta));
         cancel_out(&mut delta);
         delta
     }
 
-    fn flush_service(&mut self, name: &ServiceName, delta: &mut Delta) {
+    /// Brings the applied state up to date when what the kernel has is not known anyway.
+    pub(crate) fn catch_up(&mut self) {
+        self.flush_into(None);
+    }
+
+    fn flush_into(&mut self, mut delta: Option<&mut Delta>) {
+        // Removal first: what one service lets go another may wait for.
+        while !self.dirty.is_empty() {
+            let mut names: Vec<_> = std::mem::take(&mut self.dirty).into_iter().collect();
+            names.sort_by(|a, b| (self.services.contains_key(a), a).cmp(&(self.services.contains_key(b), b)));
+            names.iter().for_each(|name| self.flush_service(name, delta.as_deref_mut()));
+        }
+    }
+
+    fn flush_service(&mut self, name: &ServiceName, mut delta: Option<&mut Delta>) {
         let old = self.applied.remove(name).unwrap_or_default();
         let new = self.replan(name, &old);
-        let first = old.service.is_none();
-        if first {
-            new.elements(&mut |e| delta.added.push(e));
-        } else {
-            diff(&old, &new, delta);
-        }
-        self.share(&old, &new, delta);
+        self.share(&old, &new, delta.as_deref_mut());
         self.count(name, &old, &new);
-        leftovers(&old, &new, delta);
+        if let Some(delta) = delta {
+            if old.service.is_none() {
+                new.elements(&mut |e| delta.added.push(e));
+            } else {
+                diff(&old, &new, delta);
+            }
+            leftovers(&old, &new, delta);
+        }
         if new.service.is_some() {
             self.applied.insert(name.clone(), new);
         }
@@ -328,13 +338,13 @@ impl Shadow {
         denied
     }
 
-    fn share(&mut self, old: &Applied, new: &Applied, delta: &mut Delta) {
+    fn share(&mut self, old: &Applied, new: &Applied, mut delta: Option<&mut Delta>) {
         let (before, after) = (old.shared(), new.shared());
         for element in after.difference(&before) {
             let users = self.shared.entry(element.id()).or_default();
             *users += 1;
             if *users == 1 {
-                delta.added.push(*element);
+                delta.iter_mut().for_each(|d| d.added.push(*element));
             }
         }
         for element in before.difference(&after) {
@@ -342,7 +352,7 @@ impl Shadow {
             *users -= 1;
             if *users == 0 {
                 self.shared.remove(&element.id());
-                delta.removed.push(*element);
+                delta.iter_mut().for_each(|d| d.removed.push(*element));
             }
         }
     }
@@ -410,10 +420,17 @@ fn leftovers(old: &Applied, new: &Applied, delta: &mut Delta) {
     }
 }
 
-/// The largest number of endpoints any element picks from, and the affinity timeouts in use.
-pub(crate) fn chains_needed<'a>(elements: impl Iterator<Item = &'a Element>) -> (u32, Vec<u32>) {
-    let (mut most, mut timeouts) = (0, Vec::new());
-    for element in elements {
+/// The chains elements go to that are made when they are needed.
+#[derive(Default)]
+pub(crate) struct Needed {
+    /// The largest number of endpoints any element picks from.
+    pub(crate) picks: u32,
+    /// The affinity timeouts in use.
+    pub(crate) timeouts: Vec<u32>,
+}
+
+impl Needed {
+    pub(crate) fn see(&mut self, element: &Element) {
         match element.value {
             Value::Goto(
                 Chain::Pick(n)
@@ -421,10 +438,9 @@ pub(crate) fn chains_needed<'a>(elements: impl Iterator<Item = &'a Element>) -> 
                 | Chain::LocalPick(n)
                 | Chain::NodePortPick(n)
                 | Chain::NodePortLocalPick(n),
-            ) => most = most.max(n),
-            Value::Goto(Chain::Remember(t)) if !timeouts.contains(&t) => timeouts.push(t),
+            ) => self.picks = self.picks.max(n),
+            Value::Goto(Chain::Remember(t)) if !self.timeouts.contains(&t) => self.timeouts.push(t),
             _ => {}
         }
     }
-    (most, timeouts)
 }

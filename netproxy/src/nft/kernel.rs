@@ -4,6 +4,7 @@
 //! through it.
 
 use std::{
+    cell::Cell,
     collections::{HashMap, hash_map::DefaultHasher},
     hash::{Hash, Hasher},
     io::{self, Write},
@@ -23,11 +24,14 @@ use super::{
 use crate::{
     model::objects::{Backend, Protocol},
     model::plan::Frontend,
-    model::shadow::{Delta, chains_needed},
+    model::shadow::{Delta, Needed},
+    monitor::Ears,
 };
 
 /// Bytes of elements per transaction when everything is loaded; a single change is always one transaction.
-const TRANSACTION_MAX: usize = 16 << 20;
+const TRANSACTION_MAX: usize = 4 << 20;
+/// Elements from which on a change is quicker when nobody listens.
+const MANY: usize = 1000;
 const AFFINITY: &str = "affinity";
 
 /// Why the kernel's tables could not be read or changed.
@@ -64,7 +68,15 @@ pub(crate) struct Kernel {
     families: Vec<Family>,
     chains: Chains,
     digest: u64,
+    ears: Option<Ears>,
+    /// Transactions since the ears were shut.
+    sent: Cell<u32>,
+    /// Somebody else may have changed something that nobody heard of.
+    doubt: bool,
 }
+
+/// Calls its argument with every element that should be in the kernel.
+pub(crate) type Wanted<'a> = dyn Fn(&mut dyn FnMut(Element)) + 'a;
 
 /// Runs nft with a ruleset on its standard input.
 fn run_nft(text: &str) -> Result<(), Error> {
@@ -100,8 +112,8 @@ fn families() -> Vec<Family> {
 }
 
 impl Kernel {
-    /// Opens the socket; changes nothing.
-    pub(crate) fn open(settings: Settings) -> Result<Self, Error> {
+    /// Opens the socket; changes nothing. `ears` are shut while much is changed.
+    pub(crate) fn open(settings: Settings, ears: Option<Ears>) -> Result<Self, Error> {
         let mut socket = Socket::new(NETLINK_NETFILTER).map_err(|e| Error::Socket("open", e))?;
         let address = socket.bind_auto().map_err(|e| Error::Socket("bind", e))?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(|e| Error::Socket("connect", e))?;
@@ -109,7 +121,8 @@ impl Kernel {
         let _ = setsockopt(&socket, sockopt::SndBufForce, &(4 * TRANSACTION_MAX));
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &(4 << 20));
         let port = address.port_number();
-        Ok(Self { socket, port, settings, families: families(), chains: Chains::default(), digest: 0 })
+        let (families, chains) = (families(), Chains::default());
+        Ok(Self { socket, port, settings, families, chains, digest: 0, ears, sent: Cell::new(0), doubt: false })
     }
 
     /// The port that notifications of our own changes carry.
@@ -118,9 +131,14 @@ impl Kernel {
     }
 
     /// Makes the rules as they should be, keeping what elements there are, then the elements.
-    pub(crate) fn reconcile(&mut self, wanted: &[Element]) -> Result<Difference, Error> {
-        let (picks, timeouts) = chains_needed(wanted.iter());
-        self.chains.grow(picks, &timeouts);
+    pub(crate) fn reconcile(&mut self, wanted: &Wanted<'_>) -> Result<Difference, Error> {
+        self.quietly(|kernel| kernel.make(wanted))
+    }
+
+    fn make(&mut self, wanted: &Wanted<'_>) -> Result<Difference, Error> {
+        let mut needed = Needed::default();
+        wanted(&mut |element| needed.see(&element));
+        self.chains.grow(needed.picks, &needed.timeouts);
         let existing = self.existing_chains()?;
         let (picks, timeouts) = existing.iter().fold((0, Vec::new()), |(mut most, mut times), chain| {
             match chain {
@@ -132,22 +150,24 @@ impl Kernel {
         });
         self.chains.grow(picks, &timeouts);
         let text: String = self.families.iter().map(|f| skeleton::render(*f, &self.settings, &self.chains)).collect();
-        match run_nft(&text) {
+        match self.run(&text) {
             Err(Error::Ruleset(why)) if !existing.is_empty() => {
                 tracing::info!(why, "replacing the whole nftables table: its maps have another shape");
-                let replace = |f: &Family| skeleton::render_replacement(*f, &self.settings, &self.chains, wanted);
-                run_nft(&self.families.iter().map(replace).collect::<String>())?;
+                let mut elements = Vec::new();
+                wanted(&mut |element| elements.push(element));
+                let replace = |f: &Family| skeleton::render_replacement(*f, &self.settings, &self.chains, &elements);
+                self.run(&self.families.iter().map(replace).collect::<String>())?;
             }
             other => other?,
         }
         self.add_remembering(&self.chains.timeouts)?;
         self.digest = self.rules_digest()?;
-        let present = if existing.is_empty() { HashMap::new() } else { self.dump()? };
+        let present = self.dump()?;
         self.correct(present, wanted)
     }
 
     /// Compares the kernel's table with what it should be and repairs it.
-    pub(crate) fn verify(&mut self, wanted: &[Element]) -> Result<Difference, Error> {
+    pub(crate) fn verify(&mut self, wanted: &Wanted<'_>) -> Result<Difference, Error> {
         if self.rules_digest()? != self.digest {
             tracing::warn!(table = self.settings.table, "somebody changed our nftables rules: loading them again");
             return self.reconcile(wanted);
@@ -156,22 +176,78 @@ impl Kernel {
         self.correct(present, wanted)
     }
 
-    fn correct(&mut self, mut present: HashMap<ElementKey, Element>, wanted: &[Element]) -> Result<Difference, Error> {
-        let (mut removed, mut added) = (Vec::new(), Vec::new());
-        for element in wanted.iter().filter(|e| self.families.contains(&e.family)) {
-            match present.remove(&element.id()) {
-                Some(same) if same == *element => {}
-                Some(other) => {
-                    removed.push(other);
-                    added.push(*element);
-                }
-                None => added.push(*element),
-            }
+    fn correct(&mut self, mut present: HashMap<ElementKey, Element>, wanted: &Wanted<'_>) -> Result<Difference, Error> {
+        if present.is_empty() {
+            return Ok(Difference { removed: 0, added: self.load(wanted)? });
         }
+        let (mut removed, mut added) = (Vec::new(), Vec::new());
+        wanted(&mut |element| match present.remove(&element.id()) {
+            _ if !self.families.contains(&element.family) => {}
+            Some(same) if same == element => {}
+            Some(other) => {
+                removed.push(other);
+                added.push(element);
+            }
+            None => added.push(element),
+        });
         removed.extend(present.into_values());
         let difference = Difference { removed: removed.len(), added: added.len() };
         self.change(&removed, &added)?;
         Ok(difference)
+    }
+
+    /// Fills empty maps; returns with how many elements.
+    fn load(&self, wanted: &Wanted<'_>) -> Result<usize, Error> {
+        let (mut batch, mut count, mut outcome) = (Batch::default(), 0, Ok(()));
+        wanted(&mut |element| {
+            if outcome.is_ok() && self.families.contains(&element.family) {
+                count += 1;
+                batch.add(&element);
+                if batch.size() > TRANSACTION_MAX {
+                    outcome = self.send(std::mem::take(&mut batch));
+                }
+            }
+        });
+        outcome.and_then(|()| if batch.is_empty() { Ok(()) } else { self.send(batch) })?;
+        Ok(count)
+    }
+
+    /// Changes much. For each element the kernel writes a notification when somebody listens, which takes longer than the
+    /// change: our own ears are shut meanwhile, and the generation tells whether somebody else said anything.
+    fn quietly<T>(&mut self, body: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
+        let Some(ears) = self.ears.take() else { return body(self) };
+        ears.shut().map_err(|e| Error::Socket("leave a group of the", e))?;
+        let before = self.generation();
+        self.sent.set(0);
+        let outcome = body(self);
+        ears.open().map_err(|e| Error::Socket("join a group of the", e))?;
+        self.ears = Some(ears);
+        // Each transaction is a generation.
+        self.doubt |= self.generation()? != before?.wrapping_add(self.sent.get());
+        outcome
+    }
+
+    /// Runs nft: one transaction.
+    fn run(&self, text: &str) -> Result<(), Error> {
+        run_nft(text)?;
+        self.sent.set(self.sent.get() + 1);
+        Ok(())
+    }
+
+    /// Number of the ruleset's last change, whoever made it.
+    fn generation(&self) -> Result<u32, Error> {
+        let mut request = Vec::new();
+        let head = (wire::nft(wire::MSG_GETGEN), wire::NLM_F_REQUEST, 1);
+        wire::message(&mut request, head, (0, 0), |_| {});
+        self.socket.send(&request, 0).map_err(|e| Error::Socket("send on", e))?;
+        let (answer, _) = self.socket.recv_from_full().map_err(|e| Error::Socket("read", e))?;
+        let id = wire::messages(&answer).find_map(|m| wire::attribute(m.body, 1)?.first_chunk().copied());
+        Ok(id.map_or(0, u32::from_be_bytes))
+    }
+
+    /// Whether somebody else may have changed something while nobody listened, once.
+    pub(crate) fn take_doubt(&mut self) -> bool {
+        std::mem::take(&mut self.doubt)
     }
 
     /// Applies a delta: more chains if needed, elements in one transaction, then what clients were remembered.
@@ -185,15 +261,16 @@ impl Kernel {
     }
 
     fn ensure_chains(&mut self, added: &[Element]) -> Result<(), Error> {
-        let (picks, timeouts) = chains_needed(added.iter());
+        let mut needed = Needed::default();
+        added.iter().for_each(|e| needed.see(e));
         let mut chains = self.chains.clone();
-        if !chains.grow(picks, &timeouts) {
+        if !chains.grow(needed.picks, &needed.timeouts) {
             return Ok(());
         }
         let more = |f: &Family| skeleton::render_more(*f, &self.settings, &self.chains, &chains);
-        run_nft(&self.families.iter().map(more).collect::<String>())?;
+        let text: String = self.families.iter().map(more).collect();
         let fresh: Vec<u32> = chains.timeouts.iter().filter(|t| !self.chains.timeouts.contains(t)).copied().collect();
-        self.add_remembering(&fresh)?;
+        self.quietly(|kernel| kernel.run(&text).and_then(|()| kernel.add_remembering(&fresh)))?;
         self.chains = chains;
         self.digest = self.rules_digest()?;
         Ok(())
@@ -208,7 +285,14 @@ impl Kernel {
     }
 
     /// One transaction, unless there is so much to add that it is a first load.
-    fn change(&self, removed: &[Element], added: &[Element]) -> Result<(), Error> {
+    fn change(&mut self, removed: &[Element], added: &[Element]) -> Result<(), Error> {
+        if removed.len() + added.len() < MANY {
+            return self.change_all(removed, added);
+        }
+        self.quietly(|kernel| kernel.change_all(removed, added))
+    }
+
+    fn change_all(&self, removed: &[Element], added: &[Element]) -> Result<(), Error> {
         let mut batch = Batch::default();
         for element in removed.iter().filter(|e| self.families.contains(&e.family)) {
             batch.remove(element);
@@ -240,6 +324,7 @@ impl Kernel {
                 }
                 // An error of the whole transaction carries the first message's number and nothing follows.
                 if message.sequence == last || message.sequence == 0 {
+                    self.sent.set(self.sent.get() + u32::from(failed.is_none()));
                     return failed.map_or(Ok(()), |errno| self.refused(errno));
                 }
             }

@@ -196,8 +196,8 @@ impl World {
             node_port_addresses: Vec::new(),
             localhost_node_ports: true,
         };
-        let mut kernel = Kernel::open(settings).unwrap();
-        kernel.reconcile(&[]).unwrap();
+        let mut kernel = Kernel::open(settings, None).unwrap();
+        kernel.reconcile(&|_| {}).unwrap();
         Self { shadow: Shadow::new(Place { node: "me".into(), zone: None }), kernel }
     }
 
@@ -476,15 +476,18 @@ fn stickiness(family: Family) {
         }
         // A new process keeps what clients are remembered.
         known();
-        let mut again = Kernel::open(Settings {
-            table: "isopod-test".into(),
-            cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "2001:db8:1::/48".parse().unwrap()],
-            dns: Vec::new(),
-            node_port_addresses: Vec::new(),
-            localhost_node_ports: true,
-        })
+        let mut again = Kernel::open(
+            Settings {
+                table: "isopod-test".into(),
+                cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "2001:db8:1::/48".parse().unwrap()],
+                dns: Vec::new(),
+                node_port_addresses: Vec::new(),
+                localhost_node_ports: true,
+            },
+            None,
+        )
         .unwrap();
-        again.reconcile(&world.elements()).unwrap();
+        again.reconcile(&|emit| world.shadow.elements(emit)).unwrap();
         known();
         // No affinity any more: spread again.
         sticky.affinity = None;

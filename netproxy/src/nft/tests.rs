@@ -59,14 +59,16 @@ fn golden_skeleton() {
     }
 }
 
-fn wanted(shadow: &Shadow) -> Vec<Element> {
-    let mut all = Vec::new();
-    shadow.elements(&mut |e| all.push(e));
-    all
+fn wanted(shadow: &Shadow) -> impl Fn(&mut dyn FnMut(Element)) {
+    |emit| shadow.elements(emit)
 }
 
-fn by_id(elements: impl IntoIterator<Item = Element>) -> HashMap<ElementKey, Element> {
-    elements.into_iter().map(|e| (e.id(), e)).collect()
+fn by_id(elements: impl Fn(&mut dyn FnMut(Element))) -> HashMap<ElementKey, Element> {
+    let mut all = HashMap::new();
+    elements(&mut |e| {
+        all.insert(e.id(), e);
+    });
+    all
 }
 
 fn same(shadow: &Shadow, kernel: &Kernel) {
@@ -173,8 +175,8 @@ fn kernel_follows_the_model() {
             proptest::test_runner::TestRunner::new(Runs { cases: 3, failure_persistence: None, ..Runs::default() });
         let outcome = runner.run(&strategy, |changes| {
             let mut shadow = Shadow::new(here());
-            let mut kernel = Kernel::open(settings()).unwrap();
-            kernel.reconcile(&[]).unwrap();
+            let mut kernel = Kernel::open(settings(), None).unwrap();
+            kernel.reconcile(&|_| {}).unwrap();
             for (number, (change, more)) in changes.iter().enumerate() {
                 take(&mut shadow, change);
                 if *more > 0 {
@@ -189,7 +191,7 @@ fn kernel_follows_the_model() {
             kernel.apply(&shadow.flush()).unwrap();
             same(&shadow, &kernel);
             // A new process finds everything as it should be.
-            let found = Kernel::open(settings()).unwrap().reconcile(&wanted(&shadow)).unwrap();
+            let found = Kernel::open(settings(), None).unwrap().reconcile(&wanted(&shadow)).unwrap();
             prop_assert_eq!(found, Difference { removed: 0, added: 0 });
             Ok(())
         });
@@ -206,13 +208,13 @@ fn what_a_new_process_finds_is_corrected() {
             shadow.set_slice(make_slice(number, false, 0xffff, 0));
         }
         shadow.flush();
-        let mut first = Kernel::open(settings()).unwrap();
+        let mut first = Kernel::open(settings(), None).unwrap();
         first.reconcile(&wanted(&shadow)).unwrap();
         same(&shadow, &first);
         shadow.remove_service(&ServiceName::new("ns", "s1"));
         shadow.set_slice(make_slice(0, false, 0x00ff, 0));
         shadow.flush();
-        let mut second = Kernel::open(settings()).unwrap();
+        let mut second = Kernel::open(settings(), None).unwrap();
         let difference = second.reconcile(&wanted(&shadow)).unwrap();
         assert!(difference.removed > 0);
         same(&shadow, &second);
@@ -234,7 +236,7 @@ fn a_table_of_another_shape_is_replaced_with_its_elements() {
             shadow.set_slice(make_slice(number, false, 0xffff, 0));
         }
         shadow.flush();
-        let mut kernel = Kernel::open(settings()).unwrap();
+        let mut kernel = Kernel::open(settings(), None).unwrap();
         let difference = kernel.reconcile(&wanted(&shadow)).unwrap();
         assert_eq!(difference, Difference { removed: 0, added: 0 }, "elements come with the table");
         same(&shadow, &kernel);
@@ -249,7 +251,7 @@ fn edits_by_others_are_repaired() {
         shadow.set_slice(make_slice(1, false, 0xffff, 0));
         shadow.flush();
         let all = wanted(&shadow);
-        let mut kernel = Kernel::open(settings()).unwrap();
+        let mut kernel = Kernel::open(settings(), None).unwrap();
         kernel.reconcile(&all).unwrap();
         for edit in [
             "flush map ip isopod-test endpoints",
@@ -275,7 +277,7 @@ fn a_full_load_and_one_change_are_quick() {
     in_own_network(|| {
         let (report, _watch) = tokio::sync::watch::channel(Report::default());
         let zone = Arc::new(RwLock::new(Zone::new("cluster.local")));
-        let mut sync = Sync::new(here(), settings(), zone, Arc::new(Metrics::new()), report);
+        let mut sync = Sync::new(here(), (settings(), None), zone, Arc::new(Metrics::new()), report);
         let name = |n: usize| ServiceName::new("load", &format!("s{n}"));
         let endpoints = |n: usize, count: usize| {
             let list: Vec<String> =

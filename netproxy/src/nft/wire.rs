@@ -13,6 +13,7 @@ pub(crate) const MSG_NEWSETELEM: u16 = 12;
 pub(crate) const MSG_GETSETELEM: u16 = 13;
 pub(crate) const MSG_DELSETELEM: u16 = 14;
 pub(crate) const MSG_NEWGEN: u16 = 15;
+pub(crate) const MSG_GETGEN: u16 = 16;
 
 pub(crate) const NLM_F_REQUEST: u16 = 1;
 pub(crate) const NLM_F_ACK: u16 = 4;

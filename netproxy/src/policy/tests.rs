@@ -376,8 +376,8 @@ fn the_kernel_follows_random_policies() {
         let runs = Runs { cases: 3, failure_persistence: None, ..Runs::default() };
         let outcome = proptest::test_runner::TestRunner::new(runs).run(&strategy, |changes| {
             let mut all = Policies::new("me");
-            let mut kernel = Kernel::open(nft::settings()).unwrap();
-            kernel.reconcile(&[]).unwrap();
+            let mut kernel = Kernel::open(nft::settings(), None).unwrap();
+            kernel.reconcile(&|_| {}).unwrap();
             for (number, (change, wait)) in changes.iter().enumerate() {
                 take(&mut all, change);
                 if *wait && number + 1 < changes.len() {
