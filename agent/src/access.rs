@@ -17,11 +17,13 @@ use kube::api::PostParams;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
-use crate::{api::Api, config::KubeletConfiguration, server::Identity};
+use crate::{
+    api::Api,
+    config::{KubeletConfiguration, ReviewLife},
+    server::Identity,
+};
 
-/// How long a permission is remembered.
-const ALLOWED: Duration = Duration::from_secs(300);
-/// How long a refusal is.
+/// How long a token that is nobody's is remembered.
 const REFUSED: Duration = Duration::from_secs(30);
 /// How long the API server may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,6 +64,7 @@ pub(crate) struct Access {
     tokens: Cache<[u8; 32], Option<Identity>>,
     permissions: Cache<Wish, bool>,
     token_life: Duration,
+    review_life: ReviewLife,
     reviews_tokens: bool,
     everything: bool,
 }
@@ -75,6 +78,7 @@ impl Access {
             tokens: Cache::new(),
             permissions: Cache::new(),
             token_life: k.authentication.webhook.cache_ttl,
+            review_life: k.authorization.webhook.clone(),
             reviews_tokens: k.authentication.webhook.enabled,
             everything: k.authorization.mode == "AlwaysAllow",
         }
@@ -139,7 +143,8 @@ impl Access {
         let answer = tokio::time::timeout(PATIENCE, reviews.create(&parameters, &review)).await;
         let answer = answer.map_err(|_| "the API server takes too long to answer")?.map_err(|e| e.to_string())?;
         let allowed = answer.status.is_some_and(|s| s.allowed);
-        self.permissions.put(wish, allowed, if allowed { ALLOWED } else { REFUSED });
+        let life = if allowed { self.review_life.authorized } else { self.review_life.unauthorized };
+        self.permissions.put(wish, allowed, life);
         Ok(allowed)
     }
 }

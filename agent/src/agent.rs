@@ -23,12 +23,14 @@ use crate::{
     events::Recorder,
     host::NodeHost,
     images::{ImageError, ImageService, LocalImages},
+    machine,
     metrics::Metrics,
     network::{BridgeNetwork, NetworkConfig, PodNetwork},
     node,
     objects::Objects,
     paths::Paths,
     pods::{self, manager, table::PodTable},
+    rate::Rate,
     runtime::{self, RuntimeEvent},
     server,
     services::Services,
@@ -62,9 +64,9 @@ pub enum Error {
     /// The pod network.
     #[error("pod network: {0}")]
     Network(String),
-    /// Swap is on and the configuration forbids it.
-    #[error("swap is on and failSwapOn is true: turn swap off or set failSwapOn: false")]
-    Swap,
+    /// The machine is not as the configuration wants it.
+    #[error("{0}")]
+    Machine(String),
     /// Something of a pod stays behind.
     #[error("{0}")]
     Leftovers(String),
@@ -88,9 +90,8 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     for dir in [paths.etc(), paths.state(), paths.pods(), paths.images(), paths.run_pods(), paths.logs()] {
         fs::create_dir_all(&dir).map_err(|source| Error::Directory { path: dir, source })?;
     }
-    if config.kubelet.fail_swap_on && fs::read_to_string("/proc/swaps").unwrap_or_default().lines().count() > 1 {
-        return Err(Error::Swap);
-    }
+    machine::check(&config.kubelet).map_err(Error::Machine)?;
+    machine::settle(&config.kubelet);
     pods::record::prune(&paths.starts());
     let cgroups = Cgroups::open(&paths.instance())?;
     let local =
@@ -103,12 +104,23 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     let server = bind(&config).await?;
     let api = Api::start(config.kubeconfig.clone(), stop.clone());
     let machine = node::info::machine(&config);
+    if config.kubelet.enforce_node_allocatable.iter().any(|g| g == "pods") {
+        let reserved = |resource: &str| node::info::reserved(&config.kubelet, resource);
+        let (milli, memory) =
+            (i64::from(machine.cpus) * 1000 - reserved("cpu"), machine.memory - reserved("memory") / 1000);
+        if let Err(error) = cgroups.enforce(milli, memory) {
+            tracing::warn!(%error, "Failed to update Node Allocatable Limits");
+        }
+    }
     let manifests = config.kubelet.static_pod_path.clone().unwrap_or_else(|| paths.manifests());
     load_images(&local, &config).await;
+    let k = &config.kubelet;
+    let events_rate = Rate::new(k.event_record_qps, k.event_burst);
+    local.limit_rate(Rate::new(k.registry_pull_qps, k.registry_burst));
     let ctx = Arc::new(Context {
         objects: Objects::new(api.clone()),
         services: Services::start(api.clone(), stop.clone()),
-        events: Recorder::start(api.clone(), node_name.clone(), stop.clone()),
+        events: Recorder::start(api.clone(), node_name.clone(), events_rate, stop.clone()),
         node_name: node_name.clone(),
         images: Arc::new(local),
         table: PodTable::default(),
@@ -124,7 +136,13 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
         machine,
         config,
     });
-    let manifests = sources::files::start(manifests, node_name, stop.clone());
+    let mut manifests = sources::files::start(manifests, node_name.clone(), stop.clone());
+    if let Some(url) = ctx.config.kubelet.static_pod_url.clone() {
+        let k = &ctx.config.kubelet;
+        let place =
+            sources::url::Place { url, headers: k.static_pod_url_header.clone(), every: k.http_check_frequency };
+        manifests = sources::url::join(manifests, place, node_name, stop.clone());
+    }
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(manager::run(ctx.clone(), manifests, stop.clone()));
     tasks.spawn(node::run(ctx.clone(), stop.clone()));
@@ -158,7 +176,10 @@ async fn bind(config: &Config) -> Result<Option<server::Bound>, Error> {
         return Ok(None);
     }
     let bind = SocketAddr::new(k.address, k.port);
-    Ok(Some(server::Bound::new(&server::Config { bind, cert, key, client_ca }).await?))
+    let only_tls13 = k.tls_min_version.as_deref() == Some("VersionTLS13");
+    let cipher_suites = k.tls_cipher_suites.clone();
+    let wanted = server::Config { bind, cert, key, client_ca, only_tls13, cipher_suites };
+    Ok(Some(server::Bound::new(&wanted).await?))
 }
 
 async fn load_images(local: &LocalImages, config: &Config) {

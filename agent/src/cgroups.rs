@@ -92,6 +92,17 @@ impl Cgroups {
         Ok(tree)
     }
 
+    /// Whether memory is accounted by cgroup v2.
+    pub(crate) fn memory_is_v2(&self) -> bool {
+        self.hierarchies.v2.is_some() && !self.hierarchies.v1.contains_key("memory")
+    }
+
+    /// Holds all pods together to what the node has for them: milli-CPUs as a weight, memory as a limit.
+    pub(crate) fn enforce(&self, milli: i64, memory: i64) -> Result<(), CgroupError> {
+        let limits = Limits { cpu_shares: qos::shares(milli), memory: Some(memory), ..Limits::default() };
+        self.limit(&self.root, &Limits { cpu_period: 100_000, ..limits })
+    }
+
     /// The pod's group, relative to each hierarchy's mount point.
     pub(crate) fn pod_group(&self, qos: Qos, uid: &str) -> String {
         match qos {

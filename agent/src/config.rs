@@ -3,6 +3,8 @@
 //! Every upstream field is either honoured or refused by name; a word that upstream does not know is an error too.
 
 mod duration;
+mod fields;
+mod node;
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +16,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use self::duration::go_duration;
-pub use self::duration::{format_duration, parse_duration};
+pub use self::{
+    duration::{format_duration, parse_duration},
+    node::{Logging, MemorySwap, ReservedMemory, ShutdownByPriority, UserNamespaces},
+};
 use crate::{images::Verification, paths::Paths};
 
 /// Everything the agent needs to run.
@@ -48,7 +53,7 @@ pub struct Config {
     pub own_image: Option<String>,
 }
 
-/// The subset of `kubelet.config.k8s.io/v1beta1 KubeletConfiguration` that is honoured.
+/// The fields of `kubelet.config.k8s.io/v1beta1 KubeletConfiguration` that are honoured; the others are in `fields`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct KubeletConfiguration {
@@ -182,6 +187,68 @@ pub struct KubeletConfiguration {
     pub authorization: Authorization,
     /// Name of the cgroup driver: only `cgroupfs`.
     pub cgroup_driver: String,
+    /// Static pods from here, beside the directory's.
+    #[serde(rename = "staticPodURL")]
+    pub static_pod_url: Option<String>,
+    /// Headers of the request for them.
+    #[serde(rename = "staticPodURLHeader")]
+    pub static_pod_url_header: BTreeMap<String, Vec<String>>,
+    /// How often they are asked for.
+    #[serde(with = "go_duration")]
+    pub http_check_frequency: Duration,
+    /// Cipher suites of the node API by their IANA names; empty is the library's choice.
+    pub tls_cipher_suites: Vec<String>,
+    /// `VersionTLS12` or `VersionTLS13`.
+    pub tls_min_version: Option<String>,
+    /// oom_score_adj of the agent itself.
+    pub oom_score_adj: i32,
+    /// Most files the agent opens.
+    pub max_open_files: u64,
+    /// Thresholds that are not said keep their default.
+    pub merge_default_eviction_settings: bool,
+    /// Refuse to start when kernel settings are not what upstream wants.
+    pub protect_kernel_defaults: bool,
+    /// Gates by name.
+    pub feature_gates: BTreeMap<String, bool>,
+    /// What containers may swap.
+    pub memory_swap: MemorySwap,
+    /// Whether /var/log can be read through the node API.
+    pub enable_system_log_handler: bool,
+    /// Whether logs of the node's services can be asked for by name.
+    pub enable_system_log_query: bool,
+    /// How long the node's shutdown waits for pods.
+    #[serde(with = "go_duration")]
+    pub shutdown_grace_period: Duration,
+    /// How much of it is for critical pods.
+    #[serde(with = "go_duration")]
+    pub shutdown_grace_period_critical_pods: Duration,
+    /// The same by priority.
+    pub shutdown_grace_period_by_pod_priority: Vec<ShutdownByPriority>,
+    /// How the agent logs.
+    pub logging: Logging,
+    /// User namespaces of pods.
+    pub user_namespaces: UserNamespaces,
+    /// `none` or `static`.
+    pub cpu_manager_policy: String,
+    /// Options of the policy.
+    pub cpu_manager_policy_options: BTreeMap<String, String>,
+    /// CPUs that no pod has for itself.
+    #[serde(rename = "reservedSystemCPUs")]
+    pub reserved_system_cpus: String,
+    /// `None` or `Static`.
+    pub memory_manager_policy: String,
+    /// Memory of each NUMA node that is not for pods.
+    pub reserved_memory: Vec<ReservedMemory>,
+    /// `none`, `best-effort`, `restricted` or `single-numa-node`.
+    pub topology_manager_policy: String,
+    /// `container` or `pod`.
+    pub topology_manager_scope: String,
+    /// Options of the policy.
+    pub topology_manager_policy_options: BTreeMap<String, String>,
+    /// Where between request and limit memory is throttled (cgroup v2, gate MemoryQoS).
+    pub memory_throttling_factor: f64,
+    /// Whether requested memory is reserved (cgroup v2, gate MemoryQoS).
+    pub memory_reservation_policy: String,
 }
 
 /// `crashLoopBackOff`.
@@ -247,15 +314,48 @@ pub struct Anonymous {
 
 /// `authorization`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Authorization {
     /// `Webhook` or `AlwaysAllow`.
     pub mode: String,
+    /// Access reviews.
+    pub webhook: ReviewLife,
 }
 
 impl Default for Authorization {
     fn default() -> Self {
-        Self { mode: "Webhook".into() }
+        Self { mode: "Webhook".into(), webhook: ReviewLife::default() }
+    }
+}
+
+/// `authorization.webhook`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct ReviewLife {
+    /// How long a permission is kept.
+    #[serde(rename = "cacheAuthorizedTTL", with = "go_duration")]
+    pub authorized: Duration,
+    /// How long a refusal is kept.
+    #[serde(rename = "cacheUnauthorizedTTL", with = "go_duration")]
+    pub unauthorized: Duration,
+}
+
+impl Default for ReviewLife {
+    fn default() -> Self {
+        Self { authorized: Duration::from_secs(300), unauthorized: Duration::from_secs(30) }
+    }
+}
+
+impl ReviewLife {
+    /// No time at all means the default.
+    fn fill(&mut self) {
+        let default = Self::default();
+        if self.authorized.is_zero() {
+            self.authorized = default.authorized;
+        }
+        if self.unauthorized.is_zero() {
+            self.unauthorized = default.unauthorized;
+        }
     }
 }
 
@@ -327,6 +427,34 @@ impl Default for KubeletConfiguration {
             authentication: Authentication::default(),
             authorization: Authorization::default(),
             cgroup_driver: "cgroupfs".into(),
+            static_pod_url: None,
+            static_pod_url_header: BTreeMap::new(),
+            http_check_frequency: seconds(20),
+            tls_cipher_suites: Vec::new(),
+            tls_min_version: None,
+            oom_score_adj: -999,
+            max_open_files: 1_000_000,
+            merge_default_eviction_settings: false,
+            protect_kernel_defaults: false,
+            feature_gates: BTreeMap::new(),
+            memory_swap: MemorySwap::default(),
+            enable_system_log_handler: true,
+            enable_system_log_query: false,
+            shutdown_grace_period: Duration::ZERO,
+            shutdown_grace_period_critical_pods: Duration::ZERO,
+            shutdown_grace_period_by_pod_priority: Vec::new(),
+            logging: Logging::default(),
+            user_namespaces: UserNamespaces::default(),
+            cpu_manager_policy: "none".into(),
+            cpu_manager_policy_options: BTreeMap::new(),
+            reserved_system_cpus: String::new(),
+            memory_manager_policy: "None".into(),
+            reserved_memory: Vec::new(),
+            topology_manager_policy: "none".into(),
+            topology_manager_scope: "container".into(),
+            topology_manager_policy_options: BTreeMap::new(),
+            memory_throttling_factor: 0.9,
+            memory_reservation_policy: "None".into(),
         }
     }
 }
@@ -353,21 +481,6 @@ pub enum ConfigError {
     },
 }
 
-/// Upstream's fields that are recognized but not honoured.
-const REFUSED: &str = "podLogsDir syncFrequency fileCheckFrequency httpCheckFrequency staticPodURL staticPodURLHeader \
- readOnlyPort tlsCipherSuites tlsCurvePreferences tlsMinVersion rotateCertificates serverTLSBootstrap \
- enableContentionProfiling oomScoreAdj \
- volumeStatsAggPeriod kubeletCgroups systemCgroups cgroupRoot cgroupsPerQOS cpuManagerPolicy \
- singleProcessOOMKill cpuManagerPolicyOptions cpuManagerReconcilePeriod memoryManagerPolicy topologyManagerPolicy \
- topologyManagerScope topologyManagerPolicyOptions qosReserved runtimeRequestTimeout hairpinMode runOnce maxOpenFiles \
- contentType kubeAPIQPS kubeAPIBurst mergeDefaultEvictionSettings enableControllerAttachDetach protectKernelDefaults \
- makeIPTablesUtilChains iptablesMasqueradeBit iptablesDropBit featureGates memorySwap containerLogMaxWorkers \
- containerLogMonitorInterval configMapAndSecretChangeDetectionStrategy reservedSystemCPUs showHiddenMetricsForVersion \
- systemReservedCgroup kubeReservedCgroup volumePluginDir kernelMemcgNotification logging enableSystemLogHandler \
- enableSystemLogQuery shutdownGracePeriod shutdownGracePeriodCriticalPods shutdownGracePeriodByPodPriority \
- reservedMemory enableProfilingHandler enableDebugFlagsHandler memoryThrottlingFactor memoryReservationPolicy tracing \
- localStorageCapacityIsolation containerRuntimeEndpoint imageServiceEndpoint userNamespaces";
-
 impl KubeletConfiguration {
     /// Reads the file at `path`; an absent file is the default configuration.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
@@ -391,17 +504,40 @@ impl KubeletConfiguration {
                 None => return Err(format!("{key} is missing, want {want:?}")),
             }
         }
-        let known = serde_json::to_value(Self::default()).map_err(|e| e.to_string())?;
-        for key in map.keys() {
-            if known.get(key).is_none() {
-                return Err(if REFUSED.split_whitespace().any(|r| r == key) {
-                    format!("field {key:?} of KubeletConfiguration is not supported by isopod: remove it")
-                } else {
-                    format!("unknown field {key:?} in KubeletConfiguration")
-                });
+        let default = serde_json::to_value(Self::default()).map_err(|e| e.to_string())?;
+        let mut wrong = None;
+        map.retain(|key, value| match fields::fixed(key, value) {
+            Some(fits) => {
+                wrong = wrong.take().or(fits.err());
+                false
+            }
+            None => {
+                if default.get(key).is_none() {
+                    wrong.get_or_insert_with(|| format!("unknown field {key:?} in KubeletConfiguration"));
+                }
+                // What is empty or no time at all means the default, as upstream has it.
+                !(value.is_null() || value == "" || value == "0s" && key != "imageMaximumGCAge")
+            }
+        });
+        if let Some(wrong) = wrong {
+            return Err(wrong);
+        }
+        let update_only =
+            map.contains_key("nodeStatusUpdateFrequency") && !map.contains_key("nodeStatusReportFrequency");
+        let merges = map.get("mergeDefaultEvictionSettings").is_some_and(|v| v == true);
+        let mut parsed: Self = from_fields(map, &default)?;
+        if update_only {
+            parsed.node_status_report_frequency = parsed.node_status_update_frequency;
+        }
+        if merges {
+            for (signal, amount) in Self::default().eviction_hard {
+                parsed.eviction_hard.entry(signal).or_insert(amount);
             }
         }
-        let parsed: Self = serde_json::from_value(value).map_err(|e| e.to_string())?;
+        if parsed.authentication.webhook.cache_ttl.is_zero() {
+            parsed.authentication.webhook.cache_ttl = Webhook::default().cache_ttl;
+        }
+        parsed.authorization.webhook.fill();
         parsed.check()?;
         Ok(parsed)
     }
@@ -435,6 +571,8 @@ impl KubeletConfiguration {
             return Err(format!("authorization.mode {:?}: want Webhook or AlwaysAllow", self.authorization.mode));
         }
         self.verification()?;
+        fields::gates(&self.feature_gates)?;
+        self.check_node()?;
         if self.max_parallel_image_pulls == Some(0) {
             return Err("maxParallelImagePulls must be a positive number".into());
         }
@@ -482,6 +620,19 @@ impl KubeletConfiguration {
     }
 }
 
+/// Reads the fields one by one first, so that an error tells which it is.
+fn from_fields(
+    map: &serde_json::Map<String, serde_json::Value>,
+    default: &serde_json::Value,
+) -> Result<KubeletConfiguration, String> {
+    for (key, value) in map {
+        let mut one = default.clone();
+        one[key] = value.clone();
+        serde_json::from_value::<KubeletConfiguration>(one).map_err(|e| format!("{key}: {e}"))?;
+    }
+    serde_json::from_value(serde_json::Value::Object(map.clone())).map_err(|e| e.to_string())
+}
+
 fn isopod_quantity(text: &str) -> Option<i128> {
     crate::quantity::milli(text)
 }
@@ -502,7 +653,11 @@ mod tests {
         assert_eq!(c.cluster_dns, ["10.0.0.9".parse::<IpAddr>().unwrap()]);
         assert_eq!(c.cpu_cfs_quota_period, Duration::from_millis(50));
         for (line, want) in [
-            ("cgroupRoot: /x", "field \"cgroupRoot\" of KubeletConfiguration is not supported by isopod: remove it"),
+            (
+                "cgroupRoot: /x",
+                "field \"cgroupRoot\" of KubeletConfiguration: \"/x\" is not supported by isopod (pods are below the \
+                 group of the instance): want \"\" or \"/\", or remove it",
+            ),
             ("maxpods: 3", "unknown field \"maxpods\" in KubeletConfiguration"),
             ("evictionHard: {foo: 1Gi}", "unknown eviction signal \"foo\""),
             (

@@ -19,7 +19,11 @@ use crate::{
     objects::Objects,
     pods::table::PodTable,
     services::Services,
-    spec::{field::Allocatable, files::Resolver},
+    spec::{
+        field::Allocatable,
+        files::Resolver,
+        resources::{Knobs, Swap, Throttling},
+    },
     stats::Stats,
 };
 
@@ -29,6 +33,7 @@ pub(crate) struct Machine {
     pub(crate) ips: Vec<IpAddr>,
     pub(crate) cpus: u32,
     pub(crate) memory: i64,
+    pub(crate) swap: i64,
     pub(crate) allocatable: Allocatable,
     pub(crate) resolver: Resolver,
 }
@@ -62,6 +67,29 @@ impl Context {
     pub(crate) fn cfs_period(&self) -> Option<u64> {
         let k = &self.config.kubelet;
         k.cpu_cfs_quota.then(|| u64::try_from(k.cpu_cfs_quota_period.as_micros()).unwrap_or(100_000).max(1000))
+    }
+
+    /// What of the node a container's kernel numbers depend on.
+    pub(crate) fn knobs(&self) -> Knobs {
+        let k = &self.config.kubelet;
+        let memory_v2 = self.cgroups.memory_is_v2();
+        let swap = Swap {
+            limited: k.memory_swap.swap_behavior == "LimitedSwap",
+            memory: self.machine.memory,
+            total: self.machine.swap,
+        };
+        let throttling = Throttling {
+            factor: k.memory_throttling_factor,
+            reserve: k.memory_reservation_policy == "TieredReservation",
+            allocatable: self.machine.allocatable.memory,
+        };
+        let quality = k.feature_gates.get("MemoryQoS") == Some(&true);
+        Knobs {
+            cfs_period: self.cfs_period(),
+            swap: Some(swap).filter(|s| memory_v2 && s.total > 0),
+            throttling: Some(throttling).filter(|_| memory_v2 && quality),
+            ..Knobs::default()
+        }
     }
 
     /// Takes a pod's burstable request in or out of the class's weight.

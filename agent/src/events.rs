@@ -11,10 +11,10 @@ use kube::api::{Api as KubeApi, Patch, PatchParams, PostParams};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::Api;
+use crate::{api::Api, rate::Rate};
 
 /// Events waiting for the API server at most; more are dropped.
-const QUEUE: usize = 512;
+const QUEUE: usize = 1024;
 /// Events remembered for counting at most.
 const REMEMBERED: usize = 1024;
 
@@ -50,12 +50,12 @@ pub(crate) struct Recorder {
 
 impl Recorder {
     /// Starts writing events of `node` once there is an API server.
-    pub(crate) fn start(api: Api, node: Arc<str>, stop: CancellationToken) -> Self {
+    pub(crate) fn start(api: Api, node: Arc<str>, rate: Option<Rate>, stop: CancellationToken) -> Self {
         let (queue, receiver) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = write(api, node, receiver) => {}
+                () = write(api, node, rate, receiver) => {}
             }
         });
         Self { queue }
@@ -124,13 +124,16 @@ struct Written {
     touched: u64,
 }
 
-async fn write(api: Api, node: Arc<str>, mut queue: mpsc::Receiver<(Entry, Timestamp)>) {
+async fn write(api: Api, node: Arc<str>, rate: Option<Rate>, mut queue: mpsc::Receiver<(Entry, Timestamp)>) {
     let Some(mut client) = api.wait().await else { return };
     let mut known: HashMap<Entry, Written> = HashMap::new();
     let mut clock = 0u64;
     while let Some((entry, at)) = queue.recv().await {
         if let Some(newer) = api.get() {
             client = newer;
+        }
+        if let Some(rate) = &rate {
+            rate.wait().await;
         }
         clock += 1;
         let events: KubeApi<Event> = KubeApi::namespaced(client.clone(), &entry.about.namespace);

@@ -126,6 +126,18 @@ impl Host for NodeHost {
         all.iter().filter_map(|s| serde_json::to_value(s.pod.as_ref()).ok()).map(Arc::new).collect()
     }
 
+    fn running_pods(&self) -> Vec<Arc<Value>> {
+        let mut all = self.ctx.table.all();
+        all.retain(|s| s.containers.values().any(|c| c.running));
+        all.iter().filter_map(|s| serde_json::to_value(s.pod.as_ref()).ok()).map(Arc::new).collect()
+    }
+
+    fn system_logs(&self) -> Option<(std::path::PathBuf, bool)> {
+        let k = &self.ctx.config.kubelet;
+        let root = self.ctx.config.paths.root().join("var/log");
+        k.enable_system_log_handler.then_some((root, k.enable_system_log_query))
+    }
+
     fn log_source(&self, pod: &PodRef, container: &str, previous: bool) -> Result<LogSource, HostError> {
         let s = self.pod(pod)?;
         let Some(view) = s.containers.get(container) else { return Err(self.waiting(&s, container)) };

@@ -164,6 +164,33 @@ fn pods(ctx: &Context, e: &mut Exposition) {
         let count = all.iter().filter(|s| is_static(s) == want).count();
         e.sample("kubelet_desired_pods", &[("static", label)], Some(count as f64));
     }
+    let working = |s: &crate::pods::table::Snapshot| {
+        let phase = s.pod.status.as_ref().and_then(|s| s.phase.as_deref());
+        !matches!(phase, Some("Succeeded" | "Failed"))
+    };
+    let help = "The number of pods the kubelet considers active and which are being considered when admitting new pods. static is true if the pod is not from the apiserver.";
+    e.begin("kubelet_active_pods", "gauge", help);
+    for (label, want) in [("", false), ("true", true)] {
+        let count = all.iter().filter(|s| is_static(s) == want && working(s)).count();
+        e.sample("kubelet_active_pods", &[("static", label)], Some(count as f64));
+    }
+    let help = "Number of pods the kubelet is actually running, broken down by lifecycle phase, whether the pod is desired, orphaned, or runtime only (also orphaned), and whether the pod is static.";
+    e.begin("kubelet_working_pods", "gauge", help);
+    for (lifecycle, ending) in [("sync", false), ("terminating", true)] {
+        for (label, want) in [("", false), ("true", true)] {
+            let deleted = |s: &crate::pods::table::Snapshot| s.pod.metadata.deletion_timestamp.is_some();
+            let count = all.iter().filter(|s| is_static(s) == want && working(s) && deleted(s) == ending).count();
+            let labels = [("config", "desired"), ("lifecycle", lifecycle), ("static", label)];
+            e.sample("kubelet_working_pods", &labels, Some(count as f64));
+        }
+    }
+    let ephemeral =
+        all.iter().filter_map(|s| s.pod.spec.as_ref()?.ephemeral_containers.as_ref()).map(Vec::len).sum::<usize>();
+    let help = "Current number of ephemeral containers in pods managed by this kubelet.";
+    e.single("kubelet_managed_ephemeral_containers", "gauge", help, Some(ephemeral as f64));
+    let version = if ctx.cgroups.memory_is_v2() { 2.0 } else { 1.0 };
+    e.single("kubelet_cgroup_version", "gauge", "cgroup version on the hosts.", Some(version));
+    volumes(&all, e);
     let mirrors = all.iter().filter(|s| is_static(s) && s.mirror_uid.is_some()).count();
     e.single(
         "kubelet_mirror_pods",
@@ -171,6 +198,28 @@ fn pods(ctx: &Context, e: &mut Exposition) {
         "The number of mirror pods the kubelet will try to create (one per admitted static pod)",
         Some(mirrors as f64),
     );
+}
+
+/// Volumes of the pods by their kind.
+fn volumes(all: &[std::sync::Arc<crate::pods::table::Snapshot>], e: &mut Exposition) {
+    let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
+    let specs = all.iter().filter_map(|s| s.pod.spec.as_ref()?.volumes.as_ref()).flatten();
+    for v in specs.filter_map(|v| serde_json::to_value(v).ok()) {
+        let kind = v.as_object().and_then(|o| o.keys().find(|k| *k != "name").cloned()).unwrap_or_default();
+        *kinds.entry(kind).or_default() += 1;
+    }
+    e.begin("volume_manager_total_volumes", "gauge", "Number of volumes in Volume Manager");
+    for (kind, count) in &kinds {
+        let mut plugin = String::from("kubernetes.io/");
+        for c in kind.trim_end_matches("Source").chars() {
+            if c.is_ascii_uppercase() {
+                plugin.push('-');
+            }
+            plugin.push(c.to_ascii_lowercase());
+        }
+        let labels = [("plugin_name", plugin.as_str()), ("state", "desired_state_of_world")];
+        e.sample("volume_manager_total_volumes", &labels, Some(*count as f64));
+    }
 }
 
 /// What every process tells; `brief` is when it began only.
@@ -194,6 +243,9 @@ fn process(e: &mut Exposition, brief: bool) {
     let resident = at(20).map(|pages| pages * 4096.0);
     e.single("process_resident_memory_bytes", "gauge", "Resident memory size in bytes.", resident);
     let open = fs::read_dir("/proc/self/fd").ok().map(|d| d.count() as f64);
+    let limit =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).ok().map(|(soft, _)| soft as f64);
+    e.single("process_max_fds", "gauge", "Maximum number of open file descriptors.", limit);
     e.single("process_open_fds", "gauge", "Number of open file descriptors.", open);
 }
 

@@ -100,6 +100,19 @@ fn numbers_for_those_who_may_see_them() {
     let probes = raw("metrics/probes");
     assert!(probes.contains("prober_probe_total{container=\"c\",namespace=\"default\",pod=\"busy\","), "{probes}");
     assert!(raw("configz").contains("\"kubeletconfig\""));
+    if std::path::Path::new("/proc/pressure/cpu").exists() {
+        assert!(node["cpu"]["psi"]["some"]["total"].is_u64() && node["io"]["psi"]["some"].is_object(), "{node}");
+        assert!(busy["cpu"]["psi"]["some"]["avg10"].is_f64(), "{busy}");
+    }
+    assert!(raw("runningpods/").contains("\"busy\""));
+    assert!(raw("metrics/slis").contains("kubernetes_healthcheck{name=\"syncloop\",type=\"healthz\"} 1"));
+    assert!(raw("logs/").contains("<a href=\"pods/\">"));
+    assert!(raw("logs/isopod/agent.log").contains("node registered"));
+    let refused = |path: &str| c.kubectl(&format!("create --raw /api/v1/nodes/one/proxy/{path} -f /dev/null")).err;
+    // kubectl tells the code in words of its own.
+    assert!(refused("checkpoint/default/none/c").contains("NotFound"));
+    let here = refused("checkpoint/default/busy/c");
+    assert!(!here.is_empty() && !here.contains("NotFound"), "{here}");
     assert!(raw("pods").contains("\"busy\""));
 
     // Tokens: the API server says whose they are and what they may.

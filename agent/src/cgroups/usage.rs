@@ -66,6 +66,11 @@ impl Cgroups {
         u
     }
 
+    /// A PSI file of a group (`cpu`, `memory` or `io`): v2 has them, also beside v1.
+    pub(crate) fn pressure(&self, group: &str, resource: &str) -> Option<String> {
+        fs::read_to_string(self.hierarchies.v2.as_ref()?.join(group).join(format!("{resource}.pressure"))).ok()
+    }
+
     /// The instance's own group, which holds every pod's.
     pub(crate) fn root(&self) -> &str {
         &self.root
@@ -77,9 +82,14 @@ fn cpu_v1(u: &mut Usage, acct: &Path, cpu: Option<&Path>) {
     u.cpu_user_nanos = number(acct, "cpuacct.usage_user");
     u.cpu_system_nanos = number(acct, "cpuacct.usage_sys");
     let stat = cpu.map(|c| table(c, "cpu.stat")).unwrap_or_default();
+    throttled(u, &stat);
+    u.cpu_throttled_nanos = stat.get("throttled_time").copied();
+}
+
+/// What both versions call the same.
+fn throttled(u: &mut Usage, stat: &HashMap<String, u64>) {
     u.cpu_periods = stat.get("nr_periods").copied();
     u.cpu_throttled_periods = stat.get("nr_throttled").copied();
-    u.cpu_throttled_nanos = stat.get("throttled_time").copied();
 }
 
 fn cpu_v2(u: &mut Usage, dir: &Path) {
@@ -88,8 +98,7 @@ fn cpu_v2(u: &mut Usage, dir: &Path) {
     u.cpu_nanos = micros("usage_usec");
     u.cpu_user_nanos = micros("user_usec");
     u.cpu_system_nanos = micros("system_usec");
-    u.cpu_periods = stat.get("nr_periods").copied();
-    u.cpu_throttled_periods = stat.get("nr_throttled").copied();
+    throttled(u, &stat);
     u.cpu_throttled_nanos = micros("throttled_usec");
 }
 

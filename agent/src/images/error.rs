@@ -18,6 +18,9 @@ pub(crate) enum Error {
     /// `imagePullPolicy: Never` and it is not there.
     #[error("Container image \"{0}\" is not present with pull policy of Never")]
     NeverPull(String),
+    /// More pulls in a moment than the configuration allows.
+    #[error("pull QPS exceeded")]
+    Rate,
     /// The registry does not have it.
     #[error("failed to pull image \"{name}\": {name}: not found")]
     NotFound {

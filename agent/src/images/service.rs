@@ -12,6 +12,8 @@ use oci_client::Reference;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
 
+use crate::rate::Rate;
+
 use super::{
     DockerConfig, ImageError, ImageHandle, ImageInfo, ImageService, Progress, PullPolicy, PullProgress, archive,
     assemble, credentials, error::Error, pull, store,
@@ -39,6 +41,7 @@ pub(super) struct Inner {
     verification: RwLock<Verification>,
     /// Places for pulls, where their number is limited.
     places: RwLock<Option<Arc<Semaphore>>>,
+    rate: RwLock<Option<Rate>>,
 }
 
 /// Which images that are here already a pod may only use with credentials that their registry has accepted before.
@@ -87,6 +90,7 @@ impl LocalImages {
                 in_use: Mutex::default(),
                 verification: RwLock::default(),
                 places: RwLock::default(),
+                rate: RwLock::default(),
             }),
         })
     }
@@ -106,6 +110,11 @@ impl LocalImages {
     /// Most pulls at one time; later ones wait.
     pub fn limit_pulls(&self, most: Option<usize>) {
         *self.inner.places.write() = most.map(|n| Arc::new(Semaphore::new(n.max(1))));
+    }
+
+    /// Pulls per second and their burst; those beyond fail and are tried again with back-off.
+    pub(crate) fn limit_rate(&self, rate: Option<Rate>) {
+        *self.inner.rate.write() = rate;
     }
 
     /// Whether a pod with these secrets may use an image that is here, or has to ask the registry.
@@ -161,6 +170,9 @@ impl LocalImages {
             Some(places) => places.acquire().await.ok(),
             None => None,
         };
+        if self.inner.rate.read().as_ref().is_some_and(|r| r.take().is_err()) {
+            return Err(Error::Rate);
+        }
         let mut image = pull::pull(&self.inner, name, &reference, &secrets).await?;
         if let Some(pulled) = &mut image.pulled {
             pulled.including_waiting = asked.elapsed();

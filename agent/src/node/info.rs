@@ -54,7 +54,8 @@ fn threshold(of: &BTreeMap<String, String>, signal: &str, capacity: i64) -> i64 
     of.get(signal).map_or(0, |text| amount(text, capacity))
 }
 
-fn reserved(k: &KubeletConfiguration, resource: &str) -> i64 {
+/// Thousandths of a resource that daemons and the system have for themselves.
+pub(crate) fn reserved(k: &KubeletConfiguration, resource: &str) -> i64 {
     let of = |m: &BTreeMap<String, String>| m.get(resource).and_then(|q| quantity::milli(q)).unwrap_or(0);
     i64::try_from(of(&k.kube_reserved) + of(&k.system_reserved)).unwrap_or(0)
 }
@@ -101,7 +102,7 @@ pub(crate) fn machine(config: &Config) -> Machine {
         .max(0),
     };
     let resolver = Resolver::parse(&fs::read_to_string(&k.resolv_conf).unwrap_or_default());
-    Machine { ips: node_ip(config), cpus, memory, allocatable, resolver }
+    Machine { ips: node_ip(config), cpus, memory, swap: meminfo("SwapTotal"), allocatable, resolver }
 }
 
 /// Most pods on this node.

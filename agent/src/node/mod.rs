@@ -169,6 +169,8 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
     let report = k.node_status_report_frequency.max(Duration::from_secs(1));
     let mut written = tokio::time::Instant::now() - report;
     let mut retry = PAUSE;
+    let mut schedulable: Option<bool> = None;
+    rebooted(ctx, &node);
     loop {
         let mut failed = false;
         uid.send_replace(node.metadata.uid.clone());
@@ -177,6 +179,16 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
         network.borrow_and_update();
         pressure.borrow_and_update();
         images.borrow_and_update();
+        let unschedulable = node.spec.as_ref().and_then(|s| s.unschedulable).unwrap_or(false);
+        if schedulable.replace(!unschedulable).is_some_and(|before| before == unschedulable) {
+            let reason = if unschedulable { "NodeNotSchedulable" } else { "NodeSchedulable" };
+            ctx.events.node(
+                &ctx.node_name,
+                Kind::Normal,
+                reason,
+                format!("Node {} status is now: {reason}", ctx.node_name),
+            );
+        }
         let fresh = tokio::time::Instant::now() - written >= report;
         let (patch, changed, events) = status_patch(ctx, &node);
         if changed || fresh {
@@ -212,6 +224,20 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
                 None => return,
             }
         }
+    }
+}
+
+/// Tells when the machine has started anew since it last wrote its status.
+fn rebooted(ctx: &Context, node: &Node) {
+    let before = node.status.as_ref().and_then(|s| s.node_info.as_ref()).map(|i| i.boot_id.as_str()).unwrap_or("");
+    let now = info::system_info().boot_id;
+    if !before.is_empty() && before != now {
+        let text = format!("Node {} has been rebooted, boot id: {now}", ctx.node_name);
+        ctx.events.node(&ctx.node_name, Kind::Warning, "Rebooted", text);
+    }
+    if !ctx.cgroups.memory_is_v2() {
+        let text = "cgroup v1 support is in maintenance mode, please migrate to cgroup v2";
+        ctx.events.node(&ctx.node_name, Kind::Warning, "CgroupV1", text);
     }
 }
 

@@ -299,7 +299,11 @@ impl Worker {
                 self.stop_one(&c.name, Some(spec.termination_grace_period_seconds.unwrap_or(30)), text, Vec::new());
             } else {
                 let written = serde_json::to_value(c.resources.clone().unwrap_or_default()).unwrap_or_default();
-                containers.push((i.id.clone(), written, spec::resources(c, self.ctx.cfs_period(), None)));
+                containers.push((
+                    i.id.clone(),
+                    written,
+                    spec::resources::resources(&self.pod, c, &self.ctx.knobs(), None),
+                ));
             }
         }
         let after = qos::pod_limits(&spec, self.ctx.cfs_period(), self.ctx.config.kubelet.pod_pids_limit);

@@ -304,7 +304,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
             shm: live.shm.clone(),
             cgroup: format!("/{}/{id}", live.sandbox.cgroup),
             memory_capacity: ctx.machine.memory,
-            cfs_period: ctx.cfs_period(),
+            knobs: ctx.knobs(),
             seccomp_default: ctx.config.kubelet.seccomp_default,
             seccomp_profiles: ctx.config.paths.state().join("seccomp"),
         })

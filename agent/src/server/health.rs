@@ -10,8 +10,25 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use super::exposition::Exposition;
+
+/// The checks of /healthz.
+const CHECKS: [&str; 3] = ["ping", "log", "syncloop"];
+
+/// /metrics/slis: the checks as they stand.
+pub(super) fn slis(well: bool) -> String {
+    let mut e = Exposition::default();
+    e.begin("kubernetes_healthcheck", "gauge", "This metric records the result of a single healthcheck.");
+    for name in CHECKS {
+        let value = if name == "syncloop" && !well { 0.0 } else { 1.0 };
+        e.sample("kubernetes_healthcheck", &[("name", name), ("type", "healthz")], Some(value));
+    }
+    e.finish()
+}
+
 fn answer(path: &str) -> Response<Full<Bytes>> {
-    let known = matches!(path, "/healthz" | "/healthz/ping" | "/healthz/log" | "/healthz/syncloop");
+    let check = path.strip_prefix("/healthz/");
+    let known = path == "/healthz" || check.is_some_and(|c| CHECKS.contains(&c));
     let (status, text) = if known { (StatusCode::OK, "ok") } else { (StatusCode::NOT_FOUND, "404 page not found\n") };
     let mut response = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
     *response.status_mut() = status;

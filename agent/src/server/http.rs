@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 
 use super::{
-    AttachRequest, ExecRequest, Host, HostError, PodRef, Stdio, access,
+    AttachRequest, ExecRequest, Host, HostError, PodRef, Stdio, access, health,
     logs::{self, truth},
     portforward, remote,
     stream::{fd::FdStream, upgrade},
-    summary,
+    summary, syslogs,
     tls::Identity,
 };
 
@@ -121,6 +121,11 @@ fn pod(namespace: &str, name: &str, uid: Option<&str>) -> PodRef {
     PodRef { namespace: namespace.to_owned(), name: name.to_owned(), uid: uid.map(str::to_owned) }
 }
 
+fn pod_list(pods: &[Arc<Value>]) -> Response<Body> {
+    let items: Vec<&Value> = pods.iter().map(|pod| &**pod).collect();
+    json_response(&json!({ "kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items }))
+}
+
 impl Server {
     /// Answers one request of `identity` (`None`: no certificate).
     pub(crate) async fn handle(&self, identity: Option<&Identity>, request: Request<Incoming>) -> Response<Body> {
@@ -140,13 +145,18 @@ impl Server {
         }
         let reading = matches!(*request.method(), Method::GET | Method::HEAD);
         match path.as_slice() {
-            ["pods"] | ["runningpods"] if reading => self.pods(),
+            ["pods"] if reading => pod_list(&self.host.pods()),
+            ["runningpods"] if reading => pod_list(&self.host.running_pods()),
+            ["logs", rest @ ..] if reading => self.system_logs(rest, &parts).await,
+            ["checkpoint", namespace, name, container] if *request.method() == Method::POST => {
+                self.checkpoint(&pod(namespace, name, None), container)
+            }
             ["configz"] if reading => json_response(&json!({ "kubeletconfig": self.host.configuration() })),
             ["metrics"] if reading => text(StatusCode::OK, self.host.metrics()),
             ["metrics", "resource"] if reading => {
                 text(StatusCode::OK, summary::resource_metrics(&self.host.stats(true).await))
             }
-            ["metrics", "slis"] if reading => text(StatusCode::OK, ""),
+            ["metrics", "slis"] if reading => text(StatusCode::OK, health::slis(self.host.healthy().is_ok())),
             ["metrics", "probes"] if reading => text(StatusCode::OK, self.host.probes()),
             ["metrics", "cadvisor"] if reading => text(StatusCode::OK, self.host.cadvisor().await),
             ["stats", "summary"] if reading => {
@@ -187,10 +197,24 @@ impl Server {
         }
     }
 
-    fn pods(&self) -> Response<Body> {
-        let pods = self.host.pods();
-        let items: Vec<&Value> = pods.iter().map(|pod| &**pod).collect();
-        json_response(&json!({ "kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items }))
+    async fn system_logs(&self, path: &[&str], parts: &Parts) -> Response<Body> {
+        let Some((root, by_name)) = self.host.system_logs() else {
+            return text(StatusCode::METHOD_NOT_ALLOWED, "logs endpoint is disabled.\n");
+        };
+        let (status, kind, content) = syslogs::answer(root, path, &parts.query, by_name).await;
+        let mut response = text(status, content);
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+        response
+    }
+
+    /// There are no checkpoints; whoever asks learns first whether the container is here.
+    fn checkpoint(&self, pod: &PodRef, container: &str) -> Response<Body> {
+        if let Err(error @ HostError::NotFound(_)) = self.host.network_namespace(pod) {
+            return error.response();
+        }
+        let message =
+            format!("checkpoint of container {container:?} in pod {pod}: not implemented by this node's runtime\n");
+        text(StatusCode::NOT_IMPLEMENTED, message)
     }
 
     async fn logs(&self, pod: &PodRef, container: &str, parts: &Parts) -> Response<Body> {

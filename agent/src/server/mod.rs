@@ -14,6 +14,7 @@ mod portforward;
 mod remote;
 mod stream;
 mod summary;
+mod syslogs;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -202,6 +203,16 @@ pub trait Host: Send + Sync + 'static {
         Box::pin(async { serde_json::json!({ "node": {}, "pods": [] }) })
     }
 
+    /// Pods with a container that runs.
+    fn running_pods(&self) -> Vec<Arc<Value>> {
+        self.pods()
+    }
+
+    /// The directory of /logs, and whether services can be asked for by name; `None` when it is not served.
+    fn system_logs(&self) -> Option<(PathBuf, bool)> {
+        None
+    }
+
     /// The text of /metrics.
     fn metrics(&self) -> String {
         String::new()
@@ -242,6 +253,10 @@ pub struct Config {
     pub key: PathBuf,
     /// The CA of its clients (PEM).
     pub client_ca: PathBuf,
+    /// No version before TLS 1.3.
+    pub only_tls13: bool,
+    /// Cipher suites by their IANA names; empty is the library's choice.
+    pub cipher_suites: Vec<String>,
 }
 
 /// Why the server cannot run.
@@ -274,7 +289,7 @@ pub struct Bound {
 impl Bound {
     /// Takes the port and reads the certificates.
     pub async fn new(config: &Config) -> Result<Self, Error> {
-        let tls = tls::server_config(&config.cert, &config.key, &config.client_ca)?;
+        let tls = tls::server_config(config)?;
         let listener =
             TcpListener::bind(config.bind).await.map_err(|source| Error::Bind { address: config.bind, source })?;
         Ok(Self { listener, acceptor: TlsAcceptor::from(tls) })

@@ -131,6 +131,8 @@ async fn fixture(client_name: &str) -> Fixture {
         cert: file("cert", serving.pem()),
         key: file("key", serving_key.serialize_pem()),
         client_ca: file("ca", ca.pem()),
+        only_tls13: false,
+        cipher_suites: vec![],
     };
     let (resized_tx, resized) = mpsc::channel(4);
     let host = Arc::new(FakeHost { log: file("0.log", log.to_owned()), resized: resized_tx });

@@ -30,6 +30,14 @@ pub enum Error {
         /// Its path.
         path: PathBuf,
     },
+    /// A cipher suite nobody knows.
+    #[error("tlsCipherSuites: {name:?} is not one of {known}")]
+    Suite {
+        /// As written.
+        name: String,
+        /// What there is.
+        known: String,
+    },
     /// Certificates that do not fit.
     #[error("certificate or key refused")]
     Refused(#[source] rustls::Error),
@@ -77,23 +85,56 @@ fn key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
     key.ok_or_else(|| Error::NoKey { path: path.to_path_buf() })
 }
 
+/// The library's provider with these suites of TLS 1.2 only; those of 1.3 cannot be chosen, as upstream has it.
+fn provider(suites: &[String]) -> Result<rustls::crypto::CryptoProvider, Error> {
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    // rustls calls TLS 1.3's suites TLS13_AES_..., which IANA does not.
+    let name = |s: &rustls::SupportedCipherSuite| format!("{:?}", s.suite()).replace("TLS13_", "TLS_");
+    if let Some(unknown) = suites.iter().find(|w| !provider.cipher_suites.iter().any(|s| name(s) == **w)) {
+        let known = provider.cipher_suites.iter().map(name).collect::<Vec<_>>().join(", ");
+        return Err(Error::Suite { name: unknown.clone(), known });
+    }
+    if !suites.is_empty() {
+        provider.cipher_suites.retain(|s| s.tls13().is_some() || suites.contains(&name(s)));
+    }
+    Ok(provider)
+}
+
 /// The server's TLS configuration. Clients without a certificate get in as far as /healthz.
-pub(crate) fn server_config(cert: &Path, key_path: &Path, client_ca: &Path) -> Result<Arc<ServerConfig>, Error> {
+pub(crate) fn server_config(wanted: &super::Config) -> Result<Arc<ServerConfig>, Error> {
     let mut roots = RootCertStore::empty();
-    for certificate in certificates(client_ca)? {
+    for certificate in certificates(&wanted.client_ca)? {
         roots.add(certificate).map_err(Error::Refused)?;
     }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let provider = Arc::new(provider(&wanted.cipher_suites)?);
+    let versions: &[&rustls::SupportedProtocolVersion] =
+        if wanted.only_tls13 { &[&rustls::version::TLS13] } else { rustls::DEFAULT_VERSIONS };
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
         .allow_unauthenticated()
         .build()
         .map_err(Error::ClientCa)?;
     let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(versions)
         .map_err(Error::Refused)?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(certificates(cert)?, key(key_path)?)
+        .with_single_cert(certificates(&wanted.cert)?, key(&wanted.key)?)
         .map_err(Error::Refused)?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Arc::new(config))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suites_are_chosen_by_name() {
+        let all = provider(&[]).unwrap().cipher_suites.len();
+        let one = provider(&["TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256".into()]).unwrap().cipher_suites;
+        assert_eq!(one.iter().filter(|s| s.tls13().is_none()).count(), 1);
+        assert!(one.len() < all && one.iter().any(|s| s.tls13().is_some()));
+        assert!(provider(&["TLS_AES_128_GCM_SHA256".into()]).is_ok());
+        let error = provider(&["TLS_RSA_WITH_RC4_128_SHA".into()]).unwrap_err().to_string();
+        assert!(error.starts_with("tlsCipherSuites: \"TLS_RSA_WITH_RC4_128_SHA\" is not one of TLS_"), "{error}");
+    }
 }

@@ -1,14 +1,15 @@
-//! Where pods come from: the manifest directory and the API server.
+//! Where pods come from: the manifest directory, a URL and the API server.
 
 pub(crate) mod files;
 pub(crate) mod mirror;
+pub(crate) mod url;
 
 use std::{io, path::Path};
 
 use futures::{Stream, StreamExt};
 use inotify::{Inotify, WatchMask};
 
-/// `kubernetes.io/config.source`: `file` or `api`.
+/// `kubernetes.io/config.source`: `file`, `http` or `api`.
 pub(crate) const SOURCE: &str = "kubernetes.io/config.source";
 /// `kubernetes.io/config.hash`: what a static pod's UID is.
 pub(crate) const HASH: &str = "kubernetes.io/config.hash";

@@ -7,6 +7,7 @@ pub(crate) mod env;
 pub(crate) mod expand;
 pub(crate) mod field;
 pub(crate) mod files;
+pub(crate) mod resources;
 pub(crate) mod security;
 pub(crate) mod users;
 
@@ -15,7 +16,7 @@ use std::{collections::HashMap, os::unix::fs::FileTypeExt, os::unix::fs::Metadat
 use k8s_openapi::api::core::v1::{Container, Pod};
 use serde_json::{Value, json};
 
-use crate::{images::ImageHandle, qos, quantity};
+use crate::{images::ImageHandle, qos};
 
 /// One bind mount of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,8 +54,8 @@ pub(crate) struct Inputs<'a> {
     pub(crate) shm: Option<PathBuf>,
     pub(crate) cgroup: String,
     pub(crate) memory_capacity: i64,
-    /// CFS period in microseconds when limits are enforced by quota.
-    pub(crate) cfs_period: Option<u64>,
+    /// What of the node the kernel's numbers depend on.
+    pub(crate) knobs: resources::Knobs,
     pub(crate) seccomp_default: bool,
     pub(crate) seccomp_profiles: PathBuf,
 }
@@ -85,7 +86,7 @@ pub(crate) fn build(i: &Inputs<'_>) -> Result<Value, String> {
     let mut linux = json!({
         "namespaces": namespaces,
         "cgroupsPath": i.cgroup,
-        "resources": resources(c, i.cfs_period, Some(privileged)),
+        "resources": resources::resources(i.pod, c, &i.knobs, Some(privileged)),
         "maskedPaths": masked,
         "readonlyPaths": read_only,
     });
@@ -166,27 +167,6 @@ fn arguments(c: &Container, image: &oci_spec::image::Config, env: &[(String, Str
         (true, true) => [entrypoint, cmd].concat(),
     };
     if all.is_empty() { Err("no command specified".into()) } else { Ok(all) }
-}
-
-/// The kernel numbers of a container's resources; devices only where `privileged` is said.
-pub(crate) fn resources(c: &Container, cfs_period: Option<u64>, privileged: Option<bool>) -> Value {
-    let r = c.resources.as_ref();
-    let limit = |n: &str| r.and_then(|r| quantity::get_millis(r.limits.as_ref(), n));
-    let request = |n: &str| r.and_then(|r| quantity::get_millis(r.requests.as_ref(), n));
-    let shares = qos::shares(request("cpu").or_else(|| limit("cpu")).unwrap_or(0));
-    let mut cpu = json!({"shares": shares});
-    if let Some((period, quota)) = cfs_period.and_then(|p| qos::quota(limit("cpu")?, p).map(|q| (p, q))) {
-        cpu["quota"] = json!(quota);
-        cpu["period"] = json!(period);
-    }
-    let mut out = json!({"cpu": cpu});
-    if let Some(allow) = privileged {
-        out["devices"] = json!([{"allow": allow, "access": "rwm"}]);
-    }
-    if let Some(memory) = limit("memory").map(|m| m / 1000).filter(|m| *m > 0) {
-        out["memory"] = json!({"limit": memory});
-    }
-    out
 }
 
 fn mounts(i: &Inputs<'_>, privileged: bool) -> Value {
@@ -312,7 +292,7 @@ mod tests {
             shm: None,
             cgroup: "/isopod/podu/id".into(),
             memory_capacity: 1 << 30,
-            cfs_period: Some(100_000),
+            knobs: resources::Knobs { cfs_period: Some(100_000), ..resources::Knobs::default() },
             seccomp_default: false,
             seccomp_profiles: "/none".into(),
         })

@@ -83,12 +83,40 @@ fn object<const N: usize>(fields: [(&str, Value); N]) -> Value {
     Value::Object(known.map(|(k, v)| (k.to_string(), v)).collect::<Map<_, _>>())
 }
 
-fn cpu(stats: &Stats, key: &str, time: &str, nanos: Option<u64>) -> Value {
-    let rate = nanos.and_then(|n| stats.rate(key, n));
-    object([("time", json!(time)), ("usageNanoCores", json!(rate)), ("usageCoreNanoSeconds", json!(nanos))])
+/// How long tasks waited, from the text of a PSI file: totals in nanoseconds, shares in percent.
+fn psi(text: Option<String>) -> Value {
+    let Some(text) = text else { return Value::Null };
+    let line = |kind: &str| {
+        let words = text.lines().find_map(|l| l.strip_prefix(kind))?;
+        let of = |key: &str| words.split_whitespace().find_map(|w| w.strip_prefix(key)?.parse::<f64>().ok());
+        Some(json!({"total": of("total=")? as u64 * 1000, "avg10": of("avg10=")?, "avg60": of("avg60=")?,
+            "avg300": of("avg300=")?}))
+    };
+    // For a whole machine "full" of the processor says nothing and older kernels leave it out.
+    let none = || json!({"total": 0, "avg10": 0.0, "avg60": 0.0, "avg300": 0.0});
+    line("some ").map_or(Value::Null, |some| json!({"full": line("full ").unwrap_or_else(none), "some": some}))
 }
 
-fn memory(time: &str, u: &Usage) -> Value {
+fn cpu(stats: &Stats, key: &str, time: &str, nanos: Option<u64>, pressure: Option<String>) -> Value {
+    let rate = nanos.and_then(|n| stats.rate(key, n));
+    object([
+        ("time", json!(time)),
+        ("usageNanoCores", json!(rate)),
+        ("usageCoreNanoSeconds", json!(nanos)),
+        ("psi", psi(pressure)),
+    ])
+}
+
+fn io(time: &str, pressure: Option<String>) -> Value {
+    object([("time", json!(time)), ("psi", psi(pressure))])
+}
+
+/// A PSI file of the whole machine.
+fn machine_pressure(resource: &str) -> Option<String> {
+    fs::read_to_string(format!("/proc/pressure/{resource}")).ok()
+}
+
+fn memory(time: &str, u: &Usage, pressure: Option<String>) -> Value {
     let free = u.memory_limit.zip(u.memory_working_set).map(|(limit, used)| limit.saturating_sub(used));
     object([
         ("time", json!(time)),
@@ -98,6 +126,7 @@ fn memory(time: &str, u: &Usage) -> Value {
         ("rssBytes", json!(u.memory_rss)),
         ("pageFaults", json!(u.page_faults)),
         ("majorPageFaults", json!(u.major_page_faults)),
+        ("psi", psi(pressure)),
     ])
 }
 
@@ -241,22 +270,27 @@ fn node(ctx: &Context, time: &str, brief: bool) -> Value {
     let stats = &ctx.stats;
     let u = machine_usage();
     let started = boot_time().map(|t| t.to_string());
-    let own = |name: &str, key: &str, u: &Usage| {
+    let own = |name: &str, key: &str, u: &Usage, group: Option<&str>| {
+        let pressure = |resource: &str| group.and_then(|g| ctx.cgroups.pressure(g, resource));
         object([
             ("name", json!(name)),
             ("startTime", json!(started)),
-            ("cpu", cpu(stats, key, time, u.cpu_nanos)),
-            ("memory", memory(time, u)),
+            ("cpu", cpu(stats, key, time, u.cpu_nanos, pressure("cpu"))),
+            ("memory", memory(time, u, pressure("memory"))),
         ])
     };
-    let system =
-        json!([own("kubelet", "/agent", &agent_usage()), own("pods", "/pods", &ctx.cgroups.usage(ctx.cgroups.root()))]);
+    let root = ctx.cgroups.root();
+    let system = json!([
+        own("kubelet", "/agent", &agent_usage(), None),
+        own("pods", "/pods", &ctx.cgroups.usage(root), Some(root))
+    ]);
     let mut node = object([
         ("nodeName", json!(ctx.node_name.as_ref())),
         ("systemContainers", system),
         ("startTime", json!(started)),
-        ("cpu", cpu(stats, "/", time, u.cpu_nanos)),
-        ("memory", memory(time, &u)),
+        ("cpu", cpu(stats, "/", time, u.cpu_nanos, machine_pressure("cpu"))),
+        ("memory", memory(time, &u, machine_pressure("memory"))),
+        ("io", io(time, machine_pressure("io"))),
         ("swap", json!({"time": time, "swapUsageBytes": u.swap, "swapAvailableBytes": info::meminfo("SwapFree")})),
     ]);
     if brief {
@@ -294,8 +328,9 @@ fn pod(ctx: &Context, s: &Snapshot, time: &str, brief: bool) -> Option<Value> {
         let mut one = object([
             ("name", json!(name)),
             ("startTime", json!(began.get(name.as_str()))),
-            ("cpu", cpu(stats, &group, time, u.cpu_nanos)),
-            ("memory", memory(time, &u)),
+            ("cpu", cpu(stats, &group, time, u.cpu_nanos, ctx.cgroups.pressure(&group, "cpu"))),
+            ("memory", memory(time, &u, ctx.cgroups.pressure(&group, "memory"))),
+            ("io", io(time, ctx.cgroups.pressure(&group, "io"))),
             ("swap", json!({"time": time, "swapUsageBytes": u.swap.unwrap_or(0)})),
         ]);
         if !brief {
@@ -317,8 +352,9 @@ fn pod(ctx: &Context, s: &Snapshot, time: &str, brief: bool) -> Option<Value> {
         ),
         ("startTime", json!(status.and_then(|s| s.start_time.as_ref()).map(|t| t.0.to_string()))),
         ("containers", json!(containers)),
-        ("cpu", cpu(stats, &group, time, u.cpu_nanos)),
-        ("memory", memory(time, &u)),
+        ("cpu", cpu(stats, &group, time, u.cpu_nanos, ctx.cgroups.pressure(&group, "cpu"))),
+        ("memory", memory(time, &u, ctx.cgroups.pressure(&group, "memory"))),
+        ("io", io(time, ctx.cgroups.pressure(&group, "io"))),
         ("swap", json!({"time": time, "swapUsageBytes": u.swap.unwrap_or(0)})),
         ("process_stats", json!({"process_count": u.processes.unwrap_or(0)})),
     ]);
@@ -369,6 +405,17 @@ mod tests {
         assert!((499_000_000..=500_000_000).contains(&rate), "{rate}");
         // At once again: too short a time to say more.
         assert_eq!(s.rate("g", 9_000_000_000), Some(rate));
+    }
+
+    #[test]
+    fn pressure_is_read_from_the_kernels_words() {
+        let text =
+            "some avg10=1.50 avg60=0.25 avg300=0.00 total=2000\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n";
+        let all = psi(Some(text.into()));
+        assert_eq!(all["some"], json!({"total": 2_000_000, "avg10": 1.5, "avg60": 0.25, "avg300": 0.0}));
+        assert_eq!(all["full"]["total"], 7000);
+        assert_eq!(psi(None), Value::Null);
+        assert_eq!(psi(Some(text.lines().next().unwrap().into()))["full"]["total"], 0);
     }
 
     #[test]
