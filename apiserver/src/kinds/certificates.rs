@@ -1,7 +1,7 @@
 //! CertificateSigningRequests.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use isopod_api::{field::ErrorList, names};
+use isopod_api::field::ErrorList;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -10,7 +10,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, same},
+    validation::{At, Errs, net, same},
 };
 
 /// `certificatesigningrequests`.
@@ -194,25 +194,15 @@ fn spec(e: &mut Errs, at: &At<'_>) {
         }
         seen.push(usage.s());
     }
-    signer_name(e, &signer);
+    if signer.s() == "kubernetes.io/legacy-unknown" {
+        e.invalid(&signer, "the legacy signerName is not allowed via this API version");
+    } else {
+        net::signer_name(e, &signer);
+    }
     let seconds = at.get("expirationSeconds");
     if seconds.int().is_some_and(|n| n < 600) {
         e.invalid(&seconds, "may not specify a duration less than 600 seconds (10 minutes)");
     }
-}
-
-fn signer_name(e: &mut Errs, at: &At<'_>) {
-    if at.s().is_empty() {
-        return e.required(at, "");
-    }
-    let Some((domain, path)) = at.s().split_once('/') else {
-        return e.invalid(at, "must be a fully qualified domain and path of the form 'example.com/signer-name'");
-    };
-    e.messages(at, names::dns1123_subdomain(domain));
-    if !domain.contains('.') {
-        e.invalid(at, "should be a domain with at least two segments separated by dots");
-    }
-    e.messages(at, names::dns1123_subdomain(path));
 }
 
 fn csr(text: &str) -> Result<(), String> {

@@ -123,13 +123,7 @@ impl Strategy for RuntimeClass {
         } else {
             e.dns_label(&handler);
         }
-        for (name, value) in At::field(obj, "overhead").get("podFixed").entries() {
-            // Upstream reports overhead as if it were limits.
-            let at = At::field(obj, "overhead").get("limits");
-            let shown = At::new(at.path.key(name), value.v);
-            resources::container_resource_name(&mut e, &shown, name);
-            resources::quantity_value(&mut e, &shown, name);
-        }
+        resources::overhead(&mut e, &At::field(obj, "overhead"), &obj["overhead"]["podFixed"]);
         let scheduling_at = At::field(obj, "scheduling");
         if scheduling_at.is_set() {
             crate::validation::meta::labels(&mut e, &scheduling_at.get("nodeSelector"));

@@ -110,7 +110,7 @@ fn hosts(spec: &Value) -> String {
 fn spec(e: &mut Errs, at: &At<'_>) {
     let (rules, backend_at) = (at.get("rules"), at.get("defaultBackend"));
     if rules.len() == 0 && !backend_at.is_set() {
-        e.invalid_as(at, json!([]), "either `defaultBackend` or `rules` must be specified");
+        e.invalid_as(at, rules.v.clone(), "either `defaultBackend` or `rules` must be specified");
     }
     if backend_at.is_set() {
         backend(e, &backend_at);

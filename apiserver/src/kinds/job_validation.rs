@@ -100,6 +100,13 @@ fn template_spec(e: &mut Errs, at: &At<'_>) {
             e.invalid(&max_failed, "must be less than or equal to 100000");
         }
     }
+    let manager = at.get("managedBy");
+    if manager.is_set() {
+        super::networking::domain_path(e, &manager);
+        if manager.s().len() > 63 {
+            e.too_long(&manager, 63);
+        }
+    }
     let mode = at.get("completionMode");
     if mode.is_set() {
         e.one_of(&mode, &["NonIndexed", "Indexed"]);
@@ -113,6 +120,7 @@ fn template_spec(e: &mut Errs, at: &At<'_>) {
                     "must be less than or equal to 100000 when completion mode is Indexed",
                 );
             }
+            many_indexes(e, at);
         }
     }
     failure_policy(e, at);
@@ -127,23 +135,23 @@ fn template_spec(e: &mut Errs, at: &At<'_>) {
             e.one_of(&replacement, &["Failed", "TerminatingOrFailed"]);
         }
     }
-    managed_by(e, &at.get("managedBy"));
 }
 
-fn managed_by(e: &mut Errs, at: &At<'_>) {
-    if !at.is_set() {
+/// Many indexes with a limit for each must say how many may fail, and not run too wide.
+fn many_indexes(e: &mut Errs, at: &At<'_>) {
+    let (wide, failed) = (at.get("parallelism"), at.get("maxFailedIndexes"));
+    if !at.get("backoffLimitPerIndex").is_set() || at.get("completions").int0() <= 100_000 {
         return;
     }
-    if !is_domain_path(at.s()) {
-        e.invalid(at, "must be a domain-prefixed path (such as \"acme.io/foo\")");
+    if !failed.is_set() {
+        e.required(&failed, "must be specified when completions is above 100000");
     }
-    if at.s().len() > 63 {
-        e.too_long(at, 63);
+    let both = "when completions are above 100000 and used with backoff limit per index";
+    for limited in [wide, failed] {
+        if limited.int0() > 10_000 {
+            e.invalid(&limited, &format!("must be less than or equal to 10000 {both}"));
+        }
     }
-}
-
-fn is_domain_path(s: &str) -> bool {
-    s.split_once('/').is_some_and(|(domain, path)| !path.is_empty() && names::dns1123_subdomain(domain).is_empty())
 }
 
 /// A whole spec: the above, the selector and the template.

@@ -174,3 +174,74 @@ fn clean(obj: &mut Value, pointers: &[&str]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::registry::table;
+
+    /// Selectable fields besides name and namespace, as upstream's server has them.
+    const SELECTABLE: &[(&str, &str)] = &[
+        (
+            "events",
+            "involvedObject.apiVersion involvedObject.fieldPath involvedObject.kind involvedObject.name \
+             involvedObject.namespace involvedObject.resourceVersion involvedObject.uid reason reportingComponent source type",
+        ),
+        ("namespaces", "status.phase"),
+        ("nodes", "spec.unschedulable"),
+        (
+            "pods",
+            "spec.hostNetwork spec.nodeName spec.restartPolicy spec.schedulerName spec.serviceAccountName \
+             status.nominatedNodeName status.phase status.podIP status.podIPs",
+        ),
+        ("replicationcontrollers", "status.replicas"),
+        ("secrets", "type"),
+        ("services", "spec.clusterIP spec.type"),
+        ("jobs", "status.successful"),
+        ("certificatesigningrequests", "spec.signerName"),
+        ("resourceslices", "spec.driver spec.nodeName"),
+    ];
+
+    /// Every resource with columns, once bare and once with what arrays and maps a cell may look into.
+    #[test]
+    fn a_cell_for_every_column() {
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        let objects = [json!({}), json!({"metadata": {"name": "a"}, "spec": {}, "status": {}})];
+        let mut seen = 0;
+        for key in table::known() {
+            let parts: Vec<&str> = key.split('/').collect();
+            let gvr = match parts[..] {
+                [version, resource] => Gvr { group: String::new(), version: version.into(), resource: resource.into() },
+                [group, version, resource] => {
+                    Gvr { group: group.into(), version: version.into(), resource: resource.into() }
+                }
+                _ => panic!("{key}"),
+            };
+            if gvr.resource == "componentstatuses" {
+                continue;
+            }
+            for obj in &objects {
+                let cells = strategy_for(&gvr).cells(obj, now);
+                assert_eq!(cells.len(), table::columns(&gvr).len(), "{key}");
+            }
+            assert!(INDEX.contains_key(&(gvr.group.as_str(), gvr.resource.as_str())), "{key} has no strategy");
+            seen += 1;
+        }
+        assert!(seen > 55, "{seen} resources");
+    }
+
+    #[test]
+    fn fields_that_can_be_selected_by() {
+        for (group, resource, strategy) in TABLE {
+            let wanted = SELECTABLE.iter().find(|(r, _)| r == resource).map_or("", |(_, fields)| *fields);
+            let mut names = strategy.field_names().to_vec();
+            let mut values: Vec<&str> = strategy.fields(&json!({})).iter().map(|(name, _)| *name).collect();
+            names.sort_unstable();
+            values.sort_unstable();
+            assert_eq!(names.join(" "), wanted, "{group} {resource}");
+            assert_eq!(values, names, "{group} {resource}");
+        }
+    }
+}

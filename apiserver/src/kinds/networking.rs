@@ -64,7 +64,7 @@ impl Strategy for NetworkPolicy {
             e.invalid(&types, "may not specify more than two policyTypes");
         } else {
             for kind in types.items() {
-                e.one_of(&kind, &["Egress", "Ingress"]);
+                e.one_of(&kind, &["Ingress", "Egress"]);
             }
         }
         e.0
@@ -90,7 +90,7 @@ impl Strategy for NetworkPolicy {
 }
 
 fn policy_port(e: &mut Errs, at: &At<'_>) {
-    e.one_of_if_set(&at.get("protocol"), &["SCTP", "TCP", "UDP"]);
+    e.one_of_if_set(&at.get("protocol"), &["TCP", "UDP", "SCTP"]);
     let (port, end) = (at.get("port"), at.get("endPort"));
     if !port.is_set() {
         if end.is_set() {
@@ -104,7 +104,8 @@ fn policy_port(e: &mut Errs, at: &At<'_>) {
     e.port_or_name(&port);
     if end.is_set() && !port.v.is_string() {
         if end.int0() < port.int0() {
-            e.invalid(&end, "must be greater than or equal to `port`");
+            // Upstream shows the port, not the end.
+            e.invalid_as(&end, port.int0(), "must be greater than or equal to `port`");
         }
         e.port(&end);
     }
@@ -206,7 +207,7 @@ pub(crate) fn object_reference(e: &mut Errs, at: &At<'_>) {
     for field in ["kind", "name"] {
         let at = at.get(field);
         if at.s().is_empty() {
-            e.required(&at, "");
+            e.required(&at, &format!("{field} is required"));
         } else {
             e.messages(&at, isopod_api::names::path_segment(at.s()));
         }

@@ -2,7 +2,10 @@
 
 use std::cmp::Ordering;
 
-use isopod_api::{field::ErrorList, meta};
+use isopod_api::{
+    field::{ErrorList, Path},
+    meta,
+};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -12,7 +15,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, internal, resources, same, scheduling, template::sorted, volume, volume_source},
+    validation::{At, Errs, IMMUTABLE, internal, resources, same, scheduling, template::sorted, volume, volume_source},
 };
 
 /// `persistentvolumes`.
@@ -117,11 +120,17 @@ impl Strategy for PersistentVolume {
         let spec = At::field(new, "spec");
         let source = |v: &Value| SOURCES.iter().map(|s| v["spec"][*s].clone()).collect::<Vec<_>>();
         if !same(&json!(source(new)), &json!(source(old))) {
-            e.forbidden(&spec.get("persistentvolumesource"), "spec.persistentvolumesource is immutable after creation");
+            let shown = |v: &Value| internal::named("VolumeSource", &v["spec"]);
+            let diff = internal::diff(&shown(old), &shown(new));
+            let detail = format!("spec.persistentvolumesource is immutable after creation\n{diff}");
+            e.forbidden(&spec.get("persistentvolumesource"), &detail);
         }
-        e.immutable(&spec.get("volumeMode"), &old["spec"]["volumeMode"]);
-        if !old["spec"]["nodeAffinity"].is_null() {
-            e.immutable(&spec.get("nodeAffinity"), &old["spec"]["nodeAffinity"]);
+        // Upstream names these two without their parent.
+        e.immutable(&At::new(Path::new("volumeMode"), &new["spec"]["volumeMode"]), &old["spec"]["volumeMode"]);
+        let affinity = &new["spec"]["nodeAffinity"];
+        if !old["spec"]["nodeAffinity"].is_null() && !same(affinity, &old["spec"]["nodeAffinity"]) {
+            let shown = if affinity.is_null() { Value::Null } else { internal::named("VolumeAffinity", affinity) };
+            e.invalid_as(&At::new(Path::new("nodeAffinity"), affinity), shown, IMMUTABLE);
         }
         e.0
     }
@@ -165,8 +174,7 @@ fn volume_spec(e: &mut Errs, spec: &At<'_>) {
         let shown = if capacity.len() == 0 { Value::Null } else { sorted(capacity.v) };
         e.unsupported_as(&capacity, shown, &["storage"]);
     }
-    for (name, value) in capacity.entries() {
-        resources::resource_name(e, &value, name);
+    for (_, value) in capacity.entries() {
         if let Some(quantity) = resources::quantity(value.v)
             && quantity.milli_value() <= 0
         {
@@ -186,7 +194,8 @@ fn volume_spec(e: &mut Errs, spec: &At<'_>) {
         }
     }
     sources(e, spec);
-    if spec.get("hostPath.path").s() == "/" && reclaim.s() == "Recycle" {
+    let root = |path: &str| path.starts_with('/') && path.split('/').all(|part| matches!(part, "" | "."));
+    if root(spec.get("hostPath.path").s()) && reclaim.s() == "Recycle" {
         e.forbidden(&reclaim, "may not be 'recycle' for a hostPath mount of '/'");
     }
     let class = spec.get("storageClassName");
@@ -196,7 +205,11 @@ fn volume_spec(e: &mut Errs, spec: &At<'_>) {
     e.one_of_if_set(&spec.get("volumeMode"), &["Block", "Filesystem"]);
     let attributes = spec.get("volumeAttributesClassName");
     if attributes.is_set() {
-        e.dns_subdomain(&attributes);
+        if attributes.s().is_empty() {
+            e.required(&attributes, "an empty string is disallowed");
+        } else {
+            e.dns_subdomain(&attributes);
+        }
         if !spec.get("csi").is_set() {
             e.required(&spec.get("csi"), "has to be specified when using volumeAttributesClassName");
         }
@@ -232,11 +245,25 @@ fn sources(e: &mut Errs, spec: &At<'_>) {
                     volume_source::secret_reference(e, &at.get(secret));
                 }
             }
-            other => volume_source::plugin(e, other, &at),
+            other => {
+                volume_source::plugin(e, other, &at);
+                namespace_of(e, other, &at);
+            }
         }
     }
     if count == 0 {
         e.required(spec, "must specify a volume type");
+    }
+}
+
+/// Volumes of the cluster may say in which namespace what they need is.
+fn namespace_of(e: &mut Errs, kind: &str, at: &At<'_>) {
+    let (secrets, endpoints) = (at.get("secretNamespace"), at.get("endpointsNamespace"));
+    if kind == "azureFile" && secrets.is_set() && secrets.s().is_empty() {
+        e.required(&secrets, "");
+    }
+    if kind == "glusterfs" && endpoints.is_set() {
+        e.dns_label(&endpoints);
     }
 }
 
@@ -383,7 +410,14 @@ fn claim_update(e: &mut Errs, spec: &At<'_>, old: &At<'_>, old_obj: &Value) {
     }
     if let (Some(now), Some(then)) = (resources::quantity(size.v), resources::quantity(was.v))
         && now.cmp(&then) == Ordering::Less
+        && resources::quantity(&old_obj["status"]["capacity"]["storage"])
+            .is_none_or(|held| now.cmp(&held) != Ordering::Greater)
     {
         e.forbidden(&spec.get("resources.requests.storage"), "field can not be less than status.capacity");
+    }
+    e.immutable(&At::new(Path::new("volumeMode"), spec.get("volumeMode").v), old.get("volumeMode").v);
+    let (class, before) = (spec.get("volumeAttributesClassName"), old.get("volumeAttributesClassName"));
+    if before.is_set() && !class.is_set() {
+        e.forbidden(&class, "update from non-nil value to nil is forbidden");
     }
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::{pod_defaults, pod_qos::qos_class, pod_table};
 use crate::{
     registry::strategy::{Context, Strategy},
-    validation::{At, Errs, pod_annotations, pod_spec::pod_spec, pod_update, pod_warnings},
+    validation::{At, Errs, container, pod_annotations, pod_spec::pod_spec, pod_update, pod_warnings},
 };
 use isopod_api::field::ErrorList;
 
@@ -27,6 +27,7 @@ impl Strategy for Pod {
     }
 
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
+        select_by_own_labels(obj);
         let mut status = json!({"phase": "Pending", "qosClass": qos_class(&obj["spec"])});
         if obj["spec"]["schedulingGates"].as_array().is_some_and(|g| !g.is_empty()) {
             status["conditions"] = json!([{
@@ -94,6 +95,8 @@ impl Strategy for Pod {
             }
             _ => {
                 metadata_and_spec(&mut e, new, &spec);
+                let annotations = |obj| At::field(obj, "metadata").get("annotations");
+                pod_update::annotations(&mut e, &annotations(new), &annotations(old));
                 pod_update::update(&mut e, &spec, &old_spec);
             }
         }
@@ -166,17 +169,50 @@ impl Strategy for Pod {
 fn metadata_and_spec(e: &mut Errs, obj: &Value, spec: &At<'_>) {
     pod_annotations::annotations(e, &At::field(obj, "metadata").get("annotations"), spec);
     pod_spec(e, spec, true);
-    if !spec.get("serviceAccountName").s().is_empty() {
-        return;
-    }
-    for volume in spec.get("volumes").items() {
-        for source in volume.get("projected.sources").items() {
-            let token = source.get("serviceAccountToken");
-            if token.is_set() {
-                e.forbidden(&token, "must not be specified when serviceAccountName is not set");
-            }
+    let nobody = spec.get("serviceAccountName").s().is_empty();
+    for source in spec.get("volumes").items().iter().flat_map(|v| v.get("projected.sources").items()) {
+        let token = source.get("serviceAccountToken");
+        if nobody && token.is_set() {
+            e.forbidden(&token, "must not be specified when serviceAccountName is not set");
         }
     }
+    for container in ["containers", "initContainers"].iter().flat_map(|list| spec.get(list).items()) {
+        container::trimmed_image(e, &container);
+    }
+}
+
+/// Constraints that name labels of the pod itself (`matchLabelKeys`) get them into their selectors.
+fn select_by_own_labels(obj: &mut Value) {
+    let labels = obj["metadata"]["labels"].clone();
+    let add = |term: &mut Value| {
+        for (list, operator) in [("matchLabelKeys", "In"), ("mismatchLabelKeys", "NotIn")] {
+            let keys: Vec<String> =
+                term[list].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
+            let Some(selector) = term.get_mut("labelSelector").and_then(Value::as_object_mut) else { return };
+            let own = keys.iter().filter_map(|key| labels.get(key).map(|value| (key, value)));
+            let more: Vec<Value> =
+                own.map(|(key, value)| json!({"key": key, "operator": operator, "values": [value]})).collect();
+            if more.is_empty() {
+                continue;
+            }
+            match selector.get_mut("matchExpressions").and_then(Value::as_array_mut) {
+                Some(expressions) => expressions.extend(more),
+                None => drop(selector.insert("matchExpressions".to_owned(), Value::Array(more))),
+            }
+        }
+    };
+    let Some(spec) = obj.get_mut("spec") else { return };
+    for kind in ["podAffinity", "podAntiAffinity"] {
+        for (list, inner) in [
+            ("requiredDuringSchedulingIgnoredDuringExecution", ""),
+            ("preferredDuringSchedulingIgnoredDuringExecution", "/podAffinityTerm"),
+        ] {
+            let terms = spec.pointer_mut(&format!("/affinity/{kind}/{list}")).and_then(Value::as_array_mut);
+            terms.into_iter().flatten().filter_map(|term| term.pointer_mut(inner)).for_each(add);
+        }
+    }
+    let constraints = spec.get_mut("topologySpreadConstraints").and_then(Value::as_array_mut);
+    constraints.into_iter().flatten().for_each(add);
 }
 
 /// The condition of a gated pod goes when its last gate goes.
@@ -246,6 +282,21 @@ mod tests {
         ] {
             assert_eq!(Pod.grace_period(&pod), Some(want), "{pod}");
         }
+    }
+
+    #[test]
+    fn own_labels_in_selectors() {
+        let term = json!({"topologyKey": "z", "labelSelector": {}, "matchLabelKeys": ["v", "none"], "mismatchLabelKeys": ["w"]});
+        let mut pod = json!({"metadata": {"labels": {"v": "1", "w": "2"}}, "spec": {
+            "affinity": {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "podAffinityTerm": term}]}},
+            "topologySpreadConstraints": [{"matchLabelKeys": ["v"]}]}});
+        select_by_own_labels(&mut pod);
+        let selector = "/spec/affinity/podAffinity/preferredDuringSchedulingIgnoredDuringExecution/0/podAffinityTerm/labelSelector";
+        assert_eq!(
+            pod.pointer(selector).unwrap(),
+            &json!({"matchExpressions": [{"key": "v", "operator": "In", "values": ["1"]}, {"key": "w", "operator": "NotIn", "values": ["2"]}]})
+        );
+        assert!(pod["spec"]["topologySpreadConstraints"][0].get("labelSelector").is_none());
     }
 
     #[test]

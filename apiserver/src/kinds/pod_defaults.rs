@@ -38,6 +38,7 @@ pub(crate) fn template(spec: &mut Value) {
         }
     }
     remove_null_lists(spec);
+    features_off(spec);
     for volume in spec["volumes"].as_array_mut().into_iter().flatten() {
         if volume["image"].is_object() {
             pull_policy(&mut volume["image"], "pullPolicy", "reference");
@@ -55,6 +56,27 @@ pub(crate) fn template(spec: &mut Value) {
         map.insert("serviceAccount".to_owned(), json!(account));
     }
     drop_nulls(spec);
+}
+
+/// Fields of features that are off by default are not kept.
+fn features_off(spec: &mut Value) {
+    let remove = |v: Option<&mut Value>, field: &str| {
+        if let Some(map) = v.and_then(Value::as_object_mut) {
+            map.remove(field);
+        }
+    };
+    for list in ["initContainers", "containers", "ephemeralContainers"] {
+        for container in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+            remove(container.get_mut("lifecycle"), "stopSignal");
+        }
+    }
+    for volume in spec.get_mut("volumes").and_then(Value::as_array_mut).into_iter().flatten() {
+        for source in volume.pointer_mut("/projected/sources").and_then(Value::as_array_mut).into_iter().flatten() {
+            remove(Some(&mut *source), "clusterTrustBundle");
+            remove(Some(source), "podCertificate");
+        }
+    }
+    remove(Some(spec), "schedulingGroup");
 }
 
 /// Removes the nulls that indexing left behind.
@@ -201,6 +223,16 @@ mod tests {
         let once = spec.clone();
         pod(&mut spec);
         assert_eq!(spec, once);
+    }
+
+    #[test]
+    fn features_that_are_off() {
+        let mut spec = json!({"schedulingGroup": {}, "containers": [{"name": "c", "lifecycle": {"stopSignal": "SIGINT"}}],
+            "volumes": [{"name": "v", "projected": {"sources": [{"podCertificate": {}}, {"secret": {}}]}}]});
+        features_off(&mut spec);
+        let left = json!({"containers": [{"name": "c", "lifecycle": {}}],
+            "volumes": [{"name": "v", "projected": {"sources": [{}, {"secret": {}}]}}]});
+        assert_eq!(spec, left);
     }
 
     #[test]

@@ -100,14 +100,6 @@ impl Strategy for ReplicaSet {
         template_warnings(cx, obj)
     }
 
-    fn fields(&self, obj: &Value) -> Vec<(&'static str, String)> {
-        vec![("status.replicas", obj["status"]["replicas"].as_i64().unwrap_or_default().to_string())]
-    }
-
-    fn field_names(&self) -> &'static [&'static str] {
-        &["status.replicas"]
-    }
-
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         cells(obj, now, table::selector(&obj["spec"]["selector"]))
     }

@@ -37,6 +37,10 @@ impl Strategy for StatefulSet {
             pod_defaults::set(&mut strategy["rollingUpdate"], "partition", json!(0));
         }
         pod_defaults::drop_nulls(strategy);
+        // The feature is off by default.
+        if let Some(rolling) = strategy.get_mut("rollingUpdate").and_then(Value::as_object_mut) {
+            rolling.remove("maxUnavailable");
+        }
         let retention = &mut spec["persistentVolumeClaimRetentionPolicy"];
         for field in ["whenDeleted", "whenScaled"] {
             if retention[field].as_str().unwrap_or_default().is_empty() {

@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use isopod_api::{field::ErrorList, meta, names};
+use isopod_api::{
+    field::{ErrorList, Path},
+    meta, names,
+};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -11,7 +14,9 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, meta as checks, resources, same, selector, template::sorted, volume_source},
+    validation::{
+        At, Errs, IMMUTABLE, internal, meta as checks, resources, same, selector, template::sorted, volume_source,
+    },
 };
 
 /// `storageclasses`.
@@ -133,11 +138,16 @@ impl Strategy for StorageClass {
 impl Strategy for CsiDriver {
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        volume_source::csi_driver_name(&mut e, &At::field(obj, "metadata").get("name"));
+        volume_source::csi_driver_name(&mut e, &At::new(Path::new("name"), &obj["metadata"]["name"]));
         let spec = At::field(obj, "spec");
-        for field in ["attachRequired", "podInfoOnMount", "storageCapacity"] {
+        // Upstream misspells the first.
+        for (field, shown) in [
+            ("attachRequired", "attachedRequired"),
+            ("podInfoOnMount", "podInfoOnMount"),
+            ("storageCapacity", "storageCapacity"),
+        ] {
             if !spec.get(field).is_set() {
-                e.required(&spec.get(field), "");
+                e.required(&At::new(spec.path.child(shown), &Value::Null), "");
             }
         }
         e.one_of_if_set(&spec.get("fsGroupPolicy"), &["File", "None", "ReadWriteOnceWithFSType"]);
@@ -146,6 +156,7 @@ impl Strategy for CsiDriver {
             let (audience, seconds) = (request.get("audience"), request.get("expirationSeconds"));
             if seen.contains(&audience.s()) {
                 e.duplicate(&audience, audience.s());
+                continue;
             }
             seen.push(audience.s());
             if seconds.int().is_some_and(|n| n < 600) {
@@ -154,8 +165,9 @@ impl Strategy for CsiDriver {
                 e.invalid(&seconds, "may not specify a duration larger than 2^32 seconds");
             }
         }
-        for mode in spec.get("volumeLifecycleModes").items() {
-            e.one_of(&mode, &["Ephemeral", "Persistent"]);
+        let modes = spec.get("volumeLifecycleModes");
+        for mode in modes.strings().into_iter().filter(|mode| !["Persistent", "Ephemeral"].contains(mode)) {
+            e.unsupported_as(&modes, mode, &["Persistent", "Ephemeral"]);
         }
         let period = spec.get("nodeAllocatableUpdatePeriodSeconds");
         if period.int().is_some_and(|n| n < 10) {
@@ -167,7 +179,8 @@ impl Strategy for CsiDriver {
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs(self.validate(cx, new));
         let spec = At::field(new, "spec");
-        e.immutable(&spec.get("attachRequired"), &old["spec"]["attachRequired"]);
+        let attach = At::new(spec.path.child("attachedRequired"), &new["spec"]["attachRequired"]);
+        e.immutable(&attach, &old["spec"]["attachRequired"]);
         e.immutable(&spec.get("volumeLifecycleModes"), &old["spec"]["volumeLifecycleModes"]);
         e.0
     }
@@ -245,6 +258,22 @@ impl Strategy for CsiNode {
         e.0
     }
 
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs(self.validate(cx, new));
+        let before = At::field(old, "spec").get("drivers").items();
+        let (now, at) = (At::field(new, "spec").get("drivers").items(), At::new(Path::new("CSINodeDriver"), new));
+        // What a driver can attach may change, nothing else of it.
+        let fixed = |driver: &At<'_>| ["nodeID", "topologyKeys"].map(|field| driver.v[field].clone());
+        for (old, driver) in before.iter().flat_map(|old| now.iter().map(move |driver| (old, driver))) {
+            if driver.get("name").s() == old.get("name").s()
+                && fixed(driver).iter().zip(&fixed(old)).any(|(a, b)| !same(a, b))
+            {
+                e.invalid_as(&at, internal::named("NodeDriver", driver.v), IMMUTABLE);
+            }
+        }
+        e.0
+    }
+
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         vec![table::name(obj), json!(table::count(&obj["spec"]["drivers"])), table::age(obj, now)]
     }
@@ -274,7 +303,7 @@ impl Strategy for VolumeAttachment {
             (true, true) => {
                 e.forbidden(&source, "must specify exactly one of inlineVolumeSpec and persistentVolumeName")
             }
-            (true, false) if name.s().is_empty() => e.required(&name, ""),
+            (true, false) if name.s().is_empty() => e.required(&name, "must specify non empty persistentVolumeName"),
             _ => {}
         }
         let node = spec.get("nodeName");
@@ -285,7 +314,8 @@ impl Strategy for VolumeAttachment {
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs(self.validate(cx, new));
         if !same(&new["spec"], &old["spec"]) {
-            e.invalid(&At::field(new, "spec"), "field is immutable");
+            let spec = At::field(new, "spec");
+            e.invalid_as(&spec, internal::named("Attachment", spec.v), IMMUTABLE);
         }
         e.0
     }

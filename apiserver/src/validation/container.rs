@@ -16,12 +16,8 @@ pub(crate) struct Pod<'a> {
     pub(crate) grace: i64,
     /// restartPolicy.
     pub(crate) restart_policy: &'a str,
-    /// hostNetwork.
-    pub(crate) host_network: bool,
     /// hostUsers, true when it is not said.
     pub(crate) host_users: bool,
-    /// Whether this is a stored pod, not a template.
-    pub(crate) is_pod: bool,
 }
 
 /// `containers`.
@@ -78,7 +74,8 @@ pub(crate) fn init_containers(e: &mut Errs, list: &At<'_>, regular: &At<'_>, pod
         if !name.s().is_empty() && !seen.insert(name.s()) {
             e.duplicate(&name, name.s());
         }
-        host_port_conflicts(e, &At::new(at.path.clone(), at.v));
+        // Upstream looks at a list of this one alone.
+        host_port_conflicts(e, &At::new(list.path.index(0), at.v));
         let sidecar = at.get("restartPolicy").s() == "Always";
         if sidecar {
             let lifecycle = at.get("lifecycle");
@@ -106,6 +103,7 @@ pub(crate) fn ephemeral_containers(e: &mut Errs, list: &At<'_>, spec: &At<'_>, p
     let mut seen = all.clone();
     for at in list.items() {
         common(e, &at, pod);
+        trimmed_image(e, &at);
         let name = at.get("name");
         if !name.s().is_empty() && !seen.insert(name.s()) {
             e.duplicate(&name, name.s());
@@ -143,6 +141,24 @@ pub(crate) fn ephemeral_containers(e: &mut Errs, list: &At<'_>, spec: &At<'_>, p
     }
 }
 
+/// What only stored pods are checked for, not templates.
+pub(crate) fn trimmed_image(e: &mut Errs, at: &At<'_>) {
+    let image = at.get("image");
+    if image.s().trim() != image.s() {
+        e.invalid(&image, "must not have leading or trailing whitespace");
+    }
+}
+
+/// In the host's network a pod's host ports are its container ports; templates may leave them out.
+pub(crate) fn host_network_ports(e: &mut Errs, containers: &At<'_>, is_pod: bool) {
+    for port in containers.items().iter().flat_map(|c| c.get("ports").items()) {
+        let (host, own) = (port.get("hostPort"), port.get("containerPort"));
+        if (is_pod || host.int0() != 0) && host.int0() != own.int0() {
+            e.invalid_as(&host, host.int0(), "must match `containerPort` when `hostNetwork` is true");
+        }
+    }
+}
+
 fn common(e: &mut Errs, at: &At<'_>, pod: &Pod<'_>) {
     let name = at.get("name");
     if name.s().is_empty() {
@@ -153,11 +169,9 @@ fn common(e: &mut Errs, at: &At<'_>, pod: &Pod<'_>) {
     let image = at.get("image");
     if image.s().is_empty() {
         e.required(&image, "");
-    } else if pod.is_pod && image.s().trim() != image.s() {
-        e.invalid(&image, "must not have leading or trailing whitespace");
     }
     e.required_one_of(&at.get("terminationMessagePolicy"), &["File", "FallbackToLogsOnError"]);
-    ports(e, &at.get("ports"), pod.host_network);
+    ports(e, &at.get("ports"));
     env::env(e, &at.get("env"));
     env::env_from(e, &at.get("envFrom"));
     volume_mounts(e, at, pod);
@@ -168,7 +182,7 @@ fn common(e: &mut Errs, at: &At<'_>, pod: &Pod<'_>) {
     security::container(e, &at.get("securityContext"), pod.host_users);
 }
 
-fn ports(e: &mut Errs, list: &At<'_>, host_network: bool) {
+fn ports(e: &mut Errs, list: &At<'_>) {
     let mut seen = BTreeSet::new();
     for at in list.items() {
         let name = at.get("name");
@@ -188,9 +202,6 @@ fn ports(e: &mut Errs, list: &At<'_>, host_network: bool) {
         let host = at.get("hostPort");
         if host.int0() != 0 {
             e.port(&host);
-            if host_network && host.int0() != port.int0() {
-                e.invalid(&host, "must match `containerPort` when `hostNetwork` is true");
-            }
         }
         e.required_one_of(&at.get("protocol"), &["SCTP", "TCP", "UDP"]);
     }
@@ -265,7 +276,7 @@ fn mount_options(e: &mut Errs, list: &At<'_>, at: &At<'_>, container: &At<'_>) {
     let recursive = at.get("recursiveReadOnly");
     if recursive.is_set() && recursive.s() != "Disabled" {
         if !["Enabled", "IfPossible"].contains(&recursive.s()) {
-            return e.unsupported(&recursive, &["Disabled", "IfPossible", "Enabled"]);
+            return e.unsupported(&recursive, &["Disabled", "Enabled", "IfPossible"]);
         }
         if !at.get("readOnly").is_true() {
             e.forbidden(&recursive, "may only be specified when readOnly is true");
@@ -313,18 +324,20 @@ fn volume_devices(e: &mut Errs, container: &At<'_>, pod: &Pod<'_>) {
     }
 }
 
-fn resize_policy(e: &mut Errs, list: &At<'_>, restart_policy: &str) {
+fn resize_policy<'a>(e: &mut Errs, list: &At<'a>, restart_policy: &str) {
     let mut seen = BTreeSet::new();
     for at in list.items() {
         let resource = at.get("resourceName");
         if !seen.insert(resource.s()) {
             e.duplicate(&at, resource.s());
         }
-        e.required_one_of(&resource, &["cpu", "memory"]);
-        let restart = at.get("restartPolicy");
+        // Upstream leaves index and field out of these.
+        let here = |v: &At<'a>| At::new(list.path.clone(), v.v);
+        e.required_one_of(&here(&resource), &["cpu", "memory"]);
+        let restart = here(&at.get("restartPolicy"));
         e.required_one_of(&restart, &["NotRequired", "RestartContainer"]);
-        if restart_policy == "Never" && !["NotRequired", ""].contains(&restart.s()) {
-            e.invalid(&restart, "must be 'NotRequired' when `restartPolicy` is 'Never'");
+        if restart_policy == "Never" && restart.s() != "NotRequired" {
+            e.invalid_str(&restart, "must be 'NotRequired' when `restartPolicy` is 'Never'");
         }
     }
 }

@@ -109,13 +109,18 @@ pub(crate) fn field_ref(e: &mut Errs, at: &At<'_>, allowed: &[&str]) {
         let detail = format!("error converting fieldPath: unsupported pod version: {}", at.get("apiVersion").s());
         return e.invalid(&path, &detail);
     }
+    if subscript.is_some() && !["metadata.annotations", "metadata.labels"].contains(&base) {
+        let detail = format!("error converting fieldPath: field label does not support subscript: {}", path.s());
+        return e.invalid(&path, &detail);
+    }
     if !CONVERTIBLE.contains(&base) && base != "spec.host" {
         return e.invalid(&path, &format!("error converting fieldPath: field label not supported: {}", path.s()));
     }
     match (base, subscript) {
         ("metadata.annotations", Some(key)) => {
-            for message in names::qualified_name(&key.to_lowercase()) {
-                e.invalid_as(at, key, &message);
+            let key = key.to_lowercase();
+            for message in names::qualified_name(&key) {
+                e.invalid_as(at, key.as_str(), &message);
             }
         }
         ("metadata.labels", Some(key)) => {
@@ -123,7 +128,6 @@ pub(crate) fn field_ref(e: &mut Errs, at: &At<'_>, allowed: &[&str]) {
                 e.invalid_as(at, key, &message);
             }
         }
-        (_, Some(_)) => e.invalid_as(at, base, "does not support subscript"),
         (_, None) if !allowed.contains(&base) => e.unsupported_as(&path, base, allowed),
         _ => {}
     }
@@ -151,12 +155,12 @@ fn divisor(e: &mut Errs, at: &At<'_>, resource: &str) {
     if shown.is_empty() || shown == "0" {
         return;
     }
+    const BYTES: &[&str] = &["1", "1k", "1M", "1G", "1T", "1P", "1E", "1Ki", "1Mi", "1Gi", "1Ti", "1Pi", "1Ei"];
     let (allowed, what): (&[&str], &str) = match resource.split_once('.').map(|r| r.1) {
         Some("cpu") => (&["1m", "1"], "cpu"),
-        Some(kind @ ("memory" | "ephemeral-storage")) => (
-            &["1", "1k", "1M", "1G", "1T", "1P", "1E", "1Ki", "1Mi", "1Gi", "1Ti", "1Pi", "1Ei"],
-            if kind == "memory" { "memory" } else { "ephemeral-storage" },
-        ),
+        Some("memory") => (BYTES, "memory"),
+        Some("ephemeral-storage") => (BYTES, "local ephemeral storage"),
+        Some(page) if page.starts_with("hugepages-") => (BYTES, "hugepages"),
         _ => return,
     };
     if !allowed.contains(&shown) {
@@ -178,11 +182,21 @@ fn key_selector(e: &mut Errs, at: &At<'_>) {
 }
 
 fn file_key(e: &mut Errs, at: &At<'_>) {
-    for field in ["volumeName", "path", "key"] {
-        let value = at.get(field);
-        if value.s().is_empty() {
-            e.required(&value, "");
-        }
+    let (volume, path, key) = (at.get("volumeName"), at.get("path"), at.get("key"));
+    if volume.s().is_empty() {
+        e.required(&volume, "");
+    } else {
+        e.dns_label(&volume);
+    }
+    if path.s().is_empty() {
+        e.required(&path, "");
+    } else {
+        super::volume::local_path(e, &path);
+    }
+    if key.s().is_empty() {
+        e.required(&key, "");
+    } else {
+        e.messages(&key, names::env_var_name(key.s()));
     }
 }
 
@@ -198,7 +212,12 @@ pub(crate) fn env_from(e: &mut Errs, list: &At<'_>) {
             let source = at.get(kind);
             if source.is_set() {
                 sources += 1;
-                e.dns_subdomain(&source.get("name"));
+                let name = source.get("name");
+                if name.s().is_empty() {
+                    e.required(&name, "");
+                } else {
+                    e.dns_subdomain(&name);
+                }
             }
         }
         if sources == 0 {
@@ -233,5 +252,39 @@ mod tests {
             "env[0].valueFrom.fieldRef.fieldPath: Unsupported value: \"status.phase\": supported values: \"metadata.name\", \"metadata.namespace\", \"metadata.uid\", \"spec.nodeName\", \"spec.serviceAccountName\", \"status.hostIP\", \"status.hostIPs\", \"status.podIP\", \"status.podIPs\""
         );
         assert_eq!(errors(json!([{"name": "A", "valueFrom": {}}])).len(), 1);
+        for (source, want) in [
+            (
+                json!({"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.name['a']"}}),
+                "env[0].valueFrom.fieldRef.fieldPath: Invalid value: \"metadata.name['a']\": error converting fieldPath: field label does not support subscript: metadata.name['a']",
+            ),
+            (
+                json!({"resourceFieldRef": {"resource": "limits.ephemeral-storage", "divisor": "2"}}),
+                "env[0].valueFrom.resourceFieldRef.divisor: Invalid value: \"limits.ephemeral-storage\": only divisor's values [1 1E 1Ei 1G 1Gi 1Ki 1M 1Mi 1P 1Pi 1T 1Ti 1k] are supported with the local ephemeral storage resource",
+            ),
+            (
+                json!({"fileKeyRef": {"volumeName": "A", "path": "/x", "key": "K"}}),
+                "env[0].valueFrom.fileKeyRef.volumeName: Invalid value: \"A\"",
+            ),
+        ] {
+            let got = errors(json!([{"name": "A", "valueFrom": source}]));
+            assert!(got[0].starts_with(want), "{got:?}");
+        }
+    }
+
+    #[test]
+    fn whole_objects() {
+        let obj = json!({"envFrom": [{"configMapRef": {"name": ""}}, {"secretRef": {"name": "A"}}, {}]});
+        let mut e = Errs::new();
+        env_from(&mut e, &At::field(&obj, "envFrom"));
+        let kinds: Vec<String> =
+            e.0.iter().map(|x| x.to_string().split(": ").take(2).collect::<Vec<_>>().join(" ")).collect();
+        assert_eq!(
+            kinds,
+            [
+                "envFrom[0].configMapRef.name Required value",
+                "envFrom[1].secretRef.name Invalid value",
+                "envFrom Invalid value"
+            ]
+        );
     }
 }

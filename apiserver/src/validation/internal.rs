@@ -68,7 +68,7 @@ PreferredNode: Weight=weight:i Preference=preference:S(NodeTerm)
 PodAffinity: RequiredDuringSchedulingIgnoredDuringExecution=requiredDuringSchedulingIgnoredDuringExecution:L(PodTerm) PreferredDuringSchedulingIgnoredDuringExecution=preferredDuringSchedulingIgnoredDuringExecution:L(PreferredPod)
 PodTerm: LabelSelector=labelSelector:* Namespaces=namespaces:* TopologyKey=topologyKey:s NamespaceSelector=namespaceSelector:* MatchLabelKeys=matchLabelKeys:* MismatchLabelKeys=mismatchLabelKeys:*
 PreferredPod: Weight=weight:i PodAffinityTerm=podAffinityTerm:S(PodTerm)
-Volume: Name=name:s HostPath=hostPath:P(HostPath) EmptyDir=emptyDir:P(EmptyDir) GCEPersistentDisk=gcePersistentDisk:* AWSElasticBlockStore=awsElasticBlockStore:* GitRepo=gitRepo:* Secret=secret:P(SecretVolume) NFS=nfs:* ISCSI=iscsi:* Glusterfs=glusterfs:* PersistentVolumeClaim=persistentVolumeClaim:P(PVCVolume) RBD=rbd:* Quobyte=quobyte:* FlexVolume=flexVolume:* Cinder=cinder:* CephFS=cephfs:* Flocker=flocker:* DownwardAPI=downwardAPI:P(DownwardVolume) FC=fc:* AzureFile=azureFile:* ConfigMap=configMap:P(ConfigVolume) VsphereVolume=vsphereVolume:* AzureDisk=azureDisk:* PhotonPersistentDisk=photonPersistentDisk:* Projected=projected:P(Projected) PortworxVolume=portworxVolume:* ScaleIO=scaleIO:* StorageOS=storageos:* CSI=csi:* Ephemeral=ephemeral:* Image=image:*
+Volume: Name=name:s HostPath=hostPath:P(HostPath) EmptyDir=emptyDir:P(EmptyDir) GCEPersistentDisk=gcePersistentDisk:* AWSElasticBlockStore=awsElasticBlockStore:* GitRepo=gitRepo:* Secret=secret:P(SecretVolume) NFS=nfs:P(NFS) ISCSI=iscsi:* Glusterfs=glusterfs:* PersistentVolumeClaim=persistentVolumeClaim:P(PVCVolume) RBD=rbd:* Quobyte=quobyte:* FlexVolume=flexVolume:* Cinder=cinder:* CephFS=cephfs:* Flocker=flocker:* DownwardAPI=downwardAPI:P(DownwardVolume) FC=fc:* AzureFile=azureFile:* ConfigMap=configMap:P(ConfigVolume) VsphereVolume=vsphereVolume:* AzureDisk=azureDisk:* PhotonPersistentDisk=photonPersistentDisk:* Projected=projected:P(Projected) PortworxVolume=portworxVolume:* ScaleIO=scaleIO:* StorageOS=storageos:* CSI=csi:* Ephemeral=ephemeral:* Image=image:*
 HostPath: Path=path:s Type=type:*
 EmptyDir: Medium=medium:s SizeLimit=sizeLimit:*
 SecretVolume: SecretName=secretName:s Items=items:L(KeyPath) DefaultMode=defaultMode:* Optional=optional:*
@@ -81,6 +81,16 @@ Projected: Sources=sources:L(Projection) DefaultMode=defaultMode:*
 Projection: Secret=secret:P(SecretProjection) DownwardAPI=downwardAPI:P(DownwardProjection) ConfigMap=configMap:P(SecretProjection) ServiceAccountToken=serviceAccountToken:P(TokenProjection) ClusterTrustBundle=clusterTrustBundle:* PodCertificate=podCertificate:*
 SecretProjection: Name=name:s Items=items:L(KeyPath) Optional=optional:*
 DownwardProjection: Items=items:L(DownwardFile)
+VolumeAffinity: Required=required:P(NodeSelector)
+VolumeSource: GCEPersistentDisk=gcePersistentDisk:* AWSElasticBlockStore=awsElasticBlockStore:* HostPath=hostPath:P(HostPath) Glusterfs=glusterfs:* NFS=nfs:P(NFS) RBD=rbd:* Quobyte=quobyte:* ISCSI=iscsi:* FlexVolume=flexVolume:* Cinder=cinder:* CephFS=cephfs:* FC=fc:* Flocker=flocker:* AzureFile=azureFile:* VsphereVolume=vsphereVolume:* AzureDisk=azureDisk:* PhotonPersistentDisk=photonPersistentDisk:* PortworxVolume=portworxVolume:* ScaleIO=scaleIO:* Local=local:P(LocalVolume) StorageOS=storageos:* CSI=csi:P(CSIVolume)
+NFS: Server=server:s Path=path:s ReadOnly=readOnly:b
+LocalVolume: Path=path:s FSType=fsType:*
+CSIVolume: Driver=driver:s VolumeHandle=volumeHandle:s ReadOnly=readOnly:b FSType=fsType:s VolumeAttributes=volumeAttributes:* ControllerPublishSecretRef=controllerPublishSecretRef:P(SecretRef) NodeStageSecretRef=nodeStageSecretRef:P(SecretRef) NodePublishSecretRef=nodePublishSecretRef:P(SecretRef) ControllerExpandSecretRef=controllerExpandSecretRef:P(SecretRef) NodeExpandSecretRef=nodeExpandSecretRef:P(SecretRef)
+SecretRef: Name=name:s Namespace=namespace:s
+Attachment: Attacher=attacher:s Source=source:S(AttachmentSource) NodeName=nodeName:s
+AttachmentSource: PersistentVolumeName=persistentVolumeName:* InlineVolumeSpec=inlineVolumeSpec:*
+NodeDriver: Name=name:s NodeID=nodeID:s TopologyKeys=topologyKeys:* Allocatable=allocatable:P(NodeResources)
+NodeResources: Count=count:*
 ClaimSpec: AccessModes=accessModes:* Selector=selector:* Resources=resources:S(ClaimResources) VolumeName=volumeName:s StorageClassName=storageClassName:* VolumeMode=volumeMode:* DataSource=dataSource:P(ClaimSource) DataSourceRef=dataSourceRef:P(ClaimSourceRef) VolumeAttributesClassName=volumeAttributesClassName:*
 ClaimResources: Limits=limits:* Requests=requests:*
 ClaimSource: APIGroup=apiGroup:* Kind=kind:s Name=name:s

@@ -160,6 +160,36 @@ pub(crate) fn non_special_ip(e: &mut Errs, at: &At<'_>) {
     }
 }
 
+/// `example.com/signer-name`.
+pub(crate) fn signer_name(e: &mut Errs, at: &At<'_>) {
+    if at.s().is_empty() {
+        return e.required(at, "");
+    }
+    let parts: Vec<&str> = at.s().split('/').collect();
+    let [domain, name] = parts[..] else {
+        return e.invalid(at, "must be a fully qualified domain and path of the form 'example.com/signer-name'");
+    };
+    if domain.len() > 253 {
+        e.too_long(at, 253);
+    }
+    first_bad_part(e, at, domain, isopod_api::names::dns1123_label);
+    if !domain.contains('.') {
+        e.invalid_as(at, domain, "should be a domain with at least two segments separated by dots");
+    }
+    first_bad_part(e, at, name, isopod_api::names::dns1123_subdomain);
+    if at.s().len() > 571 {
+        e.too_long(at, 571);
+    }
+}
+
+/// The errors of the first dotted part that has some.
+fn first_bad_part(e: &mut Errs, at: &At<'_>, whole: &str, check: fn(&str) -> Vec<String>) {
+    let bad = whole.split('.').map(|part| (part, check(part))).find(|(_, messages)| !messages.is_empty());
+    for (part, message) in bad.iter().flat_map(|(part, messages)| messages.iter().map(move |m| (part, m))) {
+        e.invalid_as(at, whole, &format!("validating label {part:?}: {message}"));
+    }
+}
+
 /// `IPv4` or `IPv6`.
 pub(crate) fn family(ip: &str) -> &'static str {
     if ip.contains(':') { "IPv6" } else { "IPv4" }

@@ -80,6 +80,35 @@ fn windows(e: &mut Errs, spec: &At<'_>) {
     }
 }
 
+/// Containers that run as processes of a Windows host: all of a pod or none, in the host's network.
+pub(crate) fn host_process(e: &mut Errs, spec: &At<'_>) {
+    let field = "securityContext.windowsOptions.hostProcess";
+    let pod = spec.get(field).v.as_bool();
+    let (mut all, mut host) = (0, 0);
+    for container in containers(spec) {
+        all += 1;
+        let own = container.get(field);
+        if let (Some(pod), Some(value)) = (pod, own.v.as_bool())
+            && pod != value
+        {
+            let detail = format!("pod hostProcess value must be identical if both are specified, was {pod}");
+            e.invalid(&own, &detail);
+        }
+        host += usize::from(own.v.as_bool().or(pod) == Some(true));
+    }
+    if host == 0 {
+        return;
+    }
+    if host != all {
+        let detail = "If pod contains any hostProcess containers then all containers must be HostProcess containers";
+        e.invalid_as(spec, "", detail);
+    }
+    let network = spec.get("hostNetwork");
+    if !network.is_true() {
+        e.invalid_as(&network, false, "hostNetwork must be true if pod contains any hostProcess containers");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

@@ -13,15 +13,16 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
         claims,
         grace: spec.get("terminationGracePeriodSeconds").int0(),
         restart_policy: spec.get("restartPolicy").s(),
-        host_network: spec.get("hostNetwork").is_true(),
         host_users: spec.get("hostUsers").v.as_bool() != Some(false),
-        is_pod,
     };
     let regular = spec.get("containers");
     container::containers(e, &regular, &pod);
     container::init_containers(e, &spec.get("initContainers"), &regular, &pod);
     container::ephemeral_containers(e, &spec.get("ephemeralContainers"), spec, &pod);
     resources::pod_level(e, spec);
+    if spec.get("hostNetwork").is_true() {
+        container::host_network_ports(e, &regular, is_pod);
+    }
     e.required_one_of(&spec.get("restartPolicy"), &["Always", "Never", "OnFailure"]);
     e.required_one_of(&spec.get("dnsPolicy"), &["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"]);
     super::meta::labels(e, &spec.get("nodeSelector"));
@@ -33,6 +34,7 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
     }
     scheduling::gates(e, &spec.get("schedulingGates"));
     scheduling::topology_spread(e, &spec.get("topologySpreadConstraints"));
+    super::pod_os::host_process(e, spec);
     host_users(e, spec);
     names_and_limits(e, spec);
     let tolerations = spec.get("tolerations");
@@ -40,11 +42,7 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
     host_aliases(e, &spec.get("hostAliases"));
     class_names(e, spec);
     e.one_of_if_set(&spec.get("preemptionPolicy"), &["PreemptLowerPriority", "Never"]);
-    let overhead = spec.get("overhead");
-    for (name, value) in overhead.entries() {
-        resources::container_resource_name(e, &value, name);
-        resources::quantity_value(e, &value, name);
-    }
+    resources::overhead(e, &spec.get("overhead"), spec.get("overhead").v);
     if spec.get("os").is_set() {
         super::pod_os::os(e, spec);
     }
@@ -93,9 +91,10 @@ fn host_users(e: &mut Errs, spec: &At<'_>) {
     if at.v.as_bool() != Some(false) {
         return;
     }
-    for field in ["hostNetwork", "hostPID", "hostIPC"] {
+    // Upstream spells two of them like this.
+    for (field, shown) in [("hostNetwork", "hostNetwork"), ("hostPID", "HostPID"), ("hostIPC", "HostIPC")] {
         if spec.get(field).is_true() {
-            e.forbidden(&at, &format!("when `{field}` is true"));
+            e.forbidden(&At::new(spec.path.child(shown), at.v), "when `pod.Spec.HostUsers` is false");
         }
     }
 }
@@ -134,12 +133,12 @@ fn dns_config(e: &mut Errs, spec: &At<'_>) {
             continue;
         }
         for message in names::dns1123_subdomain_with_underscore(name) {
-            e.invalid(&search, &message);
+            e.invalid_as(&search, name, &message);
         }
     }
     for option in at.get("options").items() {
         if option.get("name").s().is_empty() {
-            e.required(&At::new(at.get("options").path.index(0), option.v), "must not be empty");
+            e.required(&option, "must not be empty");
         }
     }
 }
@@ -148,7 +147,7 @@ fn host_aliases(e: &mut Errs, list: &At<'_>) {
     for at in list.items() {
         e.messages(&at.get("ip"), super::net::ip_messages(at.get("ip").s()));
         for hostname in at.get("hostnames").items() {
-            e.messages(&At::new(at.get("hostnames").path, hostname.v), names::dns1123_subdomain(hostname.s()));
+            e.dns_subdomain(&hostname);
         }
     }
 }
@@ -196,7 +195,40 @@ mod tests {
                 json!({"activeDeadlineSeconds": 0}),
                 "spec.activeDeadlineSeconds: Invalid value: 0: must be between 1 and 2147483647, inclusive",
             ),
-            (json!({"hostUsers": false, "hostPID": true}), "spec.hostUsers: Forbidden: when `hostPID` is true"),
+            (
+                json!({"hostUsers": false, "hostPID": true}),
+                "spec.HostPID: Forbidden: when `pod.Spec.HostUsers` is false",
+            ),
+            (
+                json!({"tolerations": [{"key": "a", "value": "b c"}, {"key": "a", "operator": "Lt", "value": "1"}]}),
+                "spec.tolerations[0].operator: Invalid value: \"b c\": a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')|spec.tolerations[1].operator: Unsupported value: \"Lt\": supported values: \"Equal\", \"Exists\"",
+            ),
+            (
+                json!({"schedulingGates": [{"name": "a"}, {"name": "a"}]}),
+                "spec.schedulingGates[1]: Duplicate value: \"a\"",
+            ),
+            (
+                json!({"topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "z", "whenUnsatisfiable": "DoNotSchedule"},
+                    {"maxSkew": 1, "topologyKey": "z", "whenUnsatisfiable": "DoNotSchedule", "matchLabelKeys": ["-"]}]}),
+                "spec.topologySpreadConstraints[0].{topologyKey, whenUnsatisfiable}: Duplicate value: \"{z, DoNotSchedule}\"|spec.topologySpreadConstraints[1].matchLabelKeys: Forbidden: must not be specified when labelSelector is not set",
+            ),
+            (
+                json!({"dnsConfig": {"options": [{"name": "a"}, {}]}}),
+                "spec.dnsConfig.options[1]: Required value: must not be empty",
+            ),
+            (
+                json!({"overhead": {"cpu": "-1"}}),
+                "spec.overhead.limits[cpu]: Invalid value: \"-1\": must be greater than or equal to 0",
+            ),
+            (
+                json!({"hostNetwork": true, "containers": [{"name": "c", "image": "i", "terminationMessagePolicy": "File",
+                    "imagePullPolicy": "Always", "ports": [{"containerPort": 80, "hostPort": 81, "protocol": "TCP"}]}]}),
+                "spec.containers[0].ports[0].hostPort: Invalid value: 81: must match `containerPort` when `hostNetwork` is true",
+            ),
+            (
+                json!({"securityContext": {"windowsOptions": {"hostProcess": true}}}),
+                "spec.hostNetwork: Invalid value: false: hostNetwork must be true if pod contains any hostProcess containers",
+            ),
             (
                 json!({"tolerations": [{"operator": "Equal"}]}),
                 "spec.tolerations[0].operator: Invalid value: \"Equal\": operator must be Exists when `key` is empty, which means \"match all values and all keys\"",

@@ -1,7 +1,7 @@
 //! What an update of a pod may change: by the main resource, `resize`, `ephemeralcontainers` and `status`.
 
 use isopod_api::field::Error;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{At, Errs, internal, resources, same, scheduling};
 
@@ -19,6 +19,9 @@ pub(crate) fn update(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
     }
     added_tolerations(e, &new.get("tolerations"), &old.get("tolerations"));
     scheduling::gates_update(e, &new.get("schedulingGates"), &old.get("schedulingGates"));
+    if old.get("schedulingGates").len() > 0 {
+        gated(e, new, old);
+    }
     let munged = munge(new.v, old.v);
     if !same(&munged, old.v) {
         let diff = internal::diff(&internal::pod_spec(old.v), &internal::pod_spec(&munged));
@@ -75,6 +78,36 @@ fn added_tolerations(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
             return e.forbidden(new, "existing toleration can not be modified except its tolerationSeconds");
         }
     }
+    scheduling::tolerations(e, new);
+}
+
+/// A gated pod may narrow where it runs.
+fn gated(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
+    let (selector, before) = (new.get("nodeSelector"), old.get("nodeSelector"));
+    if before.entries().iter().any(|(key, value)| selector.v.get(key) != Some(value.v)) {
+        let detail = "only additions to spec.nodeSelector are allowed (no mutations or deletions)";
+        e.invalid_as(&selector, super::template::sorted(selector.v), detail);
+    }
+    scheduling::gated_affinity(e, &new.get("affinity.nodeAffinity"), &old.get("affinity.nodeAffinity"));
+}
+
+/// Annotations that say how a pod came about stay.
+pub(crate) fn annotations(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
+    let what = |key: &str| match key {
+        "kubernetes.io/config.mirror" => Some("mirror pod annotation"),
+        _ if key.starts_with("container.apparmor.security.beta.kubernetes.io/") => Some("AppArmor annotations"),
+        _ => None,
+    };
+    for (key, before) in old.entries() {
+        if let Some(what) = what(key).filter(|_| new.v.get(key) != Some(before.v)) {
+            e.forbidden(&new.key(key), &format!("may not remove or update {what}"));
+        }
+    }
+    for (key, _) in new.entries() {
+        if let Some(what) = what(key).filter(|_| old.v.get(key).is_none()) {
+            e.forbidden(&new.key(key), &format!("may not add {what}"));
+        }
+    }
 }
 
 /// The new spec with every field that may change taken from the old one.
@@ -95,7 +128,16 @@ fn munge(new: &Value, old: &Value) -> Value {
         put(map, grace, &old[grace]);
     }
     if old["schedulingGates"].as_array().is_some_and(|g| !g.is_empty()) {
-        gated(map, new, old);
+        put(map, "nodeSelector", &old["nodeSelector"]);
+        let mut affinity = new["affinity"].clone();
+        if affinity.is_object() || !old["affinity"]["nodeAffinity"].is_null() {
+            affinity["nodeAffinity"] = old["affinity"]["nodeAffinity"].clone();
+        }
+        if same(&without_nulls(&affinity), &old["affinity"]) {
+            put(map, "affinity", &old["affinity"]);
+        } else {
+            put(map, "affinity", &without_nulls(&affinity));
+        }
     }
     map.remove("serviceAccount");
     if let Some(account) = old.get("serviceAccount") {
@@ -104,23 +146,10 @@ fn munge(new: &Value, old: &Value) -> Value {
     out
 }
 
-/// A gated pod may narrow where it runs: more of nodeSelector, a first required node affinity.
-fn gated(map: &mut Map<String, Value>, new: &Value, old: &Value) {
-    let narrower = old["nodeSelector"]
-        .as_object()
-        .is_none_or(|before| before.iter().all(|(k, v)| new["nodeSelector"].get(k) == Some(v)));
-    if narrower {
-        put(map, "nodeSelector", &old["nodeSelector"]);
-    }
-    let required = "/nodeAffinity/requiredDuringSchedulingIgnoredDuringExecution";
-    if old["affinity"].pointer(required).is_none() {
-        let mut affinity = new["affinity"].clone();
-        if let Some(node) = affinity.get_mut("nodeAffinity").and_then(Value::as_object_mut) {
-            node.remove("requiredDuringSchedulingIgnoredDuringExecution");
-        }
-        if same(&affinity["nodeAffinity"], &old["affinity"]["nodeAffinity"]) {
-            put(map, "affinity", &old["affinity"]);
-        }
+fn without_nulls(v: &Value) -> Value {
+    match v {
+        Value::Object(map) => map.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect(),
+        other => other.clone(),
     }
 }
 
@@ -208,22 +237,24 @@ pub(crate) fn ephemeral(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
 /// `pods/status`: fields that only ever go one way.
 pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
     let (after, before) = (At::field(new, "status"), At::field(old, "status"));
+    // Upstream names conditions as if they were metadata.
+    let conditions = At::new(isopod_api::field::Path::new("metadata").child("conditions"), after.get("conditions").v);
+    for condition in conditions.items() {
+        let kind = condition.get("type").s();
+        if !["PodScheduled", "Ready", "Initialized"].contains(&kind) {
+            e.qualified_name(&At::new(condition.path.child("Type"), &condition.v["type"]));
+        }
+    }
     let nominated = after.get("nominatedNodeName");
-    if !nominated.s().is_empty() {
+    if !nominated.s().is_empty() && nominated.v != before.get("nominatedNodeName").v {
         e.dns_subdomain(&nominated);
     }
-    if let Some(policy @ ("Never" | "OnFailure")) = old["spec"]["restartPolicy"].as_str() {
-        no_restart(e, &after.get("containerStatuses"), &before.get("containerStatuses"), policy);
+    e.immutable(&after.get("qosClass"), before.get("qosClass").v);
+    let policy = old["spec"]["restartPolicy"].as_str().unwrap_or_default();
+    for (list, policy) in [("containerStatuses", policy), ("ephemeralContainerStatuses", "Never")] {
+        no_restart(e, &after.get(list), &before.get(list), policy, &old["spec"]["containers"]);
     }
-    for (i, ip) in after.get("podIPs").items().into_iter().enumerate() {
-        if i > 1 {
-            break;
-        }
-        e.messages(&ip.get("ip"), super::net::ip_messages(ip.get("ip").s()));
-    }
-    if after.get("podIPs").len() > 2 {
-        e.invalid(&after.get("podIPs"), "may specify no more than one IP for each IP family");
-    }
+    pod_ips(e, &after.get("podIPs"));
     let names: Vec<&str> =
         new["spec"]["resourceClaims"].as_array().into_iter().flatten().filter_map(|c| c["name"].as_str()).collect();
     for status in after.get("resourceClaimStatuses").items() {
@@ -234,25 +265,49 @@ pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
     }
 }
 
-fn no_restart(e: &mut Errs, new: &At<'_>, old: &At<'_>, policy: &str) {
-    for before in old.items() {
-        let terminated = before.get("state.terminated");
-        if !terminated.is_set() || (policy == "OnFailure" && terminated.get("exitCode").int0() != 0) {
-            continue;
+/// One address per family.
+fn pod_ips(e: &mut Errs, list: &At<'_>) {
+    let mut seen: Vec<&str> = Vec::new();
+    for at in list.items() {
+        let ip = At::new(at.path.clone(), &at.v["ip"]);
+        e.messages(&ip, super::net::ip_messages(ip.s()));
+        seen.push(ip.s());
+    }
+    let six = seen.iter().filter(|ip| ip.contains(':')).count();
+    if seen.len() > 2 || (seen.len() == 2 && six != 1) {
+        let shown: Vec<Value> = seen.iter().map(|ip| json!({ "IP": ip })).collect();
+        e.invalid_as(list, json!(shown), "may specify no more than one IP for each IP family");
+        for (i, ip) in seen.iter().enumerate().filter(|(i, ip)| seen[..*i].contains(ip)) {
+            e.duplicate(&At::new(list.path.index(i), list.v), json!({ "IP": ip }));
         }
-        for after in new.items() {
-            if after.get("name").s() == before.get("name").s() && !after.get("state.terminated").is_set() {
-                let state = after.get("state");
-                e.forbidden(&state, "may not be transitioned to non-terminated state");
-            }
+    }
+}
+
+/// A container that has ended for good does not run again; `specs` may say otherwise of some.
+fn no_restart(e: &mut Errs, new: &At<'_>, old: &At<'_>, policy: &str, specs: &Value) {
+    let specs = specs.as_array().map(Vec::as_slice).unwrap_or_default();
+    let ruled = |c: &Value| c["restartPolicyRules"].as_array().is_some_and(|rules| !rules.is_empty());
+    if specs.iter().any(ruled) {
+        return;
+    }
+    for before in old.items() {
+        let (name, terminated) = (before.get("name").s(), before.get("state.terminated"));
+        let own = specs.iter().find(|c| c["name"] == name).and_then(|c| c["restartPolicy"].as_str());
+        let may = match own.unwrap_or(policy) {
+            "Never" => false,
+            "OnFailure" => terminated.get("exitCode").int0() != 0,
+            _ => true,
+        };
+        let runs = |after: &At<'_>| after.get("name").s() == name && !after.get("state.terminated").is_set();
+        if terminated.is_set() && !may && new.items().iter().any(runs) {
+            let state = before.get("state");
+            e.forbidden(&state, "may not be transitioned to non-terminated state");
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn errors(new: Value, old: Value) -> Vec<String> {
@@ -278,5 +333,61 @@ mod tests {
         new["activeDeadlineSeconds"] = json!(10);
         new["hostNetwork"] = json!(true);
         assert!(errors(new, old)[0].starts_with("spec: Forbidden: pod updates may not change fields other than"));
+    }
+
+    #[test]
+    fn gated_pods_may_narrow() {
+        let term = |keys: &[&str]| {
+            let all: Vec<Value> = keys.iter().map(|k| json!({"key": k, "operator": "Exists"})).collect();
+            json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution":
+                {"nodeSelectorTerms": [{"matchExpressions": all}]}}})
+        };
+        let old = json!({"containers": [{"name": "c", "image": "a"}], "schedulingGates": [{"name": "g"}],
+            "nodeSelector": {"a": "b"}, "affinity": term(&["x"])});
+        for (field, value, want) in [
+            ("nodeSelector", json!({"a": "b", "c": "d"}), ""),
+            ("nodeSelector", json!({}), "spec.nodeSelector"),
+            ("affinity", term(&["x", "y"]), ""),
+            (
+                "affinity",
+                term(&["y"]),
+                "spec.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0]",
+            ),
+            ("schedulingGates", json!([{"name": "h"}]), "spec.schedulingGates[0].name"),
+            ("affinity", json!({"podAffinity": {}}), "spec"),
+        ] {
+            let mut new = old.clone();
+            new[field] = value.clone();
+            if want == "spec" {
+                new[field]["nodeAffinity"] = old[field]["nodeAffinity"].clone();
+                new[field]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] = json!([{}]);
+            }
+            let fields: Vec<String> =
+                errors(new, old.clone()).iter().map(|x| x.split(": ").next().unwrap_or("").to_owned()).collect();
+            assert_eq!(fields.join(" "), want, "{field} {value}");
+        }
+    }
+
+    #[test]
+    fn what_a_status_may_say() {
+        let old = json!({"spec": {"restartPolicy": "Never"}, "status": {"qosClass": "Burstable",
+            "containerStatuses": [{"name": "c", "state": {"terminated": {"exitCode": 1}}}]}});
+        for (status, want) in [
+            (json!({"qosClass": "Guaranteed"}), "status.qosClass"),
+            (json!({"qosClass": "Burstable", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.2"}]}), "status.podIPs"),
+            (json!({"qosClass": "Burstable", "podIPs": [{"ip": "x"}]}), "status.podIPs[0]"),
+            (json!({"qosClass": "Burstable", "conditions": [{"type": "a b"}]}), "metadata.conditions[0].Type"),
+            (
+                json!({"qosClass": "Burstable", "containerStatuses": [{"name": "c", "state": {"running": {}}}]}),
+                "status.containerStatuses[0].state",
+            ),
+        ] {
+            let mut new = old.clone();
+            new["status"] = status.clone();
+            let mut e = Errs::new();
+            super::status(&mut e, &new, &old);
+            let fields: Vec<String> = e.0.iter().map(|x| x.field.clone()).collect();
+            assert_eq!(fields.join(" "), want, "{status}");
+        }
     }
 }

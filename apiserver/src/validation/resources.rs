@@ -148,23 +148,42 @@ pub(crate) fn non_negative_quantity(e: &mut Errs, at: &At<'_>) {
 /// `resources` of a container.
 pub(crate) fn requirements(e: &mut Errs, at: &At<'_>, claims: &[&str]) {
     pair(e, at, container_resource_name);
-    for (i, claim) in at.get("claims").items().into_iter().enumerate() {
-        let name = claim.get("name");
-        let earlier = at.get("claims").items();
-        if name.s().is_empty() {
-            e.required(&name, "");
-        } else if earlier[..i]
-            .iter()
-            .any(|c| c.get("name").s() == name.s() && c.get("request").s() == claim.get("request").s())
-        {
-            let shown = match claim.get("request").s() {
-                "" => name.s().to_owned(),
-                request => format!("{}/{request}", name.s()),
-            };
-            e.duplicate(&claim, shown);
-        } else if !claims.contains(&name.s()) {
-            e.not_found(&name, name.s());
+    claim_names(e, &at.get("claims"), claims);
+}
+
+/// `claims` of a container; `known` are those of its pod.
+fn claim_names(e: &mut Errs, list: &At<'_>, known: &[&str]) {
+    let mut seen = Vec::new();
+    for claim in list.items() {
+        let (name, request) = (claim.get("name").s(), claim.get("request").s());
+        if name.is_empty() {
+            e.required(&claim, "");
+            continue;
         }
+        let shown = if request.is_empty() { name.to_owned() } else { format!("{name}/{request}") };
+        if seen.contains(&shown) {
+            e.duplicate(&claim, shown.clone());
+        }
+        seen.push(shown);
+        if !known.contains(&name) {
+            let mut sorted = known.to_vec();
+            sorted.sort_unstable();
+            let mut error = isopod_api::field::Error::not_found(&claim.path, name);
+            error.detail = match sorted[..] {
+                [] => "must be one of the names in pod.spec.resourceClaims which is empty".to_owned(),
+                _ => format!("must be one of the names in pod.spec.resourceClaims: {}", sorted.join(", ")),
+            };
+            e.0.push(error);
+        }
+    }
+}
+
+/// What a pod needs beside its containers; upstream reports it as if it were limits.
+pub(crate) fn overhead(e: &mut Errs, at: &At<'_>, amounts: &Value) {
+    for (name, value) in At::new(at.path.child("limits"), amounts).entries() {
+        container_resource_name(e, &value, name);
+        quantity_value(e, &value, name);
+        huge_page(e, &value, name);
     }
 }
 
@@ -183,6 +202,7 @@ fn pair(e: &mut Errs, at: &At<'_>, name_check: fn(&mut Errs, &At<'_>, &str)) {
         name_check(e, &value, name);
         quantity_value(e, &value, name);
         against_limit(e, &requests, &limits, name);
+        huge_page(e, &value, name);
         huge |= is_huge_page(name);
         cpu_or_memory |= name == "cpu" || name == "memory";
     }

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use isopod_api::names;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{At, Errs, internal, meta, selector};
+use super::{At, Errs, internal, meta, same, selector};
 
 /// `affinity`.
 pub(crate) fn affinity(e: &mut Errs, at: &At<'_>) {
@@ -112,20 +112,27 @@ fn pod_affinity_term(e: &mut Errs, at: &At<'_>) {
             e.invalid_as(&list, namespace.s(), &message);
         }
     }
-    for field in ["matchLabelKeys", "mismatchLabelKeys"] {
-        let keys = at.get(field);
-        if keys.len() > 0 && !at.get("labelSelector").is_set() {
-            e.forbidden(&keys, "must not be specified when labelSelector is not set");
-        }
-        for key in keys.items() {
-            meta::label_key(e, &key, key.s());
-        }
+    let (matching, other) = (at.get("matchLabelKeys"), at.get("mismatchLabelKeys"));
+    label_keys(e, &matching, at);
+    label_keys(e, &other, at);
+    for key in other.items().iter().filter(|key| matching.strings().contains(&key.s())) {
+        e.invalid(key, "exists in both matchLabelKeys and mismatchLabelKeys");
     }
     let topology = at.get("topologyKey");
     if topology.s().is_empty() {
         e.required(&topology, "can not be empty");
     } else {
         meta::label_key(e, &topology, topology.s());
+    }
+}
+
+/// Keys of labels that go with the selector at `at`.
+fn label_keys(e: &mut Errs, keys: &At<'_>, at: &At<'_>) {
+    if keys.len() > 0 && !at.get("labelSelector").is_set() {
+        return e.forbidden(keys, "must not be specified when labelSelector is not set");
+    }
+    for key in keys.items() {
+        meta::label_key(e, &key, key.s());
     }
 }
 
@@ -149,18 +156,13 @@ pub(crate) fn tolerations(e: &mut Errs, list: &At<'_>) {
             "Equal" | "" => {
                 let messages = names::label_value(value.s());
                 if !messages.is_empty() {
-                    e.invalid_str(&operator, &messages.join(";"));
+                    e.invalid_as(&operator, value.s(), &messages.join(";"));
                 }
             }
             "Exists" => {
                 if !value.s().is_empty() {
                     let detail = "value must be empty when `operator` is 'Exists'";
                     e.invalid_as(&operator, internal::named("Toleration", at.v), detail);
-                }
-            }
-            "Lt" | "Gt" => {
-                if value.s().parse::<i64>().is_err() {
-                    e.invalid_str(&value, "value must be a valid integer for numeric comparison operators");
                 }
             }
             _ => e.unsupported(&operator, &["Equal", "Exists"]),
@@ -173,8 +175,9 @@ pub(crate) fn tolerations(e: &mut Errs, list: &At<'_>) {
 
 /// `topologySpreadConstraints`.
 pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>) {
-    let mut seen = BTreeSet::new();
-    for at in list.items() {
+    let pair = |at: &At<'_>| (at.v["topologyKey"].clone(), at.v["whenUnsatisfiable"].clone());
+    let all = list.items();
+    for (i, at) in all.iter().enumerate() {
         let skew = at.get("maxSkew");
         if skew.int0() <= 0 {
             e.invalid_as(&skew, skew.int0(), "must be greater than zero");
@@ -187,11 +190,11 @@ pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>) {
         }
         let when = at.get("whenUnsatisfiable");
         e.one_of(&when, &["DoNotSchedule", "ScheduleAnyway"]);
-        let pair = (topology.s(), when.s());
-        if !seen.insert(pair) {
+        // Upstream names the first of two.
+        if all[i + 1..].iter().any(|later| pair(later) == pair(at)) {
             e.duplicate(
                 &At::new(at.path.child("{topologyKey, whenUnsatisfiable}"), at.v),
-                format!("{{{}, {}}}", pair.0, pair.1),
+                format!("{{{}, {}}}", topology.s(), when.s()),
             );
         }
         let domains = at.get("minDomains");
@@ -208,13 +211,7 @@ pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>) {
         for policy in ["nodeAffinityPolicy", "nodeTaintsPolicy"] {
             e.one_of_if_set(&at.get(policy), &["Honor", "Ignore"]);
         }
-        let keys = at.get("matchLabelKeys");
-        if keys.len() > 0 && !at.get("labelSelector").is_set() {
-            e.forbidden(&keys, "must not be specified when labelSelector is not set");
-        }
-        for key in keys.items() {
-            meta::label_key(e, &key, key.s());
-        }
+        label_keys(e, &at.get("matchLabelKeys"), at);
         selector::label_selector(e, &at.get("labelSelector"));
     }
 }
@@ -223,7 +220,8 @@ pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>) {
 pub(crate) fn gates(e: &mut Errs, list: &At<'_>) {
     let mut seen = BTreeSet::new();
     for at in list.items() {
-        let name = at.get("name");
+        // Upstream leaves the field out.
+        let name = At::new(at.path.clone(), at.get("name").v);
         e.qualified_name(&name);
         if !seen.insert(name.s()) {
             e.duplicate(&name, name.s());
@@ -288,7 +286,35 @@ pub(crate) fn gates_update(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
         let name = at.get("name");
         if !before.contains(&name.s()) {
             let detail = format!("only deletion is allowed, but found new scheduling gate '{}'", name.s());
-            e.forbidden(&at, &detail);
+            e.forbidden(&name, &detail);
+        }
+    }
+}
+
+/// What a gated pod's required node affinity may become: more requirements in the terms it has, or the first terms.
+pub(crate) fn gated_affinity(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
+    let path = "requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms";
+    let (terms, before) = (new.get(path), old.get(path));
+    if before.len() == 0 {
+        return;
+    }
+    let shown = |v: &Value| internal::named("NodeTerm", v);
+    if terms.len() != before.len() {
+        let all: Vec<Value> = terms.items().iter().map(|t| shown(t.v)).collect();
+        let detail = "no additions/deletions to non-empty NodeSelectorTerms list are allowed";
+        return e.invalid_as(&terms, if all.is_empty() { Value::Null } else { json!(all) }, detail);
+    }
+    let grows = |now: &At<'_>, was: &At<'_>| {
+        let prefix = |field: &str| {
+            let (now, was) = (now.get(field).items(), was.get(field).items());
+            was.len() <= now.len() && was.iter().zip(&now).all(|(a, b)| same(a.v, b.v))
+        };
+        let empty = was.get("matchExpressions").len() + was.get("matchFields").len() == 0;
+        (!empty || same(now.v, was.v)) && prefix("matchExpressions") && prefix("matchFields")
+    };
+    for (now, was) in terms.items().iter().zip(before.items()) {
+        if !grows(now, &was) {
+            e.invalid_as(now, shown(now.v), "only additions are allowed (no mutations or deletions)");
         }
     }
 }

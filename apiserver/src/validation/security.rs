@@ -45,20 +45,17 @@ pub(crate) fn container(e: &mut Errs, at: &At<'_>, host_users: bool) {
 /// `securityContext` of a pod.
 pub(crate) fn pod(e: &mut Errs, spec: &At<'_>) {
     let at = spec.get("securityContext");
-    if spec.get("hostPID").is_true() && spec.get("shareProcessNamespace").is_true() {
-        e.invalid(
-            &At::new(at.path.child("shareProcessNamespace"), spec.get("shareProcessNamespace").v),
-            "ShareProcessNamespace and HostPID cannot both be enabled",
-        );
-    }
-    if !at.is_set() {
-        return;
-    }
     id(e, &at.get("fsGroup"));
     id(e, &at.get("runAsUser"));
     id(e, &at.get("runAsGroup"));
     for group in at.get("supplementalGroups").items() {
         id(e, &group);
+    }
+    if spec.get("hostPID").is_true() && spec.get("shareProcessNamespace").is_true() {
+        e.invalid(
+            &At::new(at.path.child("shareProcessNamespace"), spec.get("shareProcessNamespace").v),
+            "ShareProcessNamespace and HostPID cannot both be enabled",
+        );
     }
     sysctls(e, &at.get("sysctls"), spec);
     e.one_of_if_set(&at.get("fsGroupChangePolicy"), &["Always", "OnRootMismatch"]);
@@ -106,7 +103,20 @@ fn seccomp(e: &mut Errs, at: &At<'_>) {
         return;
     }
     let (kind, local) = (at.get("type"), at.get("localhostProfile"));
-    localhost(e, at, &kind, &local, "seccomp");
+    match kind.s() {
+        "" => e.required(&kind, "type is required when seccompProfile is set"),
+        "Localhost" | "RuntimeDefault" | "Unconfined" => {}
+        _ => e.unsupported(&kind, &["Localhost", "RuntimeDefault", "Unconfined"]),
+    }
+    match (kind.s() == "Localhost", local.is_set()) {
+        (true, false) => e.required(&local, "must be set when seccomp type is Localhost"),
+        (true, true) => super::volume::descending_path(e, &local),
+        // Upstream shows the whole profile.
+        (false, true) => {
+            e.invalid_as(&local, named("Profile", at.v), "can only be set when seccomp type is Localhost");
+        }
+        (false, false) => {}
+    }
 }
 
 fn app_armor(e: &mut Errs, at: &At<'_>) {
@@ -116,11 +126,12 @@ fn app_armor(e: &mut Errs, at: &At<'_>) {
     let (kind, local) = (at.get("type"), at.get("localhostProfile"));
     match kind.s() {
         "Localhost" => {
-            if local.s().trim().is_empty() {
-                e.required(&local, "must be set when AppArmor type is Localhost");
-            } else if local.s().trim() != local.s() {
+            if local.s().trim() != local.s() {
                 e.invalid(&local, "must not be padded with whitespace");
-            } else if local.s().len() > 4095 {
+            } else if local.s().is_empty() {
+                e.required(&local, "must be set when AppArmor type is Localhost");
+            }
+            if local.s().len() > 4095 {
                 e.too_long(&local, 4095);
             }
         }
@@ -131,25 +142,6 @@ fn app_armor(e: &mut Errs, at: &At<'_>) {
         }
         "" => e.required(&kind, "type is required when appArmorProfile is set"),
         _ => e.unsupported(&kind, &["Localhost", "RuntimeDefault", "Unconfined"]),
-    }
-}
-
-fn localhost(e: &mut Errs, _at: &At<'_>, kind: &At<'_>, local: &At<'_>, what: &str) {
-    match kind.s() {
-        "" => e.required(kind, &format!("type is required when {what}Profile is set")),
-        "Localhost" => {
-            if local.s().is_empty() {
-                e.required(local, &format!("must be set when {what} type is Localhost"));
-            } else {
-                super::volume::descending_path(e, local);
-            }
-        }
-        "RuntimeDefault" | "Unconfined" => {
-            if local.is_set() {
-                e.invalid(local, &format!("can only be set when {what} type is Localhost"));
-            }
-        }
-        _ => e.unsupported(kind, &["Localhost", "RuntimeDefault", "Unconfined"]),
     }
 }
 

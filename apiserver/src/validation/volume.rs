@@ -21,9 +21,11 @@ pub(crate) const SOURCES: &[&str] = &[
     "rbd",
     "cinder",
     "cephfs",
+    "quobyte",
     "flocker",
     "downwardAPI",
     "fc",
+    "flexVolume",
     "configMap",
     "azureFile",
     "vsphereVolume",
@@ -117,10 +119,6 @@ fn empty_dir(e: &mut Errs, at: &At<'_>) {
     if super::resources::quantity(limit.v).is_some_and(|q| q.milli_value() < 0) {
         e.forbidden(&limit, "SizeLimit field must be a valid resource quantity");
     }
-    let medium = at.get("medium");
-    if !["", "Memory", "HugePages"].contains(&medium.s()) && !medium.s().starts_with("HugePages-") {
-        e.unsupported(&medium, &["", "HugePages", "Memory"]);
-    }
 }
 
 pub(crate) fn host_path(e: &mut Errs, at: &At<'_>) {
@@ -194,37 +192,61 @@ fn projected(e: &mut Errs, at: &At<'_>) {
                 continue;
             }
             count += 1;
+            if count > 1 {
+                e.forbidden(&own, "may not specify more than 1 volume type per source");
+                continue;
+            }
             match kind {
                 "secret" | "configMap" => {
-                    if own.get("name").s().is_empty() {
-                        e.required(&own.get("name"), "");
+                    let name = own.get("name");
+                    if name.s().is_empty() {
+                        e.required(&name, "");
                     }
                     for item in own.get("items").items() {
                         key_to_path(e, &item);
-                        unique(e, at, item.get("path").s(), &mut seen);
+                        unique(e, at, item.get("path").s(), name.s(), &mut seen);
                     }
                 }
                 "downwardAPI" => {
                     for file in own.get("items").items() {
                         downward_file(e, &file, &own);
-                        unique(e, at, file.get("path").s(), &mut seen);
+                        let path = file.get("path").s();
+                        unique(e, at, path, path, &mut seen);
                     }
                 }
                 "serviceAccountToken" => token(e, at, &own),
-                "clusterTrustBundle" => {
-                    let path = own.get("path");
-                    if path.s().is_empty() {
-                        e.required(&path, "");
-                    }
-                    local_path(e, &path);
-                }
+                "clusterTrustBundle" => trust_bundle(e, &own),
                 _ => pod_certificate(e, &own),
             }
         }
-        if count > 1 {
-            e.forbidden(&source, "may not specify more than 1 volume type per source");
-        }
     }
+}
+
+fn trust_bundle(e: &mut Errs, at: &At<'_>) {
+    let (name, signer, path) = (at.get("name"), at.get("signerName"), at.get("path"));
+    match (name.is_set(), signer.is_set()) {
+        (true, true) => e.invalid(at, "only one of name and signerName may be used"),
+        (true, false) => {
+            if name.s().is_empty() {
+                e.required(&name, "must be a valid object name");
+            }
+            let labels = at.get("labelSelector");
+            if labels.is_set() {
+                e.invalid(&labels, "labelSelector must be unset if name is specified");
+            }
+        }
+        (false, true) => {
+            if signer.s().is_empty() {
+                e.required(&signer, "must be a valid signer name");
+            }
+            super::net::signer_name(e, &signer);
+        }
+        (false, false) => e.required(at, "either name or signerName must be specified"),
+    }
+    if path.s().is_empty() {
+        e.required(&path, "");
+    }
+    local_path(e, &path);
 }
 
 fn pod_certificate(e: &mut Errs, at: &At<'_>) {
@@ -234,9 +256,10 @@ fn pod_certificate(e: &mut Errs, at: &At<'_>) {
     e.one_of(&at.get("keyType"), &["ECDSAP256", "ECDSAP384", "ECDSAP521", "ED25519", "RSA3072", "RSA4096"]);
 }
 
-fn unique<'a>(e: &mut Errs, volume: &At<'_>, path: &'a str, seen: &mut BTreeSet<&'a str>) {
+/// No two files of a projected volume have the same path; the error shows whose they are.
+fn unique<'a>(e: &mut Errs, volume: &At<'_>, path: &'a str, shown: &str, seen: &mut BTreeSet<&'a str>) {
     if !path.is_empty() && !seen.insert(path) {
-        e.invalid_as(volume, path, "conflicting duplicate paths");
+        e.invalid_as(volume, shown, "conflicting duplicate paths");
     }
 }
 
@@ -256,7 +279,7 @@ fn token(e: &mut Errs, volume: &At<'_>, at: &At<'_>) {
     }
 }
 
-fn no_backsteps(e: &mut Errs, at: &At<'_>) {
+pub(crate) fn no_backsteps(e: &mut Errs, at: &At<'_>) {
     if at.s().split('/').any(|part| part == "..") {
         e.invalid(at, "must not contain '..'");
     }
@@ -273,7 +296,7 @@ pub(crate) fn descending_path(e: &mut Errs, at: &At<'_>) {
 /// A relative path without `..` that does not begin with two dots either.
 pub(crate) fn local_path(e: &mut Errs, at: &At<'_>) {
     descending_path(e, at);
-    if at.s().starts_with("..") && !at.s().starts_with("../") && at.s() != ".." {
+    if at.s().starts_with("..") && !at.s().starts_with("../") {
         e.invalid(at, "must not start with '..'");
     }
 }
@@ -299,7 +322,7 @@ mod tests {
 
     #[test]
     fn paths() {
-        for (path, errors) in [("a/b", 0), ("/a", 1), ("a/../b", 1), ("..a", 1), ("../a", 1)] {
+        for (path, errors) in [("a/b", 0), ("/a", 1), ("a/../b", 1), ("..a", 1), ("../a", 1), ("..", 2)] {
             let obj = json!({ "p": path });
             let mut e = Errs::new();
             local_path(&mut e, &At::field(&obj, "p"));

@@ -1,5 +1,7 @@
 //! Volume sources that a plugin or a driver serves, shared by pods and PersistentVolumes, and the checks of claims.
 
+use serde_json::json;
+
 use super::{At, Errs, resources, selector};
 
 /// Fields a source cannot be without.
@@ -10,7 +12,6 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("nfs", &["server", "path"]),
     ("iscsi", &["targetPortal", "iqn"]),
     ("glusterfs", &["endpoints", "path"]),
-    ("rbd", &["image"]),
     ("cinder", &["volumeID"]),
     ("azureFile", &["secretName", "shareName"]),
     ("vsphereVolume", &["volumePath"]),
@@ -19,7 +20,6 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("azureDisk", &["diskName", "diskURI"]),
     ("scaleIO", &["gateway", "system", "volumeName"]),
     ("flexVolume", &["driver"]),
-    ("csi", &["driver"]),
     ("local", &["path"]),
 ];
 
@@ -33,23 +33,55 @@ pub(crate) fn plugin(e: &mut Errs, kind: &str, at: &At<'_>) {
         }
     }
     match kind {
+        "gitRepo" => super::volume::descending_path(e, &at.get("directory")),
+        "gcePersistentDisk" | "awsElasticBlockStore" => unit_number(e, &at.get("partition")),
         "nfs" => {
             let path = at.get("path");
-            if !path.s().is_empty() && !path.s().starts_with('/') {
-                e.invalid(&path, "must be an absolute path");
+            if !path.s().starts_with('/') {
+                e.invalid_str(&path, "must be an absolute path");
             }
         }
         "csi" => {
-            let driver = at.get("driver");
-            if !driver.s().is_empty() {
-                csi_driver_name(e, &driver);
-            }
+            csi_driver_name(e, &at.get("driver"));
             let secret = at.get("nodePublishSecretRef");
-            if secret.is_set() && secret.get("name").s().is_empty() {
-                e.required(&secret.get("name"), "");
+            let name = secret.get("name");
+            if secret.is_set() && name.s().is_empty() {
+                e.required(&name, "");
+            } else if secret.is_set() {
+                // Upstream leaves the field of the reference out.
+                e.dns_subdomain(&At::new(at.path.child("name"), name.v));
             }
         }
-        "cephfs" | "rbd" if at.get("monitors").len() == 0 => e.required(&at.get("monitors"), ""),
+        "cephfs" | "rbd" => {
+            if at.get("monitors").len() == 0 {
+                e.required(&at.get("monitors"), "");
+            }
+            if kind == "rbd" && at.get("image").s().is_empty() {
+                e.required(&at.get("image"), "");
+            }
+        }
+        "local" if !at.get("path").s().is_empty() => super::volume::no_backsteps(e, &at.get("path")),
+        "flocker" => flocker(e, at),
+        "quobyte" => quobyte(e, at),
+        "azureDisk" => azure_disk(e, at),
+        "storageos" => {
+            for (field, needed) in [("volumeName", true), ("volumeNamespace", false)] {
+                let name = at.get(field);
+                if !name.s().is_empty() {
+                    e.dns_label(&name);
+                } else if needed {
+                    e.required(&name, "");
+                }
+            }
+        }
+        "flexVolume" => {
+            for (key, option) in at.get("options").entries() {
+                let domain = format!(".{}", key.split_once('/').map_or(key, |k| k.0).to_lowercase());
+                if [".kubernetes.io", ".k8s.io"].iter().any(|d| domain.ends_with(d)) {
+                    e.invalid_as(&option, key, "kubernetes.io and k8s.io namespaces are reserved");
+                }
+            }
+        }
         "fc" => {
             if at.get("targetWWNs").len() == 0 && at.get("wwids").len() == 0 {
                 e.required(&at.get("targetWWNs"), "must specify either targetWWNs or wwids, but not both");
@@ -76,18 +108,69 @@ fn unit_number(e: &mut Errs, at: &At<'_>) {
     }
 }
 
-fn iscsi(e: &mut Errs, at: &At<'_>) {
-    let iqn = at.get("iqn");
-    let known = ["iqn", "eui", "naa"].iter().any(|prefix| iqn.s().starts_with(prefix));
-    if !iqn.s().is_empty() && !known {
-        e.invalid(&iqn, "must be valid format starting with iqn, eui, or naa");
-    } else if !iqn.s().is_empty() && !is_iscsi_name(iqn.s()) {
-        e.invalid(&iqn, "must be valid format");
+fn flocker(e: &mut Errs, at: &At<'_>) {
+    let (name, uuid) = (at.get("datasetName"), at.get("datasetUUID"));
+    match (name.s().is_empty(), uuid.s().is_empty()) {
+        (true, true) => e.required(at, "one of datasetName and datasetUUID is required"),
+        (false, false) => {
+            e.invalid_as(at, "resource", "datasetName and datasetUUID can not be specified simultaneously");
+        }
+        _ => {}
     }
+    if name.s().contains('/') {
+        e.invalid(&name, "must not contain '/'");
+    }
+}
+
+fn quobyte(e: &mut Errs, at: &At<'_>) {
+    const PAIRS: &str = "must be a host:port pair or multiple pairs separated by commas";
+    let registry = at.get("registry");
+    let is_pair =
+        |text: &str| text.rsplit_once(':').is_some_and(|(host, _)| !host.contains(':') || host.ends_with(']'));
+    if registry.s().is_empty() {
+        e.required(&registry, PAIRS);
+    } else if at.get("tenant").s().len() >= 65 {
+        e.required(&at.get("tenant"), "must be a UUID and may not exceed a length of 64 characters");
+    } else {
+        for _ in registry.s().split(',').filter(|pair| !is_pair(pair)) {
+            e.invalid(&registry, PAIRS);
+        }
+    }
+    if at.get("volume").s().is_empty() {
+        e.required(&at.get("volume"), "");
+    }
+}
+
+fn azure_disk(e: &mut Errs, at: &At<'_>) {
+    e.one_of_if_set(&at.get("cachingMode"), &["None", "ReadOnly", "ReadWrite"]);
+    let (kind, uri) = (at.get("kind"), at.get("diskURI"));
+    e.one_of_if_set(&kind, &["Dedicated", "Managed", "Shared"]);
+    let managed = kind.s() == "Managed";
+    if managed && !uri.s().to_lowercase().starts_with("/subscriptions/") {
+        let form = "/subscriptions/{sub-id}/resourcegroups/{group-name}/providers/microsoft.compute/disks/{disk-id}";
+        e.unsupported(&uri, &[form]);
+    } else if kind.is_set() && !managed && !uri.s().to_lowercase().starts_with("https://") {
+        e.unsupported(&uri, &["https://{account-name}.blob.core.windows.net/{container-name}/{disk-name}.vhd"]);
+    }
+}
+
+fn iscsi(e: &mut Errs, at: &At<'_>) {
+    iscsi_name(e, &at.get("iqn"));
     unit_number(e, &at.get("lun"));
     let chap = at.get("chapAuthDiscovery").is_true() || at.get("chapAuthSession").is_true();
     if chap && !at.get("secretRef").is_set() {
         e.required(&at.get("secretRef"), "");
+    }
+    let initiator = at.get("initiatorName");
+    iscsi_name(e, &At::new(at.path.child("initiatorname"), initiator.v));
+}
+
+fn iscsi_name(e: &mut Errs, at: &At<'_>) {
+    let known = ["iqn", "eui", "naa"].iter().any(|prefix| at.s().starts_with(prefix));
+    if !at.s().is_empty() && !known {
+        e.invalid(at, "must be valid format starting with iqn, eui, or naa");
+    } else if !at.s().is_empty() && !is_iscsi_name(at.s()) {
+        e.invalid(at, "must be valid format");
     }
 }
 
@@ -127,13 +210,13 @@ pub(crate) fn secret_reference(e: &mut Errs, at: &At<'_>) {
 /// A CSI driver's name.
 pub(crate) fn csi_driver_name(e: &mut Errs, at: &At<'_>) {
     if at.s().is_empty() {
-        return e.required(at, "");
+        e.required(at, "");
     }
     if at.s().len() > 63 {
         e.too_long(at, 63);
     }
     for message in isopod_api::names::dns1123_subdomain(&at.s().to_lowercase()) {
-        e.invalid(at, &message);
+        e.invalid_str(at, &message);
     }
 }
 
@@ -142,6 +225,15 @@ pub(crate) fn ephemeral(e: &mut Errs, at: &At<'_>) {
     let template = at.get("volumeClaimTemplate");
     if !template.is_set() {
         return e.required(&template, "");
+    }
+    let metadata = template.get("metadata");
+    super::meta::annotations(e, &metadata.get("annotations"));
+    super::meta::labels(e, &metadata.get("labels"));
+    for field in ["name", "generateName", "namespace", "uid", "ownerReferences", "finalizers"] {
+        let own = metadata.get(field);
+        if !own.s().is_empty() || own.len() > 0 {
+            e.forbidden(&own, "cannot be set for an ephemeral volume");
+        }
     }
     claim_spec(e, &template.get("spec"));
 }
@@ -171,8 +263,15 @@ pub(crate) fn claim_spec(e: &mut Errs, spec: &At<'_>) {
         e.dns_subdomain(&class);
     }
     e.one_of_if_set(&spec.get("volumeMode"), &["Block", "Filesystem"]);
-    data_source(e, &spec.get("dataSource"), false);
-    data_source(e, &spec.get("dataSourceRef"), true);
+    let (source, reference) = (spec.get("dataSource"), spec.get("dataSourceRef"));
+    data_source(e, &source, false);
+    data_source(e, &reference, true);
+    let alike = |field: &str| source.get(field).s() == reference.get(field).s();
+    if source.is_set() && !reference.get("namespace").s().is_empty() {
+        e.invalid_as(spec, json!({}), "may not be specified when dataSourceRef.namespace is specified");
+    } else if source.is_set() && reference.is_set() && !["apiGroup", "kind", "name"].into_iter().all(alike) {
+        e.invalid_as(spec, json!({}), "must match dataSourceRef");
+    }
     let attributes = spec.get("volumeAttributesClassName");
     if attributes.is_set() && !attributes.s().is_empty() {
         e.dns_subdomain(&attributes);
@@ -234,6 +333,20 @@ mod tests {
             ("iscsi", json!({"targetPortal": "p", "iqn": "iqn.2001-04.com.example:disk"}), ""),
             ("iscsi", json!({"targetPortal": "p", "iqn": "eui.12", "chapAuthSession": true}), "s.iqn s.secretRef"),
             ("fc", json!({"targetWWNs": ["a"]}), "s.lun"),
+            ("nfs", json!({"server": "s"}), "s.path s.path"),
+            ("csi", json!({"nodePublishSecretRef": {"name": "A"}}), "s.driver s.driver s.name"),
+            ("rbd", json!({}), "s.monitors s.image"),
+            ("flocker", json!({"datasetName": "a/b", "datasetUUID": "u"}), "s s.datasetName"),
+            ("quobyte", json!({"registry": "a:1,b", "volume": "v"}), "s.registry"),
+            ("azureDisk", json!({"diskName": "d", "diskURI": "x", "kind": "Managed"}), "s.diskURI"),
+            ("flexVolume", json!({"driver": "d", "options": {"a.k8s.io/x": "y"}}), "s.options[a.k8s.io/x]"),
+            ("gcePersistentDisk", json!({"pdName": "d", "partition": 256}), "s.partition"),
+            ("local", json!({"path": "/a/../b"}), "s.path"),
+            (
+                "iscsi",
+                json!({"targetPortal": "p", "iqn": "iqn.2001-04.com.example:disk", "initiatorName": "x"}),
+                "s.initiatorname",
+            ),
             ("fc", json!({"wwids": ["a"]}), ""),
         ] {
             let obj = json!({ "s": source });
