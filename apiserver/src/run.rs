@@ -66,7 +66,7 @@ async fn serve(
     registry.convert_with(Arc::new(Converter::new(Arc::clone(&webhooks), &objects)));
     let mut tokens: Vec<Arc<dyn TokenAuthenticator>> = Vec::new();
     if let Some(path) = &config.token_file {
-        tokens.push(Arc::new(StaticTokens::read(path)?));
+        tokens.push(Arc::new(StaticTokens::read(path, &config.issuer)?));
     }
     tokens.extend(serviceaccount::authenticator(config, Arc::clone(&objects))?);
     let tokens: Arc<dyn TokenAuthenticator> = Arc::new(TokenChain(tokens));

@@ -15,14 +15,11 @@ pub use strategic::strategic_merge;
 use crate::{
     schema::json::{self, Parsed},
     status::{Details, Status, reason},
+    text::quote,
 };
 
 /// Most operations in one JSON patch.
 const MAX_OPERATIONS: usize = 10_000;
-
-fn undecodable(error: impl std::fmt::Display) -> Status {
-    Status::bad_request(format!("error decoding patch: {error}"))
-}
 
 fn go_kind(v: &Value) -> &'static str {
     match v {
@@ -35,15 +32,14 @@ fn go_kind(v: &Value) -> &'static str {
     }
 }
 
-/// Reads the body of a merge or strategic merge patch: an object. The duplicates go into strict field validation.
-pub fn parse_object(body: &[u8]) -> Result<Parsed, Status> {
-    let parsed = json::parse(body).map_err(undecodable)?;
+/// Reads the body of a merge or strategic merge patch: an object or null. The duplicates go into strict field validation.
+pub fn parse_object(body: &[u8]) -> Result<Parsed, String> {
+    let parsed = json::parse(body).map_err(|e| e.to_string())?;
     match &parsed.value {
-        Value::Object(_) => Ok(parsed),
-        other => Err(undecodable(format!(
-            "json: cannot unmarshal {} into Go value of type map[string]interface {{}}",
-            go_kind(other)
-        ))),
+        Value::Object(_) | Value::Null => Ok(parsed),
+        other => {
+            Err(format!("json: cannot unmarshal {} into Go value of type map[string]interface {{}}", go_kind(other)))
+        }
     }
 }
 
@@ -53,18 +49,23 @@ fn rejected() -> Status {
         .with_details(Details::default())
 }
 
-/// Applies an RFC 6902 document.
-pub fn json_patch(doc: &mut Value, body: &[u8]) -> Result<(), Status> {
-    let parsed = json::parse(body).map_err(undecodable)?;
+/// Applies an RFC 6902 document. Returns what strict validation says of the document itself; nothing when `lenient`,
+/// where another decoder words the errors.
+pub fn json_patch(doc: &mut Value, body: &[u8], lenient: bool) -> Result<Vec<String>, Status> {
+    let wrong = |what: &str, of: &str| format!("json: cannot unmarshal {what} into Go value of type {of}");
+    let (list, item) = match lenient {
+        true => ("jsonpatch.Patch", "jsonpatch.Operation"),
+        false => ("[]handlers.jsonPatchOp", "handlers.jsonPatchOp"),
+    };
+    let undecodable = |error: String| match lenient {
+        true => Status::bad_request(error),
+        false => Status::bad_request(format!("error decoding patch: {error}")),
+    };
+    let parsed = json::parse(body).map_err(|e| undecodable(e.to_string()))?;
     let operations = match parsed.value {
         Value::Array(operations) => operations,
         Value::Null => Vec::new(),
-        other => {
-            let kind = go_kind(&other);
-            return Err(undecodable(format!(
-                "json: cannot unmarshal {kind} into Go value of type []handlers.jsonPatchOp"
-            )));
-        }
+        other => return Err(undecodable(wrong(go_kind(&other), list))),
     };
     if operations.len() > MAX_OPERATIONS {
         return Err(Status::too_large(format!(
@@ -72,17 +73,33 @@ pub fn json_patch(doc: &mut Value, body: &[u8]) -> Result<(), Status> {
             operations.len()
         )));
     }
-    for operation in operations {
-        if !operation.is_object() {
-            let kind = go_kind(&operation);
-            return Err(undecodable(format!(
-                "json: cannot unmarshal {kind} into Go value of type handlers.jsonPatchOp"
-            )));
+    let mut strict: Vec<String> =
+        parsed.duplicates.iter().map(|path| format!("json patch duplicate field {}", quote(path))).collect();
+    for (i, operation) in operations.iter().enumerate() {
+        let Value::Object(members) = operation else {
+            return Err(undecodable(wrong(go_kind(operation), item)));
+        };
+        for (name, member) in members {
+            match (name.as_str(), member) {
+                ("op" | "path" | "from", Value::String(_) | Value::Null) | ("value", _) => {}
+                ("op" | "path" | "from", other) if !lenient => {
+                    return Err(undecodable(format!(
+                        "json: cannot unmarshal {} into Go struct field jsonPatchOp.{name} of type string",
+                        go_kind(other)
+                    )));
+                }
+                _ => strict.push(format!("json patch unknown field {}", quote(&format!("[{i}].{name}")))),
+            }
         }
-        let operation: PatchOperation = serde_json::from_value(operation).map_err(|_| rejected())?;
-        json_patch::patch(doc, &[lenient(doc, operation)]).map_err(|_| rejected())?;
     }
-    Ok(())
+    for operation in operations {
+        let operation: PatchOperation = serde_json::from_value(operation).map_err(|_| rejected())?;
+        json_patch::patch(doc, &[lenient_replace(doc, operation)]).map_err(|_| rejected())?;
+    }
+    if lenient {
+        strict.clear();
+    }
+    Ok(strict)
 }
 
 /// Why operations do not fit a document.
@@ -101,7 +118,7 @@ pub fn apply_operations(doc: &mut Value, operations: Vec<Value>) -> Result<(), P
         let operation: PatchOperation =
             serde_json::from_value(value).map_err(|e| PatchFailure::Operation(e.to_string()))?;
         let test = matches!(operation, PatchOperation::Test(_));
-        json_patch::patch(doc, &[lenient(doc, operation)]).map_err(|_| match test {
+        json_patch::patch(doc, &[lenient_replace(doc, operation)]).map_err(|_| match test {
             true => PatchFailure::Test,
             false => PatchFailure::Operation(impossible(&shown)),
         })?;
@@ -122,7 +139,7 @@ fn impossible(operation: &Value) -> String {
 }
 
 /// Upstream's `replace` of a missing object field adds it.
-fn lenient(doc: &Value, operation: PatchOperation) -> PatchOperation {
+fn lenient_replace(doc: &Value, operation: PatchOperation) -> PatchOperation {
     let PatchOperation::Replace(ReplaceOperation { path, value }) = operation else { return operation };
     let parent = path.parent().and_then(|parent| parent.resolve(doc).ok());
     if parent.is_some_and(Value::is_object) {
@@ -158,25 +175,35 @@ mod tests {
             ),
             ("not", 400, "error decoding patch: invalid character 'o' in literal null (expecting 'u')".into()),
         ] {
-            let error = json_patch(&mut doc.clone(), body.as_bytes()).unwrap_err();
+            let error = json_patch(&mut doc.clone(), body.as_bytes(), false).unwrap_err();
             assert_eq!((error.code, error.message), (code, message), "{body}");
         }
     }
 
     #[test]
+    fn strict_errors_of_the_patch_itself() {
+        let body = br#"[{"op":"add","path":"/a","value":{"x":1,"x":2},"more":1}]"#;
+        let strict = json_patch(&mut json!({}), body, false).unwrap();
+        assert_eq!(strict, ["json patch duplicate field \"[0].value.x\"", "json patch unknown field \"[0].more\""]);
+        assert!(json_patch(&mut json!({}), body, true).unwrap().is_empty());
+        let error = json_patch(&mut json!({}), b"{}", true).unwrap_err();
+        assert_eq!(error.message, "json: cannot unmarshal object into Go value of type jsonpatch.Patch");
+    }
+
+    #[test]
     fn replace_of_a_missing_field_adds_it() {
         let mut doc = json!({"data": {}, "l": []});
-        json_patch(&mut doc, br#"[{"op":"replace","path":"/data/x","value":"1"}]"#).unwrap();
+        json_patch(&mut doc, br#"[{"op":"replace","path":"/data/x","value":"1"}]"#, false).unwrap();
         assert_eq!(doc["data"]["x"], "1");
-        assert!(json_patch(&mut doc, br#"[{"op":"replace","path":"/l/0","value":"1"}]"#).is_err());
-        assert!(json_patch(&mut doc, br#"[{"op":"replace","path":"/no/x","value":"1"}]"#).is_err());
+        assert!(json_patch(&mut doc, br#"[{"op":"replace","path":"/l/0","value":"1"}]"#, false).is_err());
+        assert!(json_patch(&mut doc, br#"[{"op":"replace","path":"/no/x","value":"1"}]"#, false).is_err());
     }
 
     #[test]
     fn parse_object_refuses_lists() {
         assert_eq!(
-            parse_object(b"[]").unwrap_err().message,
-            "error decoding patch: json: cannot unmarshal array into Go value of type map[string]interface {}"
+            parse_object(b"[]").unwrap_err(),
+            "json: cannot unmarshal array into Go value of type map[string]interface {}"
         );
     }
 

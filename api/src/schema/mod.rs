@@ -22,6 +22,7 @@ mod defaults;
 mod go_order;
 mod go_time;
 pub mod json;
+mod restore;
 mod rows;
 
 use std::{
@@ -32,6 +33,7 @@ use std::{
 pub use decode::{DecodeError, decode, prune};
 pub use defaults::{default, fill, seal};
 pub use go_order::{go_order, sort_all};
+pub use restore::restore_error;
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 

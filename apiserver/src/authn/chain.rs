@@ -15,11 +15,15 @@ use crate::Error;
 const BEARER_PROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
 
 /// Tokens from a CSV file: `token,user,uid,"group1,group2"`.
-pub(crate) struct StaticTokens(HashMap<String, UserInfo>);
+/// They are for this server alone, so for its own audience.
+pub(crate) struct StaticTokens {
+    users: HashMap<String, UserInfo>,
+    audience: String,
+}
 
 impl StaticTokens {
-    /// Reads the file.
-    pub(crate) fn read(path: &Path) -> Result<Self, Error> {
+    /// Reads the file; `audience` is the server's own.
+    pub(crate) fn read(path: &Path, audience: &str) -> Result<Self, Error> {
         let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
         let mut tokens = HashMap::new();
         for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
@@ -33,7 +37,7 @@ impl StaticTokens {
             let user = UserInfo { name: columns[1].clone(), uid: columns[2].clone(), groups, ..UserInfo::default() };
             tokens.insert(columns[0].clone(), user);
         }
-        Ok(Self(tokens))
+        Ok(Self { users: tokens, audience: audience.to_owned() })
     }
 }
 
@@ -56,8 +60,11 @@ fn split_csv(line: &str) -> Vec<String> {
 
 impl TokenAuthenticator for StaticTokens {
     fn authenticate(&self, token: &str, audiences: &[String]) -> Result<Option<TokenIdentity>, String> {
-        let identity = |user: &UserInfo| TokenIdentity { user: user.clone(), audiences: audiences.to_vec() };
-        Ok(self.0.get(token).map(identity))
+        let own: Vec<String> = audiences.iter().filter(|audience| **audience == self.audience).cloned().collect();
+        if own.is_empty() && !audiences.is_empty() {
+            return Ok(None);
+        }
+        Ok(self.users.get(token).map(|user| TokenIdentity { user: user.clone(), audiences: own }))
     }
 }
 
@@ -140,12 +147,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tokens");
         std::fs::write(&path, "t1,admin,1,\"system:masters,dev\"\n\nt2,bob,2\n").unwrap();
-        let tokens = StaticTokens::read(&path).unwrap();
+        let tokens = StaticTokens::read(&path, "https://issuer").unwrap();
         let user = tokens.authenticate("t1", &[]).unwrap().unwrap().user;
         assert_eq!((user.name.as_str(), user.groups), ("admin", vec!["system:masters".into(), "dev".into()]));
         assert!(tokens.authenticate("t3", &[]).unwrap().is_none());
+        let audiences = ["other".to_owned(), "https://issuer".to_owned()];
+        assert!(tokens.authenticate("t1", &audiences[..1]).unwrap().is_none(), "for somebody else");
+        assert_eq!(tokens.authenticate("t1", &audiences).unwrap().unwrap().audiences, audiences[1..]);
         std::fs::write(&path, "oops\n").unwrap();
-        assert!(StaticTokens::read(&path).is_err());
+        assert!(StaticTokens::read(&path, "https://issuer").is_err());
     }
 
     #[test]

@@ -159,8 +159,14 @@ impl Draft {
     /// The object as it would be stored, without a revision: the answer to a dry run.
     pub(crate) fn finish_unstored(self) -> Object {
         let bytes = match find(&self.stored, PLACEHOLDER) {
-            // Something always follows: a created object has a creationTimestamp.
-            Some(at) => [&self.stored[..at], &self.stored[at + PLACEHOLDER.len() + 1..]].concat().into(),
+            Some(at) => {
+                let (before, after) = (&self.stored[..at], &self.stored[at + PLACEHOLDER.len()..]);
+                // What is only observed has no creationTimestamp behind it.
+                match after.strip_prefix(b",") {
+                    Some(after) => [before, after].concat().into(),
+                    None => [before.strip_suffix(b",").unwrap_or(before), after].concat().into(),
+                }
+            }
             None => self.stored,
         };
         Object { bytes, ..self.object }

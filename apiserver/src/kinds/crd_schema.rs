@@ -1,200 +1,370 @@
-//! The schemas of a CustomResourceDefinition: structural rules, list and map types, defaults, CEL rules.
+//! The schemas of a CustomResourceDefinition: list and map types, defaults, CEL rules; [`crd_structural`] has the rest.
+//!
+//! [`crd_structural`]: super::crd_structural
 
-use isopod_api::{
-    field::{Error, Path},
-    structural::Structural,
-};
+use isopod_api::{field::Error, structural::Structural};
 use serde_json::{Value, json};
 
+use super::crd_structural;
 use crate::{
     cel::Type,
     custom,
     validation::{At, Errs},
 };
 
-/// Where a node stands.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
-    Root,
-    Property,
-    Item,
-    /// Inside allOf, anyOf, oneOf, not.
-    Junctor,
+/// Fields a root schema may have when status is a subresource, whose part of the schema is taken out and used alone.
+const ROOT_FIELDS: [&str; 22] = [
+    "Description",
+    "Type",
+    "Format",
+    "Title",
+    "Maximum",
+    "ExclusiveMaximum",
+    "Minimum",
+    "ExclusiveMinimum",
+    "MaxLength",
+    "MinLength",
+    "Pattern",
+    "MaxItems",
+    "MinItems",
+    "UniqueItems",
+    "MultipleOf",
+    "Required",
+    "Items",
+    "Properties",
+    "ExternalDocs",
+    "Example",
+    "XPreserveUnknownFields",
+    "XValidations",
+];
+
+/// Checks one schema.
+pub(super) fn check(e: &mut Errs, at: &At<'_>, status: bool) {
+    if !at.is_set() {
+        return;
+    }
+    if status {
+        root_fields(e, at);
+    }
+    if at.v["nullable"] == true {
+        e.forbidden(&at.get("nullable"), "nullable cannot be true at the root");
+    }
+    // Expressions are compiled against schemas that are right.
+    let mut compile = false;
+    if let Some(mut structural) = crd_structural::check(at) {
+        if structural.is_empty() {
+            defaults(&mut structural, at);
+            compile = structural.is_empty();
+        }
+        e.0.append(&mut structural.0);
+    }
+    let mut pass = Pass { errors: Errs::new(), compile };
+    let mut rules = Errs::new();
+    pass.node(&mut rules, at, &Inherited { root: true, ..Inherited::default() });
+    e.0.append(&mut pass.errors.0);
+    e.0.append(&mut rules.0);
 }
 
-/// Checks the schemas of all versions. A schema that all versions share is named once, as upstream does.
-pub(super) fn check(e: &mut Errs, versions: &At<'_>) {
-    let all = versions.items();
-    let schema = |v: &At<'_>| v.v.pointer("/schema/openAPIV3Schema").cloned();
-    let shared = all.first().map(schema).filter(|first| all.iter().all(|v| schema(v) == *first));
-    if shared.flatten().is_some() {
-        let at = At::new(
-            Path::new("spec").child("validation").child("openAPIV3Schema"),
-            all[0].get("schema.openAPIV3Schema").v,
-        );
-        return root(e, &at);
-    }
-    for version in &all {
-        root(e, &version.get("schema.openAPIV3Schema"));
-    }
-}
-
-fn root(e: &mut Errs, at: &At<'_>) {
-    if at.is_set() {
-        node(e, at, Place::Root);
-        object_head(e, &at.get("properties"));
-    }
-}
-
-/// apiVersion, kind and metadata are what they are everywhere; schemas may restrict names only.
-fn object_head(e: &mut Errs, properties: &At<'_>) {
-    for (name, kind) in [("kind", "string"), ("apiVersion", "string"), ("metadata", "object")] {
-        let property = properties.key(name);
-        if property.is_set() && property.get("type").s() != kind {
-            e.invalid_str(&property.get("type"), &format!("must be {kind}"));
+fn root_fields(e: &mut Errs, at: &At<'_>) {
+    for (name, value) in at.v.as_object().into_iter().flatten() {
+        let plain = name.trim_start_matches("x-kubernetes-").replace('-', " ");
+        let mut shown: String = plain.split(' ').map(capitalised).collect();
+        if name.starts_with("x-kubernetes-") {
+            shown.insert(0, 'X');
+        }
+        let zero = value.is_null() || *value == false || *value == "" || *value == json!([]) || *value == json!({});
+        if !zero && !ROOT_FIELDS.contains(&shown.as_str()) {
+            let only = format!(
+                "only [{}] fields are allowed at the root of the schema if the status subresource is enabled",
+                ROOT_FIELDS.join(" ")
+            );
+            e.invalid(at, &only);
+            return;
         }
     }
-    let metadata = properties.key("metadata");
-    if metadata.get("properties").entries().iter().any(|(name, _)| !["name", "generateName"].contains(name)) {
-        let only = "must not specify anything other than name and generateName, but metadata is implicitly specified";
-        e.forbidden(&metadata, only);
-    }
 }
 
-fn node(e: &mut Errs, at: &At<'_>, place: Place) {
-    let schema = at.v;
-    let flag = |name: &str| schema[name] == true;
-    let kind = schema["type"].as_str().unwrap_or_default();
-    let int_or_string = flag("x-kubernetes-int-or-string");
-    if place != Place::Junctor {
-        if kind.is_empty() && !int_or_string && !flag("x-kubernetes-preserve-unknown-fields") {
-            match place {
-                Place::Root => e.required(&at.get("type"), "must not be empty at the root"),
-                Place::Item => e.required(&at.get("type"), "must not be empty for specified array items"),
-                _ => e.required(&at.get("type"), "must not be empty for specified object fields"),
+fn capitalised(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map(|first| first.to_uppercase().chain(letters).collect()).unwrap_or_default()
+}
+
+/// What is known of a node from those above it.
+#[derive(Default, Clone)]
+struct Inherited {
+    root: bool,
+    /// Inside apiVersion, kind or metadata of a resource.
+    meta: bool,
+    /// Why there may be no defaults.
+    no_defaults: Option<String>,
+    /// The topmost list whose items cannot be told apart in old and new objects.
+    uncorrelated: Option<String>,
+    /// Inside a junctor, where no expressions are compiled.
+    junctor: bool,
+}
+
+/// One walk over a schema.
+struct Pass {
+    errors: Errs,
+    compile: bool,
+}
+
+impl Pass {
+    fn node(&mut self, rules: &mut Errs, at: &At<'_>, above: &Inherited) {
+        let before = self.errors.0.len();
+        self.fields(at, above);
+        let below = Inherited { root: false, ..above.clone() };
+        let schema = at.v;
+        let additional = at.get("additionalProperties");
+        if additional.is_set() {
+            if schema["properties"].as_object().is_some_and(|p| !p.is_empty()) && *additional.v != true {
+                let exclusive = "additionalProperties and properties are mutual exclusive";
+                self.errors.forbidden(&additional, exclusive);
+            }
+            let mut below = below.clone();
+            if above.meta {
+                below.no_defaults = Some("inside additionalProperties applying to object metadata".into());
+            }
+            if additional.v.is_object() {
+                self.node(rules, &additional, &below);
             }
         }
-        if !kind.is_empty() && !["object", "array", "string", "integer", "number", "boolean"].contains(&kind) {
-            e.unsupported(&at.get("type"), &["array", "boolean", "integer", "number", "object", "string"]);
+        for (name, property) in at.get("properties").entries() {
+            let mut below = below.clone();
+            let head = ["metadata", "kind", "apiVersion"].contains(&name);
+            if head && (above.root || schema["x-kubernetes-embedded-resource"] == true) {
+                below.meta = true;
+                if above.root {
+                    below.no_defaults = Some(format!("in top-level {name}"));
+                }
+            }
+            self.node(rules, &property, &below);
         }
-        if place == Place::Root && !kind.is_empty() && kind != "object" {
-            e.invalid(&at.get("type"), "must be object at the root");
+        let inside = Inherited { junctor: true, ..below.clone() };
+        let lists = ["allOf", "oneOf", "anyOf"].into_iter().flat_map(|name| at.get(name).items());
+        for junctor in Some(at.get("not")).into_iter().filter(|not| not.v.is_object()).chain(lists) {
+            self.node(rules, &junctor, &inside);
         }
-        if int_or_string && !kind.is_empty() {
-            e.forbidden(&at.get("type"), "must be empty if x-kubernetes-int-or-string is true");
+        if schema["items"].is_object() {
+            let mut below = below;
+            if schema["x-kubernetes-list-type"] != "map" {
+                below.uncorrelated.get_or_insert(at.path.to_string());
+            }
+            self.node(rules, &at.get("items"), &below);
         }
-        if flag("x-kubernetes-embedded-resource") && kind != "object" {
-            e.invalid(&at.get("type"), "must be object if x-kubernetes-embedded-resource is true");
+        self.lists(at);
+        for rule in at.get("x-kubernetes-validations").items() {
+            self.rule(at, &rule);
         }
-    }
-    if flag("uniqueItems") {
-        e.forbidden(
-            &at.get("uniqueItems"),
-            "uniqueItems cannot be set to true since the runtime complexity becomes quadratic",
-        );
-    }
-    if schema["additionalProperties"].is_object() && schema["properties"].as_object().is_some_and(|p| !p.is_empty()) {
-        e.forbidden(&at.get("additionalProperties"), "additionalProperties and properties are mutual exclusive");
-    }
-    if schema["additionalProperties"] == false {
-        e.forbidden(&at.get("additionalProperties"), "additionalProperties cannot be set to false");
-    }
-    for field in ["$ref", "definitions", "dependencies", "id", "additionalItems", "patternProperties"] {
-        if schema.get(field).is_some_and(|v| !v.is_null()) {
-            e.forbidden(&at.get(field), &format!("{field} is not supported"));
-        }
-    }
-    if let Some(pattern) = schema["pattern"].as_str()
-        && regex::Regex::new(pattern).is_err()
-    {
-        e.invalid(&at.get("pattern"), "must be a valid regular expression, but isn't");
-    }
-    lists(e, at, kind);
-    if let Some(default) = schema.get("default").filter(|d| !d.is_null()) {
-        defaulted(e, at, default);
-    }
-    rules(e, at, place == Place::Root);
-    for (name, property) in schema["properties"].as_object().into_iter().flatten() {
-        let place = if place == Place::Junctor { place } else { Place::Property };
-        node(e, &At::new(at.get("properties").path.key(name), property), place);
-    }
-    if schema["items"].is_object() {
-        node(e, &at.get("items"), if place == Place::Junctor { place } else { Place::Item });
-    } else if kind == "array" && place != Place::Junctor {
-        e.required(&at.get("items"), "must be specified");
-    }
-    if schema["additionalProperties"].is_object() {
-        node(e, &at.get("additionalProperties"), if place == Place::Junctor { place } else { Place::Property });
-    }
-    for junctor in ["allOf", "anyOf", "oneOf"] {
-        for below in at.get(junctor).items() {
-            inside(e, &below);
+        if self.compile && !above.junctor && self.errors.0.len() == before {
+            for rule in at.get("x-kubernetes-validations").items() {
+                compiled(rules, at, &rule, above);
+            }
         }
     }
-    if schema["not"].is_object() {
-        inside(e, &at.get("not"));
+
+    fn fields(&mut self, at: &At<'_>, above: &Inherited) {
+        let e = &mut self.errors;
+        let kind = at.get("type");
+        if !kind.s().is_empty() {
+            e.one_of(&kind, &["array", "boolean", "integer", "number", "object", "string"]);
+        }
+        if let Some(reason) = above.no_defaults.as_ref().filter(|_| at.get("default").is_set()) {
+            e.forbidden(&at.get("default"), &format!("must not be set {reason}"));
+        }
+        for field in crd_structural::UNSUPPORTED {
+            let found = at.get(field);
+            if found.is_set() && *found.v != "" {
+                e.forbidden(&found, &format!("{field} is not supported"));
+            }
+        }
+        if kind.s() == "null" {
+            e.forbidden(&kind, "type cannot be set to null, use nullable as an alternative");
+        }
+        if at.v["items"].is_array() {
+            e.forbidden(&at.get("items"), "items must be a schema object and not an array");
+        }
+        if above.meta && at.v["x-kubernetes-embedded-resource"] == true {
+            e.forbidden(&at.get("x-kubernetes-embedded-resource"), "must not be used inside of resource meta");
+        }
+        if at.v["uniqueItems"] == true {
+            let quadratic = "uniqueItems cannot be set to true since the runtime complexity becomes quadratic";
+            e.forbidden(&at.get("uniqueItems"), quadratic);
+        }
+    }
+
+    fn lists(&mut self, at: &At<'_>) {
+        let e = &mut self.errors;
+        if at.v["x-kubernetes-preserve-unknown-fields"] == false {
+            e.invalid(&at.get("x-kubernetes-preserve-unknown-fields"), "must be true or undefined");
+        }
+        let kind = at.get("type");
+        let must_be = |e: &mut Errs, wanted: &str, field: &str| {
+            let must = format!("must be {wanted} if {field} is specified");
+            if kind.s().is_empty() { e.required(&kind, &must) } else { e.invalid(&kind, &must) }
+        };
+        let (list, map) = (at.get("x-kubernetes-list-type"), at.get("x-kubernetes-map-type"));
+        if map.is_set() {
+            if kind.s() != "object" {
+                must_be(e, "object", "x-kubernetes-map-type");
+            }
+            e.one_of(&map, &["atomic", "granular"]);
+        }
+        let keys = at.get("x-kubernetes-list-map-keys");
+        if list.is_set() {
+            if kind.s() != "array" {
+                must_be(e, "array", "x-kubernetes-list-type");
+            } else if list.s() == "set" {
+                set_items(e, &at.get("items"));
+            }
+            e.one_of(&list, &["atomic", "set", "map"]);
+        }
+        if keys.len() > 0 && list.s() != "map" {
+            let must = "must be map if x-kubernetes-list-map-keys is non-empty";
+            if list.is_set() { e.invalid(&list, must) } else { e.required(&list, must) }
+        }
+        if list.s() == "map" {
+            map_items(e, at, &keys);
+        }
+        let items = at.get("items");
+        if items.v["nullable"] == true && matches!(list.s(), "set" | "map") {
+            let cannot = format!("cannot be nullable when x-kubernetes-list-type is {}", list.s());
+            e.forbidden(&items.get("nullable"), &cannot);
+        }
+        if list.s() == "map" {
+            map_keys(e, &items, &keys);
+        }
+    }
+
+    fn rule(&mut self, at: &At<'_>, rule: &At<'_>) {
+        let e = &mut self.errors;
+        let broken = |text: &str| text.trim().contains(['\n', '\r']);
+        let (text, message) = (rule.get("rule"), rule.get("message"));
+        if text.s().trim().is_empty() {
+            e.required(&text, "rule is not specified");
+        } else if !message.s().is_empty() && message.s().trim().is_empty() {
+            e.invalid(&message, "must be non-empty if specified");
+        } else if broken(message.s()) {
+            e.invalid(&message, "must not contain line breaks");
+        } else if broken(text.s()) && message.s().trim().is_empty() {
+            e.required(&message, "message must be specified if rule contains line breaks");
+        }
+        let computed = rule.get("messageExpression");
+        if !computed.s().is_empty() && computed.s().trim().is_empty() {
+            e.required(&computed, "messageExpression must be non-empty if specified");
+        }
+        let reason = rule.get("reason");
+        if reason.is_set() {
+            let known = ["FieldValueDuplicate", "FieldValueForbidden", "FieldValueInvalid", "FieldValueRequired"];
+            e.one_of(&reason, &known);
+        }
+        let path = rule.get("fieldPath");
+        if path.s().is_empty() {
+            return;
+        }
+        if path.s().trim().is_empty() {
+            e.invalid(&path, "must be non-empty if specified");
+        }
+        if broken(path.s()) {
+            e.invalid(&path, "must not contain line breaks");
+        }
+        if !leads_somewhere(at.v, path.s()) {
+            e.invalid(&path, "must be a valid path");
+        }
     }
 }
 
-/// Junctors may only restrict values, never change what is pruned or filled in.
-fn inside(e: &mut Errs, at: &At<'_>) {
-    for (field, message) in [
-        ("description", "must be empty to be structural"),
-        ("default", "must be undefined to be structural"),
-        ("nullable", "must be false to be structural"),
-    ] {
-        if at.v.get(field).is_some_and(|v| !v.is_null() && *v != false && *v != "") {
-            e.forbidden(&at.get(field), message);
-        }
+/// Whether a field path (`.a.b`, `['c']`) names a property of a schema.
+fn leads_somewhere(schema: &Value, path: &str) -> bool {
+    let mut at = schema;
+    let mut rest = path.trim();
+    while !rest.is_empty() {
+        let (name, after) = if let Some(quoted) = rest.strip_prefix("['") {
+            let Some((name, after)) = quoted.split_once("']") else { return false };
+            (name, after)
+        } else if let Some(plain) = rest.strip_prefix('.') {
+            let end = plain.find(['.', '[']).unwrap_or(plain.len());
+            plain.split_at(end)
+        } else {
+            return false;
+        };
+        let found = at["properties"].get(name).or_else(|| at.get("additionalProperties").filter(|a| a.is_object()));
+        let Some(found) = found else { return false };
+        (at, rest) = (found, after);
     }
-    node(e, at, Place::Junctor);
+    !path.trim().is_empty()
 }
 
-fn lists(e: &mut Errs, at: &At<'_>, kind: &str) {
-    let list = at.get("x-kubernetes-list-type");
-    let keys = at.get("x-kubernetes-list-map-keys");
-    if list.is_set() {
-        if kind != "array" {
-            e.invalid_as(&at.get("type"), kind, "must be array if x-kubernetes-list-type is specified");
+fn set_items(e: &mut Errs, items: &At<'_>) {
+    let must = "must be atomic as item of a list with x-kubernetes-list-type=set";
+    let list = items.get("x-kubernetes-list-type");
+    match items.get("type").s() {
+        "array" if list.is_set() && list.s() != "atomic" => e.invalid(&list, must),
+        "object" if items.v["x-kubernetes-map-type"] != "atomic" => {
+            // Upstream shows the list type of the item.
+            e.invalid_as(&items.get("x-kubernetes-map-type"), list.v.clone(), must);
         }
-        e.one_of(&list, &["atomic", "map", "set"]);
+        _ => {}
     }
-    if at.get("x-kubernetes-map-type").is_set() {
-        if kind != "object" {
-            e.invalid_as(&at.get("type"), kind, "must be object if x-kubernetes-map-type is specified");
-        }
-        e.one_of(&at.get("x-kubernetes-map-type"), &["atomic", "granular"]);
-    }
-    if list.s() != "map" {
-        if keys.len() > 0 {
-            e.forbidden(&keys, "must not be set if x-kubernetes-list-type is not map");
-        }
-        return;
-    }
+}
+
+fn map_items(e: &mut Errs, at: &At<'_>, keys: &At<'_>) {
     if keys.len() == 0 {
-        e.required(&keys, "must not be empty if x-kubernetes-list-type is map");
+        e.required(keys, "must not be empty if x-kubernetes-list-type is map");
     }
     let items = at.get("items");
-    if items.v["type"] != "object" {
-        e.invalid_as(
-            &items.get("type"),
-            items.get("type").s(),
-            "must be object if parent array's x-kubernetes-list-type is map",
-        );
-        return;
+    if !items.is_set() {
+        return e.required(&items, "must have a schema if x-kubernetes-list-type is map");
     }
-    let required = items.get("required").strings();
-    for key in keys.items() {
-        let property = &items.v["properties"][key.s()];
-        if property.is_null() {
-            e.invalid(&key, "entries must all be names of item properties");
-        } else if !required.contains(&key.s()) && property.get("default").is_none_or(Value::is_null) {
-            let at = At::new(items.get("properties").path.key(key.s()), property).get("default");
-            e.required(
-                &at,
-                "this property is in x-kubernetes-list-map-keys, so it must have a default or be a required property",
-            );
+    if items.v["type"] != "object" {
+        let must = "must be object if parent array's x-kubernetes-list-type is map";
+        return e.invalid_str(&items.get("type"), must);
+    }
+    let mut seen = Vec::new();
+    for key in keys.strings() {
+        match items.v["properties"].get(key) {
+            Some(property) if property["type"] == "array" || property["type"] == "object" => {
+                let at = At::new(items.get("properties").path.key(key).child("type"), &items.v["type"]);
+                e.invalid(&at, "must be a scalar type if parent array's x-kubernetes-list-type is map");
+            }
+            Some(_) => {}
+            None => e.invalid(keys, "entries must all be names of item properties"),
         }
+        if seen.contains(&key) {
+            e.invalid(keys, "must not contain duplicate entries");
+        }
+        seen.push(key);
+    }
+}
+
+fn map_keys(e: &mut Errs, items: &At<'_>, keys: &At<'_>) {
+    let required = items.get("required").strings();
+    for key in keys.strings() {
+        let property = items.get("properties").key(key);
+        if !property.is_set() {
+            continue;
+        }
+        if !required.contains(&key) && !property.get("default").is_set() {
+            let must =
+                "this property is in x-kubernetes-list-map-keys, so it must have a default or be a required property";
+            e.required(&property.get("default"), must);
+        }
+        if property.v["nullable"] == true {
+            let cannot = "this property is in x-kubernetes-list-map-keys, so it cannot be nullable";
+            e.forbidden(&property.get("nullable"), cannot);
+        }
+    }
+}
+
+fn defaults(e: &mut Errs, at: &At<'_>) {
+    if let Some(default) = at.v.get("default").filter(|d| !d.is_null()) {
+        defaulted(e, at, default);
+    }
+    if at.v["items"].is_object() {
+        defaults(e, &at.get("items"));
+    }
+    for (_, property) in at.get("properties").entries() {
+        defaults(e, &property);
     }
 }
 
@@ -215,41 +385,24 @@ fn defaulted(e: &mut Errs, at: &At<'_>, default: &Value) {
     }
 }
 
-fn rules(e: &mut Errs, at: &At<'_>, root: bool) {
-    for rule in at.get("x-kubernetes-validations").items() {
-        let text = rule.get("rule");
-        if text.s().trim().is_empty() {
-            e.required(&text, "rule is not specified");
-        } else if let Some(error) = uncompiled(at, &rule, root, text.s(), Type::Bool) {
-            e.0.push(Error::invalid(&text.path, shown_rule(rule.v), error));
+/// Compiles one rule.
+fn compiled(e: &mut Errs, at: &At<'_>, rule: &At<'_>, above: &Inherited) {
+    let (text, computed) = (rule.get("rule"), rule.get("messageExpression"));
+    if let Some(error) = uncompiled(at, rule, above.root, text.s(), Type::Bool) {
+        e.0.push(Error::invalid(&text.path, shown_rule(rule.v), error));
+    }
+    if !computed.s().is_empty()
+        && let Some(error) = uncompiled(at, rule, above.root, computed.s(), Type::String)
+    {
+        e.0.push(Error::invalid(&computed.path, shown_rule(rule.v), format!("messageExpression {error}")));
+    }
+    if custom::mentions(text.s(), "oldSelf") {
+        if let Some(path) = &above.uncorrelated {
+            let cannot = format!("oldSelf cannot be used on the uncorrelatable portion of the schema within {path}");
+            e.invalid(&text, &cannot);
         }
-        let message = rule.get("message");
-        if message.is_set() && message.s().trim().is_empty() {
-            e.invalid(&message, "message must be non-empty if specified");
-        } else if message.s().trim().contains('\n') {
-            e.invalid(&message, "message must not contain line breaks");
-        } else if text.s().contains('\n') && !message.is_set() {
-            e.required(&message, "message must be specified if rule contains line breaks");
-        }
-        let computed = rule.get("messageExpression");
-        if computed.is_set()
-            && let Some(error) = uncompiled(at, &rule, root, computed.s(), Type::String)
-        {
-            e.0.push(Error::invalid(&computed.path, shown_rule(rule.v), format!("messageExpression {error}")));
-        }
-        let reason = rule.get("reason");
-        if reason.is_set() {
-            e.one_of(
-                &reason,
-                &["FieldValueDuplicate", "FieldValueForbidden", "FieldValueInvalid", "FieldValueRequired"],
-            );
-        }
-        if rule.get("optionalOldSelf").is_true() && !custom::mentions(text.s(), "oldSelf") {
-            e.invalid(
-                &rule.get("optionalOldSelf"),
-                "option optionalOldSelf is set to true, but the rule does not reference oldSelf",
-            );
-        }
+    } else if rule.get("optionalOldSelf").is_set() {
+        e.invalid(&rule.get("optionalOldSelf"), "may not be set if oldSelf is not used in rule");
     }
 }
 
@@ -273,49 +426,74 @@ fn uncompiled(schema: &At<'_>, rule: &At<'_>, root: bool, text: &str, wanted: Ty
 
 #[cfg(test)]
 mod tests {
+    use isopod_api::field::Path;
+
     use super::*;
 
-    fn messages(schema: Value) -> Vec<String> {
-        let versions = json!([{"name": "v1", "schema": {"openAPIV3Schema": schema}}]);
+    fn messages(schema: Value, status: bool) -> Vec<String> {
         let mut e = Errs::new();
-        check(&mut e, &At::new(Path::new("spec").child("versions"), &versions));
+        check(&mut e, &At::new(Path::new("s"), &schema), status);
         e.0.iter().map(ToString::to_string).collect()
     }
 
+    fn property(a: Value) -> Value {
+        json!({"type": "object", "properties": {"a": a}})
+    }
+
     #[test]
-    fn structural_rules() {
-        let base = "spec.validation.openAPIV3Schema";
-        for (schema, want) in [
+    fn refused() {
+        let keys = json!({"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["k"],
+            "items": {"type": "object", "properties": {"k": {"type": "string"}}}});
+        let item_rule = json!({"type": "array", "items": {"type": "string",
+            "x-kubernetes-validations": [{"rule": "self == oldSelf"}]}});
+        for (a, want) in [
             (
-                json!({"type": "object", "properties": {"a": {}}}),
-                format!("{base}.properties[a].type: Required value: must not be empty for specified object fields"),
+                keys,
+                "s.properties[a].items.properties[k].default: Required value: this property is in x-kubernetes-list-map-keys, so it must have a default or be a required property",
             ),
             (
-                json!({"type": "object", "properties": {"a": {"type": "array"}}}),
-                format!("{base}.properties[a].items: Required value: must be specified"),
+                json!({"type": "array", "x-kubernetes-list-type": "foo", "items": {"type": "string"}}),
+                "s.properties[a].x-kubernetes-list-type: Unsupported value: \"foo\": supported values: \"atomic\", \"set\", \"map\"",
             ),
             (
-                json!({"type": "object", "properties": {"a": {"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["k"],
-                "items": {"type": "object", "properties": {"k": {"type": "string"}}}}}}),
-                format!(
-                    "{base}.properties[a].items.properties[k].default: Required value: this property is in x-kubernetes-list-map-keys, so it must have a default or be a required property"
-                ),
+                json!({"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "object"}}),
+                "s.properties[a].items.x-kubernetes-map-type: Invalid value: null: must be atomic as item of a list with x-kubernetes-list-type=set",
+            ),
+            (
+                json!({"type": "string", "x-kubernetes-preserve-unknown-fields": false}),
+                "s.properties[a].x-kubernetes-preserve-unknown-fields: Invalid value: false: must be true or undefined",
+            ),
+            (json!({"$ref": "x"}), "s.properties[a].$ref: Forbidden: $ref is not supported"),
+            (
+                json!({"type": "foo"}),
+                "s.properties[a].type: Unsupported value: \"foo\": supported values: \"array\", \"boolean\", \"integer\", \"number\", \"object\", \"string\"",
+            ),
+            (
+                json!({"type": "object", "x-kubernetes-validations": [{"rule": "true", "fieldPath": ".b"}]}),
+                "s.properties[a].x-kubernetes-validations[0].fieldPath: Invalid value: \".b\": must be a valid path",
+            ),
+            (
+                item_rule,
+                "s.properties[a].items.x-kubernetes-validations[0].rule: Invalid value: \"self == oldSelf\": oldSelf cannot be used on the uncorrelatable portion of the schema within s.properties[a]",
             ),
         ] {
-            assert_eq!(messages(schema), [want]);
+            assert_eq!(messages(property(a.clone()), false), [want], "{a}");
         }
-        assert_eq!(
-            messages(json!({"type": "object", "properties": {"a": {"type": "integer", "default": "x"}}})).len(),
-            1
-        );
-        assert!(
-            messages(json!({"type": "object", "x-kubernetes-validations": [{"rule": "self.("}]}))[0]
-                .contains("compilation failed")
-        );
-        assert!(
-            messages(json!({"type": "object", "properties": {"a": {"type": "string", "default": "x"},
-            "b": {"x-kubernetes-int-or-string": true, "anyOf": [{"type": "integer"}, {"type": "string"}]}}}))
-            .is_empty()
-        );
+        assert_eq!(messages(property(json!({"type": "integer", "default": "x"})), false).len(), 1);
+        let rule = json!({"type": "object", "x-kubernetes-validations": [{"rule": "self.("}]});
+        assert!(messages(rule, false)[0].contains("compilation failed"));
+        let meta = json!({"type": "object", "properties": {"kind": {"type": "string", "default": "x"}}});
+        assert_eq!(messages(meta, false), ["s.properties[kind].default: Forbidden: must not be set in top-level kind"]);
+        let any = json!({"type": "object", "anyOf": [{"required": ["a"]}]});
+        assert!(messages(any.clone(), false).is_empty());
+        assert!(messages(any, true)[0].contains("only [Description Type"));
+    }
+
+    #[test]
+    fn accepted() {
+        let both = json!([{"type": "integer"}, {"type": "string"}]);
+        let schema = json!({"type": "object", "properties": {"a": {"type": "string", "default": "x"},
+            "b": {"x-kubernetes-int-or-string": true, "anyOf": both}}});
+        assert_eq!(messages(schema, true), [""; 0]);
     }
 }

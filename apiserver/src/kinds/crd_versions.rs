@@ -2,7 +2,7 @@
 //! how they are converted.
 
 use isopod_api::{field::Path, names};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::webhooks::client_config;
 use crate::validation::{At, Errs};
@@ -11,32 +11,118 @@ const COLUMN_TYPES: [&str; 5] = ["boolean", "date", "integer", "number", "string
 const COLUMN_FORMATS: [&str; 8] = ["byte", "date", "date-time", "double", "float", "int32", "int64", "password"];
 const SELECTABLE_MAX: usize = 8;
 
-/// Checks them in a definition's spec. What all versions share is named once, as upstream does.
-pub(super) fn check(e: &mut Errs, spec: &At<'_>) {
-    let preserve = spec.get("preserveUnknownFields");
-    if preserve.is_true() {
-        let instead =
-            "cannot set to true, set x-kubernetes-preserve-unknown-fields to true in spec.versions[*].schema instead";
-        e.invalid(&preserve, instead);
-    }
-    let versions = spec.get("versions").items();
-    for (field, one) in [
-        ("subresources", subresources as fn(&mut Errs, &At<'_>, &Value)),
-        ("additionalPrinterColumns", columns),
-        ("selectableFields", selectable),
-    ] {
-        let Some(first) = versions.first() else { return };
-        let schema = |version: &At<'_>| version.v.pointer("/schema/openAPIV3Schema").cloned().unwrap_or_default();
-        if versions.iter().all(|version| version.v.get(field) == first.v.get(field)) {
-            let at = At::new(Path::new("spec").child(field), first.get(field).v);
-            one(e, &at, &schema(first));
-        } else {
-            for version in &versions {
-                one(e, &version.get(field), &schema(version));
-            }
+/// Parts of versions and what checks them.
+type Part = (&'static str, fn(&mut Errs, &At<'_>, &Value));
+const PARTS: [Part; 3] =
+    [("subresources", subresources), ("additionalPrinterColumns", columns), ("selectableFields", selectable)];
+
+fn schema_of(version: &At<'_>) -> Value {
+    version.v.pointer("/schema/openAPIV3Schema").cloned().unwrap_or_default()
+}
+
+/// Whether all versions have the same `field`: upstream then names it once, beside the versions.
+fn is_shared(versions: &[At<'_>], field: &str) -> bool {
+    versions.first().is_some_and(|first| versions.iter().all(|version| version.v.get(field) == first.v.get(field)))
+}
+
+fn has_status(version: &At<'_>) -> bool {
+    version.get("subresources.status").is_set()
+}
+
+/// Checks every version, but for what all of them share.
+pub(super) fn each(e: &mut Errs, spec: &At<'_>) {
+    let list = spec.get("versions");
+    let versions = list.items();
+    for version in &versions {
+        let schema = version.get("schema.openAPIV3Schema");
+        if !schema.is_set() {
+            e.required(&schema, "");
         }
     }
-    conversion(e, &spec.get("conversion"));
+    let mut names_seen = Vec::new();
+    for version in &versions {
+        let name = version.get("name");
+        let wrong = names::dns1035_label(name.s());
+        if !wrong.is_empty() {
+            e.invalid_str(&name, &wrong.join(","));
+        }
+        deprecation(e, version);
+        if !is_shared(&versions, "schema") {
+            super::crd_schema::check(e, &version.get("schema.openAPIV3Schema"), has_status(version));
+        }
+        for (field, part) in PARTS.iter().filter(|(field, _)| !is_shared(&versions, field)) {
+            part(e, &version.get(field), &schema_of(version));
+        }
+        names_seen.push(name.s());
+    }
+    let unique = names_seen.iter().enumerate().all(|(i, name)| !names_seen[..i].contains(name));
+    if !unique {
+        e.invalid_as(&list, internal(&versions), "must contain unique version names");
+    }
+    if versions.iter().filter(|version| version.get("storage").is_true()).count() != 1 {
+        e.invalid_as(&list, internal(&versions), "must have exactly one version marked as storage version");
+    }
+    // Upstream's internal form has the name of the first version beside them, too.
+    let wrong = names_seen.first().map(|name| names::dns1035_label(name)).unwrap_or_default();
+    if !wrong.is_empty() && !names_seen[0].is_empty() {
+        e.invalid_as(&spec.get("version"), names_seen[0], &wrong.join(","));
+    }
+}
+
+/// Checks what all versions share.
+pub(super) fn shared(e: &mut Errs, spec: &At<'_>) {
+    let versions = spec.get("versions").items();
+    let Some(first) = versions.first() else { return };
+    if is_shared(&versions, "schema") {
+        let path = Path::new("spec").child("validation").child("openAPIV3Schema");
+        let at = At::new(path, first.get("schema.openAPIV3Schema").v);
+        super::crd_schema::check(e, &at, versions.iter().any(has_status));
+    }
+    for (field, part) in PARTS.iter().filter(|(field, _)| is_shared(&versions, field)) {
+        let at = At::new(Path::new("spec").child(field), first.get(field).v);
+        part(e, &at, &schema_of(first));
+    }
+}
+
+/// Versions as upstream's errors show them: the internal type, whose members have Go's names.
+fn internal(versions: &[At<'_>]) -> Value {
+    let own = |version: &At<'_>, field: &str| match is_shared(versions, field) {
+        true => Value::Null,
+        false => version.v.get(field).cloned().unwrap_or_default(),
+    };
+    let shown = |version: &At<'_>| {
+        json!({
+            "Name": version.get("name").s(), "Served": version.get("served").is_true(),
+            "Storage": version.get("storage").is_true(), "Deprecated": version.get("deprecated").is_true(),
+            "DeprecationWarning": version.v["deprecationWarning"], "Schema": own(version, "schema"),
+            "Subresources": own(version, "subresources"),
+            "AdditionalPrinterColumns": own(version, "additionalPrinterColumns"),
+            "SelectableFields": own(version, "selectableFields"),
+        })
+    };
+    versions.iter().map(shown).collect()
+}
+
+fn deprecation(e: &mut Errs, version: &At<'_>) {
+    let warning = version.get("deprecationWarning");
+    if !warning.is_set() {
+        return;
+    }
+    if !version.get("deprecated").is_true() {
+        return e.invalid(&warning, "can only be set for deprecated versions");
+    }
+    if warning.s().len() > 256 {
+        e.invalid(&warning, "must be <= 256 characters long");
+    }
+    if warning.s().is_empty() {
+        e.invalid(&warning, "must not be an empty string");
+    }
+    if let Some((at, _)) = warning.s().char_indices().find(|(_, c)| c.is_control()) {
+        e.invalid(
+            &warning,
+            &format!("must only contain printable UTF-8 characters; non-printable character found at index {at}"),
+        );
+    }
 }
 
 /// `.a.b`.
@@ -145,7 +231,7 @@ fn field_at<'a>(schema: &'a Value, parts: &[&str]) -> Result<&'a str, String> {
     Ok(at["type"].as_str().unwrap_or_default())
 }
 
-fn conversion(e: &mut Errs, at: &At<'_>) {
+pub(super) fn conversion(e: &mut Errs, at: &At<'_>) {
     if !at.is_set() {
         return;
     }
@@ -190,14 +276,12 @@ fn review_versions(e: &mut Errs, list: &At<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn fields(mut more: Value) -> String {
         let schema = json!({"type": "object", "properties": {"spec": {"type": "object", "properties": {
             "a": {"type": "string"}, "o": {"type": "object"}}}}});
-        let mut version = json!({"name": "v1", "schema": {"openAPIV3Schema": schema}});
+        let mut version = json!({"name": "v1", "storage": true, "schema": {"openAPIV3Schema": schema}});
         if let Some(conversion) = more.as_object_mut().and_then(|m| m.remove("conversion")) {
             return errors(&json!({"spec": {"versions": [version], "conversion": conversion}}));
         }
@@ -209,7 +293,10 @@ mod tests {
 
     fn errors(obj: &Value) -> String {
         let mut e = Errs::new();
-        check(&mut e, &At::field(obj, "spec"));
+        let spec = At::field(obj, "spec");
+        each(&mut e, &spec);
+        shared(&mut e, &spec);
+        conversion(&mut e, &spec.get("conversion"));
         e.0.iter().map(|x| x.field.trim_start_matches("spec.").to_owned()).collect::<Vec<_>>().join(" ")
     }
 

@@ -13,6 +13,9 @@ use crate::{
     validation::{At, Errs, same},
 };
 
+/// The annotation that says who approved a group of the project itself.
+const APPROVED: &str = "api-approved.kubernetes.io";
+
 /// `customresourcedefinitions`.
 pub(crate) struct CustomResourceDefinition;
 /// `apiservices`.
@@ -82,24 +85,36 @@ impl Strategy for CustomResourceDefinition {
             e.invalid_str(&at, "must be spec.names.plural+\".\"+spec.group");
         }
         definition(&mut e, obj);
+        names_of(&mut e, &At::field(obj, "status").get("acceptedNames"));
+        stored_versions(&mut e, obj);
+        protected_group(&mut e, obj);
+        preserves(&mut e, obj);
         e.0
     }
 
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs::new();
+        let accepted = At::field(new, "status").get("acceptedNames");
         if cx.subresource == "status" {
+            names_of(&mut e, &accepted);
             return e.0;
         }
         definition(&mut e, new);
         let spec = At::field(new, "spec");
-        for field in ["group", "scope"] {
-            e.immutable(&spec.get(field), &old["spec"][field]);
+        let before = &old["spec"];
+        if crate::custom::names::holds(old, "Established") {
+            e.immutable(&spec.get("scope"), &before["scope"]);
+            e.immutable(&spec.get("names.kind"), &before["names"]["kind"]);
         }
-        for field in ["kind", "plural"] {
-            e.immutable(&spec.get("names").get(field), &old["spec"]["names"][field]);
+        e.immutable(&spec.get("group"), &before["group"]);
+        e.immutable(&spec.get("names.plural"), &before["names"]["plural"]);
+        names_of(&mut e, &accepted);
+        stored_versions(&mut e, new);
+        if approval(new) != approval(old) {
+            protected_group(&mut e, new);
         }
-        if meta::deletion_timestamp(new).is_none() {
-            stored_versions(&mut e, new);
+        if before["preserveUnknownFields"] != true {
+            preserves(&mut e, new);
         }
         e.0
     }
@@ -107,10 +122,20 @@ impl Strategy for CustomResourceDefinition {
 
 /// Versions objects may still be stored in must stay.
 fn stored_versions(e: &mut Errs, obj: &Value) {
-    let known = |name: &str| obj["spec"]["versions"].as_array().is_some_and(|v| v.iter().any(|v| v["name"] == name));
-    for at in At::field(obj, "status").get("storedVersions").items() {
+    let stored = At::field(obj, "status").get("storedVersions");
+    if stored.len() == 0 {
+        return e.invalid_as(&stored, json!([]), "must have at least one stored version");
+    }
+    let versions = At::field(obj, "spec").get("versions").items();
+    for version in versions.iter().filter(|version| version.get("storage").is_true()) {
+        let name = version.get("name").s();
+        if !stored.strings().contains(&name) {
+            e.invalid(&stored, &format!("must have the storage version {name}"));
+        }
+    }
+    for at in stored.items() {
         let name = at.s();
-        if !known(name) {
+        if !versions.iter().any(|version| version.get("name").s() == name) {
             e.invalid(&at, &format!("missing from spec.versions; {name} was previously a storage version, and must remain in spec.versions until a storage migration ensures no data remains persisted in {name} and removes {name} from status.storedVersions"));
         }
     }
@@ -121,87 +146,93 @@ fn storage_version(spec: &Value) -> Option<String> {
     versions.iter().find(|v| v["storage"] == true).and_then(|v| v["name"].as_str()).map(str::to_owned)
 }
 
+/// Everything that does not depend on an older state.
 fn definition(e: &mut Errs, obj: &Value) {
     let spec = At::field(obj, "spec");
     let group = spec.get("group");
     if group.s().is_empty() {
         e.required(&group, "");
-    } else {
-        e.dns_subdomain(&group);
+    } else if names::dns1123_subdomain(group.s()).is_empty() {
         if group.s().split('.').count() < 2 {
             e.invalid(&group, "should be a domain with at least one dot");
         }
+    } else {
+        e.dns_subdomain(&group);
     }
     e.required_one_of(&spec.get("scope"), &["Cluster", "Namespaced"]);
-    versions(e, &spec.get("versions"));
+    super::crd_versions::each(e, &spec);
+    for field in ["plural", "singular", "kind", "listKind"] {
+        let name = spec.get("names").get(field);
+        if name.s().is_empty() {
+            e.required(&name, "");
+        }
+    }
     names_of(e, &spec.get("names"));
-    super::crd_versions::check(e, &spec);
-    protected_group(e, obj, group.s());
+    super::crd_versions::shared(e, &spec);
+    super::crd_versions::conversion(e, &spec.get("conversion"));
 }
 
-fn versions(e: &mut Errs, list: &At<'_>) {
-    if list.len() == 0 {
-        return e.required(list, "must specify at least one version");
-    }
-    let mut storage = 0;
-    let mut seen = Vec::new();
-    for at in list.items() {
-        let name = at.get("name");
-        e.messages(&name, names::dns1035_label(name.s()));
-        if seen.contains(&name.s()) {
-            e.invalid(&name, "must contain unique version names");
-        }
-        seen.push(name.s());
-        storage += usize::from(at.get("storage").is_true());
-        let schema = at.get("schema.openAPIV3Schema");
-        if !schema.is_set() {
-            e.required(&schema, "schemas are required");
-        }
-    }
-    super::crd_schema::check(e, list);
-    if storage != 1 {
-        e.invalid_as(list, list.v.clone(), "must have exactly one version marked as storage version");
-    }
-}
-
+/// Names as far as they are there.
 fn names_of(e: &mut Errs, at: &At<'_>) {
+    let joined = |messages: Vec<String>| messages.join(",");
     for field in ["plural", "singular"] {
         let name = at.get(field);
-        e.messages(&name, names::dns1035_label(name.s()));
+        let wrong = names::dns1035_label(name.s());
+        if !name.s().is_empty() && !wrong.is_empty() {
+            e.invalid(&name, &joined(wrong));
+        }
     }
     for field in ["kind", "listKind"] {
         let name = at.get(field);
-        if name.s().is_empty() {
-            e.required(&name, "");
-        } else {
-            for message in names::dns1035_label(&name.s().to_lowercase()) {
-                e.invalid(&name, &format!("may have mixed case, but should otherwise match: {message}"));
-            }
+        let wrong = names::dns1035_label(&name.s().to_lowercase());
+        if !name.s().is_empty() && !wrong.is_empty() {
+            e.invalid(&name, &format!("may have mixed case, but should otherwise match: {}", joined(wrong)));
         }
     }
-    if at.get("kind").s() == at.get("listKind").s() && !at.get("kind").s().is_empty() {
-        e.invalid(&at.get("listKind"), "kind and listKind may not be the same");
+    for (i, list) in ["shortNames", "categories"].into_iter().enumerate() {
+        for name in at.get(list).items() {
+            let wrong = names::dns1035_label(name.s());
+            if !wrong.is_empty() {
+                e.invalid(&name, &joined(wrong));
+            }
+        }
+        if i == 0 && at.get("kind").s() == at.get("listKind").s() && !at.get("kind").s().is_empty() {
+            e.invalid(&at.get("listKind"), "kind and listKind may not be the same");
+        }
     }
-    for short in at.get("shortNames").items() {
-        e.messages(&short, names::dns1035_label(short.s()));
+}
+
+/// New definitions preserve unknown fields by their schemas only.
+fn preserves(e: &mut Errs, obj: &Value) {
+    let preserve = At::field(obj, "spec").get("preserveUnknownFields");
+    if preserve.is_true() {
+        let instead =
+            "cannot set to true, set x-kubernetes-preserve-unknown-fields to true in spec.versions[*].schema instead";
+        e.invalid(&preserve, instead);
     }
-    for category in at.get("categories").items() {
-        e.messages(&category, names::dns1035_label(category.s()));
+}
+
+/// What an annotation says about the approval of a protected group.
+fn approval(obj: &Value) -> &str {
+    match meta::annotation(obj, APPROVED).unwrap_or_default() {
+        "" => "missing",
+        value if value.starts_with("unapproved") => "bypassed",
+        value if value.starts_with("https://") || value.starts_with("http://") => "approved",
+        _ => "invalid",
     }
 }
 
 /// Groups of the project itself need an approval.
-fn protected_group(e: &mut Errs, obj: &Value, group: &str) {
-    let protected = ["k8s.io", "kubernetes.io"].iter().any(|d| group == *d || group.ends_with(&format!(".{d}")));
-    let key = "api-approved.kubernetes.io";
-    if !protected {
+fn protected_group(e: &mut Errs, obj: &Value) {
+    let group = obj["spec"]["group"].as_str().unwrap_or_default();
+    if !["k8s.io", "kubernetes.io"].iter().any(|d| group == *d || group.ends_with(&format!(".{d}"))) {
         return;
     }
-    let at = At::field(obj, "metadata").get("annotations").key(key);
-    match meta::annotation(obj, key) {
-        None | Some("") => e.required(&at, "protected groups must have approval annotation \"api-approved.kubernetes.io\", see https://github.com/kubernetes/enhancements/pull/1111"),
-        Some(value) if value.starts_with("unapproved") || value.starts_with("https://") => {}
-        Some(_) => e.invalid(&at, "protected groups must have approval annotation \"api-approved.kubernetes.io\" with either a URL or a reason starting with \"unapproved\", see https://github.com/kubernetes/enhancements/pull/1111"),
+    let at = At::field(obj, "metadata").get("annotations").key(APPROVED);
+    match approval(obj) {
+        "missing" => e.required(&at, "protected groups must have approval annotation \"api-approved.kubernetes.io\", see https://github.com/kubernetes/enhancements/pull/1111"),
+        "invalid" => e.invalid(&at, "protected groups must have approval annotation \"api-approved.kubernetes.io\" with either a URL or a reason starting with \"unapproved\", see https://github.com/kubernetes/enhancements/pull/1111"),
+        _ => {}
     }
 }
 

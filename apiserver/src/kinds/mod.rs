@@ -11,8 +11,10 @@ mod admission_policies;
 mod autoscaling;
 mod certificates;
 mod cluster;
+pub(crate) mod components;
 mod config;
 mod crd_schema;
+mod crd_structural;
 mod crd_versions;
 mod cron;
 mod cronjob;
@@ -51,6 +53,7 @@ mod webhooks;
 
 /// Group, resource and strategy of every kind that adds something.
 static TABLE: &[(&str, &str, &dyn Strategy)] = &[
+    ("", "componentstatuses", &components::ComponentStatus),
     ("", "configmaps", &config::ConfigMap),
     ("", "endpoints", &endpoints::Endpoints),
     ("", "events", &event::Event),

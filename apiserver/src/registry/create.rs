@@ -69,6 +69,9 @@ impl Registry {
         let namespace = if resource.info.namespaced { namespace } else { "" };
         metadata::place(resource, namespace, &mut obj)?;
         let manager = writer.options.manager.clone();
+        if writer.options.object["kind"] == "UpdateOptions" {
+            writer.options.object["kind"] = "CreateOptions".into();
+        }
         let tracked = resource.converted() && Gvk::of(&obj) == resource.gvk;
         if tracked {
             // Ownership is in terms of the version the client speaks.

@@ -167,6 +167,7 @@ pub(crate) async fn list(resource: &Resource, selection: &Selection, query: &Que
 async fn selected(resource: &Resource, selection: &Selection, query: &Query) -> Result<Listing, Status> {
     let store = resource.store.as_ref().ok_or_else(Status::no_route)?;
     let limit = query.integer("limit").map_err(Status::bad_request)?.unwrap_or(0).max(0) as usize;
+    query.integer("timeoutSeconds").map_err(Status::bad_request)?;
     check_options(query, false)?;
     let wanted = revision(query)?;
     let token = query.text("continue");

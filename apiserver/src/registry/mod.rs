@@ -13,6 +13,7 @@ mod patch;
 mod reads;
 mod resource;
 pub(crate) mod scale;
+mod scale_owners;
 mod selection;
 mod shape;
 pub mod strategy;

@@ -3,6 +3,7 @@
 use isopod_api::{
     field::{Error, ErrorList, Path},
     gvk::GroupKind,
+    schema,
     status::Status,
 };
 use serde_json::{Map, Value, json};
@@ -83,12 +84,17 @@ impl WriteOptions {
         };
         refuse(kind, errors)?;
         let manager = if given.is_empty() { manager_of(user_agent) } else { given.to_owned() };
-        let mut object = json!({"kind": kind, "apiVersion": "meta.k8s.io/v1"});
+        // To admission a patch is an update.
+        let admitted = if kind == "PatchOptions" { "UpdateOptions" } else { kind };
+        let mut object = json!({"kind": admitted, "apiVersion": "meta.k8s.io/v1"});
         if dry_run {
             object["dryRun"] = json!(["All"]);
         }
         if !given.is_empty() {
             object["fieldManager"] = given.into();
+        }
+        if query.has("fieldValidation") {
+            object["fieldValidation"] = query.text("fieldValidation").into();
         }
         Ok(Self { dry_run, manager, force: query.flag("force"), validation, object })
     }
@@ -134,12 +140,14 @@ pub(crate) fn delete_options(body: &[u8], content_type: Option<&str>, query: &Qu
                 "no kind \"{kind}\" is registered for version \"{version}\" in scheme \"k8s.io/apimachinery/pkg/apis/meta/internalversion/scheme/register.go:27\""
             )));
         }
+        let mut decoded = decoded;
+        if let Some(definition) = schema::definition("io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions") {
+            schema::decode(definition, &mut decoded, &[]).map_err(|e| Status::bad_request(e.to_string()))?;
+        }
         decoded
     };
     check_delete(&options)?;
-    if let Some(map) = options.as_object_mut() {
-        map.insert("kind".into(), "DeleteOptions".into());
-    }
+    (options["kind"], options["apiVersion"]) = ("DeleteOptions".into(), "meta.k8s.io/v1".into());
     Ok(options)
 }
 

@@ -7,13 +7,15 @@ use isopod_api::{
     gvk::{GroupKind, Gvk},
     patch, schema,
     status::Status,
+    text::go_value,
+    yaml,
 };
 use serde_json::Value;
 
 use super::{
     Registry, Resource, Writer, decode, managed,
     options::FieldValidation,
-    scale,
+    scale, scale_owners,
     update::{Missing, Outcome, Rules, Target, Tracking},
 };
 
@@ -53,34 +55,52 @@ impl PatchKind {
     }
 }
 
-/// A parsed patch.
+/// A patch as it came. It is read when its object is there: that there is none is the first error.
 struct Patch<'b> {
     kind: PatchKind,
     body: &'b [u8],
+    validation: FieldValidation,
+}
+
+/// What a patch made of an object.
+struct Patched {
     value: Value,
+    /// Paths of keys the patch says twice.
     duplicates: Vec<String>,
+    /// Other strict errors in the patch itself.
+    strict: Vec<String>,
+    /// The patch as an object; null for JSON patches.
+    patch: Value,
 }
 
 impl<'b> Patch<'b> {
-    fn parse(kind: PatchKind, body: &'b [u8]) -> Result<Self, Status> {
-        let mut patch = Self { kind, body, value: Value::Null, duplicates: Vec::new() };
-        if kind != PatchKind::Apply {
-            decode::check_depth(body).map_err(|e| Status::bad_request(format!("error decoding patch: {e}")))?;
-        }
-        match kind {
-            PatchKind::Apply => {
-                let failed = |e: String| Status::bad_request(format!("error decoding YAML: {e}"));
-                let text = std::str::from_utf8(body).map_err(|e| failed(e.to_string()))?;
-                patch.value = isopod_api::yaml::parse(text).map_err(|e| failed(e.to_string()))?;
-            }
-            // Parsed where it is applied.
-            PatchKind::Json => {}
+    fn applied(&self, mut current: Value, definition: Option<&schema::Definition>) -> Result<Patched, Status> {
+        let lenient = self.validation == FieldValidation::Ignore;
+        let undecodable = |e: String| match (self.kind, lenient) {
+            (PatchKind::Strategic, _) | (PatchKind::Json, true) => Status::bad_request(e),
+            (PatchKind::Merge, true) => Status::bad_request("Invalid JSON Patch"),
+            _ => Status::bad_request(format!("error decoding patch: {e}")),
+        };
+        decode::check_depth(self.body).map_err(&undecodable)?;
+        let value = &mut current;
+        let (strict, duplicates, patch) = match self.kind {
+            PatchKind::Json => (patch::json_patch(value, self.body, lenient)?, Vec::new(), Value::Null),
             PatchKind::Merge | PatchKind::Strategic => {
-                let parsed = patch::parse_object(body)?;
-                (patch.value, patch.duplicates) = (parsed.value, parsed.duplicates);
+                let parsed = patch::parse_object(self.body).map_err(&undecodable)?;
+                match (self.kind, definition, &parsed.value) {
+                    (PatchKind::Merge, _, Value::Null) => return Err(Status::bad_request("Invalid JSON Patch")),
+                    (PatchKind::Merge, ..) => patch::merge_patch(value, &parsed.value),
+                    (_, Some(definition), Value::Object(_)) => {
+                        patch::strategic_merge(definition, value, &parsed.value)?;
+                    }
+                    (_, Some(_), _) => {}
+                    (_, None, _) => return Err(Status::internal("no schema")),
+                }
+                (Vec::new(), parsed.duplicates, parsed.value)
             }
-        }
-        Ok(patch)
+            PatchKind::Apply => return Err(Status::internal("apply is not a plain patch")),
+        };
+        Ok(Patched { value: current, duplicates, strict, patch })
     }
 
     /// The patched object, decoded.
@@ -89,25 +109,63 @@ impl<'b> Patch<'b> {
         resource: &Resource,
         gvk: &Gvk,
         current: &Value,
-        validation: FieldValidation,
         warnings: &mut Vec<String>,
     ) -> Result<Value, Status> {
-        let mut new = current.clone();
-        match self.kind {
-            PatchKind::Json => patch::json_patch(&mut new, self.body)?,
-            PatchKind::Merge => patch::merge_patch(&mut new, &self.value),
-            PatchKind::Strategic => {
-                let schema = resource.schema(gvk);
-                let definition = schema.definition().ok_or_else(|| Status::internal("no schema"))?;
-                patch::strategic_merge(definition, &mut new, &self.value)?;
-            }
-            PatchKind::Apply => return Err(Status::internal("apply is not a plain patch")),
+        let schema = resource.schema(gvk);
+        let patched = self.applied(current.clone(), schema.definition())?;
+        self.decode(resource, gvk, patched, warnings)
+    }
+
+    /// Decodes a patched object; failures are reported about the patch, as upstream does.
+    fn decode(
+        &self,
+        resource: &Resource,
+        gvk: &Gvk,
+        patched: Patched,
+        warnings: &mut Vec<String>,
+    ) -> Result<Value, Status> {
+        let Patched { value: new, duplicates, mut strict, patch } = patched;
+        let invalid = |value: &Value, detail: String| {
+            let shown = match self.kind {
+                PatchKind::Strategic => go_value(&patch),
+                _ => self.shown(value, &patch, schema::lookup(gvk)),
+            };
+            let error = Error::invalid(&Path::new("patch"), shown, detail);
+            Status::invalid(&GroupKind::default(), "", vec![error])
+        };
+        let found = Gvk::of(&new);
+        if found != *gvk && self.kind != PatchKind::Strategic {
+            return Err(invalid(&new, misfit(&found, gvk, &new)));
         }
-        decode_patched(resource, gvk, new, self, validation, warnings)
+        let mut decoded = new.clone();
+        let schema = resource.schema(gvk);
+        let unknown = schema.decode(&mut decoded, &duplicates);
+        let mut unknown = unknown.map_err(|e| {
+            let restored = schema.definition().filter(|_| self.kind == PatchKind::Strategic);
+            let restored = restored.and_then(|definition| schema::restore_error(definition, &new));
+            invalid(&new, restored.unwrap_or_else(|| e.to_string()))
+        })?;
+        if self.kind == PatchKind::Strategic {
+            // It cannot make an object another one.
+            (decoded["kind"], decoded["apiVersion"]) = (gvk.kind.as_str().into(), gvk.api_version().into());
+            // What it says twice comes first, then what nobody knows, by name.
+            unknown.sort_by_key(|error| (!error.starts_with("duplicate"), error.clone()));
+        }
+        strict.append(&mut unknown);
+        match self.validation {
+            FieldValidation::Strict if !strict.is_empty() => {
+                Err(invalid(&new, format!("strict decoding error: {}", strict.join(", "))))
+            }
+            FieldValidation::Warn => {
+                warnings.extend(strict);
+                Ok(decoded)
+            }
+            _ => Ok(decoded),
+        }
     }
 
     /// The patched object as upstream shows it in errors: what the patch touched went through Go maps, which are sorted.
-    fn shown(&self, patched: &Value, definition: Option<&schema::Definition>) -> String {
+    fn shown(&self, patched: &Value, patch: &Value, definition: Option<&schema::Definition>) -> String {
         let mut shown = patched.clone();
         match definition {
             Some(definition) => schema::go_order(definition, &mut shown),
@@ -123,7 +181,7 @@ impl<'b> Patch<'b> {
                     }
                 }
             }
-            PatchKind::Merge => sort_merged(&mut shown, &self.value),
+            PatchKind::Merge => sort_merged(&mut shown, patch),
             PatchKind::Strategic | PatchKind::Apply => {}
         }
         shown.to_string()
@@ -163,46 +221,18 @@ fn sort_merged(value: &mut Value, patch: &Value) {
     }
 }
 
-/// Decodes a patched object; failures are reported about the patch, as upstream does.
-fn decode_patched(
-    resource: &Resource,
-    gvk: &Gvk,
-    new: Value,
-    patch: &Patch<'_>,
-    validation: FieldValidation,
-    warnings: &mut Vec<String>,
-) -> Result<Value, Status> {
-    let invalid = |value: &Value, detail: String| {
-        let error = Error::invalid(&Path::new("patch"), patch.shown(value, schema::lookup(gvk)), detail);
-        Status::invalid(&GroupKind::default(), "", vec![error])
-    };
-    let found = Gvk::of(&new);
-    if found != *gvk {
-        let detail = match schema::lookup(&found) {
-            Some(other) => match schema::decode(other, &mut new.clone(), &[]) {
-                Err(error) => error.to_string(),
-                Ok(_) => format!("converting ({}.{}) to ({gvk}): unknown conversion", found.version, found.kind),
-            },
-            None => format!(
-                "no kind \"{}\" is registered for version \"{}\" in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
-                found.kind,
-                found.api_version()
-            ),
-        };
-        return Err(invalid(&new, detail));
-    }
-    let mut decoded = new.clone();
-    let strict =
-        resource.schema(gvk).decode(&mut decoded, &patch.duplicates).map_err(|e| invalid(&new, e.to_string()))?;
-    match validation {
-        FieldValidation::Strict if !strict.is_empty() => {
-            Err(invalid(&new, format!("strict decoding error: {}", strict.join(", "))))
-        }
-        FieldValidation::Warn => {
-            warnings.extend(strict);
-            Ok(decoded)
-        }
-        _ => Ok(decoded),
+/// Why an object of another kind is not one of `gvk`.
+fn misfit(found: &Gvk, gvk: &Gvk, new: &Value) -> String {
+    match schema::lookup(found) {
+        Some(other) => match schema::decode(other, &mut new.clone(), &[]) {
+            Err(error) => error.to_string(),
+            Ok(_) => format!("converting ({}.{}) to ({gvk}): unknown conversion", found.version, found.kind),
+        },
+        None => format!(
+            "no kind \"{}\" is registered for version \"{}\" in scheme \"pkg/api/legacyscheme/scheme.go:30\"",
+            found.kind,
+            found.api_version()
+        ),
     }
 }
 
@@ -224,38 +254,45 @@ impl Registry {
         writer: &mut Writer<'_>,
     ) -> Result<Outcome, Status> {
         let target = request.target;
-        let patch = Patch::parse(request.kind, request.body)?;
-        let validation = writer.options.validation;
         if request.kind == PatchKind::Apply {
-            return self.apply_patch(target, patch, writer).await;
+            return self.apply_patch(target, request.body, writer).await;
         }
+        let patch = Patch { kind: request.kind, body: request.body, validation: writer.options.validation };
         let gvk = &target.resource.gvk;
         if target.subresource == "scale" {
             let edit = |current: &Value, warnings: &mut Vec<String>| {
                 let resource = target.resource;
                 let shown = scale::seen(resource, current);
-                let scaled = patch.apply(resource, &scale::gvk(), &shown, validation, warnings)?;
+                let scaled = patch.apply(resource, &scale::gvk(), &shown, warnings)?;
                 scale::put_back(resource, current, &scaled, target.name)
             };
             return self.update_object(target, &edit, Rules::PATCH, writer).await;
         }
-        let edit = |current: &Value, warnings: &mut Vec<String>| {
-            patch.apply(target.resource, gvk, current, validation, warnings)
-        };
+        let edit = |current: &Value, warnings: &mut Vec<String>| patch.apply(target.resource, gvk, current, warnings);
         self.update_object(target, &edit, Rules::PATCH, writer).await
     }
 
-    async fn apply_patch(
-        &self,
-        target: Target<'_>,
-        patch: Patch<'_>,
-        writer: &mut Writer<'_>,
-    ) -> Result<Outcome, Status> {
+    async fn apply_patch(&self, target: Target<'_>, body: &[u8], writer: &mut Writer<'_>) -> Result<Outcome, Status> {
         let resource: &Arc<Resource> = target.resource;
         let (manager, force) = (writer.options.manager.clone(), writer.options.force);
-        let applied = check_applied(resource, target, patch.value)?;
+        let strict = writer.options.validation == FieldValidation::Strict;
+        let failed = |e: String| Status::bad_request(format!("error decoding YAML: {e}"));
+        let text = std::str::from_utf8(body).map_err(|e| failed(e.to_string()))?;
+        let (applied, repeated) = yaml::parse_strict(text).map_err(|e| failed(e.to_string()))?;
+        let scaled = target.subresource == "scale";
+        let applied = check_applied(&if scaled { scale::gvk() } else { resource.gvk.clone() }, target, applied)?;
         let edit = |current: &Value, _: &mut Vec<String>| {
-            managed::apply(resource, current, &applied, &manager, force, target.subresource)
+            let merged = match scaled {
+                true => scale_owners::apply(resource, current, &applied, &manager, force, target.name)?,
+                false => managed::apply(resource, current, &applied, &manager, force, target.subresource)?,
+            };
+            if strict && !repeated.is_empty() {
+                return Err(Status::bad_request(format!(
+                    "error strict decoding YAML: error converting YAML to JSON: yaml: unmarshal errors:\n  {}",
+                    repeated.join("\n  ")
+                )));
+            }
+            Ok(merged)
         };
         let missing = if target.subresource.is_empty() { Missing::Create } else { Missing::Fail };
         let rules = Rules { missing, tracking: Tracking::Done, from_current: true };
@@ -264,7 +301,7 @@ impl Registry {
 }
 
 /// An applied configuration must say what it is.
-fn check_applied(resource: &Resource, target: Target<'_>, mut applied: Value) -> Result<Value, Status> {
+fn check_applied(gvk: &Gvk, target: Target<'_>, mut applied: Value) -> Result<Value, Status> {
     if !applied.is_object() {
         let found = match &applied {
             Value::Array(_) => "array",
@@ -278,7 +315,7 @@ fn check_applied(resource: &Resource, target: Target<'_>, mut applied: Value) ->
         )));
     }
     let found = Gvk::of(&applied);
-    if found.kind != resource.gvk.kind || found.group != resource.gvk.group {
+    if found.kind != gvk.kind || found.group != gvk.group {
         return Err(Status::bad_request(format!("invalid object type: {found}")));
     }
     if isopod_api::meta::name(&applied).is_empty() {
@@ -297,12 +334,11 @@ mod tests {
     fn errors_show_touched_objects_sorted() {
         let object = json!({"kind": "K", "data": {"z": "1", "c": "2"}, "rest": {"b": 1, "a": 2}});
         let body = br#"[{"op":"add","path":"/data/c","value":"2"}]"#;
-        let json_patch = Patch { kind: PatchKind::Json, body, value: Value::Null, duplicates: Vec::new() };
-        let merge =
-            Patch { kind: PatchKind::Merge, body: b"", value: json!({"data": {"c": "2"}}), duplicates: Vec::new() };
-        for patch in [json_patch, merge] {
+        let merge = json!({"data": {"c": "2"}});
+        for (kind, value) in [(PatchKind::Json, Value::Null), (PatchKind::Merge, merge)] {
+            let patch = Patch { kind, body, validation: FieldValidation::Warn };
             let want = r#"{"data":{"c":"2","z":"1"},"kind":"K","rest":{"a":2,"b":1}}"#;
-            assert_eq!(patch.shown(&object, None), want, "{:?}", patch.kind);
+            assert_eq!(patch.shown(&object, &value, None), want, "{kind:?}");
         }
     }
 }

@@ -21,7 +21,9 @@ use super::{
     respond::{self, Style},
 };
 use crate::{
+    cache::Object,
     endpoints::{Body, ConnectRequest, CreateRequest},
+    kinds,
     objects::Objects,
     registry::{
         Missing, PatchKind, PatchRequest, Resource, Rules, Selection, Target, WatchRequest, WriteOptions, Writer,
@@ -89,7 +91,7 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
     let style = call.style;
     let answer = match &*info.verb {
         "get" => get(app, &resource, call).await,
-        "list" => list_objects(&resource, call).await,
+        "list" => list_objects(app, &resource, call).await,
         "watch" => watch_objects(app, &resource, call).await,
         "create" => create(app, &resource, call).await,
         "update" => update(app, &resource, call).await,
@@ -199,20 +201,45 @@ async fn get(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response
     if !matches!(&*info.subresource, "" | "status" | "scale" | "approval" | "ephemeralcontainers" | "resize") {
         return Err(Status::service_unavailable(format!("{} is not served here", info.subresource)));
     }
-    let object = app.registry.get_object(resource, &info.namespace, &info.name, &call.query).await?;
+    let object = match component(app, resource, &info.name).await? {
+        Some(component) => component,
+        None => app.registry.get_object(resource, &info.namespace, &info.name, &call.query).await?,
+    };
     if info.subresource == "scale" {
         return Ok(respond::value(call.style, 200, &scale::seen(resource, &resource.value(&object))));
     }
     Ok(respond::json(call.style, 200, render::one(resource, &object, rendering, true)))
 }
 
-async fn list_objects(resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
-    let rendering = rendering(&call, resource)?;
-    if resource.store.is_none() {
-        let metadata = json!({"resourceVersion": ""});
-        return Ok(render::list(resource, Vec::new(), metadata, rendering, call.style));
+/// Whether this is the one kind that is looked up instead of stored.
+fn observed(resource: &Resource) -> bool {
+    resource.gvr.group.is_empty() && resource.gvr.resource == "componentstatuses"
+}
+
+async fn components(app: &App, resource: &Resource) -> Result<Vec<Arc<Object>>, Status> {
+    let mut all = Vec::new();
+    for component in kinds::components::observed(&*app.registry, jiff::Timestamp::now()) {
+        all.push(Arc::new(resource.draft(component).await?.finish_unstored()));
     }
+    Ok(all)
+}
+
+async fn component(app: &App, resource: &Resource, name: &str) -> Result<Option<Arc<Object>>, Status> {
+    if !observed(resource) {
+        return Ok(None);
+    }
+    let found = components(app, resource).await?.into_iter().find(|component| &*component.name == name);
+    found.map(Some).ok_or_else(|| Status::not_found(&resource.group_resource(), name))
+}
+
+async fn list_objects(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
+    let rendering = rendering(&call, resource)?;
     let selection = Selection::parse(resource, &call.info.namespace, "", &call.query)?;
+    if resource.store.is_none() {
+        let mut objects = if observed(resource) { components(app, resource).await? } else { Vec::new() };
+        objects.retain(|object| selection.matches(object));
+        return Ok(render::list(resource, objects, json!({}), rendering, call.style));
+    }
     let listing = list(resource, &selection, &call.query).await?;
     let metadata = render::list_metadata(listing.revision, listing.next.as_deref(), listing.remaining);
     Ok(render::list(resource, listing.objects, metadata, rendering, call.style))
@@ -346,7 +373,7 @@ async fn update(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<R
     })
 }
 
-fn answer_bytes(resource: &Resource, call: &Call, object: &crate::cache::Object, rendering: Rendering) -> Bytes {
+fn answer_bytes(resource: &Resource, call: &Call, object: &Object, rendering: Rendering) -> Bytes {
     match call.info.subresource.as_str() {
         "scale" => serde_json::to_vec(&scale::seen(resource, &resource.value(object))).unwrap_or_default().into(),
         _ => render::one(resource, object, rendering, true),
