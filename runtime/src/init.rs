@@ -100,7 +100,7 @@ fn run(ready: Ready, wiring: &Wiring, channel: &Channel) -> ! {
 
 fn wait_and_run(ready: &Ready, wiring: &Wiring, channel: &Channel) -> Result<std::convert::Infallible> {
     match &wiring.gate {
-        Gate::Launcher => drop(channel.wait()?),
+        Gate::Launcher => channel.wait()?,
         Gate::Fifo { fifo, .. } => {
             rustix::io::read(fifo, &mut [0u8; 1][..]).context(|| "wait for start".into())?;
         }
@@ -192,7 +192,7 @@ fn namespaces(p: &Prepared<'_>, channel: &Channel) -> Result<Option<Vec<u8>>> {
     let maps = p.flags & libc::CLONE_NEWUSER as u64 != 0;
     let state = if hooks || maps {
         channel.report(&Report::Namespaces, None)?;
-        Some(channel.wait()?)
+        Some(channel.word()?)
     } else {
         None
     };

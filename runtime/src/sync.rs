@@ -51,21 +51,26 @@ pub(crate) fn pair() -> Result<(Channel, Channel)> {
     Ok((Channel { fd: a }, Channel { fd: b }))
 }
 
+fn gone() -> Error {
+    Error::new(Kind::System, "the runtime went away")
+}
+
 impl Channel {
     /// Child: tells the maker.
     pub(crate) fn report(&self, report: &Report, fd: Option<BorrowedFd<'_>>) -> Result<()> {
         wire::send(self.fd.as_fd(), report, fd.as_slice()).context(|| "report to the runtime".into())
     }
 
-    /// Child: waits for the maker's word, by nothing but read(2) (a seccomp filter may already be in force).
-    pub(crate) fn wait(&self) -> Result<Word> {
-        let mut buffer = vec![0u8; 64 << 10];
-        let n = rustix::io::read(&self.fd, &mut buffer).context(|| "wait for the runtime".into())?;
-        if n == 0 {
-            return Err(Error::new(Kind::System, "the runtime went away"));
-        }
-        buffer.truncate(n);
-        Ok(buffer)
+    /// Child: waits for the maker's word.
+    pub(crate) fn word(&self) -> Result<Word> {
+        let word = wire::recv_bytes(self.fd.as_fd()).context(|| "wait for the runtime".into())?;
+        word.map(|(bytes, _)| bytes).ok_or_else(gone)
+    }
+
+    /// Child: waits at the gate, by nothing but read(2) (a seccomp filter may already be in force).
+    pub(crate) fn wait(&self) -> Result<()> {
+        let n = rustix::io::read(&self.fd, &mut [0u8; 8][..]).context(|| "wait for the runtime".into())?;
+        if n == 0 { Err(gone()) } else { Ok(()) }
     }
 
     /// Child, after the gate: the last thing it can say, by write(2) alone.

@@ -37,6 +37,15 @@ impl Hierarchy {
         }
     }
 
+    /// Whether its mount point is seen as such: the table also has mounts that others cover.
+    fn visible(&self) -> bool {
+        let expected = match self {
+            Self::V1 { .. } => 0x0027_e0eb,
+            Self::V2 { .. } => 0x6367_7270,
+        };
+        rustix::fs::statfs(self.mount_point()).is_ok_and(|s| s.f_type == expected)
+    }
+
     /// Whether it has this controller.
     #[must_use]
     pub fn has(&self, controller: &str) -> bool {
@@ -78,6 +87,7 @@ impl Layout {
     pub fn detect() -> Result<Self> {
         let table = std::fs::read_to_string("/proc/self/mountinfo").context(|| "read /proc/self/mountinfo".into())?;
         let mut layout = Self::parse(&table);
+        layout.hierarchies.retain(Hierarchy::visible);
         for hierarchy in &mut layout.hierarchies {
             if let Hierarchy::V2 { mount_point, controllers } = hierarchy {
                 let text = std::fs::read_to_string(mount_point.join("cgroup.controllers")).unwrap_or_default();

@@ -67,7 +67,9 @@ struct Made {
 
 /// Creates a container that waits for `start`.
 pub(super) fn create(global: &Global, args: &CreateArgs) -> Result<()> {
-    make(global, args, true).map(drop)
+    let made = make(global, args, true)?;
+    global.warn(&made.launched.warnings);
+    Ok(())
 }
 
 /// Creates a container and runs it; its exit code, or 0 when detached.
@@ -78,6 +80,7 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> Result<i32> {
         clean_up(dir, state.cgroup.as_ref(), state.pid);
         return Err(error);
     }
+    global.warn(&launched.warnings);
     let told = hook_state(&state, "running", state.pid);
     if let Some(all) = config.spec.hooks() {
         hooks::run("poststart", all.poststart().as_ref(), &told)?;
@@ -181,7 +184,7 @@ fn plan_cgroup(config: &Config, id: &str, systemd: bool) -> Result<Cgroup> {
 }
 
 /// Makes the planned group; `None` where an ordinary user to whom nothing is delegated must do without.
-fn make_cgroup(global: &Global, config: &Config, state: &mut State) -> Result<Option<Placeholder>> {
+fn make_cgroup(config: &Config, state: &mut State, warnings: &mut Vec<String>) -> Result<Option<Placeholder>> {
     let Some(cgroup) = &mut state.cgroup else { return Ok(None) };
     let resources = resources(config);
     let placeholder = cgroup.start_scope(resources)?;
@@ -194,7 +197,7 @@ fn make_cgroup(global: &Global, config: &Config, state: &mut State) -> Result<Op
             if configured_path(config).is_none()
                 && matches!(e.errno(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) =>
         {
-            global.warn(&format!("no cgroup: {e}"));
+            warnings.push(format!("no cgroup: {e}"));
             drop(cgroup.remove());
             state.cgroup = None;
             Ok(None)
@@ -217,12 +220,13 @@ fn fill(
     // From here on a `delete --force` finds what there is, also when this process is killed.
     dir.write(state)?;
     // The placeholder goes when this function ends: the container's init, or nobody, is in the group then.
-    let _placeholder = make_cgroup(global, config, state)?;
+    let mut warnings = vec![];
+    let _placeholder = make_cgroup(config, state, &mut warnings)?;
     if wait_for_start {
         let (fifo, errors) = dir.make_gate()?;
         wiring.gate = Gate::Fifo { fifo, errors };
     }
-    let launched = Launch {
+    let mut launched = Launch {
         config,
         rootfs: &Rootfs::Directory,
         cgroup: state.cgroup.as_ref(),
@@ -232,9 +236,7 @@ fn fill(
         state: &|pid| hook_state(state, "creating", pid),
     }
     .run()?;
-    for warning in &launched.warnings {
-        global.warn(warning);
-    }
+    launched.warnings.extend(warnings);
     state.pid = launched.pid;
     state.start_time = process_start_time(launched.pid).unwrap_or(0);
     let recorded = dir.write(state).and_then(|()| match &args.pid_file {

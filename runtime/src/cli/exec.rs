@@ -114,9 +114,6 @@ pub(super) fn exec(global: &Global, args: &ExecArgs) -> Result<i32> {
         wiring: Wiring { console, preserve: args.preserve_fds, ..Wiring::default() },
     }
     .run()?;
-    for warning in &launched.warnings {
-        global.warn(warning);
-    }
     if let Some(file) = &args.pid_file {
         replace(file, launched.pid.to_string().as_bytes())?;
     }
@@ -124,6 +121,7 @@ pub(super) fn exec(global: &Global, args: &ExecArgs) -> Result<i32> {
         let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None);
         return Err(error);
     }
+    global.warn(&launched.warnings);
     match signals {
         Some(signals) => foreground::attend(&signals, launched.pid, launched.master.as_ref().map(AsFd::as_fd)),
         None => Ok(0),

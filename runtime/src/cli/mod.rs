@@ -1,5 +1,6 @@
 //! The command line, as runc's.
 
+mod commands;
 mod create;
 mod exec;
 mod foreground;
@@ -9,8 +10,9 @@ mod update;
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser};
 
+use self::commands::{Command, Nothing, may_make_processes};
 use crate::error::Result;
 
 /// An OCI runtime, and the supervisor of isopod's pods.
@@ -54,57 +56,11 @@ enum LogFormat {
     Json,
 }
 
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Create a container
-    Create(create::CreateArgs),
-    /// Run the program of a created container
-    Start { id: String },
-    /// Create and start a container
-    Run(create::RunArgs),
-    /// Show a container's state
-    State { id: String },
-    /// Send a signal to a container
-    Kill(lifecycle::KillArgs),
-    /// Remove a container
-    Delete(lifecycle::DeleteArgs),
-    /// Run a program in a container
-    Exec(exec::ExecArgs),
-    /// List containers
-    List(lifecycle::ListArgs),
-    /// List a container's processes
-    Ps(lifecycle::PsArgs),
-    /// Freeze a container
-    Pause { id: String },
-    /// Continue a frozen container
-    Resume { id: String },
-    /// Change a container's resource limits
-    Update(update::UpdateArgs),
-    /// Show a container's resource use
-    Events(info::EventsArgs),
-    /// Show what this runtime supports
-    Features,
-    /// Write a configuration to start from
-    Spec(info::SpecArgs),
-    /// Not supported
-    Checkpoint(Unsupported),
-    /// Not supported
-    Restore(Unsupported),
-    /// Supervise a pod (used by the isopod agent)
-    Supervise { dir: PathBuf },
-}
-
-/// Whatever is said to a command that does nothing.
-#[derive(Debug, Args)]
-#[command(disable_help_flag = true)]
-struct Unsupported {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    _args: Vec<String>,
-}
-
 /// Parses the arguments, does it, and returns the exit code.
 #[must_use]
 pub fn main() -> i32 {
+    // Before the arguments are parsed: that happens again in the sealed runtime.
+    let sealed = if may_make_processes(std::env::args_os().skip(1)) { crate::ensure_sealed() } else { Ok(()) };
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
@@ -112,7 +68,7 @@ pub fn main() -> i32 {
             return if e.use_stderr() { 64 } else { 0 };
         }
     };
-    match dispatch(cli.command, &cli.global) {
+    match sealed.and_then(|()| dispatch(cli.command, &cli.global)) {
         Ok(code) => code,
         Err(error) => {
             cli.global.report(&error.to_string());
@@ -123,32 +79,25 @@ pub fn main() -> i32 {
 
 fn dispatch(command: Command, global: &Global) -> Result<i32> {
     let root = &global.root();
-    let makes_processes =
-        matches!(command, Command::Create(_) | Command::Run(_) | Command::Exec(_) | Command::Supervise { .. });
-    if makes_processes {
-        crate::ensure_sealed()?;
-    }
     match command {
         Command::Create(args) => create::create(global, &args).map(|()| 0),
         Command::Run(args) => create::run(global, &args),
-        Command::Start { id } => lifecycle::start(root, &id).map(|()| 0),
-        Command::State { id } => lifecycle::state(root, &id).map(|()| 0),
+        Command::Start(of) => lifecycle::start(root, &of.id).map(|()| 0),
+        Command::State(of) => lifecycle::state(root, &of.id).map(|()| 0),
         Command::Kill(args) => lifecycle::kill(root, &args).map(|()| 0),
         Command::Delete(args) => lifecycle::delete(root, &args).map(|()| 0),
         Command::Exec(args) => exec::exec(global, &args),
         Command::List(args) => lifecycle::list(root, &args).map(|()| 0),
         Command::Ps(args) => lifecycle::ps(root, &args).map(|()| 0),
-        Command::Pause { id } => lifecycle::freeze(root, &id, true).map(|()| 0),
-        Command::Resume { id } => lifecycle::freeze(root, &id, false).map(|()| 0),
+        Command::Pause(of) => lifecycle::freeze(root, &of.id, true).map(|()| 0),
+        Command::Resume(of) => lifecycle::freeze(root, &of.id, false).map(|()| 0),
         Command::Update(args) => update::update(root, &args).map(|()| 0),
         Command::Events(args) => info::events(root, &args).map(|()| 0),
-        Command::Features => info::features().map(|()| 0),
+        Command::Features(Nothing {}) => info::features().map(|()| 0),
         Command::Spec(args) => info::spec(&args).map(|()| 0),
-        Command::Checkpoint(_) | Command::Restore(_) => {
-            Err(crate::error::Error::invalid("checkpoint and restore are not supported"))
-        }
-        Command::Supervise { dir } => {
-            let (line, code) = crate::supervisor::supervise(&dir)?;
+        Command::Checkpoint(args) | Command::Restore(args) => Err(args.refusal()),
+        Command::Supervise(args) => {
+            let (line, code) = crate::supervisor::supervise(&args.dir)?;
             println!("{line}");
             Ok(code)
         }
@@ -177,11 +126,13 @@ impl Global {
         self.log("error", message);
     }
 
-    /// Tells what could not be done but does not matter enough. Our stderr is the container's too: with a log of our own
-    /// it stays free of this.
-    fn warn(&self, message: &str) {
-        if !self.log("warning", message) {
-            eprintln!("isopod-runtime: warning: {message}");
+    /// Tells what could not be done but does not matter enough, once nothing can fail any more: callers look for the cause
+    /// in the first line. Our stderr is the container's too: with a log of our own it stays free of this.
+    fn warn(&self, messages: &[String]) {
+        for message in messages {
+            if !self.log("warning", message) {
+                eprintln!("isopod-runtime: warning: {message}");
+            }
         }
     }
 
