@@ -3,114 +3,42 @@
 
 mod common;
 
-use std::{
-    fs,
-    process::{Command, Output, Stdio},
-};
+use std::{fs, path::Path, process::Output};
 
-use common::{Bundle, possible, text};
-
-struct Podman {
-    dir: tempfile::TempDir,
-    parent: String,
-}
-
-impl Podman {
-    /// With a storage of its own and one image, `busybox:1`.
-    fn new() -> Option<Self> {
-        if !possible() || Command::new("podman").arg("--version").output().is_err() {
-            return None;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let parent = format!("/isopod-test-podman{}", std::process::id());
-        let podman = Self { dir, parent };
-        let bundle = Bundle::new(&["true"]);
-        for name in ["tmp", "mnt"] {
-            fs::create_dir(bundle.rootfs().join(name)).unwrap();
-        }
-        let archive = podman.dir.path().join("busybox.tar");
-        let packed = Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(bundle.rootfs()).arg(".").status();
-        assert!(packed.unwrap().success());
-        podman.ok(&["import", "--change", "ENV PATH=/bin", &archive.to_string_lossy(), "busybox:1"]);
-        Some(podman)
-    }
-
-    fn command(&self) -> Command {
-        let at = |name: &str| self.dir.path().join(name);
-        let mut command = Command::new("podman");
-        command.arg("--root").arg(at("root")).arg("--runroot").arg(at("run")).arg("--tmpdir").arg(at("tmp"));
-        command.args(["--cgroup-manager=cgroupfs", "--events-backend=file", "--storage-driver=vfs"]);
-        command.arg("--runtime").arg(common::RUNTIME).stdin(Stdio::null());
-        command
-    }
-
-    fn call(&self, args: &[&str]) -> Output {
-        self.command().args(args).output().unwrap()
-    }
-
-    #[track_caller]
-    fn ok(&self, args: &[&str]) -> String {
-        let output = self.call(args);
-        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
-        text(&output.stdout)
-    }
-
-    /// `podman run --rm OPTIONS busybox:1 COMMAND`, without a network.
-    fn run(&self, options: &[&str], command: &[&str]) -> Output {
-        let parent = format!("--cgroup-parent={}", self.parent);
-        let fixed = ["run", "--rm", "--network=none", &parent];
-        self.call(&[&fixed[..], options, &["busybox:1"], command].concat())
-    }
-
-    #[track_caller]
-    fn says(&self, options: &[&str], command: &[&str]) -> String {
-        let output = self.run(options, command);
-        assert!(output.status.success(), "{options:?} {command:?}: {}", text(&output.stderr));
-        text(&output.stdout)
-    }
-}
-
-impl Drop for Podman {
-    fn drop(&mut self) {
-        let _ = self.call(&["rm", "--force", "--all", "--time", "0"]);
-        // Its monitor has a group beside the containers'.
-        for group in ["/conmon", ""].iter().flat_map(|name| common::groups(&format!("{}{name}", &self.parent[1..]))) {
-            let _ = fs::remove_dir(group);
-        }
-        // What its graph driver keeps mounted for later calls.
-        for name in ["root/vfs", "run"] {
-            let _ = Command::new("umount").arg(self.dir.path().join(name)).stderr(Stdio::null()).status();
-        }
-    }
-}
+use common::{podman::Podman, text, unified};
 
 #[test]
 fn a_container_lives_under_podman() {
     let Some(podman) = Podman::new() else { return };
+    lives(&podman);
+}
+
+#[test]
+fn a_container_lives_in_a_scope_of_systemds() {
+    let Some(podman) = Podman::with_systemd() else { return };
+    let group = podman.says(&["--cgroupns=host"], &["cat", "/proc/self/cgroup"]);
+    assert!(group.contains(&format!("/{}/libpod-", podman.parent)) && group.contains(".scope"), "{group}");
+    lives(&podman);
+}
+
+/// What people do with a container, from `run` to `rm`.
+fn lives(podman: &Podman) {
     let volume = podman.dir.path().join("volume");
     fs::create_dir(&volume).unwrap();
     fs::write(volume.join("file"), "of the host").unwrap();
-    let (parent, mounted) = (format!("--cgroup-parent={}", podman.parent), format!("{}:/vol:ro", volume.display()));
-    let limits = ["--memory=64m", "--cpus=0.5", "--pids-limit=50"];
-    let name = ["run", "-d", "--name=c", "--network=none", &parent, "--volume", &mounted];
-    podman
-        .ok(&[&name[..], &limits, &["busybox:1", "sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"]]
-            .concat());
-    let group = |controller: &str, file: &str| {
-        let file = if common::unified() {
-            format!("/sys/fs/cgroup/{file}")
-        } else {
-            format!("/sys/fs/cgroup/{controller}/{file}")
-        };
-        podman.ok(&["exec", "c", "cat", &file]).trim().to_owned()
-    };
-    let (memory, quota) = if common::unified() {
+    let mounted = format!("--volume={}:/vol:ro", volume.display());
+    podman.background(
+        &[&mounted, "--memory=64m", "--cpus=0.5", "--pids-limit=50"],
+        &["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"],
+    );
+    let (memory, quota) = if unified() {
         ("memory.max", ("cpu.max", ["50000 100000", "25000 100000"]))
     } else {
         ("memory.limit_in_bytes", ("cpu.cfs_quota_us", ["50000", "25000"]))
     };
-    assert_eq!((group("memory", memory), group("cpu", quota.0)), ("67108864".into(), quota.1[0].into()));
-    assert_eq!(group("pids", "pids.max"), "50");
+    let limits = || (podman.control("memory", memory), podman.control("cpu", quota.0));
+    assert_eq!(limits(), ("67108864".into(), quota.1[0].into()));
+    assert_eq!(podman.control("pids", "pids.max"), "50");
     assert_eq!(podman.ok(&["exec", "c", "cat", "/vol/file"]), "of the host");
     assert!(!podman.call(&["exec", "c", "touch", "/vol/new"]).status.success());
     let exec = podman.call(&[
@@ -132,11 +60,12 @@ fn a_container_lives_under_podman() {
     assert_eq!(podman.ok(&["inspect", "--format={{.State.Status}}", "c"]), "paused\n");
     podman.ok(&["unpause", "c"]);
     podman.ok(&["update", "--memory=32m", "--cpus=0.25", "c"]);
-    assert_eq!((group("memory", memory), group("cpu", quota.0)), ("33554432".into(), quota.1[1].into()));
+    assert_eq!(limits(), ("33554432".into(), quota.1[1].into()));
     assert!(podman.ok(&["stats", "--no-stream", "c"]).contains("MB"));
     assert!(podman.ok(&["top", "c"]).contains("trap"));
     let checkpoint = podman.call(&["container", "checkpoint", "c"]);
-    assert!(!checkpoint.status.success() && !checkpoint.stderr.is_empty());
+    let said = text(&checkpoint.stderr);
+    assert!(!checkpoint.status.success() && said.to_lowercase().contains("checkpoint"), "{said}");
     podman.ok(&["kill", "--signal=TERM", "c"]);
     assert_eq!(podman.ok(&["wait", "c"]), "3\n");
     podman.ok(&["start", "c"]);
@@ -179,4 +108,89 @@ fn podmans_options_reach_the_container() {
     );
     assert_eq!(podman.says(&["--volume=named:/data"], &["sh", "-c", "echo kept > /data/f"]), "");
     assert_eq!(podman.says(&["--volume=named:/data"], &["cat", "/data/f"]), "kept\n");
+}
+
+#[test]
+fn an_init_reaps_and_passes_signals_on() {
+    let Some(podman) = Podman::new() else { return };
+    if !Path::new("/usr/bin/catatonit").exists() {
+        return;
+    }
+    assert!(podman.says(&["--init"], &["cat", "/proc/1/cmdline"]).contains("init"));
+    podman.background(&["--init"], &["sh", "-c", "trap 'exit 4' TERM; while :; do sleep 0.1; done"]);
+    podman.ok(&["stop", "--time=20", "c"]);
+    assert_eq!(podman.ok(&["inspect", "--format={{.State.ExitCode}}", "c"]), "4\n");
+}
+
+#[test]
+fn containers_of_a_pod_share_its_namespaces() {
+    let Some(podman) = Podman::new() else { return };
+    if !Path::new("/usr/bin/catatonit").exists() {
+        return;
+    }
+    ok(podman.new_one(&["pod", "create", "--name=p", "--network=none", "--share=net,ipc,uts,pid"], &[]));
+    let run = |rest: &[&str]| ok(podman.call(&[&["run", "--pod=p"], rest].concat()));
+    run(&["--detach", "--name=a", "busybox:1", "sleep", "4321"]);
+    let seen = run(&["--rm", "busybox:1", "sh", "-c", "ps; hostname; readlink /proc/self/ns/net"]);
+    assert!(seen.contains("sleep 4321") && seen.contains("\np\n"), "{seen}");
+    assert_eq!(seen.lines().last(), podman.ok(&["exec", "a", "readlink", "/proc/self/ns/net"]).lines().next());
+    podman.ok(&["pod", "pause", "p"]);
+    podman.ok(&["pod", "unpause", "p"]);
+    podman.ok(&["pod", "stop", "--time=0", "p"]);
+    podman.ok(&["pod", "start", "p"]);
+    podman.ok(&["pod", "kill", "p"]);
+    podman.ok(&["pod", "rm", "--force", "p"]);
+    assert_eq!(podman.ok(&["ps", "--all", "--quiet"]), "");
+}
+
+#[track_caller]
+fn ok(output: Output) -> String {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// What an ordinary user does with a container, without groups of his own.
+fn ordinary(podman: &Podman) {
+    assert_eq!(podman.says(&[], &["id", "-u"]), "0\n");
+    let map = podman.says(&[], &["sh", "-c", "tr -s ' ' < /proc/self/uid_map"]);
+    assert_eq!(map.lines().count(), 2, "{map}");
+    let (id, kept) = (common::podman::ID.to_string(), podman.says(&["--userns=keep-id"], &["id", "-u"]));
+    assert!(kept == format!("{id}\n") || !map.contains(&id), "{kept}");
+    assert_eq!(podman.run(&[], &["sh", "-c", "exit 7"]).status.code(), Some(7));
+    assert_eq!(podman.run(&[], &["nope"]).status.code(), Some(127));
+    let volume = format!("--volume={}:/vol", podman.dir.path().join("volume").display());
+    assert_eq!(podman.says(&[&volume], &["sh", "-c", "echo mine > /vol/file && cat /vol/file"]), "mine\n");
+    let options = ["--read-only", "--tmpfs=/t", "--cap-drop=all", "--user=33:44", "--ulimit=nofile=100:200"];
+    assert_eq!(
+        podman.says(&options, &["sh", "-c", "id -u; ulimit -n; touch /x 2>/dev/null || echo no"]),
+        "33\n100\nno\n"
+    );
+    podman.background(&[], &["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"]);
+    assert!(podman.ok(&["exec", "-t", "c", "tty"]).contains("/dev/pts/"));
+    assert_eq!(podman.call(&["exec", "c", "sh", "-c", "exit 5"]).status.code(), Some(5));
+    podman.ok(&["stop", "--time=20", "c"]);
+    assert_eq!(podman.ok(&["inspect", "--format={{.State.ExitCode}}", "c"]), "3\n");
+    podman.ok(&["rm", "c"]);
+}
+
+#[test]
+fn an_ordinary_user_runs_containers() {
+    let Some(podman) = Podman::rootless() else { return };
+    ordinary(&podman);
+}
+
+#[test]
+fn an_ordinary_user_has_limits_by_his_systemd() {
+    let Some(podman) = Podman::session() else { return };
+    ordinary(&podman);
+    podman.background(&["--memory=64m", "--pids-limit=50"], &["sleep", "1000"]);
+    assert_eq!(podman.control("memory", "memory.max"), "67108864");
+    assert_eq!(podman.control("pids", "pids.max"), "50");
+    podman.ok(&["pause", "c"]);
+    assert_eq!(podman.ok(&["inspect", "--format={{.State.Status}}", "c"]), "paused\n");
+    podman.ok(&["unpause", "c"]);
+    podman.ok(&["update", "--memory=32m", "c"]);
+    assert_eq!(podman.control("memory", "memory.max"), "33554432");
+    assert!(podman.ok(&["stats", "--no-stream", "c"]).contains("MB"));
+    podman.ok(&["rm", "--force", "--time=0", "c"]);
 }

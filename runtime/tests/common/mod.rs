@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a fixture fails its test by panicking")]
 
 pub(crate) mod pod;
+pub(crate) mod podman;
 
 use std::{
     fs,
