@@ -8,7 +8,7 @@ PREFIX   ?= /usr/local
 # What the tests use of Debian: tools on the virtual hosts, a real registry; for benches the peers.
 TEST_PACKAGES  := build-essential nftables iproute2 busybox-static tini procps curl jq conntrack util-linux bsdutils openssl \
                   docker-registry apache2-utils skopeo podman strace
-BENCH_PACKAGES := $(TEST_PACKAGES) crun runc
+BENCH_PACKAGES := $(TEST_PACKAGES) crun runc time
 VM_PACKAGES    := qemu-system-x86 debootstrap busybox-static e2fsprogs jq
 ROOT_DIR ?= /
 
@@ -48,8 +48,9 @@ check: deps
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
+# Everything, or some parts: `make bench ROWS="runtime"`; there are start, pods, api, services and runtime.
 bench: test-deps bench-deps build
-	cargo run --release -p isopod-tests --bin bench
+	cargo run --release -p isopod-tests --bin bench -- $(ROWS)
 
 # As root, after `make build` as anybody: root need not have a Rust toolchain.
 install:

@@ -1,7 +1,7 @@
 //! `make bench`: what isopod costs and how fast it is, beside real peers run in the same minute.
 //!
 //! Outside, this makes a virtual host and starts a cluster on it; inside the host (`bench inside ...`) it is a client of
-//! the API server. Numbers are printed, never asserted.
+//! the API server. Numbers are printed, never asserted. Arguments are the parts to run; without any, all run.
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot run has nothing to say")]
 
 mod inside;
@@ -10,36 +10,71 @@ mod runtime;
 
 use std::time::Duration;
 
-use isopod_tests::{Cluster, Net};
+use isopod_tests::{Cluster, Host, Net};
+
+/// The parts of the result, in their order.
+const PARTS: [&str; 5] = ["start", "pods", "api", "services", "runtime"];
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    if args.first().is_some_and(|arg| arg == "inside") {
-        inside::run(&args[1..]);
-        return;
+    match args.first().map(String::as_str) {
+        Some("inside") if args.get(1).is_some_and(|arg| arg == "runtime") => return runtime::run(&args[2..]),
+        Some("inside") => return inside::run(&args[1..]),
+        _ => {}
     }
+    if let Some(unknown) = args.iter().find(|arg| !PARTS.contains(&arg.as_str())) {
+        eprintln!("bench: no part {unknown:?}; there are {}", PARTS.join(", "));
+        std::process::exit(64);
+    }
+    let wanted = |part: &str| args.is_empty() || args.iter().any(|arg| arg == part);
     let mut net = Net::new();
     let host = net.host("bench");
-    let mut cluster = Cluster::start_installed(&host);
+    if PARTS[..4].iter().any(|part| wanted(part)) {
+        of_cluster(&host, &wanted);
+    }
+    if wanted("runtime") {
+        runtime::compare(&host);
+    }
+}
+
+/// What needs a cluster.
+fn of_cluster(host: &Host, wanted: &dyn Fn(&str) -> bool) {
+    let mut cluster = Cluster::start_installed(host);
+    if wanted("start") {
+        ready("start: nothing to Ready", host);
+        let ran = cluster.isopod(&["down"]);
+        assert_eq!(ran.code, 0, "{ran:?}");
+        cluster.wait_up();
+        cluster.up();
+        ready("start: again, with its data", host);
+        memory::all(&cluster, "idle");
+        memory::cpu(&cluster, Duration::from_secs(60));
+    }
+    if wanted("pods") {
+        inside(&cluster, &["pods-one-by-one"]);
+        inside(&cluster, &["pods-at-once"]);
+        memory::per_pod(&cluster);
+        cluster.k("delete pods --all --now --wait=true");
+    }
+    if wanted("api") {
+        inside(&cluster, &["creates"]);
+        inside(&cluster, &["lists"]);
+    }
+    if wanted("services") {
+        services(&mut cluster);
+    }
+}
+
+/// How long the last `isopod up` took, by its own word.
+fn ready(what: &str, host: &Host) {
     let text = std::fs::read_to_string(host.disk().join("up.log")).unwrap();
-    row("start: nothing to Ready", text.lines().find_map(|line| line.strip_prefix("Ready in ")).unwrap_or("?"));
-    let ran = cluster.isopod(&["down"]);
-    assert_eq!(ran.code, 0, "{ran:?}");
-    cluster.wait_up();
-    cluster.up();
-    let text = std::fs::read_to_string(host.disk().join("up.log")).unwrap();
-    row("start: again, with its data", text.lines().find_map(|line| line.strip_prefix("Ready in ")).unwrap_or("?"));
-    memory::all(&cluster, "idle");
-    memory::cpu(&cluster, Duration::from_secs(60));
-    inside(&cluster, &["pods-one-by-one"]);
-    inside(&cluster, &["pods-at-once"]);
-    memory::per_pod(&cluster);
-    cluster.k("delete pods --all --now --wait=true");
-    inside(&cluster, &["creates"]);
-    inside(&cluster, &["lists"]);
+    row(what, text.lines().find_map(|line| line.strip_prefix("Ready in ")).unwrap_or("?"));
+}
+
+fn services(cluster: &mut Cluster) {
     for total in ["1000", "10000"] {
-        inside(&cluster, &["services", total]);
-        full_sync(&mut cluster, total);
+        inside(cluster, &["services", total]);
+        full_sync(cluster, total);
     }
     for collection in
         ["/api/v1/namespaces/default/services", "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"]
@@ -48,8 +83,7 @@ fn main() {
     }
     // What was freed is given back at once; what watches may still ask for, within 135 s.
     std::thread::sleep(Duration::from_secs(150));
-    memory::all(&cluster, "150 s after load");
-    runtime::compare(&host);
+    memory::all(cluster, "150 s after load");
 }
 
 /// One line of the result.
