@@ -20,6 +20,8 @@ use crate::{
     cgroups::{CgroupError, Cgroups},
     config::Config,
     context::Context,
+    csi::{self, Csi},
+    devices::{self, Devices},
     events::Recorder,
     host::NodeHost,
     images::{ImageError, ImageService, LocalImages},
@@ -29,6 +31,7 @@ use crate::{
     node,
     objects::Objects,
     paths::Paths,
+    plugins,
     pods::{self, manager, table::PodTable},
     rate::Rate,
     runtime::{self, RuntimeEvent},
@@ -126,6 +129,8 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
         table: PodTable::default(),
         stats: Stats::default(),
         metrics: Metrics::default(),
+        csi: Csi::default(),
+        devices: Devices::open(devices::directory(&paths.plugins_root())),
         access: Access::new(api.clone(), &node_name, &config.kubelet),
         pressure: watch::channel(Default::default()).0,
         node: RwLock::default(),
@@ -146,6 +151,9 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(manager::run(ctx.clone(), manifests, stop.clone()));
     tasks.spawn(node::run(ctx.clone(), stop.clone()));
+    tasks.spawn(plugins::run(ctx.clone(), stop.clone()));
+    tasks.spawn(devices::run(ctx.clone(), stop.clone()));
+    tasks.spawn(csi::node::run(ctx.clone(), stop.clone()));
     tasks.spawn(node::eviction::run(ctx.clone(), stop.clone()));
     let k = &ctx.config.kubelet;
     if k.healthz_port > 0 {
@@ -250,7 +258,8 @@ pub async fn stop_all_pods(paths: &Paths) -> Result<(), Error> {
             }
         }
     }
-    for mount in mounts::below(&paths.state().join("pods")) {
+    let places = [paths.pods(), paths.plugins_root().join("pods"), paths.plugins_root().join("plugins/kubernetes.io")];
+    for mount in places.iter().flat_map(|p| mounts::below(p)) {
         if let Err(e) = rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH) {
             errors.push(format!("{}: {e}", mount.display()));
         }
@@ -289,7 +298,12 @@ async fn stop_pod(paths: &Paths, uid: &str) {
 /// Removes the mounts and cgroups that this root's agent may have left (for `isopod reset`, after [`stop_all_pods`]).
 pub fn cleanup(paths: &Paths) -> Result<(), Error> {
     let mut errors = Vec::new();
-    for dir in [paths.state(), paths.run()] {
+    for dir in [
+        paths.state(),
+        paths.run(),
+        paths.plugins_root().join("pods"),
+        paths.plugins_root().join("plugins/kubernetes.io"),
+    ] {
         let Ok(dir) = dir.canonicalize() else { continue };
         for mount in mounts::below(&dir).into_iter().filter(|m| *m != dir) {
             if let Err(e) = rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH) {

@@ -11,6 +11,8 @@ use crate::{
     api::Api,
     cgroups::Cgroups,
     config::Config,
+    csi::Csi,
+    devices::Devices,
     events::Recorder,
     images::ImageService,
     metrics::Metrics,
@@ -54,6 +56,8 @@ pub(crate) struct Context {
     pub(crate) stats: Stats,
     pub(crate) metrics: Metrics,
     pub(crate) access: Access,
+    pub(crate) csi: Csi,
+    pub(crate) devices: Devices,
     /// What the node is short of.
     pub(crate) pressure: watch::Sender<Pressure>,
     /// This machine's Node as last seen.

@@ -2,10 +2,11 @@
 //!
 //! tonic's own transport stays out: the agent has hyper already, and a plugin's socket needs no balancing or TLS.
 
-#[cfg(test)]
 pub(crate) mod server;
 
 use std::{
+    io,
+    path::Path,
     pin::Pin,
     task::{Context, Poll},
 };
@@ -13,15 +14,30 @@ use std::{
 use http::{Request, Response};
 use hyper::{body::Incoming, client::conn::http2::SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::UnixStream,
+};
 use tonic::body::Body;
 use tower::Service;
 
 /// Messages and stubs, generated from `proto/`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]
 pub(crate) mod proto {
+    pub(crate) mod csi {
+        tonic::include_proto!("csi.v1");
+    }
+    pub(crate) mod device {
+        tonic::include_proto!("v1beta1");
+    }
     pub(crate) mod health {
         tonic::include_proto!("grpc.health.v1");
+    }
+    pub(crate) mod registration {
+        tonic::include_proto!("pluginregistration");
+    }
+    pub(crate) mod resources {
+        tonic::include_proto!("v1");
     }
 }
 
@@ -43,6 +59,12 @@ impl Channel {
             }
         });
         Ok(Self(sender))
+    }
+
+    /// To the server that listens on a socket.
+    pub(crate) async fn unix(path: &Path) -> io::Result<Self> {
+        let stream = UnixStream::connect(path).await?;
+        Self::over(stream).await.map_err(io::Error::other)
     }
 }
 
@@ -68,4 +90,9 @@ impl Service<Request<Body>> for Channel {
         let mut sender = self.0.clone();
         Box::pin(async move { sender.send_request(request).await })
     }
+}
+
+/// What a server said no with, as Go's clients print it.
+pub(crate) fn words(status: &tonic::Status) -> String {
+    format!("rpc error: code = {:?} desc = {}", status.code(), status.message())
 }

@@ -92,6 +92,11 @@ impl Paths {
         self.state().join("starts")
     }
 
+    /// `var/lib/kubelet`: where plugins of other people look for their sockets and mount their volumes.
+    pub fn plugins_root(&self) -> PathBuf {
+        self.root.join("var/lib/kubelet")
+    }
+
     /// `run/isopod`.
     pub fn run(&self) -> PathBuf {
         self.root.join("run/isopod")

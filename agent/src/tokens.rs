@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::{
-    authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
-    core::v1::{Pod, ServiceAccount},
+use k8s_openapi::{
+    api::{
+        authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
+        core::v1::{Pod, ServiceAccount},
+    },
+    jiff::Timestamp,
 };
 
 use crate::api::Api;
@@ -14,6 +17,7 @@ use crate::api::Api;
 pub(crate) struct Token {
     pub(crate) text: String,
     pub(crate) refresh: Instant,
+    pub(crate) expires: Timestamp,
 }
 
 /// What a projected volume asks for.
@@ -49,9 +53,11 @@ pub(crate) async fn request(api: &Api, pod: &Pod, wish: &Wish) -> Result<Token, 
         .await
         .map_err(|e| format!("failed to fetch token: {e}"))?;
     let status = answer.status.ok_or("failed to fetch token: the answer has no status")?;
-    let now = k8s_openapi::jiff::Timestamp::now().as_second();
-    let life = (status.expiration_timestamp.map_or(now + wish.seconds, |t| t.0.as_second()) - now).max(0) as u64;
+    let now = Timestamp::now();
+    let expires = status.expiration_timestamp.map(|t| t.0);
+    let expires = expires.or_else(|| Timestamp::from_second(now.as_second() + wish.seconds).ok()).unwrap_or(now);
+    let life = (expires.as_second() - now.as_second()).max(0) as u64;
     // Upstream: at 80 % of its life, or after a day.
     let refresh = Duration::from_secs((life * 8 / 10).clamp(10, 24 * 3600));
-    Ok(Token { text: status.token.unwrap_or_default(), refresh: asked + refresh })
+    Ok(Token { text: status.token.unwrap_or_default(), refresh: asked + refresh, expires })
 }

@@ -14,7 +14,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::ClusterRole;
-use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass, VolumeAttachment};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +40,8 @@ pub(crate) struct Caches {
     pub(crate) claims: Arc<Cache<PersistentVolumeClaim>>,
     pub(crate) volumes: Arc<Cache<PersistentVolume>>,
     pub(crate) storage_classes: Arc<Cache<StorageClass>>,
+    pub(crate) csi_drivers: Arc<Cache<CSIDriver>>,
+    pub(crate) attachments: Arc<Cache<VolumeAttachment>>,
     pub(crate) signing_requests: Arc<Cache<CertificateSigningRequest>>,
     pub(crate) cluster_roles: Arc<Cache<ClusterRole>>,
     pub(crate) autoscalers: Arc<Cache<HorizontalPodAutoscaler>>,
@@ -69,6 +71,8 @@ impl Caches {
             claims: Cache::new(),
             volumes: Cache::new(),
             storage_classes: Cache::new(),
+            csi_drivers: Cache::new(),
+            attachments: Cache::new(),
             signing_requests: Cache::new(),
             cluster_roles: Cache::new(),
             autoscalers: Cache::new(),
@@ -108,6 +112,8 @@ impl Caches {
             claims,
             volumes,
             storage_classes,
+            csi_drivers,
+            attachments,
             signing_requests,
             cluster_roles,
             autoscalers,
@@ -140,6 +146,8 @@ impl Caches {
             claims,
             volumes,
             storage_classes,
+            csi_drivers,
+            attachments,
             signing_requests,
             cluster_roles,
             autoscalers,

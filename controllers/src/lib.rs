@@ -4,6 +4,7 @@
 //! and, per key, observes, plans (pure) and applies (idempotent). Nothing polls; what must happen at a time is a timer.
 //! The binary that runs this gives a client; leader election is optional.
 
+mod attach;
 mod autoscaler;
 mod certificates;
 mod cluster_role;
@@ -145,6 +146,7 @@ fn start(ctx: &Arc<Context>, root_ca: String) {
     certificates::start(ctx);
     volumes::start(ctx);
     local_volumes::start(ctx);
+    attach::start(ctx);
     autoscaler::start(ctx);
     node::eviction::start(ctx);
     node::pod_gc::start(ctx);

@@ -91,7 +91,7 @@ fn claim_ref(volume: &PersistentVolume) -> Option<(&str, &str)> {
     Some((reference.namespace.as_deref()?, reference.name.as_deref()?))
 }
 
-fn claims_of(pod: &Pod) -> impl Iterator<Item = String> + '_ {
+pub(crate) fn claims_of(pod: &Pod) -> impl Iterator<Item = String> + '_ {
     let volumes = pod.spec.as_ref().and_then(|s| s.volumes.as_ref());
     volumes.into_iter().flatten().filter_map(|v| {
         let named = v.persistent_volume_claim.as_ref().map(|c| c.claim_name.clone());
@@ -302,10 +302,15 @@ impl Controller {
         let claim = self.write(claim, &new, "").await?.unwrap_or(new);
         let mut bound = claim.clone();
         let old = bound.status.take().unwrap_or_default();
+        // A claim that is bound already learns of a larger volume when the node has grown what is on it.
+        let capacity = match (&old.phase, &old.capacity) {
+            (Some(phase), Some(_)) if phase == "Bound" => old.capacity.clone(),
+            _ => volume.spec.as_ref().and_then(|s| s.capacity.clone()),
+        };
         bound.status = Some(PersistentVolumeClaimStatus {
             phase: Some("Bound".into()),
             access_modes: volume.spec.as_ref().and_then(|s| s.access_modes.clone()),
-            capacity: volume.spec.as_ref().and_then(|s| s.capacity.clone()),
+            capacity,
             ..old
         });
         self.write(&claim, &bound, "status").await.map(|_| ())

@@ -1,6 +1,6 @@
 //! The server's side of gRPC on a unix socket.
 
-use std::convert::Infallible;
+use std::{convert::Infallible, fs, io, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -8,7 +8,11 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     service::TowerToHyperService,
 };
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::UnixListener,
+};
+use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tower::Service;
 
@@ -24,5 +28,48 @@ where
         hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service);
     if let Err(error) = connection.await {
         tracing::debug!(%error, "gRPC connection ended");
+    }
+}
+
+/// Listens on a socket that only root may open, in place of one that an earlier life left.
+pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Answers calls on a socket until `stop`; connections end with it.
+pub(crate) async fn serve<S>(listener: UnixListener, service: S, stop: CancellationToken)
+where
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    loop {
+        // Both arms are cancel-safe: a connection that is not taken stays in the listener's queue.
+        let stream = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "gRPC socket");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        let (service, stop) = (service.clone(), stop.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = answer(stream, service) => {}
+            }
+        });
     }
 }

@@ -21,7 +21,10 @@ use k8s_openapi::{
             NodeSpec, NodeStatus,
         },
     },
-    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference, Time},
+    apimachinery::pkg::{
+        api::resource::Quantity,
+        apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference, Time},
+    },
     jiff::Timestamp,
 };
 use kube::{
@@ -166,6 +169,8 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
     let mut stream = watcher::watch_object(nodes.clone(), &ctx.node_name).backoff(crate::api::pauses()).boxed();
     let k = &ctx.config.kubelet;
     let mut images = ctx.images.changes();
+    let mut volumes = ctx.csi.in_use();
+    let mut devices = ctx.devices.changes();
     let report = k.node_status_report_frequency.max(Duration::from_secs(1));
     let mut written = tokio::time::Instant::now() - report;
     let mut retry = PAUSE;
@@ -175,10 +180,13 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
         let mut failed = false;
         uid.send_replace(node.metadata.uid.clone());
         take_pod_cidr(ctx, &node);
+        ctx.csi.take_node(&node);
         *ctx.node.write() = Some(Arc::new(node.clone()));
         network.borrow_and_update();
         pressure.borrow_and_update();
         images.borrow_and_update();
+        volumes.borrow_and_update();
+        devices.borrow_and_update();
         let unschedulable = node.spec.as_ref().and_then(|s| s.unschedulable).unwrap_or(false);
         if schedulable.replace(!unschedulable).is_some_and(|before| before == unschedulable) {
             let reason = if unschedulable { "NodeNotSchedulable" } else { "NodeSchedulable" };
@@ -212,6 +220,8 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
             () = tokio::time::sleep_until(written + report), if !failed => {}
             Ok(()) = images.changed() => {}
             Ok(()) = network.changed() => {}
+            Ok(()) = volumes.changed() => {}
+            Ok(()) = devices.changed() => {}
             Ok(()) = pressure.changed() => {}
             () = tokio::time::sleep(retry), if failed => retry = (retry * 2).min(Duration::from_secs(7)),
             event = stream.next() => match event {
@@ -334,7 +344,11 @@ fn handlers() -> Vec<NodeRuntimeHandler> {
 
 /// The status as it should be, and events for conditions that turned.
 fn full_status(ctx: &Context, old: Option<&NodeStatus>) -> (NodeStatus, Vec<(String, String)>) {
-    let (capacity, allocatable) = info::resources(&ctx.config, &ctx.machine);
+    let (mut capacity, mut allocatable) = info::resources(&ctx.config, &ctx.machine);
+    for (name, all, healthy) in ctx.devices.amounts() {
+        capacity.insert(name.clone(), Quantity(all.to_string()));
+        allocatable.insert(name, Quantity(healthy.to_string()));
+    }
     let at = now();
     let mut events = Vec::new();
     let list = conditions(&signals(ctx))
@@ -379,6 +393,7 @@ fn full_status(ctx: &Context, old: Option<&NodeStatus>) -> (NodeStatus, Vec<(Str
         node_info: Some(info::system_info()),
         features: Some(NodeFeatures { supplemental_groups_policy: Some(true) }),
         runtime_handlers: Some(handlers()),
+        volumes_in_use: Some(ctx.csi.in_use().borrow().iter().cloned().collect()),
         ..NodeStatus::default()
     };
     (status, events)
@@ -401,6 +416,7 @@ fn status_patch(ctx: &Context, node: &Node) -> (serde_json::Value, bool, Vec<(St
         comparable.daemon_endpoints != old.daemon_endpoints,
         comparable.features != old.features,
         comparable.runtime_handlers.as_ref().map(Vec::len) != old.runtime_handlers.as_ref().map(Vec::len),
+        comparable.volumes_in_use.unwrap_or_default() != old.volumes_in_use.clone().unwrap_or_default(),
         comparable.images.unwrap_or_default() != old.images.clone().unwrap_or_default(),
         comparable.conditions.iter().flatten().any(|c| !old.conditions.iter().flatten().any(|o| o == c)),
     ];

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant as StdInstant},
 };
 
+use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::{sync::oneshot, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -223,22 +224,27 @@ impl Worker {
         }
     }
 
-    /// Comes back as soon as one of the objects the pod refers to changes.
-    fn watch_references(&self) {
+    /// Comes back as soon as one of the objects the pod refers to changes, or a driver of its volumes comes.
+    fn watch_references(&mut self) {
         let mut all: Vec<_> =
             super::references(&self.pod).iter().map(|k| self.ctx.objects.hold(k)).map(|h| (h.changes(), h)).collect();
         let inputs = self.inputs.clone();
-        if all.is_empty() {
-            return;
-        }
-        tokio::spawn(async move {
+        let mut drivers = self.ctx.csi.changes();
+        let task = tokio::spawn(async move {
             for (c, _) in &mut all {
                 c.borrow_and_update();
             }
-            let changes = all.iter_mut().map(|(c, _)| Box::pin(c.changed()));
-            futures::future::select_all(changes).await.0.ok();
+            let mut changes: FuturesUnordered<_> = all.iter_mut().map(|(c, _)| c.changed()).collect();
+            // Both only wait.
+            tokio::select! {
+                Some(_) = changes.next() => {}
+                _ = drivers.changed() => {}
+            }
             let _ = inputs.send(Input::Retry);
         });
+        if let Some(last) = self.watching.replace(task.abort_handle()) {
+            last.abort();
+        }
     }
 
     /// The id of an ephemeral container's target.
@@ -421,6 +427,9 @@ impl Worker {
         let (ctx, uid, inputs) = (self.ctx.clone(), self.uid().to_string(), self.inputs.clone());
         tokio::spawn(async move {
             let mut done = sandbox::remove(&ctx, &uid, supervisor.as_ref(), group.as_deref()).await;
+            if let Err(e) = crate::csi::release(&ctx, &uid).await {
+                done = done.and(Err(e));
+            }
             let data = sandbox::remove_data(&ctx.config.paths.pod(&uid), false);
             if let (Ok(()), Err(e)) = (&done, data) {
                 done = Err(e.to_string());

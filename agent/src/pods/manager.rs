@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     context::Context,
-    qos,
+    devices, qos,
     sources::{HASH, MIRROR, SOURCE, files::Manifests, mirror},
     volumes::mounts,
 };
@@ -174,6 +174,14 @@ impl Manager {
             handle.tell(Command::Mirror(uid));
         }
         let ending = pod.metadata.deletion_timestamp.is_some();
+        if !ending && is_active(&pod) && self.ctx.devices.lacks(&pod) {
+            let (ctx, pod, teller) = (self.ctx.clone(), pod.clone(), handle.teller());
+            tokio::spawn(async move {
+                if let Err(message) = devices::allocate(&ctx, &pod).await {
+                    teller.fail("UnexpectedAdmissionError", message, 1);
+                }
+            });
+        }
         self.workers.insert(uid, Entry { handle, pod, source, ending });
     }
 

@@ -22,7 +22,7 @@ pub(crate) mod table;
 mod worker;
 mod writer;
 
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use k8s_openapi::api::core::v1::{Container, Pod};
 
@@ -80,7 +80,7 @@ fn remove_logs(log: &Path) {
 }
 
 /// Removes supervisors, cgroups, networks, directories and logs that belong to none of these pods.
-async fn manager_clean(ctx: &Context, known: &[String]) {
+async fn manager_clean(ctx: &Arc<Context>, known: &[String]) {
     let paths = &ctx.config.paths;
     let names = |dir: std::path::PathBuf| {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
@@ -90,6 +90,8 @@ async fn manager_clean(ctx: &Context, known: &[String]) {
     strangers.extend(names(paths.pods()));
     strangers.extend(ctx.cgroups.pods().into_keys());
     strangers.retain(|uid| !known.contains(uid));
+    crate::csi::adopt(ctx, known);
+    ctx.devices.retain(known);
     for uid in strangers {
         tracing::info!(uid, "removing what is left of a pod nobody knows");
         let (events, _) = tokio::sync::mpsc::unbounded_channel();

@@ -23,6 +23,7 @@ impl Worker {
         let logs = paths.pod_logs(sandbox::namespace(&self.pod), sandbox::name(&self.pod), uid);
         std::fs::remove_dir_all(logs).ok();
         self.ctx.metrics.forget_pod(sandbox::namespace(&self.pod), sandbox::name(&self.pod));
+        self.ctx.devices.release(uid);
         self.ctx.table.remove(uid);
     }
 

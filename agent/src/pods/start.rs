@@ -122,6 +122,11 @@ async fn attempt(job: &mut Job, report: &(impl Fn(Progress) + Send + Sync)) -> R
     }
     let supervisor = &prepared.live.supervisor;
     let name = job.container.name.clone();
+    if let Err(message) = job.ctx.devices.pre_start(&job.pod, &name).await {
+        job.ctx.events.container(&job.pod, &name, Kind::Warning, "Failed", format!("Error: {message}"));
+        supervisor.done(Op::Delete { container: instance.id.clone() }).await.ok();
+        return Err(start_error(instance, message).into());
+    }
     match supervisor.start(&instance.id).await {
         Ok((_, started_at)) => instance.started_at = Some(started_at),
         Err(e) => {
@@ -276,8 +281,9 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
     let (ctx, pod, c, live) = (&job.ctx, &job.pod, &job.container, &prepared.live);
     let event = |reason: &str, text: String| ctx.events.container(pod, &c.name, Kind::Warning, reason, text);
     let config = async {
+        let devices = ctx.devices.given(pod, &c.name).await.resolved().map_err(Failure::config)?;
         let addresses = Addresses { pod: live.ips.clone(), host: ctx.machine.ips.clone() };
-        let env = environment(job, &addresses).await?;
+        let env: Vec<_> = devices.variables().chain(environment(job, &addresses).await?).collect();
         let id = super::new_id();
         let bundle = exec::bundle(&ctx.config.paths, sandbox::uid(pod), &c.name, job.attempt);
         // What an earlier try of this attempt left.
@@ -293,8 +299,9 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
         for dir in ["upper", "work", "bundle"] {
             fs::create_dir_all(bundle.join(dir)).map_err(disk(&bundle))?;
         }
-        let mounts = mounts(job, &bundle, prepared, &env)?;
-        let document = spec::build(&spec::Inputs {
+        let mut mounts = mounts(job, &bundle, prepared, &env)?;
+        mounts.extend(devices.binds());
+        let mut document = spec::build(&spec::Inputs {
             pod,
             container: c,
             image,
@@ -309,6 +316,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
             seccomp_profiles: ctx.config.paths.state().join("seccomp"),
         })
         .map_err(Failure::config)?;
+        devices.apply(&mut document).map_err(Failure::config)?;
         let text = serde_json::to_vec(&document).map_err(|e| Failure::config(e.to_string()))?;
         fs::write(bundle.join("bundle/config.json"), text).map_err(disk(&bundle))?;
         Ok((id, bundle, document))

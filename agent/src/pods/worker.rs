@@ -137,6 +137,11 @@ impl Handle {
         let _ = self.inputs.send(Input::Command(command));
     }
 
+    /// Lets others end the pod.
+    pub(crate) fn teller(&self) -> Teller {
+        Teller(self.inputs.clone())
+    }
+
     /// Leaves the pod alone: the worker ends, containers go on.
     pub(crate) fn abandon(&self) {
         self.task.abort();
@@ -190,6 +195,8 @@ pub(super) struct Worker {
     pub(super) resizing: bool,
     pub(super) resize_again: Option<Instant>,
     pub(super) waits_for_room: bool,
+    /// Who waits for something that a failed start or mount lacks.
+    pub(super) watching: Option<tokio::task::AbortHandle>,
     /// Objects the pod refers to, watched while it lives.
     pub(super) _held: Vec<Held>,
 }
@@ -310,6 +317,7 @@ impl Worker {
             resizing: false,
             resize_again: None,
             waits_for_room: false,
+            watching: None,
             _held: held,
         };
         worker.take_pod(pod);
@@ -343,6 +351,7 @@ impl Worker {
                 self.state.sandbox = self.state.sandbox.take().filter(|_| self.deleting);
                 self.state.lost = false;
                 self.state.finished = true;
+                self.ctx.devices.release(self.uid());
                 self.dirty = true;
             }
             Input::Removed(Err(error)) => {

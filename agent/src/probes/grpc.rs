@@ -8,6 +8,7 @@ use super::http::{authority, dial};
 use crate::grpc::{
     Channel,
     proto::health::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient},
+    words,
 };
 
 /// Whether the service says that it serves; the error is upstream's text.
@@ -34,7 +35,7 @@ async fn ask(ip: IpAddr, port: u16, service: &str, timeout: Duration) -> Result<
         Code::Unimplemented => {
             "error: this server does not implement the grpc health protocol (grpc.health.v1.Health)".into()
         }
-        _ => failed(format!("rpc error: code = {:?} desc = {}", status.code(), status.message())),
+        _ => failed(words(&status)),
     })?;
     match answer.into_inner().status() {
         ServingStatus::Serving => Ok(()),

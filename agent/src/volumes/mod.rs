@@ -23,6 +23,7 @@ use tokio::sync::watch;
 
 use crate::{
     context::Context,
+    csi::volume as csi,
     objects::{Held, ObjectRef},
     spec::{BindMount, expand::expand, field::Addresses},
 };
@@ -39,24 +40,30 @@ pub(crate) struct VolumeError {
 }
 
 /// A volume ready to be shown to containers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Ready {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
+    /// Who looks after it while it is mounted.
+    keeper: Option<tokio::task::AbortHandle>,
+}
+
+impl Ready {
+    fn new(path: PathBuf, read_only: bool) -> Self {
+        Self { path, read_only, keeper: None }
+    }
 }
 
 /// All volumes of a pod.
 #[derive(Debug, Default)]
 pub(crate) struct Mounted {
     volumes: BTreeMap<String, Ready>,
-    keeper: Option<tokio::task::AbortHandle>,
+    keepers: Vec<tokio::task::AbortHandle>,
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if let Some(k) = &self.keeper {
-            k.abort();
-        }
+        self.keepers.iter().for_each(tokio::task::AbortHandle::abort);
     }
 }
 
@@ -75,11 +82,6 @@ fn content_directory(ctx: &Context, uid: &str, v: &Volume) -> PathBuf {
         "kubernetes.io~projected"
     };
     ctx.config.paths.run_pod(uid).join("volumes").join(plugin).join(&v.name)
-}
-
-fn fs_group(pod: &Pod) -> Option<u32> {
-    let context = pod.spec.as_ref()?.security_context.as_ref()?;
-    context.fs_group.and_then(|g| u32::try_from(g).ok())
 }
 
 /// Sets up every volume of a pod, all at once; content volumes follow their sources as long as the result lives.
@@ -104,18 +106,20 @@ pub(crate) async fn mount(
     let first_addresses = addresses.borrow().clone();
     let filled = join_all(contents.iter_mut().map(|c| c.refresh(ctx, &pod, &first_addresses)));
     let (plain, filled) = tokio::join!(plain, filled);
-    let mut all = BTreeMap::new();
+    let mut mounted = Mounted::default();
     for ready in plain {
-        let (name, ready) = ready?;
-        all.insert(name, ready);
+        let (name, mut ready) = ready?;
+        mounted.keepers.extend(ready.keeper.take());
+        mounted.volumes.insert(name, ready);
     }
     filled.into_iter().collect::<Result<Vec<()>, _>>()?;
     for c in &contents {
-        all.insert(c.name.clone(), Ready { path: c.target.clone(), read_only: true });
+        mounted.volumes.insert(c.name.clone(), Ready::new(c.target.clone(), true));
     }
-    let keeper =
-        (!contents.is_empty()).then(|| tokio::spawn(keep(ctx.clone(), contents, pods, addresses)).abort_handle());
-    Ok(Mounted { volumes: all, keeper })
+    if !contents.is_empty() {
+        mounted.keepers.push(tokio::spawn(keep(ctx.clone(), contents, pods, addresses)).abort_handle());
+    }
+    Ok(mounted)
 }
 
 async fn plain_volume(
@@ -126,46 +130,61 @@ async fn plain_volume(
     v: &Volume,
 ) -> Result<(String, Ready), VolumeError> {
     let error = |message: String| VolumeError { volume: v.name.clone(), message };
-    let writable = |path| Ready { path, read_only: false };
+    let writable = |path| Ready::new(path, false);
     let ready = if let Some(e) = &v.empty_dir {
         let target = directory(ctx, uid, "kubernetes.io~empty-dir", &v.name);
-        plain::empty_dir(&target, e, fs_group(pod)).map_err(error)?;
+        plain::empty_dir(&target, e, plain::fs_group(pod)).map_err(error)?;
         writable(target)
     } else if let Some(i) = &v.image {
         let target = directory(ctx, uid, "kubernetes.io~image", &v.name);
-        Ready { path: image::mount(ctx, pod, i, target).await.map_err(error)?, read_only: true }
+        Ready::new(image::mount(ctx, pod, i, target).await.map_err(error)?, true)
     } else if let Some(h) = &v.host_path {
         writable(plain::host_path(h).map_err(error)?)
     } else if let Some(c) = &v.persistent_volume_claim {
-        let path = claim(ctx, pod, namespace, &c.claim_name).await.map_err(error)?;
-        Ready { path, read_only: c.read_only == Some(true) }
+        claim(ctx, pod, namespace, &c.claim_name, c.read_only == Some(true)).await.map_err(error)?
     } else if v.ephemeral.is_some() {
         let name = format!("{}-{}", pod.metadata.name.as_deref().unwrap_or_default(), v.name);
-        writable(claim(ctx, pod, namespace, &name).await.map_err(error)?)
+        claim(ctx, pod, namespace, &name, false).await.map_err(error)?
+    } else if let Some(c) = &v.csi {
+        mounted(csi::Wanted::inline(ctx, pod, &v.name, c.clone()), c.read_only == Some(true)).await.map_err(error)?
     } else {
         return Err(error("no volume plugin matched: this kind of volume is not supported".into()));
     };
     Ok((v.name.clone(), ready))
 }
 
-/// The directory of a bound claim: local and hostPath volumes.
-async fn claim(ctx: &Context, pod: &Pod, namespace: &str, name: &str) -> Result<PathBuf, String> {
+async fn mounted(volume: csi::Wanted, read_only: bool) -> Result<Ready, String> {
+    let csi::Mounted { path, keeper } = volume.mount().await?;
+    Ok(Ready { path, read_only, keeper })
+}
+
+/// The volume of a bound claim: local, hostPath and CSI ones.
+async fn claim(
+    ctx: &Arc<Context>,
+    pod: &Arc<Pod>,
+    namespace: &str,
+    name: &str,
+    read_only: bool,
+) -> Result<Ready, String> {
     let client = ctx.api.wait().await.ok_or("there is no API server")?;
     let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client.clone(), namespace);
     let claim = claims.get(name).await.map_err(|e| e.to_string())?;
     let bound = claim.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Bound");
-    let volume = claim.spec.and_then(|s| s.volume_name).filter(|_| bound);
+    let volume = claim.spec.as_ref().and_then(|s| s.volume_name.clone()).filter(|_| bound);
     let volume = volume.ok_or_else(|| format!("PersistentVolumeClaim {name} is not bound"))?;
     let volumes: kube::Api<PersistentVolume> = kube::Api::all(client);
-    let found = volumes.get(&volume).await.map_err(|e| e.to_string())?;
-    let by = found.metadata.annotations.as_ref().and_then(|a| a.get("pv.kubernetes.io/provisioned-by"));
+    let object = volumes.get(&volume).await.map_err(|e| e.to_string())?;
+    let by = object.metadata.annotations.as_ref().and_then(|a| a.get("pv.kubernetes.io/provisioned-by"));
     let ours = by.is_some_and(|by| by == LOCAL_PROVISIONER);
-    let spec = found.spec.unwrap_or_default();
+    let spec = object.spec.clone().unwrap_or_default();
     if let Some(h) = &spec.host_path {
-        return plain::host_path(h);
+        return Ok(Ready::new(plain::host_path(h)?, read_only));
+    }
+    if let Some(wanted) = csi::Wanted::persistent(ctx, pod, claim, object, read_only) {
+        return mounted(wanted, read_only).await;
     }
     let local = spec.local.ok_or_else(|| format!("PersistentVolume {volume} is of a kind that is not supported"))?;
-    plain::local(&local.path, ours, fs_group(pod))
+    Ok(Ready::new(plain::local(&local.path, ours, plain::fs_group(pod))?, read_only))
 }
 
 /// One content volume.
@@ -188,7 +207,7 @@ impl Content {
         let error = |message: String| VolumeError { volume: self.name.clone(), message };
         let made = content::payload(ctx, pod, &self.sources, &self.held, &mut self.tokens, addresses).await;
         let payload = made.map_err(error)?;
-        match atomic::write(&self.target, &payload, fs_group(pod)) {
+        match atomic::write(&self.target, &payload, plain::fs_group(pod)) {
             Ok(_) => Ok(()),
             Err(e) => Err(VolumeError { volume: self.name.clone(), message: e.to_string() }),
         }

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource};
+use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource, Pod};
 
 use crate::quantity;
 
@@ -98,6 +98,19 @@ pub(crate) fn local(path: &str, make: bool, gid: Option<u32>) -> Result<PathBuf,
         own(&target, gid, true).map_err(context("chown"))?;
     }
     Ok(target)
+}
+
+/// The group that a pod's volumes belong to.
+pub(crate) fn fs_group(pod: &Pod) -> Option<u32> {
+    let context = pod.spec.as_ref()?.security_context.as_ref()?;
+    context.fs_group.and_then(|g| u32::try_from(g).ok())
+}
+
+/// As [`own`], but leaves a tree alone whose root is the group's already, when that is enough.
+pub(crate) fn own_with(root: &Path, gid: u32, root_tells: bool) -> io::Result<()> {
+    let meta = fs::symlink_metadata(root)?;
+    let has = meta.gid() == gid && meta.mode() & 0o2770 == 0o2770;
+    if root_tells && has { Ok(()) } else { own(root, gid, true) }
 }
 
 /// Gives a tree to a group: everyone in it may read, write and, in directories, create.

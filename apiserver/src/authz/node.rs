@@ -68,6 +68,22 @@ impl NodeAuthorizer {
         pods.iter()
             .filter(|pod| pod.field("spec.nodeName") == Some(node))
             .any(|pod| refers(&pod.value(), &attributes.resource, &attributes.name))
+            || (attributes.resource == "secrets" && self.of_volume(node, attributes))
+    }
+
+    /// Whether a secret is one that a volume of one of the node's pods is mounted with.
+    fn of_volume(&self, node: &str, attributes: &Attributes) -> bool {
+        let core = |resource| Gvr::new("", "v1", resource);
+        let volumes = self.objects.list(&core("persistentvolumes"), "");
+        volumes.iter().map(|volume| volume.value()).any(|volume| {
+            let claim = &volume["spec"]["claimRef"];
+            let field = |name: &str| claim[name].as_str().unwrap_or_default();
+            mounted_with(&volume, &attributes.namespace, &attributes.name) && {
+                let pods = self.objects.list(&core("pods"), field("namespace"));
+                let mut own = pods.iter().filter(|pod| pod.field("spec.nodeName") == Some(node));
+                own.any(|pod| refers(&pod.value(), "persistentvolumeclaims", field("name")))
+            }
+        })
     }
 }
 
@@ -106,6 +122,13 @@ fn names(spec: &Value, kind: &str, volume_field: &str, name: &str) -> bool {
             list(container, "envFrom").iter().any(|source| source[format!("{kind}Ref")]["name"] == name)
                 || list(container, "env").iter().any(|env| env["valueFrom"][format!("{kind}KeyRef")]["name"] == name)
         })
+}
+
+/// Whether a driver is given a secret for a volume on a node.
+fn mounted_with(volume: &Value, namespace: &str, name: &str) -> bool {
+    let source = &volume["spec"]["csi"];
+    let references = ["nodeStageSecretRef", "nodePublishSecretRef", "nodeExpandSecretRef"].map(|field| &source[field]);
+    references.iter().any(|r| r["name"] == name && r["namespace"] == namespace)
 }
 
 /// Secrets of storage drivers: `secretRef`, `nodePublishSecretRef` and `secretName` one level down.
@@ -152,6 +175,16 @@ mod tests {
         ] {
             assert_eq!(refers(&pod, resource, name), found, "{resource} {name}");
         }
+    }
+
+    #[test]
+    fn a_volume_is_mounted_with_the_nodes_secrets_only() {
+        let secret = |name: &str| json!({"namespace": "ns", "name": name});
+        let csi = json!({"nodeStageSecretRef": secret("stage"), "controllerPublishSecretRef": secret("control")});
+        let volume = json!({"spec": {"csi": csi}});
+        assert!(mounted_with(&volume, "ns", "stage"));
+        assert!(!mounted_with(&volume, "other", "stage"));
+        assert!(!mounted_with(&volume, "ns", "control"));
     }
 
     #[test]

@@ -1,0 +1,171 @@
+//! Looking after a mounted volume: it grows when its PersistentVolume has grown, and is published again when its driver
+//! wants that.
+//!
+//! A node may get claims and volumes, not watch them: those that can grow are asked for every [`LOOK`].
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{PersistentVolume, PersistentVolumeClaim},
+        storage::v1::CSIDriverSpec,
+    },
+    apimachinery::pkg::api::resource::Quantity,
+};
+use kube::api::{Patch, PatchParams};
+use serde_json::json;
+
+use super::{
+    Driver,
+    driver::Can,
+    volume::{From, Wanted},
+};
+use crate::{
+    events::Kind,
+    grpc::proto::csi::{CapacityRange, NodeExpandVolumeRequest},
+    pods::sandbox,
+    quantity,
+};
+
+/// How often the claim of a volume that can grow is looked at.
+const LOOK: Duration = Duration::from_secs(10);
+/// How often a volume is published again for a driver that wants that.
+const REPUBLISH: Duration = Duration::from_secs(60);
+
+fn storage(list: Option<&std::collections::BTreeMap<String, Quantity>>) -> i64 {
+    list.and_then(|l| l.get("storage")).map_or(0, quantity::value)
+}
+
+/// The size a volume has to grow to, if so: what the controller gave the volume and the claim does not have yet.
+fn growth(volume: &PersistentVolume, claim: &PersistentVolumeClaim) -> Option<(i64, Quantity)> {
+    let capacity = volume.spec.as_ref()?.capacity.as_ref();
+    let (want, have) = (storage(capacity), storage(claim.status.as_ref()?.capacity.as_ref()));
+    let exact = capacity?.get("storage")?.clone();
+    (have > 0 && want > have).then_some((want, exact))
+}
+
+/// Grows a volume that has grown behind the node while it was not mounted.
+pub(super) async fn at_mount(w: &Wanted, driver: &Driver, staged: bool) -> Result<(), String> {
+    let From::Persistent { volume, claim } = &w.from else { return Ok(()) };
+    grow(w, driver, staged, volume, claim).await
+}
+
+async fn grow(
+    w: &Wanted,
+    driver: &Driver,
+    staged: bool,
+    volume: &PersistentVolume,
+    claim: &PersistentVolumeClaim,
+) -> Result<(), String> {
+    let Some((want, exact)) = growth(volume, claim).filter(|_| driver.can(Can::ExpandVolume)) else { return Ok(()) };
+    let source = volume.spec.as_ref().and_then(|s| s.csi.as_ref()).ok_or("not a CSI volume")?;
+    let request = NodeExpandVolumeRequest {
+        volume_id: w.handle.clone(),
+        volume_path: w.target().display().to_string(),
+        capacity_range: Some(CapacityRange { required_bytes: want, limit_bytes: 0 }),
+        staging_target_path: if staged { w.staging().display().to_string() } else { String::new() },
+        volume_capability: Some(w.capability(driver)),
+        secrets: w.secret(source.node_expand_secret_ref.as_ref()).await?,
+    };
+    let name = volume.metadata.name.as_deref().unwrap_or_default();
+    let events = &w.ctx.events;
+    if let Err(error) = driver.expand(request).await {
+        let text = format!("NodeExpandVolume.NodeExpandVolume failed for volume {name:?} : {error}");
+        events.pod(&w.pod, Kind::Warning, "VolumeResizeFailed", text);
+        return Err(error);
+    }
+    let text = format!("MountVolume.NodeExpandVolume succeeded for volume {name:?} {}", exact.0);
+    events.pod(&w.pod, Kind::Normal, "FileSystemResizeSuccessful", text);
+    tell(w, claim, &exact).await
+}
+
+/// The claim has the size now, and nothing of the change is pending.
+async fn tell(w: &Wanted, claim: &PersistentVolumeClaim, size: &Quantity) -> Result<(), String> {
+    let client = w.ctx.api.wait().await.ok_or("there is no API server")?;
+    let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client, sandbox::namespace(&w.pod));
+    let conditions = claim.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default();
+    let left: Vec<_> = conditions
+        .into_iter()
+        .filter(|c| !matches!(c.type_.as_str(), "FileSystemResizePending" | "Resizing"))
+        .collect();
+    let status = json!({
+        "capacity": {"storage": size.0},
+        "conditions": left,
+        "allocatedResourceStatuses": {"storage": null},
+    });
+    let name = claim.metadata.name.as_deref().unwrap_or_default();
+    let patch = Patch::Merge(json!({"status": status}));
+    claims.patch_status(name, &PatchParams::default(), &patch).await.map(|_| ()).map_err(|e| e.to_string())
+}
+
+/// A task for a volume that needs looking after.
+pub(super) fn keep(w: Wanted, spec: CSIDriverSpec) -> Option<tokio::task::AbortHandle> {
+    let again = spec.requires_republish == Some(true);
+    let persistent = matches!(w.from, From::Persistent { .. });
+    (again || persistent).then(|| tokio::spawn(follow(w, spec)).abort_handle())
+}
+
+async fn follow(w: Wanted, spec: CSIDriverSpec) {
+    let again = spec.requires_republish == Some(true);
+    let mut published = Instant::now();
+    loop {
+        // Until its driver is there (after a restart of the agent) there is nothing to do.
+        let mut drivers = w.ctx.csi.drivers.subscribe();
+        let driver = drivers.wait_for(|all| all.contains_key(&w.driver)).await;
+        let Ok(Some(driver)) = driver.map(|all| all.get(&w.driver).cloned()) else { return };
+        let grows = driver.can(Can::ExpandVolume) && matches!(w.from, From::Persistent { .. });
+        match (grows, again) {
+            (true, _) => tokio::time::sleep(LOOK).await,
+            (false, true) => tokio::time::sleep(REPUBLISH).await,
+            // Only another driver under this name could want something.
+            (false, false) => {
+                if drivers.changed().await.is_err() {
+                    return;
+                }
+                continue;
+            }
+        }
+        if grows && let Err(error) = look(&w, &driver).await {
+            tracing::warn!(pod = sandbox::name(&w.pod), error, "volume keeps its size");
+        }
+        if again && published.elapsed() >= REPUBLISH {
+            published = Instant::now();
+            let _turn = w.ctx.csi.turn(&w.driver, &w.handle).await;
+            let staged = driver.can(Can::StageUnstageVolume) && matches!(w.from, From::Persistent { .. });
+            if let Err(error) = w.publish(&driver, &spec, HashMap::new(), staged).await {
+                tracing::warn!(pod = sandbox::name(&w.pod), error, "volume not published again");
+            }
+        }
+    }
+}
+
+async fn look(w: &Wanted, driver: &Driver) -> Result<(), String> {
+    let From::Persistent { volume, claim } = &w.from else { return Ok(()) };
+    let Some(client) = w.ctx.api.get() else { return Ok(()) };
+    let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client.clone(), sandbox::namespace(&w.pod));
+    let volumes: kube::Api<PersistentVolume> = kube::Api::all(client);
+    let volume = volumes.get(volume.metadata.name.as_deref().unwrap_or_default()).await.map_err(|e| e.to_string())?;
+    let claim = claims.get(claim.metadata.name.as_deref().unwrap_or_default()).await.map_err(|e| e.to_string())?;
+    let _turn = w.ctx.csi.turn(&w.driver, &w.handle).await;
+    grow(w, driver, driver.can(Can::StageUnstageVolume), &volume, &claim).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volume_grows_when_it_is_larger_than_its_claim_knows() {
+        let of = |volume: &str, claim: serde_json::Value| {
+            let volume = serde_json::from_value(json!({"spec": {"capacity": {"storage": volume}}})).unwrap();
+            let claim = serde_json::from_value(json!({"status": claim})).unwrap();
+            growth(&volume, &claim).map(|(bytes, text)| (bytes, text.0))
+        };
+        assert_eq!(of("2Gi", json!({"capacity": {"storage": "1Gi"}})), Some((2 << 30, "2Gi".into())));
+        assert_eq!(of("1Gi", json!({"capacity": {"storage": "1024Mi"}})), None);
+        assert_eq!(of("1Gi", json!({})), None);
+    }
+}

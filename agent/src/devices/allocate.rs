@@ -1,0 +1,252 @@
+//! Giving devices to the containers of a pod that this node takes.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+
+use super::{Devices, Given, Injection, State, plugin::PATIENCE};
+use crate::{
+    context::Context,
+    grpc::{
+        Channel,
+        proto::device::{
+            AllocateRequest, ContainerAllocateRequest, ContainerPreferredAllocationRequest, PreStartContainerRequest,
+            PreferredAllocationRequest, device_plugin_client::DevicePluginClient,
+        },
+        words,
+    },
+    pods::sandbox,
+    qos, quantity,
+};
+
+/// What a container asks of resources that plugins have.
+fn wishes(state: &State, c: &Container) -> Vec<(String, usize)> {
+    let limits = c.resources.as_ref().and_then(|r| r.limits.as_ref());
+    let all = limits.into_iter().flatten();
+    let known = all.filter(|(name, _)| state.resources.contains_key(*name));
+    let counted = known.map(|(name, q)| (name.clone(), usize::try_from(quantity::value(q)).unwrap_or(0)));
+    counted.filter(|(_, n)| *n > 0).collect()
+}
+
+/// Devices of a resource that nobody has.
+fn free(state: &State, resource: &str) -> BTreeSet<String> {
+    let given = state.pods.values().flat_map(|p| p.values()).filter_map(|c| c.get(resource));
+    let taken: BTreeSet<&String> = given.flat_map(|g| &g.devices).collect();
+    let devices = state.resources.get(resource).into_iter().flat_map(|r| &r.devices);
+    devices.filter(|(id, d)| d.healthy && !taken.contains(id)).map(|(id, _)| id.clone()).collect()
+}
+
+/// Devices of init containers that have ended are for those after them. Sidecars keep theirs.
+fn reusable(state: &State, pod: &Pod, upto: &str, resource: &str) -> BTreeSet<String> {
+    let Some(spec) = &pod.spec else { return BTreeSet::new() };
+    let Some(given) = state.pods.get(sandbox::uid(pod)) else { return BTreeSet::new() };
+    let of = |name: &str| given.get(name).and_then(|c| c.get(resource)).map(|g| g.devices.clone()).unwrap_or_default();
+    let mut reusable = BTreeSet::new();
+    for c in qos::all_containers(spec).take_while(|c| c.name != upto) {
+        let init = spec.init_containers.iter().flatten().any(|i| i.name == c.name) && !qos::is_sidecar(c);
+        match init {
+            true => reusable.extend(of(&c.name)),
+            false => reusable.retain(|id| !of(&c.name).contains(id)),
+        }
+    }
+    reusable
+}
+
+/// Whether a pod asks for devices that it has not been given.
+pub(super) fn lacks(state: &State, pod: &Pod) -> bool {
+    let given = state.pods.get(sandbox::uid(pod));
+    let has = |c: &Container, resource: &String| {
+        let of = given.and_then(|p| p.get(&c.name)?.get(resource));
+        of.is_some_and(|g| g.injection.is_some())
+    };
+    let mut containers = pod.spec.iter().flat_map(qos::all_containers);
+    containers.any(|c| wishes(state, c).iter().any(|(resource, _)| !has(c, resource)))
+}
+
+/// Gives a pod its devices; the error is the message of an UnexpectedAdmissionError. What was given before stays.
+pub(crate) async fn allocate(ctx: &Arc<Context>, pod: &Pod) -> Result<(), String> {
+    let Some(spec) = &pod.spec else { return Ok(()) };
+    for c in qos::all_containers(spec) {
+        let wishes = wishes(&ctx.devices.state.lock(), c);
+        for (resource, count) in wishes {
+            if let Err(error) = ctx.devices.one(pod, c, &resource, count).await {
+                ctx.devices.release(sandbox::uid(pod));
+                return Err(format!("Pod was rejected: Allocate failed due to {error}, which is unexpected"));
+            }
+        }
+    }
+    ctx.devices.save();
+    Ok(())
+}
+
+impl Devices {
+    /// Whether a pod has to wait for its devices.
+    pub(crate) fn lacks(&self, pod: &Pod) -> bool {
+        lacks(&self.state.lock(), pod)
+    }
+
+    /// What a container was given, once that is settled.
+    pub(crate) async fn given(&self, pod: &Pod, container: &str) -> Injection {
+        let mut changes = self.changed.subscribe();
+        while self.lacks(pod) {
+            // What was not given because the pod is refused never comes; its start is cancelled.
+            if changes.changed().await.is_err() {
+                break;
+            }
+        }
+        let state = self.state.lock();
+        let all = state.pods.get(sandbox::uid(pod)).and_then(|p| p.get(container));
+        let parts = all.into_iter().flat_map(|c| c.values()).filter_map(|g| g.injection.clone());
+        parts.fold(Injection::default(), Injection::with)
+    }
+
+    fn note(&self, pod: &Pod, container: &str, resource: &str, given: Given) {
+        let mut state = self.state.lock();
+        let of_pod = state.pods.entry(sandbox::uid(pod).into()).or_default();
+        of_pod.entry(container.into()).or_default().insert(resource.into(), given);
+    }
+
+    fn client(&self, resource: &str) -> Result<std::path::PathBuf, String> {
+        let state = self.state.lock();
+        let endpoint = state.resources.get(resource).and_then(|r| r.endpoint.clone());
+        endpoint.ok_or_else(|| format!("no healthy plugin for resource {resource}"))
+    }
+
+    async fn one(&self, pod: &Pod, c: &Container, resource: &str, count: usize) -> Result<(), String> {
+        let (reserved, preferred) = {
+            let state = self.state.lock();
+            let own = state.pods.get(sandbox::uid(pod)).and_then(|p| p.get(&c.name)?.get(resource));
+            if own.is_some_and(|g| g.injection.is_some()) {
+                return Ok(());
+            }
+            let again = reusable(&state, pod, &c.name, resource);
+            let free = free(&state, resource);
+            if again.len().min(count) + free.len() < count {
+                let text = "requested number of devices unavailable for";
+                return Err(format!("{text} {resource}. Requested: {count}, Available: {}", again.len() + free.len()));
+            }
+            let preferred = state.resources.get(resource).is_some_and(|r| r.preferred);
+            (choice(&again, &free, count), preferred.then_some((again, free)))
+        };
+        // Held while the plugin is asked, so that nobody else is given them.
+        self.note(pod, &c.name, resource, Given { devices: reserved.clone(), injection: None });
+        let mut client = DevicePluginClient::new(
+            Channel::unix(&self.client(resource)?).await.map_err(|e| format!("device plugin of {resource}: {e}"))?,
+        );
+        let mut ids = reserved;
+        if let Some((again, free)) = preferred {
+            ids = self.prefer(&mut client, &again, &free, count).await?.unwrap_or(ids);
+            self.note(pod, &c.name, resource, Given { devices: ids.clone(), injection: None });
+        }
+        let one = ContainerAllocateRequest { devices_ids: ids.iter().cloned().collect() };
+        let request = AllocateRequest { container_requests: vec![one] };
+        let asked = tokio::time::timeout(PATIENCE, client.allocate(request)).await;
+        let answer = asked.map_err(|_| format!("the device plugin of {resource} does not answer"))?;
+        let answer = answer.map_err(|s| words(&s))?.into_inner().container_responses.into_iter().next();
+        let answer = answer.ok_or_else(|| format!("the device plugin of {resource} answered nothing"))?;
+        let injection = Injection::from_plugin(answer)?;
+        self.note(pod, &c.name, resource, Given { devices: ids, injection: Some(injection) });
+        Ok(())
+    }
+
+    /// The plugin's own choice, if it is one of what was offered and still free.
+    async fn prefer(
+        &self,
+        client: &mut DevicePluginClient<Channel>,
+        again: &BTreeSet<String>,
+        free: &BTreeSet<String>,
+        count: usize,
+    ) -> Result<Option<BTreeSet<String>>, String> {
+        let offered: BTreeSet<&String> = again.union(free).collect();
+        let must: Vec<String> = again.iter().take(count).cloned().collect();
+        let request = PreferredAllocationRequest {
+            container_requests: vec![ContainerPreferredAllocationRequest {
+                available_device_i_ds: offered.iter().map(|id| (*id).clone()).collect(),
+                must_include_device_i_ds: must.clone(),
+                allocation_size: i32::try_from(count).unwrap_or(i32::MAX),
+            }],
+        };
+        let answer = client.get_preferred_allocation(request).await.map_err(|s| words(&s))?.into_inner();
+        let wish = answer.container_responses.into_iter().next().map(|r| r.device_i_ds).unwrap_or_default();
+        let ids: BTreeSet<String> = wish.into_iter().filter(|id| offered.contains(id)).collect();
+        let fits = ids.len() == count && must.iter().all(|id| ids.contains(id));
+        Ok(fits.then_some(ids))
+    }
+
+    /// Tells plugins that want to know that a container starts.
+    pub(crate) async fn pre_start(&self, pod: &Pod, container: &str) -> Result<(), String> {
+        let wanting: Vec<(String, Vec<String>)> = {
+            let state = self.state.lock();
+            let given = state.pods.get(sandbox::uid(pod)).and_then(|p| p.get(container));
+            let wants = |name: &str| state.resources.get(name).is_some_and(|r| r.pre_start);
+            let all = given.into_iter().flatten().filter(|(name, _)| wants(name));
+            all.map(|(name, g)| (name.clone(), g.devices.iter().cloned().collect())).collect()
+        };
+        for (resource, devices_ids) in wanting {
+            let channel = Channel::unix(&self.client(&resource)?).await.map_err(|e| format!("{resource}: {e}"))?;
+            let mut client = DevicePluginClient::new(channel);
+            let call = client.pre_start_container(PreStartContainerRequest { devices_ids });
+            let failed = |why: String| format!("device plugin PreStartContainer rpc failed with err: {why}");
+            // Longer than other calls, as upstream: a plugin may reset a device here.
+            match tokio::time::timeout(3 * PATIENCE, call).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(s)) => return Err(failed(words(&s))),
+                Err(_) => return Err(failed("context deadline exceeded".into())),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first that fit: those of init containers before fresh ones.
+fn choice(again: &BTreeSet<String>, free: &BTreeSet<String>, count: usize) -> BTreeSet<String> {
+    again.iter().chain(free.difference(again)).take(count).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::{Device, Resource};
+    use serde_json::json;
+
+    fn state() -> State {
+        let device = |healthy| Device { healthy, nodes: vec![] };
+        let devices = [("a", true), ("b", true), ("c", false), ("d", true)].map(|(id, h)| (id.to_string(), device(h)));
+        let mut state = State::default();
+        state.resources.insert("x/y".into(), Resource { devices: devices.into(), ..Resource::default() });
+        state
+    }
+
+    fn give(state: &mut State, pod: &str, container: &str, ids: &[&str]) {
+        let devices = ids.iter().map(|i| (*i).to_string()).collect();
+        let given = Given { devices, injection: Some(Injection::default()) };
+        state.pods.entry(pod.into()).or_default().entry(container.into()).or_default().insert("x/y".into(), given);
+    }
+
+    #[test]
+    fn devices_are_given_once_and_reused_after_init_containers() {
+        let set = |ids: &[&str]| ids.iter().map(|i| (*i).to_string()).collect::<BTreeSet<_>>();
+        let c = |name: &str, n: u32| json!({"name": name, "resources": {"limits": {"x/y": n, "cpu": 1}}});
+        let mut sidecar = c("side", 1);
+        sidecar["restartPolicy"] = "Always".into();
+        let pod: Pod = serde_json::from_value(json!({"metadata": {"uid": "u"}, "spec": {
+            "initContainers": [c("init", 2), sidecar], "containers": [c("main", 1), c("more", 1)]}}))
+        .unwrap();
+        let mut s = state();
+        assert_eq!(wishes(&s, &pod.spec.as_ref().unwrap().containers[0]), [("x/y".to_string(), 1)]);
+        assert!(lacks(&s, &pod));
+        give(&mut s, "other", "c", &["d"]);
+        assert_eq!(free(&s, "x/y"), set(&["a", "b"]));
+        give(&mut s, "u", "init", &["a", "b"]);
+        assert_eq!(free(&s, "x/y"), set(&[]));
+        assert_eq!(reusable(&s, &pod, "side", "x/y"), set(&["a", "b"]));
+        give(&mut s, "u", "side", &["a"]);
+        assert_eq!(reusable(&s, &pod, "main", "x/y"), set(&["b"]));
+        give(&mut s, "u", "main", &["b"]);
+        assert_eq!(reusable(&s, &pod, "more", "x/y"), set(&[]));
+        assert!(lacks(&s, &pod));
+        give(&mut s, "u", "more", &["b"]);
+        assert!(!lacks(&s, &pod));
+        assert_eq!(choice(&set(&["z"]), &set(&["a", "b"]), 2), set(&["z", "a"]));
+    }
+}

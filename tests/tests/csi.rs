@@ -1,0 +1,197 @@
+//! CSI volumes, with a driver that speaks real gRPC on real sockets.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{fs, process::Child};
+
+use isopod_tests::{Cluster, Net, eventually, host::binaries};
+
+const DRIVER: &str = "mock.csi.test";
+
+/// A driver on the cluster's host.
+struct Driver {
+    process: Child,
+    data: String,
+    log: std::path::PathBuf,
+}
+
+impl Driver {
+    fn start(c: &Cluster, name: &str, words: &[&str]) -> Self {
+        let data = format!("/var/lib/{name}");
+        let program = binaries().join("mock-csi");
+        let mut args = vec![name, data.as_str()];
+        args.extend(words);
+        let process = c.host.spawn("csi.log", program.to_str().unwrap(), &args);
+        Self { process, log: c.host.path(&format!("{data}/log")), data }
+    }
+
+    /// The requests so far that contain all these words.
+    fn asked(&self, words: &[&str]) -> Vec<String> {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        text.lines().filter(|l| words.iter().all(|w| l.contains(w))).map(str::to_owned).collect()
+    }
+
+    #[track_caller]
+    fn wait(&self, words: &[&str]) -> String {
+        eventually(&format!("a request with {words:?}"), || {
+            self.asked(words).pop().ok_or_else(|| fs::read_to_string(&self.log))
+        })
+    }
+
+    fn stop(mut self, c: &Cluster) {
+        c.host.must(&format!("kill $(cat {}/pid)", self.data));
+        self.process.wait().unwrap();
+    }
+}
+
+fn volume(name: &str, more: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: PersistentVolume\nmetadata: {{name: {name}}}\nspec:\n  capacity: {{storage: 1Gi}}\n  \
+         accessModes: [ReadWriteOnce]\n  storageClassName: ''\n  claimRef: {{namespace: default, name: {name}}}\n  \
+         csi: {{driver: {DRIVER}, volumeHandle: handle-{name}, fsType: ext4, volumeAttributes: {{content: of-{name}}}{more}}}\n\
+         ---\napiVersion: v1\nkind: PersistentVolumeClaim\nmetadata: {{name: {name}}}\nspec:\n  accessModes: [ReadWriteOnce]\n  \
+         storageClassName: ''\n  resources: {{requests: {{storage: 1Gi}}}}\n  volumeName: {name}\n"
+    )
+}
+
+fn pod(name: &str, claim: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nspec:\n  terminationGracePeriodSeconds: 0\n  \
+         securityContext: {{fsGroup: 4711}}\n  \
+         containers: [{{name: c, image: 'busybox:1', command: [sleep, '1000'], volumeMounts: [{{name: v, mountPath: /v}}]}}]\n  \
+         volumes: [{{name: v, persistentVolumeClaim: {{claimName: {claim}}}}}]\n"
+    )
+}
+
+fn left(c: &Cluster) -> String {
+    c.host.must("grep /var/lib/kubelet /proc/self/mountinfo; find /var/lib/kubelet/pods /var/lib/kubelet/plugins/kubernetes.io -name vol_data.json 2>/dev/null; true")
+}
+
+#[test]
+fn volumes_are_staged_published_grown_and_taken_down_also_across_restarts() {
+    let mut net = Net::new();
+    let mut c = Cluster::start(&net.host("one"));
+    c.apply(&format!(
+        "apiVersion: storage.k8s.io/v1\nkind: CSIDriver\nmetadata: {{name: {DRIVER}}}\nspec:\n  attachRequired: false\n  \
+         podInfoOnMount: true\n  volumeLifecycleModes: [Persistent, Ephemeral]\n  fsGroupPolicy: File\n  \
+         tokenRequests: [{{audience: vault, expirationSeconds: 3600}}]\n"
+    ));
+    c.k("create secret generic stage --from-literal=key=opensesame");
+    c.apply(&format!(
+        "{}{}",
+        volume("a", ", nodeStageSecretRef: {namespace: default, name: stage}"),
+        pod("early", "a")
+    ));
+    // No driver yet: the pod waits, is told why, and comes up as soon as there is one.
+    eventually("FailedMount", || {
+        let events = c.k("get events --field-selector reason=FailedMount");
+        if events.contains("not found in the list of registered CSI drivers") { Ok(()) } else { Err(events) }
+    });
+    let driver = Driver::start(&c, DRIVER, &["stage", "expand"]);
+    driver.wait(&["RegistrationStatus", "plugin_registered: true"]);
+    c.wait_ready("early");
+    let csi_node = c.wait_field("csinode one", ".spec.drivers[0]", |d| d.contains(DRIVER));
+    for part in ["\"nodeID\":\"mock.csi.test-of-one\"", "\"count\":7", "topology.mock.csi.test/zone"] {
+        assert!(csi_node.contains(part), "{part}: {csi_node}");
+    }
+    c.wait_field("node one", ".metadata.annotations.csi\\.volume\\.kubernetes\\.io/nodeid", |a| a.contains("of-one"));
+    c.wait_field("node one", ".metadata.labels.topology\\.mock\\.csi\\.test/zone", |l| l == "here");
+    assert_eq!(c.k("exec early -- cat /v/content"), "of-a");
+    assert_eq!(c.k("exec early -- stat -c %g /v").trim(), "4711");
+    assert!(driver.wait(&["NodeStageVolumeRequest", "handle-a"]).contains("opensesame"));
+    let published = driver.wait(&["NodePublishVolumeRequest", "handle-a"]);
+    for part in ["pod.name\": \"early\"", "serviceAccount.tokens", "vault", "ephemeral\": \"false\"", "globalmount"] {
+        assert!(published.contains(part), "{part}: {published}");
+    }
+    // A second pod shares what is staged.
+    c.apply(&pod("second", "a"));
+    c.wait_ready("second");
+    assert_eq!(driver.asked(&["NodeStageVolumeRequest"]).len(), 1);
+    // An inline volume lives and dies with its pod.
+    c.apply(&format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: inline}}\nspec:\n  restartPolicy: Never\n  \
+         containers: [{{name: c, image: 'busybox:1', command: [cat, /v/content], volumeMounts: [{{name: v, mountPath: /v}}]}}]\n  \
+         volumes: [{{name: v, csi: {{driver: {DRIVER}, readOnly: true, volumeAttributes: {{content: inline}}}}}}]\n"
+    ));
+    c.wait_field("pod inline", ".status.phase", |p| p == "Succeeded");
+    assert_eq!(c.k("logs inline"), "inline");
+    let inline = driver.wait(&["NodePublishVolumeRequest", "ephemeral\": \"true\""]);
+    assert!(inline.contains("readonly: true") && inline.contains("volume_id: \"csi-"), "{inline}");
+    c.k("delete pod inline");
+    driver.wait(&["NodeUnpublishVolumeRequest", "volume_id: \"csi-"]);
+    // The agent restarts: nothing is asked again, the pod goes on.
+    let before = driver.asked(&["NodePublishVolumeRequest"]).len();
+    c.kill_agent();
+    c.up();
+    c.wait_ready("early");
+    assert_eq!(c.k("exec early -- cat /v/content"), "of-a");
+    assert_eq!(driver.asked(&["NodePublishVolumeRequest"]).len(), before);
+    // It grows: an external resizer has grown the volume, the node does the rest.
+    c.k("patch pv a --type merge -p '{\"spec\":{\"capacity\":{\"storage\":\"2Gi\"}}}'");
+    let grown = driver.wait(&["NodeExpandVolumeRequest"]);
+    assert!(grown.contains("required_bytes: 2147483648"), "{grown}");
+    c.wait_field("pvc a", ".status.capacity.storage", |s| s == "2Gi");
+    // The volume stays staged until its last pod is gone.
+    c.k("delete pod early");
+    driver.wait(&["NodeUnpublishVolumeRequest", "handle-a"]);
+    assert_eq!(driver.asked(&["NodeUnstageVolumeRequest"]).len(), 0);
+    // The agent dies, the pod is deleted meanwhile; the driver has restarted too.
+    c.kill_agent();
+    driver.stop(&c);
+    c.host.must("rm -rf /var/lib/kubelet/plugins_registry/*");
+    c.up();
+    c.k("delete pod second --wait=false");
+    let driver = Driver::start(&c, DRIVER, &["stage", "expand"]);
+    driver.wait(&["NodeUnstageVolumeRequest", "handle-a"]);
+    eventually("nothing of it left", || Some(left(&c)).filter(|l| !l.is_empty()).map_or(Ok(()), Err));
+    c.k("wait --for=delete pod/second --timeout=60s");
+    driver.stop(&c);
+}
+
+#[test]
+fn a_volume_that_is_attached_waits_for_its_attachment() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    let driver = Driver::start(&c, DRIVER, &[]);
+    c.apply(&format!("{}{}", volume("a", ""), pod("waits", "a")));
+    let attachment = eventually("a VolumeAttachment", || {
+        let name = c.k("get volumeattachments -o jsonpath='{.items[*].metadata.name}'");
+        if name.starts_with("csi-") { Ok(name) } else { Err(name) }
+    });
+    assert_eq!(c.get(&format!("volumeattachment {attachment}"))["spec"]["attacher"], DRIVER);
+    assert_eq!(driver.asked(&["NodePublishVolumeRequest"]).len(), 0);
+    // The driver's external attacher says so.
+    let status = "{\"status\":{\"attached\":true,\"attachmentMetadata\":{\"device\":\"/dev/of-a\"}}}";
+    c.k(&format!("patch volumeattachment {attachment} --subresource status --type merge -p '{status}'"));
+    c.wait_ready("waits");
+    assert!(driver.wait(&["NodePublishVolumeRequest"]).contains("/dev/of-a"));
+    assert_eq!(driver.asked(&["NodeStageVolumeRequest"]).len(), 0);
+    let unique = format!("kubernetes.io/csi/{DRIVER}^handle-a");
+    c.wait_field("node one", ".status.volumesInUse", |v| v.contains(&unique));
+    c.wait_field("node one", ".status.volumesAttached[*].name", |v| v.contains(&unique));
+    c.k("delete pod waits");
+    eventually("detached", || {
+        let all = c.k("get volumeattachments -o name");
+        if all.is_empty() { Ok(()) } else { Err(all) }
+    });
+    c.wait_field("node one", ".status.volumesAttached", |v| v.is_empty());
+    assert_eq!(left(&c), "");
+    // A driver that refuses is heard.
+    c.apply(&format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: refused}}\nspec:\n  \
+         containers: [{{name: c, image: 'busybox:1', volumeMounts: [{{name: v, mountPath: /v}}]}}]\n  \
+         volumes: [{{name: v, csi: {{driver: {DRIVER}, volumeAttributes: {{fail: 'no disks today'}}}}}}]\n"
+    ));
+    eventually("FailedMount", || {
+        let events = c.k("get events --field-selector involvedObject.name=refused,reason=FailedMount");
+        if events.contains("not supported by driver") { Ok(()) } else { Err(events) }
+    });
+    c.apply(&format!(
+        "apiVersion: storage.k8s.io/v1\nkind: CSIDriver\nmetadata: {{name: {DRIVER}}}\nspec: {{volumeLifecycleModes: [Ephemeral]}}\n"
+    ));
+    eventually("FailedMount", || {
+        let events = c.k("get events --field-selector involvedObject.name=refused,reason=FailedMount");
+        if events.contains("code = Internal desc = no disks today") { Ok(()) } else { Err(events) }
+    });
+    c.k("delete pod refused --grace-period=0 --force");
+    driver.stop(&c);
+}
