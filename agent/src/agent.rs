@@ -141,7 +141,7 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
         machine,
         config,
     });
-    let mut manifests = sources::files::start(manifests, node_name.clone(), stop.clone());
+    let mut manifests = sources::files::start(manifests, node_name.clone(), ctx.objects.clone(), stop.clone());
     if let Some(url) = ctx.config.kubelet.static_pod_url.clone() {
         let k = &ctx.config.kubelet;
         let place =

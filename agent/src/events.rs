@@ -1,6 +1,9 @@
 //! Events about pods and the node: recorded without waiting, counted up instead of repeated.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
 use k8s_openapi::{
     api::core::v1::{Event, EventSource, ObjectReference, Pod},
@@ -8,6 +11,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use kube::api::{Api as KubeApi, Patch, PatchParams, PostParams};
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +21,9 @@ use crate::{api::Api, rate::Rate};
 const QUEUE: usize = 1024;
 /// Events remembered for counting at most.
 const REMEMBERED: usize = 1024;
+
+/// Events kept for who asks this node.
+const RECENT: usize = 200;
 
 /// `type` of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,19 +53,27 @@ struct Entry {
 #[derive(Clone)]
 pub(crate) struct Recorder {
     queue: mpsc::Sender<(Entry, Timestamp)>,
+    recent: Arc<Mutex<VecDeque<(Entry, Timestamp)>>>,
+    node: Arc<str>,
 }
 
 impl Recorder {
     /// Starts writing events of `node` once there is an API server.
     pub(crate) fn start(api: Api, node: Arc<str>, rate: Option<Rate>, stop: CancellationToken) -> Self {
         let (queue, receiver) = mpsc::channel(QUEUE);
+        let own = node.clone();
         tokio::spawn(async move {
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = write(api, node, rate, receiver) => {}
             }
         });
-        Self { queue }
+        Self { queue, recent: Arc::default(), node: own }
+    }
+
+    /// What was told last, the newest at the end; also without an API server.
+    pub(crate) fn recent(&self) -> Vec<Event> {
+        self.recent.lock().iter().map(|(e, at)| new_event(e, *at, &self.node)).collect()
     }
 
     /// About a pod.
@@ -98,8 +113,17 @@ impl Recorder {
             }
             entry.message.truncate(end);
         }
+        let now = Timestamp::now();
+        {
+            let mut recent = self.recent.lock();
+            recent.retain(|(e, _)| *e != entry);
+            if recent.len() >= RECENT {
+                recent.pop_front();
+            }
+            recent.push_back((entry.clone(), now));
+        }
         // A full queue means no API server for long: events are news, not state.
-        let _ = self.queue.try_send((entry, Timestamp::now()));
+        let _ = self.queue.try_send((entry, now));
     }
 }
 

@@ -132,6 +132,14 @@ impl Host for NodeHost {
         all.iter().filter_map(|s| serde_json::to_value(s.pod.as_ref()).ok()).map(Arc::new).collect()
     }
 
+    fn node(&self) -> Value {
+        crate::node::object(&self.ctx)
+    }
+
+    fn events(&self) -> Vec<Value> {
+        self.ctx.events.recent().iter().filter_map(|e| serde_json::to_value(e).ok()).collect()
+    }
+
     fn system_logs(&self) -> Option<(std::path::PathBuf, bool)> {
         let k = &self.ctx.config.kubelet;
         let root = self.ctx.config.paths.root().join("var/log");

@@ -127,12 +127,28 @@ impl Held {
 pub(crate) struct Objects {
     api: Api,
     entries: Arc<Mutex<HashMap<ObjectRef, Weak<Entry>>>>,
+    local: watch::Sender<Local>,
 }
+
+/// Objects of the manifest directory; they come before the API server's.
+pub(crate) type Local = BTreeMap<ObjectRef, Arc<Object>>;
+
+/// How long a reference waits for an API server before it is said that there is none.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 
 impl Objects {
     /// None yet.
     pub(crate) fn new(api: Api) -> Self {
-        Self { api, entries: Arc::default() }
+        Self { api, entries: Arc::default(), local: watch::channel(Local::new()).0 }
+    }
+
+    /// Replaces the objects of the manifest directory.
+    pub(crate) fn set_local(&self, all: Local) {
+        self.local.send_if_modified(|now| {
+            let changed = *now != all;
+            *now = all;
+            changed
+        });
     }
 
     /// Holds an object.
@@ -143,23 +159,60 @@ impl Objects {
         }
         entries.retain(|_, e| e.strong_count() > 0);
         let (sender, state) = watch::channel(Known::Unknown);
-        let task = tokio::spawn(follow(self.api.clone(), key.clone(), sender)).abort_handle();
+        let task = tokio::spawn(follow(self.api.clone(), self.local.subscribe(), key.clone(), sender)).abort_handle();
         let inner = Arc::new(Entry { state, task });
         entries.insert(key.clone(), Arc::downgrade(&inner));
         Held { inner }
     }
 }
 
-async fn follow(api: Api, key: ObjectRef, sender: watch::Sender<Known>) {
-    let Some(client) = api.wait().await else { return };
+async fn follow(api: Api, mut local: watch::Receiver<Local>, key: ObjectRef, sender: watch::Sender<Known>) {
+    loop {
+        let here = local.borrow_and_update().get(&key).cloned();
+        let Some(here) = here else {
+            // Cancel-safe: a watch that is dropped has changed nothing.
+            tokio::select! {
+                () = remote(&api, &key, &sender) => return,
+                changed = local.changed() => if changed.is_err() { return },
+            }
+            continue;
+        };
+        publish(&sender, Known::Present(here));
+        if local.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn remote(api: &Api, key: &ObjectRef, sender: &watch::Sender<Known>) {
+    let Ok(client) = tokio::time::timeout(PATIENCE, api.wait()).await else {
+        let why = format!(
+            "{:?} {}/{} is not in the manifest directory and there is no API server to ask",
+            key.kind, key.namespace, key.name
+        );
+        publish(sender, Known::Failed(why));
+        return Box::pin(once_there(api, key, sender)).await;
+    };
+    if let Some(client) = client {
+        observe(client, key, sender).await;
+    }
+}
+
+async fn once_there(api: &Api, key: &ObjectRef, sender: &watch::Sender<Known>) {
+    if let Some(client) = api.wait().await {
+        observe(client, key, sender).await;
+    }
+}
+
+async fn observe(client: kube::Client, key: &ObjectRef, sender: &watch::Sender<Known>) {
     match key.kind {
         ObjectKind::ConfigMap => {
             let objects: kube::Api<ConfigMap> = kube::Api::namespaced(client, &key.namespace);
-            one(objects, &key.name, &sender).await;
+            one(objects, &key.name, sender).await;
         }
         ObjectKind::Secret => {
             let objects: kube::Api<Secret> = kube::Api::namespaced(client, &key.namespace);
-            one(objects, &key.name, &sender).await;
+            one(objects, &key.name, sender).await;
         }
     }
 }

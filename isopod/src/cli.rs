@@ -35,6 +35,20 @@ enum Command {
     Join(commands::join::Args),
     /// Print the command that joins another machine.
     Token(commands::token::Args),
+    /// Say why a pod of this machine does not run, and how long its start took.
+    Why(commands::local::why::Args),
+    /// List the pods of this machine, also without an API server.
+    Ps(commands::local::ps::Args),
+    /// Print what a container of this machine has written.
+    Logs(commands::local::logs::Args),
+    /// Run a command in a container of this machine.
+    Exec(commands::local::exec::Args),
+    /// List the images of this machine.
+    Images,
+    /// Watch what the pods of this machine use and wait for.
+    Top(commands::local::top::Args),
+    /// Show everything this machine has of a pod: spec, processes, cgroup, mounts, network.
+    Inspect(commands::local::inspect::Args),
     /// Show what every service address and port leads to.
     Services(commands::services::Args),
     /// Say what would become of a connection from a pod to a service.
@@ -84,6 +98,13 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Agent(args) => commands::agent::run(&paths, args),
         Command::Join(args) => commands::join::run(&paths, args),
         Command::Token(args) => commands::token::run(&paths, &args),
+        Command::Why(args) => commands::local::why::run(&paths, &args),
+        Command::Ps(args) => commands::local::ps::run(&paths, &args),
+        Command::Logs(args) => commands::local::logs::run(&paths, args),
+        Command::Exec(args) => commands::local::exec::run(&paths, args),
+        Command::Images => commands::local::images::run(&paths),
+        Command::Top(args) => commands::local::top::run(&paths, &args),
+        Command::Inspect(args) => commands::local::inspect::run(&paths, &args),
         Command::Services(args) => commands::services::run(&paths, &args),
         Command::Trace(args) => commands::trace::run(&paths, &args),
         Command::Apiserver(args) => commands::apiserver::run(args),

@@ -23,6 +23,14 @@ pub(crate) fn render(server: &str, ca_pem: &str, user: &str, identity: &Signed) 
     serde_yaml_ng::to_string(&value).context("render kubeconfig")
 }
 
+/// The same for a server that is known by another name than its address.
+pub(crate) fn render_named(server: &str, name: &str, ca_pem: &str, user: &str, identity: &Signed) -> Result<String> {
+    let text = render(server, ca_pem, user, identity)?;
+    let mut value: serde_json::Value = serde_yaml_ng::from_str(&text).context("render kubeconfig")?;
+    value["clusters"][0]["cluster"]["tls-server-name"] = json!(name);
+    serde_yaml_ng::to_string(&value).context("render kubeconfig")
+}
+
 /// Writes a kubeconfig readable by root only.
 pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     pki::write_private(path, text.as_bytes())

@@ -13,6 +13,7 @@ mod pki;
 mod preflight;
 mod progress;
 mod service;
+mod table;
 
 use std::{
     env,

@@ -68,6 +68,16 @@ pub(crate) fn ensure(dir: &Path, names: &[String], addresses: &[IpAddr]) -> Resu
     Ok(pki)
 }
 
+/// What a node alone needs in `dir`: an authority of its own, a serving certificate, and an administrator.
+pub(crate) fn alone(dir: &Path, node: &str, addresses: &[IpAddr]) -> Result<(Pki, Signed)> {
+    fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let pki = Pki { ca: authority(dir, "ca", "isopod-node")?, dir: dir.to_owned() };
+    let names = [node.to_owned(), "localhost".to_owned()];
+    pki.leaf("kubelet", &format!("system:node:{node}"), &["system:nodes"], server(&names, addresses))?;
+    let admin = pki.ca.sign("node-admin", &["system:masters"], &Purpose::Client)?;
+    Ok((pki, admin))
+}
+
 fn server(names: &[String], addresses: &[IpAddr]) -> Purpose {
     Purpose::Server { names: names.to_vec(), addresses: addresses.to_vec() }
 }

@@ -376,10 +376,6 @@ fn full_status(ctx: &Context, old: Option<&NodeStatus>) -> (NodeStatus, Vec<(Str
         })
         .collect();
     let most = usize::try_from(ctx.config.kubelet.node_status_max_images).unwrap_or(usize::MAX);
-    let images = ctx.images.list().into_iter().take(most).map(|i| ContainerImage {
-        names: Some(i.names.into_iter().take(5).collect()),
-        size_bytes: i64::try_from(i.size).ok(),
-    });
     let mut addresses: Vec<_> =
         ctx.machine.ips.iter().map(|ip| json!({"type": "InternalIP", "address": ip.to_string()})).collect();
     addresses.push(json!({"type": "Hostname", "address": ctx.node_name.as_ref()}));
@@ -389,7 +385,7 @@ fn full_status(ctx: &Context, old: Option<&NodeStatus>) -> (NodeStatus, Vec<(Str
         addresses: serde_json::from_value(json!(addresses)).ok(),
         conditions: Some(list),
         daemon_endpoints: serde_json::from_value(json!({"kubeletEndpoint": {"Port": ctx.config.kubelet.port}})).ok(),
-        images: Some(images.collect()),
+        images: Some(images(ctx, most)),
         node_info: Some(info::system_info()),
         features: Some(NodeFeatures { supplemental_groups_policy: Some(true) }),
         runtime_handlers: Some(handlers()),
@@ -397,6 +393,32 @@ fn full_status(ctx: &Context, old: Option<&NodeStatus>) -> (NodeStatus, Vec<(Str
         ..NodeStatus::default()
     };
     (status, events)
+}
+
+/// This machine as a Node: the API's with its status as it is now; its own word alone where there is no API.
+pub(crate) fn object(ctx: &Context) -> serde_json::Value {
+    let known = ctx.node.read().clone();
+    let mut node = known.as_deref().cloned().unwrap_or_else(|| Node {
+        metadata: ObjectMeta {
+            name: Some(ctx.node_name.to_string()),
+            labels: Some(labels(ctx)),
+            ..ObjectMeta::default()
+        },
+        ..Node::default()
+    });
+    let (mut status, _) = full_status(ctx, node.status.as_ref());
+    status.images = Some(images(ctx, usize::MAX));
+    node.status = Some(status);
+    serde_json::to_value(node).unwrap_or_default()
+}
+
+fn images(ctx: &Context, most: usize) -> Vec<ContainerImage> {
+    let all = ctx.images.list().into_iter().take(most);
+    all.map(|i| ContainerImage {
+        names: Some(i.names.into_iter().take(5).collect()),
+        size_bytes: i64::try_from(i.size).ok(),
+    })
+    .collect()
 }
 
 /// A patch of the status, whether anything but heartbeats changes by it, and events.

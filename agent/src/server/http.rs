@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 
 use super::{
-    AttachRequest, ExecRequest, Host, HostError, PodRef, Stdio, access, health,
+    AttachRequest, ExecRequest, Host, HostError, PodRef, Stdio, access, health, kube,
     logs::{self, truth},
     portforward, remote,
     stream::{fd::FdStream, upgrade},
@@ -40,7 +40,7 @@ fn text(status: StatusCode, content: impl Into<Bytes>) -> Response<Body> {
     response
 }
 
-fn json_response(value: &Value) -> Response<Body> {
+pub(super) fn json_response(value: &Value) -> Response<Body> {
     let mut response = Response::new(full(value.to_string()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
@@ -64,9 +64,9 @@ pub(crate) struct Server {
 }
 
 /// A request's path, cut up, and its decoded query.
-struct Parts {
+pub(super) struct Parts {
     path: Vec<String>,
-    query: Vec<(String, String)>,
+    pub(super) query: Vec<(String, String)>,
 }
 
 impl Parts {
@@ -81,11 +81,11 @@ impl Parts {
         Self { path, query: query.collect() }
     }
 
-    fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+    pub(super) fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
         self.query.iter().filter(move |(n, _)| n == name).map(|(_, v)| v.as_str())
     }
 
-    fn flag(&self, names: [&str; 2]) -> bool {
+    pub(super) fn flag(&self, names: [&str; 2]) -> bool {
         self.query.iter().any(|(n, v)| names.contains(&n.as_str()) && truth(v))
     }
 
@@ -117,7 +117,7 @@ fn percent_decode(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-fn pod(namespace: &str, name: &str, uid: Option<&str>) -> PodRef {
+pub(super) fn pod(namespace: &str, name: &str, uid: Option<&str>) -> PodRef {
     PodRef { namespace: namespace.to_owned(), name: name.to_owned(), uid: uid.map(str::to_owned) }
 }
 
@@ -142,6 +142,9 @@ impl Server {
         let debugs = ["runningpods", "containerLogs", "exec", "attach", "portForward", "run"];
         if path.first().is_some_and(|first| debugs.contains(first)) && !self.host.debugging() {
             return text(StatusCode::METHOD_NOT_ALLOWED, "Debug endpoints are disabled.\n");
+        }
+        if kube::is_ours(&path) {
+            return self.kube(&path, &parts, request).await;
         }
         let reading = matches!(*request.method(), Method::GET | Method::HEAD);
         match path.as_slice() {
@@ -217,7 +220,7 @@ impl Server {
         text(StatusCode::NOT_IMPLEMENTED, message)
     }
 
-    async fn logs(&self, pod: &PodRef, container: &str, parts: &Parts) -> Response<Body> {
+    pub(super) async fn logs(&self, pod: &PodRef, container: &str, parts: &Parts) -> Response<Body> {
         let options = match logs::Options::parse(&parts.query, jiff::Timestamp::now()) {
             Ok(options) => options,
             Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
@@ -261,7 +264,13 @@ impl Server {
         Err(HostError::NotFound(format!("container not found (\"{container}\")")))
     }
 
-    fn exec(&self, pod: PodRef, container: &str, parts: &Parts, request: Request<Incoming>) -> Response<Body> {
+    pub(super) fn exec(
+        &self,
+        pod: PodRef,
+        container: &str,
+        parts: &Parts,
+        request: Request<Incoming>,
+    ) -> Response<Body> {
         let command: Vec<String> = parts.all("command").map(str::to_owned).collect();
         if command.is_empty() {
             return text(StatusCode::BAD_REQUEST, "you must specify a command\n");
@@ -271,7 +280,13 @@ impl Server {
         self.remote(&pod, container, stdio, remote::Action::Exec(exec), request)
     }
 
-    fn attach(&self, pod: PodRef, container: &str, parts: &Parts, request: Request<Incoming>) -> Response<Body> {
+    pub(super) fn attach(
+        &self,
+        pod: PodRef,
+        container: &str,
+        parts: &Parts,
+        request: Request<Incoming>,
+    ) -> Response<Body> {
         let stdio = parts.stdio();
         let attach = AttachRequest { pod: pod.clone(), container: container.to_owned(), stdio };
         self.remote(&pod, container, stdio, remote::Action::Attach(attach), request)
@@ -301,7 +316,7 @@ impl Server {
         }
     }
 
-    fn port_forward(&self, pod: &PodRef, parts: &Parts, mut request: Request<Incoming>) -> Response<Body> {
+    pub(super) fn port_forward(&self, pod: &PodRef, parts: &Parts, mut request: Request<Incoming>) -> Response<Body> {
         let mut ports = Vec::new();
         for port in parts.all("port").chain(parts.all("ports")).flat_map(|value| value.split(',')) {
             match port.parse::<u16>() {

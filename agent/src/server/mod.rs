@@ -8,6 +8,7 @@ mod access;
 pub(crate) mod exposition;
 pub(crate) mod health;
 mod http;
+mod kube;
 mod logs;
 mod netns;
 mod portforward;
@@ -38,6 +39,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
+    kube::summary as pod_summary,
     netns::{Error as NetNsError, connect_loopback},
     tls::Error as TlsError,
     tls::Identity,
@@ -206,6 +208,16 @@ pub trait Host: Send + Sync + 'static {
     /// Pods with a container that runs.
     fn running_pods(&self) -> Vec<Arc<Value>> {
         self.pods()
+    }
+
+    /// This machine as a Node.
+    fn node(&self) -> Value {
+        serde_json::json!({})
+    }
+
+    /// What was told last, newest at the end, as Events.
+    fn events(&self) -> Vec<Value> {
+        Vec::new()
     }
 
     /// The directory of /logs, and whether services can be asked for by name; `None` when it is not served.

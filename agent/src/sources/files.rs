@@ -9,26 +9,34 @@ use std::{
 };
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Pod, Toleration};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, Toleration};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{HASH, SEEN, SOURCE};
+use crate::objects::{Local, Object, ObjectKind, ObjectRef, Objects};
 
 /// Static pods by namespace and name.
 pub(crate) type Manifests = BTreeMap<(String, String), Arc<Pod>>;
 
 /// Follows the directory: the receiver always has its present content.
-pub(crate) fn start(path: PathBuf, node: Arc<str>, stop: CancellationToken) -> watch::Receiver<Manifests> {
+pub(crate) fn start(
+    path: PathBuf,
+    node: Arc<str>,
+    objects: Objects,
+    stop: CancellationToken,
+) -> watch::Receiver<Manifests> {
     let dir = if path.is_file() { path.parent().map_or_else(|| path.clone(), Path::to_path_buf) } else { path.clone() };
     if let Err(error) = fs::create_dir_all(&dir) {
         tracing::error!(path = %dir.display(), %error, "manifest directory");
     }
     let events = super::directory_events(&dir);
     let mut said = BTreeMap::new();
-    let (sender, receiver) = watch::channel(read(&path, &node, &mut said));
+    let (first, local) = read(&path, &node, &mut said);
+    objects.set_local(local);
+    let (sender, receiver) = watch::channel(first);
     let events = match events {
         Ok(e) => e,
         Err(error) => {
@@ -45,7 +53,8 @@ pub(crate) fn start(path: PathBuf, node: Arc<str>, stop: CancellationToken) -> w
             }
             // An editor writes a file in several steps; those that come at once are read once.
             while let Ok(Some(())) = tokio::time::timeout(Duration::from_millis(5), events.next()).await {}
-            let fresh = read(&path, &node, &mut said);
+            let (fresh, local) = read(&path, &node, &mut said);
+            objects.set_local(local);
             sender.send_if_modified(|now| {
                 let uids = |m: &Manifests| m.values().map(|p| p.metadata.uid.clone()).collect::<Vec<_>>();
                 let changed = uids(now) != uids(&fresh);
@@ -60,7 +69,7 @@ pub(crate) fn start(path: PathBuf, node: Arc<str>, stop: CancellationToken) -> w
 }
 
 /// Reads all manifests; each bad file is told once per content.
-fn read(path: &Path, node: &str, said: &mut BTreeMap<PathBuf, String>) -> Manifests {
+fn read(path: &Path, node: &str, said: &mut BTreeMap<PathBuf, String>) -> (Manifests, Local) {
     let mut files: Vec<PathBuf> = if path.is_file() {
         vec![path.to_path_buf()]
     } else {
@@ -72,13 +81,14 @@ fn read(path: &Path, node: &str, said: &mut BTreeMap<PathBuf, String>) -> Manife
         known && !name.starts_with('.') && f.is_file()
     });
     files.sort();
-    let mut all = Manifests::new();
+    let (mut all, mut local) = (Manifests::new(), Local::new());
     for file in files {
         let result = fs::read_to_string(&file).map_err(|e| e.to_string()).and_then(|t| parse(&t, &file, node));
         match result {
-            Ok(pods) => {
+            Ok(found) => {
                 said.remove(&file);
-                for pod in pods {
+                local.extend(found.objects.into_iter().map(|(key, o)| (key, Arc::new(o))));
+                for pod in found.pods {
                     let key = (
                         pod.metadata.namespace.clone().unwrap_or_default(),
                         pod.metadata.name.clone().unwrap_or_default(),
@@ -100,23 +110,52 @@ fn read(path: &Path, node: &str, said: &mut BTreeMap<PathBuf, String>) -> Manife
             }
         }
     }
-    all
+    (all, local)
 }
 
-/// The static pods of one file.
-pub(crate) fn parse(text: &str, file: &Path, node: &str) -> Result<Vec<Pod>, String> {
+/// What one file holds.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) pods: Vec<Pod>,
+    pub(crate) objects: Vec<(ObjectRef, Object)>,
+}
+
+/// The static pods of one file, and ConfigMaps and Secrets for them.
+pub(crate) fn parse(text: &str, file: &Path, node: &str) -> Result<Found, String> {
     let documents = isopod_api::yaml::parse_all(text).map_err(|e| e.to_string())?;
-    let mut pods = Vec::new();
+    let mut found = Found::default();
     for mut value in documents.into_iter().filter(|v| !v.is_null()) {
         if value["kind"] == "PodList" || value["kind"] == "List" {
             for item in value["items"].take().as_array_mut().into_iter().flatten() {
-                pods.push(one(item.take(), file, node)?);
+                found.take(item.take(), file, node)?;
             }
         } else {
-            pods.push(one(value, file, node)?);
+            found.take(value, file, node)?;
         }
     }
-    if pods.is_empty() { Err("it holds no Pod".into()) } else { Ok(pods) }
+    let empty = found.pods.is_empty() && found.objects.is_empty();
+    if empty { Err("it holds no Pod".into()) } else { Ok(found) }
+}
+
+impl Found {
+    fn take(&mut self, value: Value, file: &Path, node: &str) -> Result<(), String> {
+        let kind = value["kind"].as_str().unwrap_or_default();
+        if value["apiVersion"] != "v1" || !matches!(kind, "ConfigMap" | "Secret") {
+            self.pods.push(one(value, file, node)?);
+            return Ok(());
+        }
+        let text = |key: &str| value["metadata"][key].as_str().filter(|t| !t.is_empty()).map(ToString::to_string);
+        let name = text("name").ok_or("metadata.name is missing")?;
+        let namespace = text("namespace").unwrap_or_else(|| "default".into());
+        let bad = |e: serde_json::Error| format!("{kind} {name}: {e}");
+        let (kind, object) = if kind == "ConfigMap" {
+            (ObjectKind::ConfigMap, serde_json::from_value::<ConfigMap>(value.clone()).map_err(bad)?.into())
+        } else {
+            (ObjectKind::Secret, serde_json::from_value::<Secret>(value.clone()).map_err(bad)?.into())
+        };
+        self.objects.push((ObjectRef { kind, namespace, name }, object));
+        Ok(())
+    }
 }
 
 fn one(mut value: Value, file: &Path, node: &str) -> Result<Pod, String> {
@@ -247,7 +286,7 @@ mod tests {
     const GOOD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: web, creationTimestamp: null}\nspec:\n  containers:\n  - {name: c, image: i, resources: {limits: {cpu: 1, memory: 64Mi}}}\n";
 
     fn of(text: &str) -> Result<Vec<Pod>, String> {
-        parse(text, Path::new("/m/web.yaml"), "Node1")
+        parse(text, Path::new("/m/web.yaml"), "Node1").map(|f| f.pods)
     }
 
     #[test]
@@ -290,7 +329,11 @@ mod tests {
             fs::write(dir.path().join(name), text).unwrap();
         }
         let mut said = BTreeMap::new();
-        let all = read(dir.path(), "n", &mut said);
+        let map = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: m}\ndata: {k: v}\n---\napiVersion: v1\nkind: Secret\nmetadata: {name: s, namespace: x}\nstringData: {k: v}\n";
+        fs::write(dir.path().join("e.yaml"), map).unwrap();
+        let (all, local) = read(dir.path(), "n", &mut said);
+        let names: Vec<_> = local.iter().map(|(k, o)| (k.namespace.as_str(), k.name.as_str(), o.text("k"))).collect();
+        assert_eq!(names, [("default", "m", Some("v".into())), ("x", "s", Some("v".into()))]);
         assert_eq!(all.len(), 1);
         assert_eq!(said.len(), 1);
     }

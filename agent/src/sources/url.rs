@@ -77,7 +77,7 @@ async fn fetch(place: &Place, node: &str) -> Result<Manifests, String> {
         return Err(format!("an answer of {} bytes is too long", text.len()));
     }
     let mut all = Manifests::new();
-    for mut pod in files::parse(&text, Path::new(&place.url), node)? {
+    for mut pod in files::parse(&text, Path::new(&place.url), node)?.pods {
         pod.metadata.annotations.get_or_insert_default().insert(SOURCE.into(), "http".into());
         let key = (pod.metadata.namespace.clone().unwrap_or_default(), pod.metadata.name.clone().unwrap_or_default());
         all.insert(key, Arc::new(pod));

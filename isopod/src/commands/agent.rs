@@ -14,9 +14,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     bootstrap,
     error::Usage,
-    lock, manifests,
+    kubeconfig, lock, manifests,
     node::{Options, Settings},
-    preflight,
+    pki, preflight,
 };
 
 /// Options of the agent.
@@ -89,6 +89,7 @@ impl Node {
             })
             .collect();
         let kubeconfig = kubeconfig.unwrap_or_else(|| paths.kubeconfig("agent"));
+        let certificates = certificates(paths, settings, &kubeconfig)?;
         let resolv_conf = kubelet.resolv_conf.clone();
         Ok(Self {
             agent: isopod_agent::Config {
@@ -99,9 +100,9 @@ impl Node {
                 kubeconfig: Some(kubeconfig.clone()),
                 runtime_binary,
                 kubelet,
-                serving_cert: paths.pki().join("kubelet.crt"),
-                serving_key: paths.pki().join("kubelet.key"),
-                client_ca: paths.pki().join("ca.crt"),
+                serving_cert: certificates.join("kubelet.crt"),
+                serving_key: certificates.join("kubelet.key"),
+                client_ca: certificates.join("ca.crt"),
                 cluster_cidr: settings.pod_cidr,
                 service_cidr: settings.service_cidr,
                 own_image: Some(manifests::IMAGE.to_owned()),
@@ -130,6 +131,22 @@ impl Node {
         let proxy = proxy.await.context("proxy task")?;
         result.and(proxy)
     }
+}
+
+/// Where the node's certificates are. A node that belongs to no cluster makes its own, and a kubeconfig for its administrator.
+fn certificates(paths: &Paths, settings: &Settings, kubeconfig: &Path) -> Result<PathBuf> {
+    let own = paths.kubeconfig("node");
+    if paths.pki().join("kubelet.crt").exists() || kubeconfig.exists() {
+        // It is a cluster's now, and its own authority is nobody's any more.
+        let _ = std::fs::remove_file(own);
+        return Ok(paths.pki());
+    }
+    let dir = paths.etc().join("node-pki");
+    let (pki, admin) = pki::alone(&dir, &settings.node_name, &[settings.node_ip, IpAddr::from([127, 0, 0, 1])])?;
+    let server = format!("https://127.0.0.1:{}", settings.agent_port);
+    let text = kubeconfig::render_named(&server, &settings.node_name, &pki.ca.cert, "node-admin", &admin)?;
+    kubeconfig::write(&own, &text)?;
+    Ok(dir)
 }
 
 /// The proxy needs an identity to watch services with: on a node that has not joined anything yet it waits for one.

@@ -6,6 +6,7 @@ pub(crate) mod controller_manager;
 pub(crate) mod down;
 pub(crate) mod join;
 pub(crate) mod kubeconfig;
+pub(crate) mod local;
 pub(crate) mod remove_volume;
 pub(crate) mod reset;
 pub(crate) mod scheduler;
