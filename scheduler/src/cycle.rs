@@ -91,7 +91,12 @@ pub(crate) fn schedule(
 }
 
 /// The filters, counting pods of at least this priority that wait for the node after a preemption as if they were there.
-fn feasible(cluster: &mut Cluster, pod: &PodInfo, prepared: &Prepared, index: NodeIndex) -> Result<(), Reject> {
+pub(crate) fn feasible(
+    cluster: &mut Cluster,
+    pod: &PodInfo,
+    prepared: &Prepared,
+    index: NodeIndex,
+) -> Result<(), Reject> {
     let name = cluster.nodes[index].name.clone();
     let expected: Vec<Arc<PodInfo>> = if cluster.nominated.is_empty() {
         Vec::new()

@@ -172,7 +172,7 @@ impl Scheduler {
     fn cycle(&self) -> Option<Outcome> {
         let mut state = self.shared.state.lock();
         let state = &mut *state;
-        let queued = state.waiting.pop(Instant::now())?;
+        let mut queued = state.waiting.pop(Instant::now())?;
         let pod = queued.pod.clone();
         let needs = Needs::new(&self.storage, &pod.namespace, &pod.claims);
         let found = cycle::schedule(&mut state.cluster, &pod, needs.clone(), || self.workloads.selector(&pod));
@@ -194,7 +194,10 @@ impl Scheduler {
                 Err(_) => text.push_str(" not found"),
                 Ok(needs) => match preempt::preempt(&mut state.cluster, &pod, &needs, &unfit, &self.budgets()) {
                     Preemption::Evict(index, victims) => {
-                        evictions = Some((state.cluster.nodes[index].name.clone(), victims));
+                        let node = state.cluster.nodes[index].name.clone();
+                        let (promised, victims) = state.promise(&pod, &node, victims);
+                        queued.pod = promised;
+                        evictions = Some((node, victims));
                     }
                     Preemption::Nothing(more) => text = format!("{text} {more}"),
                 },
@@ -265,6 +268,7 @@ impl Scheduler {
                 && !is_not_found(&error)
             {
                 tracing::debug!(victim = victim.name, %error, "eviction failed");
+                self.shared.spare(victim);
             }
         }
         self.writer.failed(pod, "Unschedulable", text, Some(&node)).await;

@@ -165,7 +165,7 @@ impl Spread {
 pub(crate) type HostPort = (String, String, i32);
 
 /// A pod, parsed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct PodInfo {
     pub(crate) namespace: String,
     pub(crate) name: String,

@@ -2,10 +2,10 @@
 //! itself and puts everything back.
 
 use crate::cluster::{Cluster, NodeIndex};
-use crate::cycle::{Unfit, preemption_message};
+use crate::cycle::{Unfit, feasible, preemption_message};
 use crate::model::{Labels, PodInfo};
+use crate::plugins::Prepared;
 use crate::plugins::volumes::Needs;
-use crate::plugins::{self, Prepared};
 use isopod_client::select::Selector;
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -99,9 +99,10 @@ fn merit(candidate: &Candidate) -> (usize, i64, i64, usize, Reverse<Option<jiff:
     (candidate.violations, highest, sum, candidate.victims.len(), Reverse(earliest))
 }
 
-fn fits(cluster: &Cluster, pod: &PodInfo, needs: &Needs, index: NodeIndex) -> bool {
+/// Whether the pod has room there beside those that were promised room before.
+fn fits(cluster: &mut Cluster, pod: &PodInfo, needs: &Needs, index: NodeIndex) -> bool {
     let prepared = Prepared::new(cluster, pod, needs.clone());
-    plugins::filter(cluster, pod, &prepared, index).is_ok()
+    feasible(cluster, pod, &prepared, index).is_ok()
 }
 
 fn victims_on(
@@ -219,6 +220,23 @@ mod tests {
         assert_eq!(run(&mut cluster, &with("p", "2", 10), &[other]).map(|r| r.0), Ok("a".into()));
         // Both break the budget now, so the lower priority decides again.
         assert_eq!(run(&mut cluster, &with("p", "2", 10), &[budget]).map(|r| r.0), Ok("a".into()));
+    }
+
+    #[test]
+    fn room_that_was_promised_is_not_given_twice() {
+        let mut cluster = Cluster::default();
+        cluster.set_node(&node("a", json!({"cpu": "4", "pods": "10", "memory": "1Gi"})));
+        cluster.place(&with("one", "2", 1), "a");
+        cluster.place(&with("two", "2", 2), "a");
+        let first = with("first", "2", 10);
+        assert_eq!(run(&mut cluster, &first, &[]), Ok(("a".into(), vec!["one".into()])));
+        let promised = Arc::new(PodInfo { nominated: "a".into(), ..(*first).clone() });
+        cluster.nominated.insert(first.uid.clone(), promised);
+        let second = run(&mut cluster, &with("second", "2", 10), &[]).unwrap().1;
+        assert!(second.contains(&"two".to_owned()), "{second:?}");
+        // The first victim is gone: the second pod needs the other one's room all the same.
+        cluster.unplace("one");
+        assert_eq!(run(&mut cluster, &with("second", "2", 10), &[]), Ok(("a".into(), vec!["two".into()])));
     }
 
     #[test]

@@ -78,6 +78,18 @@ impl Shared {
         self.wake.notify_one();
     }
 
+    /// A victim could not be removed: it stays, and who waits for its room tries again.
+    pub(crate) fn spare(&self, victim: &Arc<PodInfo>) {
+        {
+            let mut state = self.state.lock();
+            if let Some(node) = state.cluster.placement(&victim.uid).map(str::to_owned) {
+                state.cluster.place(victim, &node);
+                state.waiting.wake(Event::PodGone, Instant::now());
+            }
+        }
+        self.wake.notify_one();
+    }
+
     fn drop_pod(&self, uid: &str) {
         self.state.lock().forget(uid);
         self.wake.notify_one();
@@ -122,6 +134,23 @@ impl State {
             }
             _ => self.waiting.wake(Event::PodPlaced, now),
         }
+    }
+
+    /// Room that victims will leave is this pod's from now on, and they count as leaving: the next pod's cycle comes before
+    /// the API server has heard of either. Returns the pod as it is now and the victims that are still to be told.
+    pub(crate) fn promise(
+        &mut self,
+        pod: &Arc<PodInfo>,
+        node: &str,
+        victims: Vec<Arc<PodInfo>>,
+    ) -> (Arc<PodInfo>, Vec<Arc<PodInfo>>) {
+        let promised = Arc::new(PodInfo { nominated: node.to_owned(), ..(**pod).clone() });
+        self.cluster.nominated.insert(pod.uid.clone(), promised.clone());
+        let staying: Vec<_> = victims.into_iter().filter(|victim| !victim.terminating).collect();
+        for victim in &staying {
+            self.cluster.place(&Arc::new(PodInfo { terminating: true, ..(**victim).clone() }), node);
+        }
+        (promised, staying)
     }
 
     fn forget(&mut self, uid: &str) {
