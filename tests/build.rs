@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-const FILES: [&str; 4] = ["registration.proto", "csi.proto", "deviceplugin.proto", "podresources.proto"];
+const FILES: [&str; 5] = ["registration.proto", "cri.proto", "csi.proto", "deviceplugin.proto", "podresources.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=../agent/proto");

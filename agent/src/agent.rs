@@ -20,6 +20,7 @@ use crate::{
     cgroups::{CgroupError, Cgroups},
     config::Config,
     context::Context,
+    cri,
     csi::{self, Csi},
     devices::{self, Devices},
     events::Recorder,
@@ -130,6 +131,7 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
         stats: Stats::default(),
         metrics: Metrics::default(),
         csi: Csi::default(),
+        cri: cri::Store::new(paths.state().join("cri")),
         devices: Devices::open(devices::directory(&paths.plugins_root())),
         access: Access::new(api.clone(), &node_name, &config.kubelet),
         pressure: watch::channel(Default::default()).0,
@@ -152,6 +154,7 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     tasks.spawn(manager::run(ctx.clone(), manifests, stop.clone()));
     tasks.spawn(node::run(ctx.clone(), stop.clone()));
     tasks.spawn(plugins::run(ctx.clone(), stop.clone()));
+    tasks.spawn(cri::run(ctx.clone(), stop.clone()));
     tasks.spawn(devices::run(ctx.clone(), stop.clone()));
     tasks.spawn(csi::node::run(ctx.clone(), stop.clone()));
     tasks.spawn(node::eviction::run(ctx.clone(), stop.clone()));

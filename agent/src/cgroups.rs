@@ -202,7 +202,8 @@ impl Cgroups {
         self.remove(&self.root.clone())
     }
 
-    fn make(&self, group: &str) -> Result<(), CgroupError> {
+    /// Makes a group and those above it.
+    pub(crate) fn make(&self, group: &str) -> Result<(), CgroupError> {
         for mount in self.hierarchies.mounts() {
             let is_v2 = Some(mount) == self.hierarchies.v2.as_deref();
             let is_cpuset = self.hierarchies.v1.get("cpuset").is_some_and(|m| m == mount);

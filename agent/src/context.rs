@@ -11,6 +11,7 @@ use crate::{
     api::Api,
     cgroups::Cgroups,
     config::Config,
+    cri,
     csi::Csi,
     devices::Devices,
     events::Recorder,
@@ -57,6 +58,8 @@ pub(crate) struct Context {
     pub(crate) metrics: Metrics,
     pub(crate) access: Access,
     pub(crate) csi: Csi,
+    /// What was made over the CRI socket.
+    pub(crate) cri: cri::Store,
     pub(crate) devices: Devices,
     /// What the node is short of.
     pub(crate) pressure: watch::Sender<Pressure>,

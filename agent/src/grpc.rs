@@ -24,6 +24,9 @@ use tower::Service;
 /// Messages and stubs, generated from `proto/`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]
 pub(crate) mod proto {
+    pub(crate) mod cri {
+        tonic::include_proto!("runtime.v1");
+    }
     pub(crate) mod csi {
         tonic::include_proto!("csi.v1");
     }

@@ -1,10 +1,10 @@
 //! What the node API on port 10250 asks of the pods.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{os::fd::OwnedFd, path::Path, sync::Arc};
 
 use futures::future::BoxFuture;
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::{
     context::Context,
@@ -120,6 +120,63 @@ impl Drop for KillOnDrop {
     }
 }
 
+/// Runs a command in a running container; it is killed when the session is dropped.
+pub(crate) async fn exec_in(
+    supervisor: Supervisor,
+    container: &str,
+    bundle: &Path,
+    command: &[String],
+    stdio: Stdio,
+) -> Result<Session, HostError> {
+    let process = exec::process(bundle, command, stdio.tty).map_err(io)?;
+    let none = Stdio { stdin: false, stdout: false, stderr: false, tty: false };
+    let (theirs, ours) = pipes(if stdio.tty { none } else { stdio }).map_err(io)?;
+    let started = supervisor.exec(container, process, theirs).await;
+    let started = started.map_err(|e| HostError::Internal(e.to_string()))?;
+    let (mut stdin, mut stdout, stderr) = ours;
+    if let Some(master) = started.terminal {
+        if stdio.stdin {
+            stdin = Some(master.try_clone().map_err(io)?);
+        }
+        stdout = Some(master);
+    }
+    let resize = resizer(supervisor.clone(), started.id.clone());
+    let guard = KillOnDrop { supervisor, exec: started.id, armed: true };
+    let exit = Box::pin(async move {
+        let mut guard = guard;
+        let exit = started.exit.await;
+        guard.armed = false;
+        exit.map(|e| e.code).map_err(|_| HostError::Internal("the pod's supervisor is gone".into()))
+    });
+    Ok(Session { stdin, stdout, stderr, resize, exit })
+}
+
+/// Joins a running container's own streams.
+pub(crate) async fn attach_to(
+    supervisor: Supervisor,
+    container: &str,
+    tty: bool,
+    stdio: Stdio,
+    mut code: watch::Receiver<Option<i32>>,
+) -> Result<Session, HostError> {
+    let want = Stdio { stderr: stdio.stderr && !tty, ..stdio };
+    let (theirs, (stdin, stdout, stderr)) = pipes(want).map_err(io)?;
+    let op = Op::Attach {
+        container: container.into(),
+        stdin: theirs.0.is_some(),
+        stdout: theirs.1.is_some(),
+        stderr: theirs.2.is_some(),
+    };
+    let fds = [theirs.0, theirs.1, theirs.2].into_iter().flatten().collect();
+    supervisor.call(op, fds).await.map_err(|e| HostError::Internal(e.to_string()))?;
+    let resize = resizer(supervisor, container.into());
+    let exit = Box::pin(async move {
+        let code = code.wait_for(Option::is_some).await;
+        Ok(code.ok().and_then(|c| *c).unwrap_or(0))
+    });
+    Ok(Session { stdin, stdout, stderr, resize, exit })
+}
+
 impl Host for NodeHost {
     fn pods(&self) -> Vec<Arc<Value>> {
         let all = self.ctx.table.all();
@@ -165,50 +222,14 @@ impl Host for NodeHost {
         Box::pin(async move {
             let (s, view, supervisor) = self.running(&r.pod, &r.container)?;
             let bundle = exec::bundle(&self.ctx.config.paths, sandbox::uid(&s.pod), &r.container, view.attempt);
-            let process = exec::process(&bundle, &r.command, r.stdio.tty).map_err(io)?;
-            let none = Stdio { stdin: false, stdout: false, stderr: false, tty: false };
-            let (theirs, ours) = pipes(if r.stdio.tty { none } else { r.stdio }).map_err(io)?;
-            let started = supervisor.exec(&view.id, process, theirs).await;
-            let started = started.map_err(|e| HostError::Internal(e.to_string()))?;
-            let (mut stdin, mut stdout, stderr) = ours;
-            if let Some(master) = started.terminal {
-                if r.stdio.stdin {
-                    stdin = Some(master.try_clone().map_err(io)?);
-                }
-                stdout = Some(master);
-            }
-            let resize = resizer(supervisor.clone(), started.id.clone());
-            let guard = KillOnDrop { supervisor, exec: started.id, armed: true };
-            let exit = Box::pin(async move {
-                let mut guard = guard;
-                let exit = started.exit.await;
-                guard.armed = false;
-                exit.map(|e| e.code).map_err(|_| HostError::Internal("the pod's supervisor is gone".into()))
-            });
-            Ok(Session { stdin, stdout, stderr, resize, exit })
+            exec_in(supervisor, &view.id, &bundle, &r.command, r.stdio).await
         })
     }
 
     fn attach(&self, r: AttachRequest) -> BoxFuture<'_, Result<Session, HostError>> {
         Box::pin(async move {
             let (_, view, supervisor) = self.running(&r.pod, &r.container)?;
-            let want = Stdio { stderr: r.stdio.stderr && !view.tty, ..r.stdio };
-            let (theirs, (stdin, stdout, stderr)) = pipes(want).map_err(io)?;
-            let op = Op::Attach {
-                container: view.id.clone(),
-                stdin: theirs.0.is_some(),
-                stdout: theirs.1.is_some(),
-                stderr: theirs.2.is_some(),
-            };
-            let fds = [theirs.0, theirs.1, theirs.2].into_iter().flatten().collect();
-            supervisor.call(op, fds).await.map_err(|e| HostError::Internal(e.to_string()))?;
-            let resize = resizer(supervisor, view.id.clone());
-            let mut code = view.exit_code.clone();
-            let exit = Box::pin(async move {
-                let code = code.wait_for(Option::is_some).await;
-                Ok(code.ok().and_then(|c| *c).unwrap_or(0))
-            });
-            Ok(Session { stdin, stdout, stderr, resize, exit })
+            attach_to(supervisor, &view.id, view.tty, r.stdio, view.exit_code.clone()).await
         })
     }
 

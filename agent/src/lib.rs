@@ -9,6 +9,7 @@ mod api;
 mod cgroups;
 pub mod config;
 mod context;
+mod cri;
 mod csi;
 mod devices;
 mod events;

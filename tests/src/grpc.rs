@@ -21,6 +21,9 @@ use tower::Service;
 /// Generated from the agent's `proto/`.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]
 pub mod proto {
+    pub mod cri {
+        tonic::include_proto!("runtime.v1");
+    }
     pub mod csi {
         tonic::include_proto!("csi.v1");
     }

@@ -150,6 +150,12 @@ impl Host {
         self.disk().join(absolute.trim_start_matches('/'))
     }
 
+    /// A file of the host that is on none of its disks, such as a socket in `/run`, seen from outside.
+    pub fn inside(&self, absolute: &str) -> PathBuf {
+        let pid = fs::read_to_string(self.net.join(&self.name).join("pid")).unwrap();
+        PathBuf::from(format!("/proc/{}/root{absolute}", pid.trim()))
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name

@@ -10,7 +10,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::cdi;
-use crate::{grpc::proto::device::ContainerAllocateResponse, spec::BindMount};
+use crate::{
+    grpc::proto::{cri::ContainerConfig, device::ContainerAllocateResponse},
+    spec::BindMount,
+};
 
 /// A device node, by its place on the host and in the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +68,21 @@ impl Injection {
             annotations: r.annotations.into_iter().collect(),
             cdi: r.cdi_devices.into_iter().map(|d| d.name).collect(),
         })
+    }
+
+    /// What a caller of the CRI asks for.
+    pub(crate) fn from_cri(config: &ContainerConfig) -> Self {
+        let node = |d: &crate::grpc::proto::cri::Device| Node {
+            host: d.host_path.clone().into(),
+            container: d.container_path.clone(),
+            permissions: d.permissions.clone(),
+        };
+        Self {
+            nodes: config.devices.iter().map(node).collect(),
+            annotations: config.annotations.clone().into_iter().collect(),
+            cdi: config.cdi_devices.iter().map(|d| d.name.clone()).collect(),
+            ..Self::default()
+        }
     }
 
     /// Both together.

@@ -142,6 +142,9 @@ pub trait ImageService: Send + Sync + 'static {
         progress: Progress,
     ) -> BoxFuture<'a, Result<ImageHandle, ImageError>>;
 
+    /// An image that is here, by its id or a name.
+    fn find(&self, image: &str) -> Result<Option<ImageHandle>, ImageError>;
+
     /// Keeps the images with these ids from being collected; replaces the earlier set.
     fn in_use(&self, ids: Vec<String>);
 

@@ -202,6 +202,13 @@ impl ImageService for LocalImages {
         async move { Ok(self.ensure_image(image, policy, pull_secrets, progress).await?) }.boxed()
     }
 
+    fn find(&self, image: &str) -> Result<Option<ImageHandle>, ImageError> {
+        if let Some(found) = self.inner.store.by_id(image)? {
+            return Ok(Some(found));
+        }
+        Ok(self.inner.store.lookup(&parse_reference(image)?.whole())?)
+    }
+
     fn in_use(&self, ids: Vec<String>) {
         *self.inner.in_use.lock() = ids.into_iter().collect();
     }

@@ -249,6 +249,20 @@ impl Store {
         self.handle(name, &image, None).map(Some)
     }
 
+    /// The image with an id or (from eight digits on) the beginning of one.
+    pub(super) fn by_id(&self, id: &str) -> Result<Option<ImageHandle>, Error> {
+        let digits = id.strip_prefix("sha256:").unwrap_or(id);
+        if digits.len() < 8 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Ok(None);
+        }
+        let found = {
+            let index = self.index.lock();
+            let image = index.images.iter().find(|(_, i)| i.config.hex().starts_with(digits));
+            image.map(|(name, i)| (name.clone(), i.clone()))
+        };
+        found.map(|(name, image)| self.handle(&name, &image, None)).transpose()
+    }
+
     pub(super) fn handle(&self, name: &str, image: &Image, pulled: Option<Pulled>) -> Result<ImageHandle, Error> {
         let config = self.config(&image.config)?;
         Ok(ImageHandle {

@@ -34,7 +34,8 @@ fn needed(ctx: &Context, images: &[ImageInfo]) -> Vec<String> {
         let lists = [&s.container_statuses, &s.init_container_statuses, &s.ephemeral_container_statuses];
         lists.into_iter().flatten().flatten().map(|c| c.image_id.as_str()).collect::<Vec<_>>()
     });
-    let wanted: std::collections::HashSet<&str> = statuses.collect();
+    let made = ctx.cri.images();
+    let wanted: std::collections::HashSet<&str> = statuses.chain(made.iter().map(String::as_str)).collect();
     let own = ctx.config.own_image.as_deref();
     // What pods ask for counts before a container of it runs, and for volumes made of images.
     let asked: Vec<String> = pods.iter().filter_map(|s| s.pod.spec.as_ref()).flat_map(asked).collect();

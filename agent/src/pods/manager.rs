@@ -147,11 +147,13 @@ impl Manager {
     async fn restore(&mut self) {
         let paths = &self.ctx.config.paths;
         let mut known = Vec::new();
+        let made = self.ctx.cri.on_disk();
         for entry in fs::read_dir(paths.pods()).into_iter().flatten().flatten() {
             let uid = entry.file_name().to_string_lossy().into_owned();
             let read = fs::read(entry.path().join("pod.json")).ok();
             match read.and_then(|t| serde_json::from_slice::<Pod>(&t).ok()).filter(|p| sandbox::uid(p) == uid) {
                 Some(pod) => known.push(pod),
+                None if made.contains(&uid) => {}
                 None => tracing::warn!(uid, "pod directory without a readable pod is removed"),
             }
         }

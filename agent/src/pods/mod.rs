@@ -81,6 +81,8 @@ fn remove_logs(log: &Path) {
 
 /// Removes supervisors, cgroups, networks, directories and logs that belong to none of these pods.
 async fn manager_clean(ctx: &Arc<Context>, known: &[String]) {
+    // Sandboxes made over the CRI socket have directories, groups and networks too.
+    let known = &[known, &ctx.cri.on_disk()].concat();
     let paths = &ctx.config.paths;
     let names = |dir: std::path::PathBuf| {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();

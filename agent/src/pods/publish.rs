@@ -95,6 +95,7 @@ impl Worker {
         let snapshot = Snapshot {
             mirror_uid: self.mirror.borrow().clone(),
             containers: containers.collect(),
+            attempt: self.state.sandbox.as_ref().map_or(0, |s| s.attempt),
             netns: self.state.sandbox.as_ref().and_then(|s| s.netns.clone()),
             host_network: self.pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true)),
             supervisor: self.live.as_ref().map(|l| l.supervisor.clone()),

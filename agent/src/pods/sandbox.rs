@@ -107,6 +107,17 @@ pub(crate) async fn create(
     attempt: u32,
     events: mpsc::UnboundedSender<RuntimeEvent>,
 ) -> Result<Live, String> {
+    create_in(ctx, pod, attempt, events, None).await
+}
+
+/// The same, with its group in one that somebody else has made and limited.
+pub(crate) async fn create_in(
+    ctx: &Arc<Context>,
+    pod: &Pod,
+    attempt: u32,
+    events: mpsc::UnboundedSender<RuntimeEvent>,
+    parent: Option<&str>,
+) -> Result<Live, String> {
     let spec = pod.spec.as_ref().ok_or("the pod has no spec")?;
     if let Some(name) = security::forbidden_sysctl(pod, &ctx.config.kubelet.allowed_unsafe_sysctls) {
         return Err(format!("forbidden sysctl: {name:?} not allowlisted"));
@@ -131,7 +142,14 @@ pub(crate) async fn create(
         ctx.cgroups.kill(&old);
         remove_group(ctx, &old).await?;
     }
-    let group = cgroup(ctx, pod)?;
+    let group = match parent {
+        None => cgroup(ctx, pod)?,
+        Some(parent) => {
+            let group = format!("{parent}/{}", uid(pod));
+            ctx.cgroups.make(&group).map_err(|e| e.to_string())?;
+            group
+        }
+    };
     let hostname = write_files(ctx, pod, &ips).map_err(|e| format!("failed to write the pod's files: {e}"))?;
     let shm = shared_memory(ctx, pod)?;
     let dir = ctx.config.paths.run_pod(uid(pod));

@@ -35,6 +35,8 @@ pub(crate) struct Snapshot {
     /// UID in the API of a static pod's mirror.
     pub(crate) mirror_uid: Option<String>,
     pub(crate) containers: BTreeMap<String, ContainerView>,
+    /// How many sandboxes it had before this one.
+    pub(crate) attempt: u32,
     pub(crate) netns: Option<PathBuf>,
     pub(crate) host_network: bool,
     pub(crate) supervisor: Option<Supervisor>,

@@ -5,13 +5,13 @@ use std::{convert::Infallible, io, sync::Arc};
 use bytes::Bytes;
 use futures::StreamExt;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::BoxBody};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::body::{Frame, Incoming};
 use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 
 use super::{
-    AttachRequest, ExecRequest, Host, HostError, PodRef, Stdio, access, health, kube,
+    AttachRequest, ExecRequest, Host, HostError, NetNs, PodRef, Stdio, access, health, kube,
     logs::{self, truth},
     portforward, remote,
     stream::{fd::FdStream, upgrade},
@@ -27,10 +27,6 @@ const MAX_RUN_OUTPUT: u64 = 16 << 20;
 
 fn full(data: impl Into<Bytes>) -> Body {
     Full::new(data.into()).map_err(|never: Infallible| match never {}).boxed()
-}
-
-fn empty() -> Body {
-    Empty::new().map_err(|never: Infallible| match never {}).boxed()
 }
 
 fn text(status: StatusCode, content: impl Into<Bytes>) -> Response<Body> {
@@ -55,6 +51,45 @@ impl HostError {
         };
         text(status, format!("{self}\n"))
     }
+}
+
+/// Grants an upgrade for a command or a container's streams, and serves it.
+pub(crate) fn accept_remote(
+    host: Arc<dyn Host>,
+    request: &mut Request<Incoming>,
+    action: remote::Action,
+) -> Response<String> {
+    match upgrade::grant(request, remote::SPDY_PROTOCOLS, remote::WEBSOCKET_PROTOCOLS) {
+        Ok(mut grant) => {
+            let response = std::mem::take(&mut grant.response).map(|()| String::new());
+            tokio::spawn(remote::serve(host, grant, action));
+            response
+        }
+        Err(refusal) => upgrade::refused(&refusal, remote::SPDY_PROTOCOLS),
+    }
+}
+
+/// The same for a pod's ports.
+pub(crate) fn accept_forward(netns: NetNs, request: &mut Request<Incoming>, ports: Vec<u16>) -> Response<String> {
+    match upgrade::grant(request, portforward::SPDY_PROTOCOLS, portforward::WEBSOCKET_PROTOCOLS) {
+        Ok(mut grant) => {
+            let response = std::mem::take(&mut grant.response).map(|()| String::new());
+            tokio::spawn(portforward::serve(netns, grant, ports));
+            response
+        }
+        Err(refusal) => upgrade::refused(&refusal, portforward::SPDY_PROTOCOLS),
+    }
+}
+
+/// All that comes out of a pipe, or the first of it; the rest is read and forgotten, so that nobody waits to write it.
+pub(crate) async fn read_all(fd: Option<std::os::fd::OwnedFd>, most: u64) -> io::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    if let Some(fd) = fd {
+        let mut stream = FdStream::reader(fd)?;
+        (&mut stream).take(most).read_to_end(&mut out).await?;
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await?;
+    }
+    Ok(out)
 }
 
 /// What every request needs.
@@ -306,14 +341,7 @@ impl Server {
         if let Err(error) = self.find(pod, Some(container)) {
             return error.response();
         }
-        match upgrade::grant(&mut request, remote::SPDY_PROTOCOLS, remote::WEBSOCKET_PROTOCOLS) {
-            Ok(mut grant) => {
-                let response = std::mem::take(&mut grant.response).map(|()| empty());
-                tokio::spawn(remote::serve(self.host.clone(), grant, action));
-                response
-            }
-            Err(refusal) => upgrade::refused(&refusal, remote::SPDY_PROTOCOLS).map(full),
-        }
+        accept_remote(self.host.clone(), &mut request, action).map(full)
     }
 
     pub(super) fn port_forward(&self, pod: &PodRef, parts: &Parts, mut request: Request<Incoming>) -> Response<Body> {
@@ -329,14 +357,7 @@ impl Server {
             Ok(netns) => netns,
             Err(error) => return error.response(),
         };
-        match upgrade::grant(&mut request, portforward::SPDY_PROTOCOLS, portforward::WEBSOCKET_PROTOCOLS) {
-            Ok(mut grant) => {
-                let response = std::mem::take(&mut grant.response).map(|()| empty());
-                tokio::spawn(portforward::serve(netns, grant, ports));
-                response
-            }
-            Err(refusal) => upgrade::refused(&refusal, portforward::SPDY_PROTOCOLS).map(full),
-        }
+        accept_forward(netns, &mut request, ports).map(full)
     }
 
     /// Runs a command and answers with all it has written.
@@ -353,13 +374,7 @@ impl Server {
             Ok(session) => session,
             Err(error) => return error.response(),
         };
-        let read = |fd: Option<std::os::fd::OwnedFd>| async move {
-            let mut out = Vec::new();
-            if let Some(fd) = fd {
-                FdStream::reader(fd)?.take(MAX_RUN_OUTPUT).read_to_end(&mut out).await?;
-            }
-            io::Result::Ok(out)
-        };
+        let read = |fd| read_all(fd, MAX_RUN_OUTPUT);
         let (stdout, stderr, exit) = tokio::join!(read(session.stdout), read(session.stderr), session.exit);
         let mut output = stdout.unwrap_or_default();
         output.extend(stderr.unwrap_or_default());

@@ -38,6 +38,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::http::{accept_forward, accept_remote, read_all};
 pub use self::{
     kube::summary as pod_summary,
     netns::{Error as NetNsError, connect_loopback},

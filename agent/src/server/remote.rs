@@ -58,6 +58,18 @@ pub(crate) enum Action {
     Attach(AttachRequest),
 }
 
+impl From<ExecRequest> for Action {
+    fn from(r: ExecRequest) -> Self {
+        Self::Exec(r)
+    }
+}
+
+impl From<AttachRequest> for Action {
+    fn from(r: AttachRequest) -> Self {
+        Self::Attach(r)
+    }
+}
+
 impl Action {
     fn stdio(&self) -> Stdio {
         match self {

@@ -47,7 +47,7 @@ struct Sample {
 
 impl Stats {
     /// Nanocores since the last question about `key`.
-    fn rate(&self, key: &str, nanos: u64) -> Option<u64> {
+    pub(crate) fn rate(&self, key: &str, nanos: u64) -> Option<u64> {
         let mut samples = self.samples.lock();
         let now = Instant::now();
         let Some(last) = samples.get_mut(key) else {
@@ -63,7 +63,7 @@ impl Stats {
     }
 
     /// What a tree uses, as of a moment ago.
-    fn disk(&self, root: PathBuf) -> disk::Used {
+    pub(crate) fn disk(&self, root: PathBuf) -> disk::Used {
         self.disks.lock().used(root)
     }
 
