@@ -1,10 +1,11 @@
 //! Runs the API server alone on loopback, with keys it makes itself: for tests and measurements.
 //!
-//! `serve DIR PORT TOKEN` keeps everything in DIR; TOKEN is a member of system:masters.
+//! `serve DIR PORT TOKEN [ETCD]` keeps everything in DIR, objects in etcd when its URL is given; TOKEN is a member of
+//! system:masters.
 
 use std::{error::Error, fs, net::SocketAddr, path::PathBuf};
 
-use isopod_apiserver::Config;
+use isopod_apiserver::{Config, EtcdConfig, Store};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +35,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         issuer: "https://kubernetes.default.svc.cluster.local".into(),
         service_cidr: "10.96.0.0/16".parse()?,
         node_ports: (30000, 32767),
-        data_dir: path("data"),
+        store: match args.next() {
+            Some(url) => Store::Etcd(EtcdConfig { endpoints: vec![url], ..EtcdConfig::default() }),
+            None => Store::Embedded(path("data")),
+        },
         kubelet_ca: path("ca.crt"),
         kubelet_client_cert: path("apiserver.crt"),
         kubelet_client_key: path("apiserver.key"),

@@ -6,6 +6,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use isopod_store::EtcdConfig;
 
 /// Everything [`crate::run`] needs.
 #[derive(Debug, Clone)]
@@ -30,8 +31,8 @@ pub struct Config {
     pub service_cidr: IpNet,
     /// Range of node ports, both ends included.
     pub node_ports: (u16, u16),
-    /// Directory of the SQLite file.
-    pub data_dir: PathBuf,
+    /// Where objects are kept.
+    pub store: Store,
     /// CA the agents' serving certificates are verified with.
     pub kubelet_ca: PathBuf,
     /// Client certificate towards the agents.
@@ -44,6 +45,15 @@ pub struct Config {
     pub proxy_client: Option<(PathBuf, PathBuf)>,
     /// Static bearer tokens: CSV `token,user,uid,"group1,group2"`.
     pub token_file: Option<PathBuf>,
+}
+
+/// Where objects are kept.
+#[derive(Debug, Clone)]
+pub enum Store {
+    /// In one SQLite file in this directory, for one server alone.
+    Embedded(PathBuf),
+    /// In etcd, for one server or several.
+    Etcd(EtcdConfig),
 }
 
 /// Why the API server could not start or had to stop.

@@ -26,5 +26,6 @@ mod server;
 pub mod validation;
 mod webhook;
 
-pub use config::{Config, Error};
+pub use config::{Config, Error, Store};
+pub use isopod_store::EtcdConfig;
 pub use run::run;

@@ -1,16 +1,15 @@
 //! From a configuration to a running server.
 
 use std::{
-    path::Path,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use isopod_store::{Embedded, Engine};
+use isopod_store::{Embedded, Engine, Etcd};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Config, Error, admission,
+    Config, Error, Store, admission,
     aggregation::Aggregator,
     alloc::ServiceAllocator,
     authn::{
@@ -35,7 +34,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
     let config = Arc::new(config);
     // The address first: it is the cheapest thing that can be wrong.
     let server = Server::bind(&config).await?;
-    let engine = open_store(&config.data_dir).await?;
+    let engine = open_store(&config.store).await?;
     let result = serve(&config, server, Arc::clone(&engine), stop).await;
     let closing = tokio::task::spawn_blocking(move || engine.close());
     if closing.await.is_err() {
@@ -44,11 +43,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
     result
 }
 
-async fn open_store(dir: &Path) -> Result<Arc<dyn Engine>, Error> {
-    let dir = dir.to_owned();
-    let opened = tokio::task::spawn_blocking(move || Embedded::open(&dir)).await;
-    let engine = opened.map_err(|e| Error::Other(e.to_string()))??;
-    Ok(Arc::new(engine))
+async fn open_store(store: &Store) -> Result<Arc<dyn Engine>, Error> {
+    let store = store.clone();
+    let open = move || -> Result<Arc<dyn Engine>, isopod_store::Error> {
+        Ok(match store {
+            Store::Embedded(dir) => Arc::new(Embedded::open(&dir)?),
+            Store::Etcd(config) => Arc::new(Etcd::open(config)?),
+        })
+    };
+    Ok(tokio::task::spawn_blocking(open).await.map_err(|e| Error::Other(e.to_string()))??)
 }
 
 async fn serve(

@@ -59,6 +59,8 @@ enum Command {
     Scheduler(commands::scheduler::Args),
     /// Run the controllers (used by their static pod).
     ControllerManager(commands::controller_manager::Args),
+    /// Move the objects of a cluster between stores.
+    Store(commands::store::Args),
     /// Remove the directory of a volume (used by the pods that empty volumes of StorageClass `local`).
     #[command(hide = true)]
     RemoveVolume(commands::remove_volume::Args),
@@ -108,6 +110,7 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Services(args) => commands::services::run(&paths, &args),
         Command::Trace(args) => commands::trace::run(&paths, &args),
         Command::Apiserver(args) => commands::apiserver::run(args),
+        Command::Store(args) => commands::store::run(args),
         Command::Scheduler(args) => commands::scheduler::run(args),
         Command::ControllerManager(args) => commands::controller_manager::run(args),
         Command::RemoveVolume(args) => commands::remove_volume::run(&args),

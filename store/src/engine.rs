@@ -141,7 +141,7 @@ impl Future for Pending {
 
 /// A store engine.
 pub trait Engine: Send + Sync {
-    /// Queues a batch. Batches are committed in the order they were submitted.
+    /// Queues a batch. Batches that share a key are committed in the order they were submitted.
     fn submit(&self, batch: Batch) -> Pending;
 
     /// All live keys under a prefix, and from the same moment on every event to `sink`.
@@ -149,6 +149,17 @@ pub trait Engine: Send + Sync {
 
     /// The last committed revision.
     fn revision(&self) -> Revision;
+
+    /// Whether others may write to the same store.
+    fn shared(&self) -> bool {
+        false
+    }
+
+    /// When others write to the same store too: a future that is ready when the sinks have seen everything that anybody
+    /// had committed before. `None` when they have always seen everything.
+    fn sync(&self) -> Option<Pending> {
+        None
+    }
 
     /// Bytes the store occupies on disk.
     fn size(&self) -> u64;

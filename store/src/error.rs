@@ -49,6 +49,14 @@ pub enum Error {
         /// The oldest good one.
         needed: &'static str,
     },
+    /// An address of etcd is bad, or what is behind it.
+    #[error("etcd at \"{endpoint}\": {reason}")]
+    Endpoint {
+        /// The address as it was given.
+        endpoint: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A compare of a commit did not hold.
     #[error("the key changed: expected revision {expected}, found {found}")]
     Conflict {

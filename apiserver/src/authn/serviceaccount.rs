@@ -388,7 +388,7 @@ mod tests {
             issuer: "https://issuer".into(),
             service_cidr: "10.96.0.0/16".parse().unwrap(),
             node_ports: (30000, 32767),
-            data_dir: none.clone(),
+            store: crate::Store::Embedded(none.clone()),
             kubelet_ca: none.clone(),
             kubelet_client_cert: none.clone(),
             kubelet_client_key: none,

@@ -29,9 +29,14 @@ pub(crate) struct Cache {
     feed: Arc<Feed>,
 }
 
+/// A key that every allocating write of servers on one store changes: of two at once, one has to look again.
+const ALLOCATION: &str = "/registry/allocation";
+
 /// The part the store's thread reaches.
 struct Feed {
     revision: Arc<AtomicU64>,
+    /// Last change of [`ALLOCATION`], 0 before the first.
+    allocation: AtomicU64,
     resources: RwLock<HashMap<Box<str>, Arc<ResourceCache>>>,
 }
 
@@ -52,7 +57,8 @@ pub(crate) enum Write {
 impl Cache {
     /// An empty cache over a store.
     pub(crate) fn new(engine: Arc<dyn Engine>) -> Self {
-        let feed = Feed { revision: Arc::new(AtomicU64::new(engine.revision())), resources: RwLock::default() };
+        let revision = Arc::new(AtomicU64::new(engine.revision()));
+        let feed = Feed { revision, allocation: AtomicU64::new(0), resources: RwLock::default() };
         Self { engine, feed: Arc::new(feed) }
     }
 
@@ -89,6 +95,10 @@ impl Cache {
         let (revision, complete) = (range.revision, range.complete);
         for entry in range {
             let entry = entry?;
+            if &*entry.key == ALLOCATION {
+                self.feed.allocation.fetch_max(entry.modified, Ordering::AcqRel);
+                continue;
+            }
             let Some((cache, _)) = self.feed.find(&entry.key) else {
                 tracing::warn!(key = %entry.key, "nothing serves this key");
                 continue;
@@ -113,6 +123,30 @@ impl Cache {
         expect: Expect,
         write: Write,
     ) -> Result<u64, isopod_store::Error> {
+        self.commit_with(cache, key, expect, write, None).await
+    }
+
+    /// What to compare with so that no other server has allocated since now; `None` when there are no other servers.
+    pub(crate) fn allocation(&self) -> Option<Expect> {
+        if !self.engine.shared() {
+            return None;
+        }
+        Some(match self.feed.allocation.load(Ordering::Acquire) {
+            0 => Expect::Absent,
+            revision => Expect::Revision(revision),
+        })
+    }
+
+    /// Commits a change of one object that allocated something after [`Self::allocation`] was asked. A conflict at index
+    /// 1 says that another server has allocated meanwhile.
+    pub(crate) async fn commit_with(
+        &self,
+        cache: &Arc<ResourceCache>,
+        key: &str,
+        expect: Expect,
+        write: Write,
+        allocation: Option<Expect>,
+    ) -> Result<u64, isopod_store::Error> {
         let (change, draft) = match write {
             Write::Put(draft) => (Change::Put(draft.stored.clone()), Some(draft)),
             Write::Delete => (Change::Delete, None),
@@ -120,7 +154,27 @@ impl Cache {
         let ticket: Tag = Arc::new(Ticket { cache: Arc::clone(cache), draft: Mutex::new(draft) });
         let op = Op { key: format!("{}{key}", cache.prefix).into(), expect, change, tag: Some(ticket) };
         let durability = if cache.relaxed { Durability::Relaxed } else { Durability::Synced };
-        self.engine.submit(Batch { ops: vec![op], durability }).await
+        let mut ops = vec![op];
+        ops.extend(allocation.map(|expect| Op {
+            key: ALLOCATION.into(),
+            expect,
+            change: Change::Put(bytes::Bytes::new()),
+            tag: None,
+        }));
+        let outcome = self.engine.submit(Batch { ops, durability }).await;
+        // Whoever tries again does it from what the other server wrote.
+        if matches!(outcome, Err(isopod_store::Error::Conflict { .. })) {
+            self.catch_up().await?;
+        }
+        outcome
+    }
+
+    /// Waits until the caches show everything that any server on the same store had acknowledged before.
+    pub(crate) async fn catch_up(&self) -> Result<(), isopod_store::Error> {
+        match self.engine.sync() {
+            Some(pending) => pending.await.map(drop),
+            None => Ok(()),
+        }
     }
 
     /// The last revision of the whole store.
@@ -156,6 +210,10 @@ impl Sink for Feed {
     fn apply(&self, events: Vec<isopod_store::Event>) {
         let last = events.last().map(|e| e.revision);
         for event in events {
+            if &*event.key == ALLOCATION {
+                self.allocation.fetch_max(event.revision, Ordering::AcqRel);
+                continue;
+            }
             let ticket = event.tag.as_deref().and_then(|t| t.downcast_ref::<Ticket>());
             let Some((cache, key)) = (match ticket {
                 Some(ticket) => event.key.strip_prefix(&*ticket.cache.prefix).map(|k| (Arc::clone(&ticket.cache), k)),

@@ -30,6 +30,8 @@ const RING_EVENTS: usize = 4096;
 const RING_BYTES: usize = 8 << 20;
 /// Events always kept, whatever their size.
 const RING_MINIMUM: usize = 64;
+/// Events whose frames are kept for the next watcher; who is further behind builds its own.
+const RING_FRAMES: usize = 512;
 /// Events older than this are dropped when nothing else happens; upstream keeps as much.
 const RING_AGE: Duration = Duration::from_secs(75);
 
@@ -187,6 +189,9 @@ impl ResourceCache {
         state.ring_bytes += object.bytes.len();
         let frames = Mutex::new(Vec::new());
         state.ring.push_back(Arc::new(Event { revision, object, previous, deleted, at: Instant::now(), frames }));
+        if let Some(event) = state.ring.len().checked_sub(RING_FRAMES).and_then(|at| state.ring.get(at)) {
+            *event.frames.lock() = Vec::new();
+        }
         while state.ring.len() > RING_EVENTS || (state.ring_bytes > RING_BYTES && state.ring.len() > RING_MINIMUM) {
             state.drop_oldest();
         }

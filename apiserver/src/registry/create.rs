@@ -101,7 +101,9 @@ impl Registry {
         self.admit(Pass::Mutating, &admission, &mut obj, writer).await?;
         let generated = meta::name(&obj).is_empty() && !meta::generate_name(&obj).is_empty();
         let attempts = if generated { GENERATE_ATTEMPTS } else { 1 };
-        for attempt in 1..=attempts {
+        let mut attempt = 0;
+        while attempt < attempts {
+            attempt += 1;
             let mut obj = obj.clone();
             if generated {
                 let name = metadata::generate(meta::generate_name(&obj));
@@ -112,7 +114,9 @@ impl Registry {
             // The uid comes first: Jobs put it into their selector.
             metadata::for_create(resource, &mut obj);
             resource.strategy.prepare_for_create(&cx, &mut obj);
+            let allocation = self.cache.allocation();
             let reservation = resource.strategy.reserve(&cx, &mut obj, None)?;
+            let allocation = allocation.filter(|_| reservation.is_some());
             let mut errors = validation::meta::create(&resource.gvr, resource.info.namespaced, &obj);
             errors.extend(resource.strategy.validate(&cx, &obj));
             if !errors.is_empty() {
@@ -136,11 +140,13 @@ impl Registry {
                     None => Ok(Arc::new(draft.finish_unstored())),
                 };
             }
-            match self.cache.commit(store, &key, Expect::Absent, Write::Put(draft)).await {
+            match self.cache.commit_with(store, &key, Expect::Absent, Write::Put(draft), allocation).await {
                 Ok(revision) => {
                     drop(reservation);
                     return self.committed(resource, &key, revision);
                 }
+                // Another server has allocated meanwhile.
+                Err(isopod_store::Error::Conflict { index: 1, .. }) => attempt -= 1,
                 Err(isopod_store::Error::Conflict { .. }) if attempt < attempts => {}
                 Err(isopod_store::Error::Conflict { .. }) => {
                     return Err(match store.get(&key) {

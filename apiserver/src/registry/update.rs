@@ -179,7 +179,9 @@ impl Registry {
         if subresource != "binding" {
             metadata::bump_generation(resource, &mut new, &old);
         }
+        let allocation = self.cache.allocation();
         let reservation = resource.strategy.reserve(&cx, &mut new, Some(&old))?;
+        let allocation = allocation.filter(|_| reservation.is_some());
         let mut errors = validation::meta::update(&resource.gvr, &new, &old);
         errors.extend(resource.strategy.validate_update(&cx, &new, &old));
         if !errors.is_empty() {
@@ -215,7 +217,7 @@ impl Registry {
                 Err(error) => Err(Status::internal(error)),
             };
         }
-        match self.cache.commit(store, key, expect, Write::Put(draft)).await {
+        match self.cache.commit_with(store, key, expect, Write::Put(draft), allocation).await {
             Ok(revision) => {
                 drop(reservation);
                 let object = self.committed(resource, key, revision)?;

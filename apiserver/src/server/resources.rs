@@ -60,6 +60,12 @@ pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Bo
         return Err(status);
     }
     check_method(&resource, &call, &method)?;
+    // Only reads that name a revision are content with less than the newest.
+    let reads = matches!(&*info.verb, "get" | "list" | "watch");
+    if !reads || call.query.text("resourceVersion").is_empty() {
+        let caught_up = app.registry.cache().catch_up().await;
+        caught_up.map_err(|error| Status::internal(error.to_string()))?;
+    }
     if let Some(connect) = app.endpoints.connects.get(&key) {
         if info.subresource != "proxy" && !info.rest.is_empty() {
             return Err(Status::no_route());

@@ -2,11 +2,12 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
+use isopod_apiserver::Store;
 
 use crate::error::Usage;
 
@@ -34,6 +35,10 @@ pub(crate) struct Args {
     /// Directory of the database.
     #[arg(long, default_value = "/var/lib/isopod/server", value_name = "DIR")]
     data_dir: PathBuf,
+    /// Where objects are kept: embedded (in --data-dir) or etcd=URL[,URL...], with TLS by etcd/ca.crt and
+    /// apiserver-etcd-client.{crt,key} of --pki.
+    #[arg(long, default_value = "embedded", value_name = "STORE")]
+    store: String,
     /// File with static tokens: token,user,uid,"group1,group2".
     #[arg(long, value_name = "FILE")]
     token_auth_file: Option<PathBuf>,
@@ -60,7 +65,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         issuer: "https://kubernetes.default.svc.cluster.local".to_owned(),
         service_cidr: args.service_cidr,
         node_ports,
-        data_dir: args.data_dir,
+        store: store(&args.store, &args.data_dir, &args.pki)?,
         kubelet_ca: pki("ca.crt"),
         kubelet_client_cert: pki("apiserver-kubelet-client.crt"),
         kubelet_client_key: pki("apiserver-kubelet-client.key"),
@@ -69,4 +74,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
         token_file: args.token_auth_file,
     };
     super::serve(2, |stop| async { isopod_apiserver::run(config, stop).await.context("API server") })
+}
+
+/// `embedded`, or `etcd=` and the addresses of one etcd's members.
+fn store(text: &str, dir: &Path, pki: &Path) -> Result<Store> {
+    if text == "embedded" {
+        return Ok(Store::Embedded(dir.to_owned()));
+    }
+    Ok(Store::Etcd(super::store::etcd(text, pki).map_err(|reason| Usage(format!("--store: {reason}")))?))
 }

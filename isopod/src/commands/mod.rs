@@ -11,6 +11,7 @@ pub(crate) mod remove_volume;
 pub(crate) mod reset;
 pub(crate) mod scheduler;
 pub(crate) mod services;
+pub(crate) mod store;
 pub(crate) mod token;
 pub(crate) mod trace;
 pub(crate) mod up;

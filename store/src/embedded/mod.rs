@@ -21,7 +21,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-use crate::{Batch, Engine, Error, Pending, Range, Revision, Sink};
+use crate::{Batch, Engine, Entry, Error, Pending, Range, Revision, Sink};
 use writer::{Command, Writer};
 
 /// Name of the file inside the data directory.
@@ -54,6 +54,29 @@ impl Embedded {
             .spawn(move || writer.run(&commands))
             .map_err(|source| Error::File { operation: "start the writer of", path: path.clone(), source })?;
         Ok(Self { queue: Mutex::new(Some(queue)), revision, thread: Mutex::new(Some(thread)), path })
+    }
+
+    /// Makes a store of entries with their revisions; there must be none in the directory.
+    pub fn import(dir: &Path, revision: Revision, entries: &[Entry]) -> Result<(), Error> {
+        let path = dir.join(FILE_NAME);
+        if path.exists() {
+            return Err(Error::Foreign { path, reason: "there is a store already".into() });
+        }
+        std::fs::create_dir_all(dir).map_err(|source| Error::File {
+            operation: "create directory",
+            path: dir.to_owned(),
+            source,
+        })?;
+        let _lock = lock::Lock::take(&path)?;
+        let mut file = file::File::open(&path)?;
+        file.begin(crate::Durability::Synced)?;
+        for (id, entry) in (1..).zip(entries) {
+            file.insert(id, &entry.key, entry.created, &entry.value)?;
+            file.update(id, entry.modified, &entry.value)?;
+        }
+        file.set_state(file::State { revision, reserved: revision })?;
+        file.commit()?;
+        file.checkpoint()
     }
 
     fn send(&self, command: Command) -> Result<(), Error> {

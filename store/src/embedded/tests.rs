@@ -7,35 +7,13 @@ use std::{
     sync::Arc,
 };
 
-use bytes::Bytes;
-use parking_lot::Mutex;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{Change, Durability, Entry, Event, Expect, Op};
-
-fn put(key: &str, value: &str, expect: Expect) -> Batch {
-    let change = Change::Put(Bytes::copy_from_slice(value.as_bytes()));
-    Batch { ops: vec![Op { key: key.into(), expect, change, tag: None }], durability: Durability::Synced }
-}
-
-fn delete(key: &str, expect: Expect) -> Batch {
-    let ops = vec![Op { key: key.into(), expect, change: Change::Delete, tag: None }];
-    Batch { ops, durability: Durability::Synced }
-}
-
-fn all(store: &Embedded) -> Vec<Entry> {
-    store.range("", None).unwrap().collect::<Result<_, _>>().unwrap()
-}
-
-#[derive(Default)]
-struct Log(Mutex<Vec<(u64, String)>>);
-
-impl Sink for Log {
-    fn apply(&self, events: Vec<Event>) {
-        self.0.lock().extend(events.into_iter().map(|e| (e.revision, e.key.into())));
-    }
-}
+use crate::{
+    Durability, Expect,
+    testing::{Log, all, behaves_like_a_map, delete, put},
+};
 
 #[test]
 fn compares_guard_every_write() {
@@ -213,43 +191,9 @@ fn kill_9_loses_no_acknowledged_write() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
     #[test]
-    fn behaves_like_a_map(steps in proptest::collection::vec((0u8..6, 0u8..4, any::<bool>()), 1..60)) {
+    fn the_model(steps in proptest::collection::vec((0u8..6, 0u8..4, any::<bool>()), 1..60)) {
         let dir = tempfile::tempdir().unwrap();
-        let mut store = Embedded::open(dir.path()).unwrap();
-        let mut model: BTreeMap<String, (String, u64)> = BTreeMap::new();
-        let mut last = 0;
-        for (n, (key, action, good)) in steps.into_iter().enumerate() {
-            let key = format!("k{key}");
-            let at = model.get(&key).map_or(0, |m| m.1);
-            let expect = match (at, good) {
-                (0, true) => Expect::Absent,
-                (at, true) => Expect::Revision(at),
-                (at, false) => Expect::Revision(at + 1),
-            };
-            match action {
-                0 | 1 => {
-                    let value = format!("v{n}");
-                    let result = store.submit(put(&key, &value, expect)).wait();
-                    prop_assert_eq!(result.is_ok(), good);
-                    if let Ok(revision) = result {
-                        prop_assert!(revision > last);
-                        last = revision;
-                        model.insert(key, (value, revision));
-                    }
-                }
-                2 => {
-                    let result = store.submit(delete(&key, expect)).wait();
-                    prop_assert_eq!(result.is_ok(), good);
-                    if good { model.remove(&key); }
-                }
-                _ => {
-                    drop(store);
-                    store = Embedded::open(dir.path()).unwrap();
-                }
-            }
-            let found: BTreeMap<_, _> = all(&store).into_iter()
-                .map(|e| (String::from(e.key), (String::from_utf8(e.value.to_vec()).unwrap(), e.modified))).collect();
-            prop_assert_eq!(&found, &model);
-        }
+        let open = || Box::new(Embedded::open(dir.path()).unwrap()) as Box<dyn Engine>;
+        behaves_like_a_map(&open, "", steps)?;
     }
 }
