@@ -140,6 +140,12 @@ fn ingress(service: &Service) -> Vec<IpAddr> {
     list.filter_map(|i| i.ip.as_deref()?.parse().ok()).collect()
 }
 
+/// Whether there is a name among the addresses: this controller never gives one.
+fn is_named(service: &Service) -> bool {
+    let status = service.status.as_ref().and_then(|s| s.load_balancer.as_ref());
+    status.and_then(|l| l.ingress.as_ref()).into_iter().flatten().any(|i| i.hostname.is_some())
+}
+
 /// Older Services come first.
 fn age(service: &Service) -> (Option<jiff::Timestamp>, Key) {
     (service.metadata.creation_timestamp.as_ref().map(|t| t.0), key(service))
@@ -153,7 +159,7 @@ fn plan(service: &Service, all: &[Arc<Service>], places: &[Place], local: &BTree
     let has = ingress(service);
     // Somebody else gives addresses here; or no node is well at the moment, and none of them has changed its address.
     let foreign = !has.iter().any(known) && !is_given(service);
-    if !has.is_empty() && (foreign || places.is_empty()) {
+    if is_named(service) || (!has.is_empty() && (foreign || places.is_empty())) {
         return Plan::Leave;
     }
     if let Some((protocol, port)) =
@@ -285,6 +291,10 @@ mod tests {
         let moved = with_addresses(&other, &["198.51.100.1".parse().unwrap()]);
         assert_eq!(of(&moved, &[], &none), addresses(&["192.0.2.1", "192.0.2.2"]));
         assert_eq!(plan(&moved, &[], &[], &none), Plan::Leave, "no node is well: wait");
+        let mut named = moved;
+        let given = named.status.as_mut().and_then(|s| s.load_balancer.as_mut()?.ingress.as_mut()).unwrap();
+        given[0].hostname = Some("lb.example.com".to_owned());
+        assert_eq!(of(&named, &[], &none), Plan::Leave, "somebody else's name");
     }
 
     #[test]

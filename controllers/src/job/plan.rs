@@ -181,14 +181,15 @@ pub(crate) fn plan(job: &Job, owned: &[Arc<Pod>], now: Timestamp) -> Plan {
     plan.status.ready = Some(count(active.iter().filter(|p| pods::is_ready(p)).count()));
     plan.status.terminating = Some(count(terminating));
     let uncounted = plan.status.uncounted_terminated_pods.clone().unwrap_or_default();
-    let succeeded = n(plan.status.succeeded) + count(uncounted.succeeded.unwrap_or_default().len());
-    let failures = n(plan.status.failed) + count(uncounted.failed.unwrap_or_default().len());
+    let waiting = |list: &Option<Vec<String>>| count(list.as_ref().map_or(0, Vec::len));
+    let succeeded = n(plan.status.succeeded) + waiting(&uncounted.succeeded);
+    let failures = n(plan.status.failed) + waiting(&uncounted.failed);
     decide(&view, &mut plan, fatal, succeeded, failures, active.len());
     if holds(&plan.status, "FailureTarget").is_some() || holds(&plan.status, "SuccessCriteriaMet").is_some() {
         plan.delete = active;
         plan.status.active = None;
         plan.status.ready = Some(0);
-        if terminating == 0 && plan.delete.is_empty() && plan.status.uncounted_terminated_pods.is_none() {
+        if terminating == 0 && plan.delete.is_empty() && uncounted == UncountedTerminatedPods::default() {
             finish(&mut plan, now);
         }
         return plan;
@@ -269,10 +270,9 @@ fn count_finished(view: &View<'_>, plan: &mut Plan, owned: &[Arc<Pod>]) -> Optio
         status.succeeded = some(count(done.len()));
         status.completed_indexes = (!done.is_empty()).then(|| indexes::render(&done));
     }
-    if !good.is_empty() || !bad.is_empty() {
-        let list = |l: Vec<String>| (!l.is_empty()).then_some(l);
-        status.uncounted_terminated_pods = Some(UncountedTerminatedPods { succeeded: list(good), failed: list(bad) });
-    }
+    // Also an empty one is shown, as upstream does.
+    let list = |l: Vec<String>| (!l.is_empty()).then_some(l);
+    status.uncounted_terminated_pods = Some(UncountedTerminatedPods { succeeded: list(good), failed: list(bad) });
     fatal
 }
 
