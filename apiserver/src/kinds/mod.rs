@@ -32,6 +32,8 @@ mod ingress;
 mod job;
 mod job_indexes;
 mod job_validation;
+#[cfg(test)]
+mod manifests;
 mod namespace;
 mod networking;
 mod node;

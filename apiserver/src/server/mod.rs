@@ -130,7 +130,9 @@ impl Server {
                 let user = Arc::new(certificate.and_then(|c| chain::certificate_user(&c)));
                 let service = service_fn(move |request| {
                     let (app, user) = (Arc::clone(&app), Arc::clone(&user));
-                    async move { Ok::<_, std::convert::Infallible>(handle::handle(app, user, request).await) }
+                    // Boxed, so that it can go before its answer does: a watch lasts for an hour.
+                    let answer = Box::pin(handle::handle(app, user, request));
+                    async move { Ok::<_, std::convert::Infallible>(answer.await) }
                 });
                 let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
                 if let Err(error) = watcher.watch(connection).await {

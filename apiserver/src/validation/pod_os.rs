@@ -18,6 +18,7 @@ const LINUX_POD: &[&str] = &[
     "runAsGroup",
     "supplementalGroups",
     "supplementalGroupsPolicy",
+    "seLinuxChangePolicy",
 ];
 /// The same of a container's.
 const LINUX_CONTAINER: &[&str] = &[

@@ -94,7 +94,7 @@ fn host_users(e: &mut Errs, spec: &At<'_>) {
     // Upstream spells two of them like this.
     for (field, shown) in [("hostNetwork", "hostNetwork"), ("hostPID", "HostPID"), ("hostIPC", "HostIPC")] {
         if spec.get(field).is_true() {
-            e.forbidden(&At::new(spec.path.child(shown), at.v), "when `pod.Spec.HostUsers` is false");
+            e.forbidden(&At::new(spec.path.child(shown), at.v), "when `hostUsers` is false");
         }
     }
 }
@@ -195,10 +195,7 @@ mod tests {
                 json!({"activeDeadlineSeconds": 0}),
                 "spec.activeDeadlineSeconds: Invalid value: 0: must be between 1 and 2147483647, inclusive",
             ),
-            (
-                json!({"hostUsers": false, "hostPID": true}),
-                "spec.HostPID: Forbidden: when `pod.Spec.HostUsers` is false",
-            ),
+            (json!({"hostUsers": false, "hostPID": true}), "spec.HostPID: Forbidden: when `hostUsers` is false"),
             (
                 json!({"tolerations": [{"key": "a", "value": "b c"}, {"key": "a", "operator": "Lt", "value": "1"}]}),
                 "spec.tolerations[0].operator: Invalid value: \"b c\": a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')|spec.tolerations[1].operator: Unsupported value: \"Lt\": supported values: \"Equal\", \"Exists\"",

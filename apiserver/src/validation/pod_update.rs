@@ -255,6 +255,13 @@ pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
         no_restart(e, &after.get(list), &before.get(list), policy, &old["spec"]["containers"]);
     }
     pod_ips(e, &after.get("podIPs"));
+    let hosts = after.get("hostIPs");
+    if let Some(first) = hosts.items().first().map(|first| first.get("ip"))
+        && first.s() != after.get("hostIP").s()
+    {
+        e.invalid_str(&first, "must be equal to `hostIP`");
+    }
+    pod_ips(e, &hosts);
     let names: Vec<&str> =
         new["spec"]["resourceClaims"].as_array().into_iter().flatten().filter_map(|c| c["name"].as_str()).collect();
     for status in after.get("resourceClaimStatuses").items() {
@@ -376,6 +383,10 @@ mod tests {
             (json!({"qosClass": "Guaranteed"}), "status.qosClass"),
             (json!({"qosClass": "Burstable", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.2"}]}), "status.podIPs"),
             (json!({"qosClass": "Burstable", "podIPs": [{"ip": "x"}]}), "status.podIPs[0]"),
+            (
+                json!({"qosClass": "Burstable", "hostIP": "10.0.0.2", "hostIPs": [{"ip": "10.0.0.1"}]}),
+                "status.hostIPs[0].ip",
+            ),
             (json!({"qosClass": "Burstable", "conditions": [{"type": "a b"}]}), "metadata.conditions[0].Type"),
             (
                 json!({"qosClass": "Burstable", "containerStatuses": [{"name": "c", "state": {"running": {}}}]}),

@@ -268,9 +268,11 @@ pub(crate) fn pod_level(e: &mut Errs, spec: &At<'_>) {
             e.invalid_as(&request, request_value.to_string(), &detail);
         }
     }
-    for container in spec.get("containers").items() {
+    for (i, container) in spec.get("containers").items().into_iter().enumerate() {
         for (name, limit) in at.get("limits").entries() {
-            let value = container.get("resources.limits").key(name);
+            // Upstream looks for containers below the pod's resources.
+            let path = at.path.child("containers").index(i).key(name).child("limits");
+            let value = At::new(path, container.get("resources.limits").key(name).v);
             let (Some(own), Some(limit_value)) = (quantity(value.v), quantity(limit.v)) else { continue };
             if own.cmp(&limit_value) == Ordering::Greater {
                 let detail = format!("must be less than or equal to pod limits of {limit_value}");

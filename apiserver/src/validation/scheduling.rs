@@ -161,8 +161,7 @@ pub(crate) fn tolerations(e: &mut Errs, list: &At<'_>) {
             }
             "Exists" => {
                 if !value.s().is_empty() {
-                    let detail = "value must be empty when `operator` is 'Exists'";
-                    e.invalid_as(&operator, internal::named("Toleration", at.v), detail);
+                    e.invalid_as(&operator, value.s(), "value must be empty when `operator` is 'Exists'");
                 }
             }
             _ => e.unsupported(&operator, &["Equal", "Exists"]),
