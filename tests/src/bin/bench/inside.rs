@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
 use k8s_openapi::api::{
-    core::v1::{ConfigMap, Node, Pod, Service},
+    core::v1::{Node, Pod, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{
@@ -27,8 +27,7 @@ pub(crate) fn run(args: &[String]) {
         match args[0].as_str() {
             "pods-one-by-one" => pods_one_by_one(client).await,
             "pods-at-once" => pods_at_once(client, 50).await,
-            "creates" => creates().await,
-            "lists" => lists(client).await,
+            "api" => crate::api::all().await,
             "services" => services(client, args[1].parse().unwrap()).await,
             other => panic!("unknown benchmark {other}"),
         }
@@ -96,93 +95,6 @@ async fn pods_at_once(client: Client, n: usize) {
         }
     }
     row(&format!("{n} pods at once -> all Ready"), &format!("{:.2} s", started.elapsed().as_secs_f64()));
-}
-
-/// A client with a connection of its own: what an API server sees of that many programs.
-async fn own_client() -> Client {
-    Client::try_default().await.unwrap()
-}
-
-async fn creates() {
-    let data = "x".repeat(1024);
-    for clients in [1_usize, 16, 64] {
-        let total = if clients == 1 { 500 } else { 4000 };
-        let each = total / clients;
-        let ready = join_all((0..clients).map(|_| own_client())).await;
-        let started = Instant::now();
-        let work = ready.into_iter().enumerate().map(|(c, client)| {
-            let data = data.clone();
-            tokio::spawn(async move {
-                let maps: Api<ConfigMap> = Api::default_namespaced(client);
-                for i in 0..each {
-                    let map: ConfigMap = serde_json::from_value(
-                        json!({"metadata": {"name": format!("bench-{clients}-{c}-{i}")}, "data": {"x": data}}),
-                    )
-                    .unwrap();
-                    maps.create(&PostParams::default(), &map).await.unwrap();
-                }
-            })
-        });
-        for result in join_all(work).await {
-            result.unwrap();
-        }
-        let rate = (each * clients) as f64 / started.elapsed().as_secs_f64();
-        row(&format!("durable 1 KiB creates, {clients} clients"), &format!("{rate:.0} per second"));
-    }
-    let maps: Api<ConfigMap> = Api::default_namespaced(own_client().await);
-    maps.delete_collection(&DeleteParams::default(), &ListParams::default()).await.unwrap();
-}
-
-async fn lists(client: Client) {
-    let pods: Api<Pod> = Api::default_namespaced(client.clone());
-    let mut creating = FuturesUnordered::new();
-    for i in 0..5000 {
-        let pods = pods.clone();
-        // No such node: nobody runs them.
-        let mut pod = pod(&format!("listed-{i}"));
-        if let Some(spec) = &mut pod.spec {
-            spec.scheduling_gates =
-                Some(vec![k8s_openapi::api::core::v1::PodSchedulingGate { name: "bench/none".to_owned() }]);
-        }
-        creating.push(async move { pods.create(&PostParams::default(), &pod).await.map(|_| ()) });
-        if creating.len() >= 32 {
-            creating.next().await.unwrap().unwrap();
-        }
-    }
-    while let Some(result) = creating.next().await {
-        result.unwrap();
-    }
-    let mut all = Vec::new();
-    let mut size = 0;
-    for _ in 0..10 {
-        let request = http::Request::get("/api/v1/namespaces/default/pods").body(Vec::new()).unwrap();
-        let started = Instant::now();
-        size = client.request_text(request).await.unwrap().len();
-        all.push(started.elapsed());
-    }
-    row(&format!("list of 5,000 pods ({:.1} MB of JSON)", size as f64 / 1e6), &times(all));
-    let started = Instant::now();
-    let mut gets = 0;
-    let clients = join_all((0..16).map(|_| own_client())).await;
-    let work = clients.into_iter().map(|client| {
-        tokio::spawn(async move {
-            let mut n = 0;
-            while started.elapsed() < Duration::from_secs(3) {
-                let request = http::Request::get("/api/v1/namespaces/default/pods/listed-7").body(Vec::new()).unwrap();
-                client.request_text(request).await.unwrap();
-                n += 1;
-            }
-            n
-        })
-    });
-    for n in join_all(work).await {
-        gets += n.unwrap();
-    }
-    row(
-        "get of one object, 16 clients",
-        &format!("{:.0} per second", f64::from(gets) / started.elapsed().as_secs_f64()),
-    );
-    pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default()).await.unwrap();
 }
 
 /// Brings the cluster to so many Services of ten endpoints each, then adds single ones.

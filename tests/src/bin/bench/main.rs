@@ -4,6 +4,7 @@
 //! the API server. Numbers are printed, never asserted. Arguments are the parts to run; without any, all run.
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot run has nothing to say")]
 
+mod api;
 mod inside;
 mod memory;
 mod runtime;
@@ -57,8 +58,7 @@ fn of_cluster(host: &Host, wanted: &dyn Fn(&str) -> bool) {
         cluster.k("delete pods --all --now --wait=true");
     }
     if wanted("api") {
-        inside(&cluster, &["creates"]);
-        inside(&cluster, &["lists"]);
+        inside(&cluster, &["api"]);
     }
     if wanted("services") {
         services(&mut cluster);

@@ -1,0 +1,207 @@
+//! The API server alone: writes, reads, watchers, and what it keeps in memory for them. Runs on its host.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::{AsyncBufReadExt, AsyncReadExt, StreamExt, future::join_all, stream::FuturesUnordered};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use kube::{
+    Api, Client,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+};
+use serde_json::json;
+use tokio::sync::Mutex;
+
+use crate::{row, times};
+
+const PODS: &str = "/api/v1/namespaces/default/pods";
+const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
+/// Watches on one connection: below the streams any server allows.
+const PER_CONNECTION: usize = 100;
+
+/// A client with a connection of its own: what an API server sees of that many programs.
+async fn own_client() -> Client {
+    Client::try_default().await.unwrap()
+}
+
+/// Resident memory of the API server in KiB.
+fn resident() -> u64 {
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(Result::ok).map(|entry| entry.path());
+    let own = processes.filter(|path| {
+        let line = std::fs::read(path.join("cmdline")).unwrap_or_default();
+        let mut words = line.split(|b| *b == 0);
+        words.next().is_some_and(|program| program.ends_with(b"isopod")) && words.next() == Some(b"apiserver")
+    });
+    let size = |path: std::path::PathBuf| -> Option<u64> {
+        let status = std::fs::read_to_string(path.join("status")).ok()?;
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?.split_whitespace().next()?.parse().ok()
+    };
+    own.filter_map(size).max().unwrap_or_default()
+}
+
+/// Every row of the API server.
+pub(crate) async fn all() {
+    creates().await;
+    let client = own_client().await;
+    let before = resident();
+    let mut made = 0;
+    for total in [5_000, 50_000] {
+        fill(&client, made, total).await;
+        made = total;
+        lists(total).await;
+    }
+    let full = resident();
+    row("RSS of the API server at 50,000 pods", &format!("{:.1} MiB", full as f64 / 1024.0));
+    let each = full.saturating_sub(before) as f64 * 1024.0 / made as f64;
+    row("memory per stored pod", &format!("{each:.0} bytes"));
+    gets().await;
+    let pods: Api<Pod> = Api::default_namespaced(client.clone());
+    pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default()).await.unwrap();
+    for watchers in [1_000, 10_000] {
+        watched(watchers).await;
+    }
+}
+
+async fn creates() {
+    let data = "x".repeat(1024);
+    for clients in [1_usize, 16, 64, 128] {
+        let each = if clients == 1 { 500 } else { 6_400 / clients };
+        let ready = join_all((0..clients).map(|_| own_client())).await;
+        let started = Instant::now();
+        let work = ready.into_iter().enumerate().map(|(c, client)| {
+            let data = data.clone();
+            tokio::spawn(async move {
+                let maps: Api<ConfigMap> = Api::default_namespaced(client);
+                for i in 0..each {
+                    let map = json!({"metadata": {"name": format!("api-{clients}-{c}-{i}")}, "data": {"x": data}});
+                    maps.create(&PostParams::default(), &serde_json::from_value(map).unwrap()).await.unwrap();
+                }
+            })
+        });
+        for result in join_all(work).await {
+            result.unwrap();
+        }
+        let rate = (each * clients) as f64 / started.elapsed().as_secs_f64();
+        row(&format!("durable 1 KiB creates, {clients} clients"), &format!("{rate:.0} per second"));
+    }
+    let maps: Api<ConfigMap> = Api::default_namespaced(own_client().await);
+    maps.delete_collection(&DeleteParams::default(), &ListParams::default()).await.unwrap();
+}
+
+/// A pod as a Deployment makes them, gated so that nobody runs it.
+fn pod(n: usize) -> Pod {
+    serde_json::from_value(json!({
+        "metadata": {"name": format!("listed-{n}"), "labels": {"app": "listed", "shard": (n % 100).to_string()}},
+        "spec": {"schedulingGates": [{"name": "bench/none"}], "containers": [{
+            "name": "c", "image": "registry.example.com/team/service:1.2.3",
+            "env": [{"name": "MODE", "value": "production"}, {"name": "REGION", "value": "north"}],
+            "ports": [{"containerPort": 8080, "name": "http"}],
+            "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"memory": "128Mi"}},
+            "readinessProbe": {"httpGet": {"path": "/ready", "port": "http"}}}]},
+    }))
+    .unwrap()
+}
+
+async fn fill(client: &Client, from: usize, to: usize) {
+    let pods: Api<Pod> = Api::default_namespaced(client.clone());
+    let mut creating = FuturesUnordered::new();
+    for n in from..to {
+        let pods = pods.clone();
+        creating.push(async move { pods.create(&PostParams::default(), &pod(n)).await.map(|_| ()) });
+        if creating.len() >= 64 {
+            creating.next().await.unwrap().unwrap();
+        }
+    }
+    while let Some(result) = creating.next().await {
+        result.unwrap();
+    }
+}
+
+async fn lists(total: usize) {
+    let client = own_client().await;
+    for (name, accept) in [("JSON", "application/json"), ("protobuf", PROTOBUF)] {
+        let (mut all, mut size) = (Vec::new(), 0);
+        for _ in 0..5 {
+            let request = http::Request::get(PODS).header("accept", accept).body(Vec::new()).unwrap();
+            let started = Instant::now();
+            let mut body = Vec::new();
+            let mut stream = std::pin::pin!(client.request_stream(request).await.unwrap());
+            stream.read_to_end(&mut body).await.unwrap();
+            all.push(started.elapsed());
+            size = body.len();
+        }
+        row(&format!("list of {total} pods, {name} ({:.1} MB)", size as f64 / 1e6), &times(all));
+    }
+}
+
+async fn gets() {
+    let clients = join_all((0..16).map(|_| own_client())).await;
+    let started = Instant::now();
+    let work = clients.into_iter().map(|client| {
+        tokio::spawn(async move {
+            let mut n = 0;
+            while started.elapsed() < Duration::from_secs(3) {
+                let request = http::Request::get(format!("{PODS}/listed-7")).body(Vec::new()).unwrap();
+                client.request_text(request).await.unwrap();
+                n += 1;
+            }
+            n
+        })
+    });
+    let n: u32 = join_all(work).await.into_iter().map(Result::unwrap).sum();
+    let rate = f64::from(n) / started.elapsed().as_secs_f64();
+    row("get of one object, 16 clients, 50,000 pods there", &format!("{rate:.0} per second"));
+}
+
+/// So many watchers of one ConfigMap: what an idle one costs, and when each hears of a change.
+async fn watched(watchers: usize) {
+    let maps: Api<ConfigMap> = Api::default_namespaced(own_client().await);
+    let name = format!("watched-{watchers}");
+    let map = json!({"metadata": {"name": name}});
+    let made = maps.create(&PostParams::default(), &serde_json::from_value(map).unwrap()).await.unwrap();
+    let version = made.metadata.resource_version.unwrap();
+    let uri = format!(
+        "/api/v1/namespaces/default/configmaps?watch=true&fieldSelector=metadata.name%3D{name}&resourceVersion={version}"
+    );
+    let connections = join_all((0..watchers.div_ceil(PER_CONNECTION)).map(|_| own_client())).await;
+    // The first watch of each opens its connection; what the rest adds is the watchers'.
+    let heard: Arc<Mutex<Vec<Instant>>> = Arc::default();
+    let open = |client: &Client| {
+        let (client, uri) = (client.clone(), uri.clone());
+        async move { client.request_stream(http::Request::get(uri).body(Vec::new()).unwrap()).await.unwrap() }
+    };
+    let mut tasks = Vec::new();
+    let mut streams = Vec::new();
+    for client in &connections {
+        streams.push(open(client).await);
+    }
+    let before = resident();
+    for client in &connections {
+        let rest = PER_CONNECTION.min(watchers) - 1;
+        streams.extend(join_all((0..rest).map(|_| open(client))).await);
+    }
+    let each = resident().saturating_sub(before) as f64 * 1024.0 / (streams.len() - connections.len()) as f64;
+    row(&format!("memory per idle watcher, {} of them", streams.len()), &format!("{each:.0} bytes"));
+    for stream in streams {
+        let heard = Arc::clone(&heard);
+        tasks.push(tokio::spawn(async move {
+            let stream = std::pin::pin!(stream);
+            if let Some(Ok(line)) = stream.lines().next().await {
+                assert!(line.contains("MODIFIED"), "{line}");
+                heard.lock().await.push(Instant::now());
+            }
+        }));
+    }
+    let started = Instant::now();
+    let change = json!({"data": {"a": "b"}});
+    maps.patch(&name, &PatchParams::default(), &Patch::Merge(&change)).await.unwrap();
+    let total = tasks.len();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let delays = heard.lock().await.iter().map(|at| at.duration_since(started)).collect();
+    row(&format!("one change to {total} watchers"), &times(delays));
+    maps.delete(&name, &DeleteParams::default()).await.unwrap();
+}
