@@ -4,13 +4,13 @@ use isopod_api::{field::ErrorList, meta};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
+use super::{dra_claims, dra_slices, pod_defaults};
 use crate::{
     registry::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, same, volume_source},
+    validation::{At, Errs, IMMUTABLE, internal, same},
 };
 
 /// `deviceclasses`.
@@ -42,49 +42,19 @@ fn count_defaults(v: &mut Value) {
     pod_defaults::drop_nulls(v);
 }
 
-fn claim_spec(e: &mut Errs, devices: &At<'_>) {
-    let requests = devices.get("requests");
-    if requests.len() > 32 {
-        e.too_many(&requests, requests.len(), 32);
-    }
-    let mut seen = Vec::new();
-    for at in requests.items() {
-        let (name, exactly, first) = (at.get("name"), at.get("exactly"), at.get("firstAvailable"));
-        if name.s().is_empty() {
-            e.required(&name, "");
-        } else {
-            e.dns_label(&name);
-        }
-        if seen.contains(&name.s()) {
-            e.duplicate(&at, name.s());
-        }
-        seen.push(name.s());
-        match (exactly.is_set(), first.len() > 0) {
-            (false, false) => e.required(&at, "exactly one of `exactly` or `firstAvailable` is required"),
-            (true, true) => {
-                e.invalid(&at, "exactly one of `exactly` or `firstAvailable` is required, but multiple fields are set")
-            }
-            _ => {}
-        }
-        let each = if exactly.is_set() { vec![exactly] } else { first.items() };
-        for own in each {
-            let (class, mode, count) = (own.get("deviceClassName"), own.get("allocationMode"), own.get("count"));
-            if class.s().is_empty() {
-                e.required(&class, "");
-            } else {
-                e.dns_subdomain(&class);
-            }
-            match mode.s() {
-                "All" if count.int0() != 0 => e.invalid(&count, "must not be specified when allocationMode is 'All'"),
-                "ExactCount" if count.int0() <= 0 => e.invalid_as(&count, count.int0(), "must be greater than zero"),
-                "All" | "ExactCount" => {}
-                _ => e.unsupported(&mode, &["All", "ExactCount"]),
-            }
-        }
-    }
-}
-
 impl Strategy for DeviceClass {
+    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        dra_claims::class(&mut e, &At::field(obj, "spec"), &Value::Null);
+        e.0
+    }
+
+    fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        dra_claims::class(&mut e, &At::field(new, "spec"), &old["spec"]);
+        e.0
+    }
+
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         vec![table::name(obj), table::age(obj, now)]
     }
@@ -107,27 +77,19 @@ impl Strategy for ResourceClaim {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        claim_spec(&mut e, &At::field(obj, "spec").get("devices"));
+        dra_claims::claim(&mut e, &At::field(obj, "spec").get("devices"));
         e.0
     }
 
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs::new();
         if cx.subresource.is_empty() {
-            e.immutable(&At::field(new, "spec"), &old["spec"]);
+            let spec = At::field(new, "spec");
+            if !same(spec.v, &old["spec"]) {
+                e.invalid_as(&spec, internal::named("DeviceClaimSpec", spec.v), IMMUTABLE);
+            }
         } else {
-            let reserved = At::field(new, "status").get("reservedFor");
-            if reserved.len() > 256 {
-                e.too_many(&reserved, reserved.len(), 256);
-            }
-            let allocation = At::field(new, "status").get("allocation");
-            let before = &old["status"]["allocation"];
-            if allocation.is_set() && !before.is_null() && !same(allocation.v, before) {
-                e.immutable(&allocation, before);
-            }
-            if !allocation.is_set() && reserved.len() > 0 {
-                e.forbidden(&reserved, "may not be specified when `allocated` is not set");
-            }
+            dra_claims::status(&mut e, new, old);
         }
         e.0
     }
@@ -158,13 +120,18 @@ impl Strategy for ResourceClaimTemplate {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        claim_spec(&mut e, &At::field(obj, "spec").get("spec.devices"));
+        dra_claims::claim(&mut e, &At::field(obj, "spec").get("spec.devices"));
         e.0
     }
 
     fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs::new();
-        e.immutable(&At::field(new, "spec"), &old["spec"]);
+        let spec = At::field(new, "spec");
+        if !same(spec.v, &old["spec"]) {
+            let mut shown = spec.get("metadata").v.as_object().cloned().unwrap_or_default();
+            shown.insert("Spec".to_owned(), internal::named("DeviceClaimSpec", spec.get("spec").v));
+            e.invalid_as(&spec, shown, IMMUTABLE);
+        }
         e.0
     }
 
@@ -185,56 +152,13 @@ impl Strategy for ResourceSlice {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        let spec = At::field(obj, "spec");
-        volume_source::csi_driver_name(&mut e, &spec.get("driver"));
-        let pool = spec.get("pool");
-        if pool.get("name").s().is_empty() {
-            e.required(&pool.get("name"), "");
-        }
-        if pool.get("resourceSliceCount").int0() <= 0 {
-            e.invalid_as(
-                &pool.get("resourceSliceCount"),
-                pool.get("resourceSliceCount").int0(),
-                "must be greater than zero",
-            );
-        }
-        e.non_negative(&pool.get("generation"));
-        let places = ["nodeName", "nodeSelector", "allNodes", "perDeviceNodeSelection"];
-        let set = places
-            .iter()
-            .filter(|p| {
-                let at = spec.get(p);
-                at.is_true() || !at.s().is_empty() || at.len() > 0
-            })
-            .count();
-        match set {
-            0 => e.required(&spec, "exactly one of `nodeName`, `nodeSelector`, `allNodes`, `perDeviceNodeSelection` is required"),
-            1 => {}
-            _ => e.invalid(&spec, "exactly one of `nodeName`, `nodeSelector`, `allNodes`, `perDeviceNodeSelection` is required, but multiple fields are set"),
-        }
-        let devices = spec.get("devices");
-        if devices.len() > 128 {
-            e.too_many(&devices, devices.len(), 128);
-        }
-        let mut seen = Vec::new();
-        for device in devices.items() {
-            let name = device.get("name");
-            e.dns_label(&name);
-            if seen.contains(&name.s()) {
-                e.duplicate(&device, name.s());
-            }
-            seen.push(name.s());
-        }
+        dra_slices::spec(&mut e, &At::field(obj, "spec"), &Value::Null);
         e.0
     }
 
-    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        let mut e = Errs(self.validate(cx, new));
-        let spec = At::field(new, "spec");
-        for field in ["driver", "nodeName"] {
-            e.immutable(&spec.get(field), &old["spec"][field]);
-        }
-        e.immutable(&spec.get("pool.name"), &old["spec"]["pool"]["name"]);
+    fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        dra_slices::spec(&mut e, &At::field(new, "spec"), &old["spec"]);
         e.0
     }
 

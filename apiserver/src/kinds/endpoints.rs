@@ -127,6 +127,7 @@ impl Strategy for EndpointSlice {
         let endpoints = At::field(obj, "endpoints");
         if endpoints.len() > 1000 {
             e.too_many(&endpoints, endpoints.len(), 1000);
+            return e.0;
         }
         for endpoint in endpoints.items() {
             slice_endpoint(&mut e, &endpoint, kind.s());
@@ -178,7 +179,7 @@ impl Strategy for EndpointSlice {
 
 fn ports(e: &mut Errs, list: &At<'_>) {
     if list.len() > 20_000 {
-        e.too_many(list, list.len(), 20_000);
+        return e.too_many(list, list.len(), 20_000);
     }
     let mut seen = Vec::new();
     for at in list.items() {
@@ -218,7 +219,7 @@ fn slice_endpoint(e: &mut Errs, at: &At<'_>, kind: &str) {
                 }
                 net::non_special_ip(e, &address);
             }
-            "FQDN" => e.dns_subdomain(&address),
+            "FQDN" => domain(e, &address),
             _ => {}
         }
     }
@@ -226,26 +227,43 @@ fn slice_endpoint(e: &mut Errs, at: &At<'_>, kind: &str) {
     if node.is_set() {
         e.dns_subdomain(&node);
     }
-    for (key, value) in at.get("deprecatedTopology").entries() {
-        meta::label_key(e, &at.get("deprecatedTopology"), key);
-        e.messages(&value, isopod_api::names::label_value(value.s()));
+    let topology = at.get("deprecatedTopology");
+    if topology.len() > 16 {
+        e.too_many(&topology, topology.len(), 16);
     }
+    meta::labels(e, &topology);
     let hostname = at.get("hostname");
     if hostname.is_set() {
         e.dns_label(&hostname);
     }
-    let zones = at.get("hints.forZones");
-    if zones.len() > 8 {
-        e.too_many(&zones, zones.len(), 8);
+    hints(e, &at.get("hints.forZones"), isopod_api::names::label_value);
+    hints(e, &at.get("hints.forNodes"), isopod_api::names::dns1123_subdomain);
+}
+
+fn hints(e: &mut Errs, list: &At<'_>, rule: fn(&str) -> Vec<String>) {
+    if list.len() > 8 {
+        return e.too_many(list, list.len(), 8);
     }
     let mut seen = Vec::new();
-    for zone in zones.items() {
-        let name = zone.get("name");
+    for at in list.items() {
+        let name = at.get("name");
         if seen.contains(&name.s()) {
             e.duplicate(&name, name.s());
-        } else {
-            e.messages(&name, isopod_api::names::label_value(name.s()));
         }
+        e.messages(&name, rule(name.s()));
         seen.push(name.s());
+    }
+}
+
+/// A domain of at least two parts; a dot may end it.
+fn domain(e: &mut Errs, at: &At<'_>) {
+    let name = at.s().strip_suffix('.').unwrap_or(at.s());
+    let messages = isopod_api::names::dns1123_subdomain(name);
+    if name.is_empty() {
+        e.required(at, "");
+    } else if !messages.is_empty() {
+        e.invalid_as(at, name, &messages.join(","));
+    } else if !name.contains('.') {
+        e.invalid_as(at, name, "should be a domain with at least two segments separated by dots");
     }
 }

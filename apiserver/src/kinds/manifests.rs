@@ -45,6 +45,15 @@ fn base(kind: &str) -> Value {
         "RoleBinding" => {
             ("rbac.authorization.k8s.io/v1", json!({"roleRef": {"kind": "Role", "name": "r"}, "subjects": []}))
         }
+        "DeviceClass" => ("resource.k8s.io/v1", json!({"spec": {}})),
+        "ResourceClaim" => (
+            "resource.k8s.io/v1",
+            json!({"spec": {"devices": {"requests": [{"name": "r", "exactly": {"deviceClassName": "c"}}]}}}),
+        ),
+        "ResourceSlice" => (
+            "resource.k8s.io/v1",
+            json!({"spec": {"driver": "d", "allNodes": true, "pool": {"name": "p", "resourceSliceCount": 1, "generation": 0}}}),
+        ),
         other => panic!("no base of {other}"),
     };
     let mut out = body;
@@ -256,6 +265,39 @@ fn new_objects() {
             "rules[0].nonResourceURLs: Invalid value: [\"/x\"]: rules cannot apply to both regular resources and non-resource URLs; \
              aggregationRule.clusterRoleSelectors: Required value: at least one clusterRoleSelector required if aggregationRule is non-nil",
         ),
+        (
+            "DeviceClass",
+            json!({"spec": {"selectors": [{}, {"cel": {"expression": "device.driver"}}, {"cel": {"expression": "device.driver == 'd' && device.attributes['d'].x"}}],
+                "config": [{}], "extendedResourceName": "cpu"}}),
+            "spec.selectors[0].cel: Required value; \
+             spec.selectors[1].cel.expression: Invalid value: \"device.driver\": must evaluate to bool or the unknown type, not string; \
+             spec.config[0].opaque: Required value; \
+             spec.extendedResourceName: Invalid value: \"cpu\": must be a valid extended resource name",
+        ),
+        (
+            "ResourceClaim",
+            json!({"spec": {"devices": {"requests": [{"name": "r"}, {"name": "r", "exactly": {"tolerations": [{"operator": "X"}]}}],
+                "constraints": [{"requests": ["r", "x"], "matchAttribute": "a"}], "config": [{"opaque": {"driver": "d", "parameters": []}}]}}}),
+            "spec.devices.requests[0]: Required value: exactly one of `exactly` or `firstAvailable` is required; \
+             spec.devices.requests[1].exactly.deviceClassName: Required value; \
+             spec.devices.requests[1].exactly.tolerations[0].operator: Unsupported value: \"X\": supported values: \"Equal\", \"Exists\"; \
+             spec.devices.requests[1]: Duplicate value: \"r\"; \
+             spec.devices.constraints[0].requests[1]: Invalid value: \"x\": must be the name of a request in the claim or the name of a request and a subrequest separated by '/'; \
+             spec.devices.constraints[0].matchAttribute: Invalid value: \"a\": a fully qualified name must be a domain and a name separated by a slash; \
+             spec.devices.config[0].opaque.parameters: Invalid value: \"<value omitted>\": must be a valid JSON object",
+        ),
+        (
+            "ResourceSlice",
+            json!({"spec": {"nodeName": "n", "pool": {"name": "", "resourceSliceCount": 0}, "devices": [
+                {"name": "d", "allNodes": true, "attributes": {"v": {"version": "1.0"}, "a": {"int": 1, "bool": true}}, "bindingConditions": ["a"]}]}}),
+            "spec.pool.name: Required value; \
+             spec.pool.resourceSliceCount: Invalid value: 0: must be greater than zero; \
+             spec: Invalid value: \"{`nodeName`, `allNodes`}\": exactly one of `nodeName`, `nodeSelector`, `allNodes`, `perDeviceNodeSelection` is required, but multiple fields are set; \
+             spec.devices[0].attributes[a]: Invalid value: {\"IntValue\":1,\"BoolValue\":true,\"StringValue\":null,\"VersionValue\":null,\"IntValues\":null,\"BoolValues\":null,\"StringValues\":null,\"VersionValues\":null}: exactly one value must be specified; \
+             spec.devices[0].attributes[v].version: Invalid value: \"1.0\": must be a string compatible with semver.org spec 2.0.0; \
+             spec.devices[0]: Invalid value: null: `nodeName`, `nodeSelector` and `allNodes` can only be set if `perDeviceNodeSelection` is set to true in the ResourceSlice spec; \
+             spec.devices[0].bindingFailureConditions: Invalid value: null: bindingFailureConditions are required to use bindingConditions",
+        ),
     ] {
         assert_eq!(errors(changed(kind, &patch), None).join("; "), want, "{kind} {patch}");
     }
@@ -336,6 +378,12 @@ fn changed_objects() {
             json!({}),
             json!({"roleRef": {"name": "x"}}),
             "roleRef: Invalid value: {\"APIGroup\":\"rbac.authorization.k8s.io\",\"Kind\":\"Role\",\"Name\":\"x\"}: cannot change roleRef",
+        ),
+        (
+            "ResourceClaim",
+            json!({}),
+            json!({"spec": {"devices": {"config": [{"opaque": {"driver": "d", "parameters": {}}}]}}}),
+            "spec: Invalid value: {\"Devices\":{\"Requests\":[{\"Name\":\"r\",\"Exactly\":{\"DeviceClassName\":\"c\",\"Selectors\":null,\"AllocationMode\":\"ExactCount\",\"Count\":1,\"AdminAccess\":null,\"Tolerations\":null,\"Capacity\":null},\"FirstAvailable\":null}],\"Constraints\":null,\"Config\":[{\"Requests\":null,\"Opaque\":{\"Driver\":\"d\",\"Parameters\":{}}}]}}: field is immutable",
         ),
         (
             "IngressClass",

@@ -21,6 +21,8 @@ mod cronjob;
 mod daemonset;
 mod deployment;
 mod dra;
+mod dra_claims;
+mod dra_slices;
 mod endpoints;
 mod event;
 mod expressions;

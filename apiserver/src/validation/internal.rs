@@ -107,6 +107,22 @@ LevelSpec: Type=type:s Limited=limited:P(Limited) Exempt=exempt:P(ExemptLevel)
 Limited: NominalConcurrencyShares=nominalConcurrencyShares:i LimitResponse=limitResponse:S(LimitResponse) LendablePercent=lendablePercent:* BorrowingLimitPercent=borrowingLimitPercent:*
 LimitResponse: Type=type:s Queuing=queuing:P(Queuing)
 Queuing: Queues=queues:i HandSize=handSize:i QueueLengthLimit=queueLengthLimit:i
+DeviceAttribute: IntValue=int:* BoolValue=bool:* StringValue=string:* VersionValue=version:* IntValues=ints:* BoolValues=bools:* StringValues=strings:* VersionValues=versions:*
+DeviceClaimSpec: Devices=devices:S(Devices)
+Devices: Requests=requests:L(DeviceRequest) Constraints=constraints:L(DeviceConstraint) Config=config:L(DeviceConfig)
+DeviceRequest: Name=name:s Exactly=exactly:P(DeviceExactly) FirstAvailable=firstAvailable:L(DeviceSub)
+DeviceExactly: DeviceClassName=deviceClassName:s Selectors=selectors:L(DeviceSelector) AllocationMode=allocationMode:s Count=count:i AdminAccess=adminAccess:* Tolerations=tolerations:L(Toleration) Capacity=capacity:P(DeviceCapacities)
+DeviceSub: Name=name:s DeviceClassName=deviceClassName:s Selectors=selectors:L(DeviceSelector) AllocationMode=allocationMode:s Count=count:i Tolerations=tolerations:L(Toleration) Capacity=capacity:P(DeviceCapacities)
+DeviceSelector: CEL=cel:P(DeviceCel)
+DeviceCel: Expression=expression:s
+DeviceCapacities: Requests=requests:*
+DeviceConstraint: Requests=requests:* MatchAttribute=matchAttribute:* DistinctAttribute=distinctAttribute:*
+DeviceConfig: Requests=requests:* Opaque=opaque:P(DeviceOpaque)
+DeviceOpaque: Driver=driver:s Parameters=parameters:*
+DeviceAllocation: Devices=devices:S(DeviceResults) NodeSelector=nodeSelector:P(NodeSelector) AllocationTimestamp=allocationTimestamp:*
+DeviceResults: Results=results:L(DeviceResult) Config=config:L(DeviceResultConfig)
+DeviceResult: Request=request:s Driver=driver:s Pool=pool:s Device=device:s AdminAccess=adminAccess:* Tolerations=tolerations:L(Toleration) BindingConditions=bindingConditions:* BindingFailureConditions=bindingFailureConditions:* ShareID=shareID:* ConsumedCapacity=consumedCapacity:*
+DeviceResultConfig: Source=source:s Requests=requests:* Opaque=opaque:P(DeviceOpaque)
 ExemptLevel: NominalConcurrencyShares=nominalConcurrencyShares:* LendablePercent=lendablePercent:*
 ";
 

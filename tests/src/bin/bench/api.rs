@@ -41,9 +41,23 @@ fn resident() -> u64 {
     own.filter_map(size).max().unwrap_or_default()
 }
 
-/// Every row of the API server.
-pub(crate) async fn all() {
-    creates().await;
+/// The rows of the API server: all of them, or one part (`creates`, `stored`, `watched`).
+pub(crate) async fn run(part: Option<&str>) {
+    let wanted = |name: &str| part.is_none_or(|part| part == name);
+    if wanted("creates") {
+        creates().await;
+    }
+    if wanted("stored") {
+        stored().await;
+    }
+    if wanted("watched") {
+        for watchers in [1_000, 10_000] {
+            watched(watchers).await;
+        }
+    }
+}
+
+async fn stored() {
     let client = own_client().await;
     let before = resident();
     let mut made = 0;
@@ -59,9 +73,6 @@ pub(crate) async fn all() {
     gets().await;
     let pods: Api<Pod> = Api::default_namespaced(client.clone());
     pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default()).await.unwrap();
-    for watchers in [1_000, 10_000] {
-        watched(watchers).await;
-    }
 }
 
 async fn creates() {

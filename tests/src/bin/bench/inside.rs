@@ -27,7 +27,7 @@ pub(crate) fn run(args: &[String]) {
         match args[0].as_str() {
             "pods-one-by-one" => pods_one_by_one(client).await,
             "pods-at-once" => pods_at_once(client, 50).await,
-            "api" => crate::api::all().await,
+            "api" => crate::api::run(args.get(1).map(String::as_str)).await,
             "services" => services(client, args[1].parse().unwrap()).await,
             other => panic!("unknown benchmark {other}"),
         }
