@@ -1,6 +1,7 @@
 //! What every controller gets: the verbs, the recorder, the configuration, and one shared cache per kind.
 
 use crate::Config;
+use isopod_client::objects::HasMeta;
 use isopod_client::{Cache, Objects, Recorder};
 use k8s_openapi::api::apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet};
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
@@ -18,142 +19,72 @@ use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass, VolumeAttachment};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
-/// One cache per kind, each fed by one watch, shared by all controllers.
-pub(crate) struct Caches {
-    pub(crate) pods: Arc<Cache<Pod>>,
-    pub(crate) nodes: Arc<Cache<Node>>,
-    pub(crate) namespaces: Arc<Cache<Namespace>>,
-    pub(crate) services: Arc<Cache<Service>>,
-    pub(crate) endpoints: Arc<Cache<Endpoints>>,
-    pub(crate) slices: Arc<Cache<EndpointSlice>>,
-    pub(crate) accounts: Arc<Cache<ServiceAccount>>,
-    pub(crate) replica_sets: Arc<Cache<ReplicaSet>>,
-    pub(crate) replication_controllers: Arc<Cache<ReplicationController>>,
-    pub(crate) deployments: Arc<Cache<Deployment>>,
-    pub(crate) daemon_sets: Arc<Cache<DaemonSet>>,
-    pub(crate) stateful_sets: Arc<Cache<StatefulSet>>,
-    pub(crate) revisions: Arc<Cache<ControllerRevision>>,
-    pub(crate) jobs: Arc<Cache<Job>>,
-    pub(crate) cron_jobs: Arc<Cache<CronJob>>,
-    pub(crate) budgets: Arc<Cache<PodDisruptionBudget>>,
-    pub(crate) quotas: Arc<Cache<ResourceQuota>>,
-    pub(crate) claims: Arc<Cache<PersistentVolumeClaim>>,
-    pub(crate) volumes: Arc<Cache<PersistentVolume>>,
-    pub(crate) storage_classes: Arc<Cache<StorageClass>>,
-    pub(crate) csi_drivers: Arc<Cache<CSIDriver>>,
-    pub(crate) attachments: Arc<Cache<VolumeAttachment>>,
-    pub(crate) signing_requests: Arc<Cache<CertificateSigningRequest>>,
-    pub(crate) cluster_roles: Arc<Cache<ClusterRole>>,
-    pub(crate) autoscalers: Arc<Cache<HorizontalPodAutoscaler>>,
-    pub(crate) leases: Arc<Cache<Lease>>,
+/// Which object: namespace and name.
+pub(crate) type Key = (String, String);
+
+/// The key of an object.
+pub(crate) fn key<T: HasMeta>(object: &T) -> Key {
+    (object.namespace().to_owned(), object.name().to_owned())
 }
 
-impl Caches {
-    fn new() -> Self {
-        let caches = Self {
-            pods: Cache::new(),
-            nodes: Cache::new(),
-            namespaces: Cache::new(),
-            services: Cache::new(),
-            endpoints: Cache::new(),
-            slices: Cache::new(),
-            accounts: Cache::new(),
-            replica_sets: Cache::new(),
-            replication_controllers: Cache::new(),
-            deployments: Cache::new(),
-            daemon_sets: Cache::new(),
-            stateful_sets: Cache::new(),
-            revisions: Cache::new(),
-            jobs: Cache::new(),
-            cron_jobs: Cache::new(),
-            budgets: Cache::new(),
-            quotas: Cache::new(),
-            claims: Cache::new(),
-            volumes: Cache::new(),
-            storage_classes: Cache::new(),
-            csi_drivers: Cache::new(),
-            attachments: Cache::new(),
-            signing_requests: Cache::new(),
-            cluster_roles: Cache::new(),
-            autoscalers: Cache::new(),
-            leases: Cache::new(),
-        };
-        // Images are most of a node's status, and no controller reads them.
-        caches.nodes.trim(|node| {
-            if let Some(status) = node.status.as_mut() {
-                status.images = None;
+/// Declares the caches once: the struct, how they are made, started and waited for.
+macro_rules! caches {
+    ($($cache:ident: $kind:ty),* $(,)?) => {
+        /// One cache per kind, each fed by one watch, shared by all controllers.
+        pub(crate) struct Caches {
+            $(pub(crate) $cache: Arc<Cache<$kind>>,)*
+        }
+
+        impl Caches {
+            fn new() -> Self {
+                let caches = Self { $($cache: Cache::new(),)* };
+                // Images are most of a node's status, and no controller reads them.
+                caches.nodes.trim(|node| {
+                    if let Some(status) = node.status.as_mut() {
+                        status.images = None;
+                    }
+                });
+                caches
             }
-        });
-        caches
-    }
 
-    fn start(&self, client: &kube::Client, stop: &CancellationToken) {
-        macro_rules! start {
-            ($($cache:ident),*) => { $( self.$cache.start_all(client.clone(), stop.clone()); )* };
-        }
-        start!(
-            pods,
-            nodes,
-            namespaces,
-            services,
-            endpoints,
-            slices,
-            accounts,
-            replica_sets,
-            replication_controllers,
-            deployments,
-            daemon_sets,
-            stateful_sets,
-            revisions,
-            jobs,
-            cron_jobs,
-            budgets,
-            quotas,
-            claims,
-            volumes,
-            storage_classes,
-            csi_drivers,
-            attachments,
-            signing_requests,
-            cluster_roles,
-            autoscalers,
-            leases
-        );
-    }
+            fn start(&self, client: &kube::Client, stop: &CancellationToken) {
+                $(self.$cache.start_all(client.clone(), stop.clone());)*
+            }
 
-    async fn synced(&self) {
-        macro_rules! wait {
-            ($($cache:ident),*) => { $( self.$cache.synced().await; )* };
+            async fn synced(&self) {
+                $(self.$cache.synced().await;)*
+            }
         }
-        wait!(
-            pods,
-            nodes,
-            namespaces,
-            services,
-            endpoints,
-            slices,
-            accounts,
-            replica_sets,
-            replication_controllers,
-            deployments,
-            daemon_sets,
-            stateful_sets,
-            revisions,
-            jobs,
-            cron_jobs,
-            budgets,
-            quotas,
-            claims,
-            volumes,
-            storage_classes,
-            csi_drivers,
-            attachments,
-            signing_requests,
-            cluster_roles,
-            autoscalers,
-            leases
-        );
-    }
+    };
+}
+
+caches! {
+    pods: Pod,
+    nodes: Node,
+    namespaces: Namespace,
+    services: Service,
+    endpoints: Endpoints,
+    slices: EndpointSlice,
+    accounts: ServiceAccount,
+    replica_sets: ReplicaSet,
+    replication_controllers: ReplicationController,
+    deployments: Deployment,
+    daemon_sets: DaemonSet,
+    stateful_sets: StatefulSet,
+    revisions: ControllerRevision,
+    jobs: Job,
+    cron_jobs: CronJob,
+    budgets: PodDisruptionBudget,
+    quotas: ResourceQuota,
+    claims: PersistentVolumeClaim,
+    volumes: PersistentVolume,
+    storage_classes: StorageClass,
+    csi_drivers: CSIDriver,
+    attachments: VolumeAttachment,
+    signing_requests: CertificateSigningRequest,
+    cluster_roles: ClusterRole,
+    autoscalers: HorizontalPodAutoscaler,
+    leases: Lease,
 }
 
 /// What every controller gets.

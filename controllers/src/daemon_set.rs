@@ -3,14 +3,13 @@
 //! In: the set, nodes, its pods, its ControllerRevisions. Out: pods tied to their node by affinity (the scheduler binds
 //! them), deletions, revisions, status.
 
-use crate::context::Context;
+use crate::context::{Context, Key, key};
 use crate::deployment::plan::{scaled, template_hash};
 use crate::expectations::Expectations;
 use crate::ownership::{claim, controller};
 use crate::revisions;
 use crate::{pod_control, pods, replica};
-use futures::future::join_all;
-use isopod_client::objects::{HasMeta, is_namespace_terminating};
+use isopod_client::objects::HasMeta;
 use isopod_client::placement::{NodeTerm, node_terms, tolerates};
 use isopod_client::select::Selector;
 use isopod_client::{Change, Queue, Recorder, spawn_workers};
@@ -33,8 +32,6 @@ const TEMPLATE_GENERATION: &str = "deprecated.daemonset.template.generation";
 const FAILED_FIRST: i64 = 1;
 const FAILED_MAX: i64 = 15 * 60;
 
-type Key = (String, String);
-
 struct Controller {
     ctx: Arc<Context>,
     recorder: Recorder,
@@ -42,14 +39,6 @@ struct Controller {
     expectations: Expectations,
     /// When a failed pod of (set, node) may be replaced, and how often it failed.
     failures: parking_lot::Mutex<BTreeMap<(Key, String), (Timestamp, u32)>>,
-}
-
-fn key<T: HasMeta>(object: &T) -> Key {
-    (object.namespace().to_owned(), object.name().to_owned())
-}
-
-fn text(key: &Key) -> String {
-    format!("{}/{}", key.0, key.1)
 }
 
 /// Subscribes the controller and starts its workers.
@@ -64,7 +53,7 @@ pub(crate) fn start(ctx: &Arc<Context>) {
     let c = controller.clone();
     ctx.caches.daemon_sets.subscribe(move |change| {
         if change.is_deleted() {
-            c.expectations.forget(&text(&key(&**change.object())));
+            c.expectations.forget(&key(&**change.object()));
         }
         c.queue.add(key(&**change.object()));
     });
@@ -109,8 +98,8 @@ impl Controller {
         };
         let key = key(&*owner);
         match change {
-            Change::Added(pod) if !pod.deleting() => self.expectations.created(&text(&key)),
-            _ if pod.deleting() || change.is_deleted() => self.expectations.deleted(&text(&key), pod.uid()),
+            Change::Added(pod) if !pod.deleting() => self.expectations.created(&key),
+            _ if pod.deleting() || change.is_deleted() => self.expectations.deleted(&key, pod.uid()),
             _ => {}
         }
         self.queue.add(key);
@@ -118,7 +107,7 @@ impl Controller {
 
     async fn sync(&self, key: Key) -> Result<Option<Duration>, kube::Error> {
         let Some(set) = self.ctx.caches.daemon_sets.get(&key.0, &key.1) else {
-            self.expectations.forget(&text(&key));
+            self.expectations.forget(&key);
             self.failures.lock().retain(|(owner, _), _| *owner != key);
             return Ok(None);
         };
@@ -141,7 +130,7 @@ impl Controller {
         let nodes = self.ctx.caches.nodes.list();
         let now = Timestamp::now();
         let mut again = None;
-        if self.expectations.satisfied(&text(&key)) {
+        if self.expectations.satisfied(&key) {
             let mut plan = place(&set, &nodes, &owned);
             again = self.hold_back(&key, &mut plan, now);
             let idle = plan.create.is_empty() && plan.delete.is_empty();
@@ -187,46 +176,18 @@ impl Controller {
     }
 
     async fn apply(&self, key: &Key, set: &DaemonSet, plan: Plan, hash: &str) -> Result<(), kube::Error> {
-        let name = text(key);
         let create: Vec<String> = plan.create.into_iter().take(pod_control::BURST).collect();
         let delete: Vec<Arc<Pod>> = plan.delete.into_iter().take(pod_control::BURST).collect();
         if create.is_empty() && delete.is_empty() {
             return Ok(());
         }
-        self.expectations.expect(&name, create.len(), delete.iter().map(|p| p.uid().to_owned()));
         for pod in delete.iter().filter(|pod| pods::phase(pod) == "Failed") {
             let node = node_of(pod).unwrap_or_default();
             let text = format!("Found failed daemon pod {}/{} on node {node}, will try to kill it", key.0, pod.name());
             self.recorder.warning(set, "FailedDaemonPod", text);
         }
-        let deletions = delete.iter().map(|pod| async {
-            let result = pod_control::delete(&self.ctx, &self.recorder, set, pod).await;
-            if result.is_err() {
-                self.expectations.deleted(&name, pod.uid());
-            }
-            result
-        });
-        let deleted: Result<Vec<()>, _> = join_all(deletions).await.into_iter().collect();
-        let pods: Vec<Pod> = create.iter().map(|node| pod_for(set, node, hash)).collect();
-        let (done, created) = pod_control::slow_start(pods.len(), |i| {
-            let pod = &pods[i];
-            let name = &name;
-            async move {
-                match pod_control::create(&self.ctx, &self.recorder, set, pod).await {
-                    Err(error) if is_namespace_terminating(&error) => {
-                        self.expectations.created(name);
-                        Ok(())
-                    }
-                    result => result.map(|_| ()),
-                }
-            }
-        })
-        .await;
-        for _ in done..pods.len() {
-            self.expectations.created(&name);
-        }
-        deleted?;
-        created
+        let create: Vec<Pod> = create.iter().map(|node| pod_for(set, node, hash)).collect();
+        pod_control::change(&self.ctx, &self.recorder, &self.expectations, key, set, &create, &delete).await
     }
 }
 

@@ -3,7 +3,7 @@
 //! In: budgets, pods, the scale of their controllers. Out: the budget's status. Evictions the API server has granted
 //! (`disruptedPods`) count as gone until the pod is, or two minutes have passed.
 
-use crate::context::Context;
+use crate::context::{Context, Key, key};
 use crate::deployment::plan::scaled;
 use crate::ownership::controller;
 use crate::pods;
@@ -22,12 +22,6 @@ use std::time::Duration;
 
 const NAME: &str = "disruption-controller";
 const EVICTION_PATIENCE: SignedDuration = SignedDuration::from_secs(120);
-
-type Key = (String, String);
-
-fn key<T: HasMeta>(object: &T) -> Key {
-    (object.namespace().to_owned(), object.name().to_owned())
-}
 
 fn selector(budget: &PodDisruptionBudget) -> Selector {
     Selector::optional(budget.spec.as_ref().and_then(|s| s.selector.as_ref()))

@@ -10,8 +10,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::context::Context;
-use crate::endpoints::{Key, slices::SERVICE_NAME};
+use crate::context::{Context, Key, key};
+use crate::endpoints::slices::SERVICE_NAME;
 use isopod_client::objects::HasMeta;
 use isopod_client::{Queue, Recorder, spawn_workers};
 use k8s_openapi::api::core::v1::{LoadBalancerIngress, LoadBalancerStatus, Node, Service};
@@ -55,12 +55,12 @@ pub(crate) fn start(ctx: &Arc<Context>) {
         let (c, q) = (c.clone(), q.clone());
         move || {
             let services = c.ctx.caches.services.list();
-            services.iter().filter(|s| is_balancer(s)).for_each(|s| q.add(key(s)));
+            services.iter().filter(|s| is_balancer(s)).for_each(|s| q.add(key(&**s)));
         }
     };
     let (wake, q) = (all(&controller, &queue), queue.clone());
     ctx.caches.services.subscribe(move |change| {
-        q.add(key(change.object()));
+        q.add(key(&**change.object()));
         // Others may wait for a port of this one.
         if is_balancer(change.object()) {
             wake();
@@ -79,7 +79,7 @@ pub(crate) fn start(ctx: &Arc<Context>) {
         let Some(service) = slice.metadata.labels.as_ref().and_then(|l| l.get(SERVICE_NAME)) else { return };
         let service = c.ctx.caches.services.get(slice.namespace(), service);
         if let Some(service) = service.filter(|s| is_balancer(s) && is_local(s)) {
-            q.add(key(&service));
+            q.add(key(&*service));
         }
     });
     // One worker: who comes first is decided by what the others have.
@@ -87,10 +87,6 @@ pub(crate) fn start(ctx: &Arc<Context>) {
         let controller = controller.clone();
         async move { controller.sync(key).await }
     });
-}
-
-fn key(service: &Service) -> Key {
-    (service.namespace().to_owned(), service.name().to_owned())
 }
 
 fn is_balancer(service: &Service) -> bool {
@@ -170,7 +166,7 @@ fn plan(service: &Service, all: &[Arc<Service>], places: &[Place], local: &BTree
     for (protocol, port) in ports(service) {
         let wants = |o: &&Arc<Service>| is_ours(o) && age(o) < age(service) && ports(o).any(|p| p == (protocol, port));
         if let Some(other) = all.iter().filter(wants).min_by_key(|o| age(o)) {
-            let (namespace, name) = key(other);
+            let (namespace, name) = key(&**other);
             return Plan::Wait(format!("port {port}/{protocol} of the nodes belongs to Service {namespace}/{name}"));
         }
     }

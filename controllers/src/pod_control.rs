@@ -1,12 +1,14 @@
 //! Creating and deleting the pods of a controller: from a template, in growing batches, with events on the owner.
 
-use crate::context::Context;
+use crate::context::{Context, Key};
+use crate::expectations::Expectations;
 use crate::ownership::owner_reference;
 use futures::future::join_all;
 use isopod_client::Recorder;
 use isopod_client::objects::{DeleteOptions, HasMeta, Object, is_namespace_terminating, message};
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use std::sync::Arc;
 
 /// At most this many pods are created or deleted in one sync.
 pub(crate) const BURST: usize = 500;
@@ -75,9 +77,46 @@ pub(crate) async fn delete<O: Object>(
     }
 }
 
+/// Deletes and creates pods of `owner`, and expects both to be seen in the cache under `key`. Where a namespace is going
+/// nothing can be created, and nothing needs to be.
+pub(crate) async fn change<O: Object>(
+    ctx: &Context,
+    recorder: &Recorder,
+    expectations: &Expectations,
+    key: &Key,
+    owner: &O,
+    create: &[Pod],
+    delete: &[Arc<Pod>],
+) -> Result<(), kube::Error> {
+    expectations.expect(key, create.len(), delete.iter().map(|pod| pod.uid().to_owned()));
+    let deletions = delete.iter().map(|pod| async {
+        let result = self::delete(ctx, recorder, owner, pod).await;
+        if result.is_err() {
+            expectations.deleted(key, pod.uid());
+        }
+        result
+    });
+    let deleted: Result<Vec<()>, _> = join_all(deletions).await.into_iter().collect();
+    let (done, created) = slow_start(create.len(), |i| async move {
+        match self::create(ctx, recorder, owner, &create[i]).await {
+            Err(error) if is_namespace_terminating(&error) => {
+                expectations.created(key);
+                Ok(())
+            }
+            result => result.map(|_| ()),
+        }
+    })
+    .await;
+    for _ in done..create.len() {
+        expectations.created(key);
+    }
+    deleted?;
+    created
+}
+
 /// Runs `count` creations in batches of 1, 2, 4, ... and stops after the first batch with a failure, so that a template
 /// which cannot work costs one request instead of hundreds. Returns how many succeeded.
-pub(crate) async fn slow_start<F, Fut>(count: usize, work: F) -> (usize, Result<(), kube::Error>)
+async fn slow_start<F, Fut>(count: usize, work: F) -> (usize, Result<(), kube::Error>)
 where
     F: Fn(usize) -> Fut,
     Fut: Future<Output = Result<(), kube::Error>>,

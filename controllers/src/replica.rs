@@ -3,13 +3,12 @@
 //! In: the set, its pods. Out: pod creations (slow start), deletions (least valuable first), status. Both kinds run the
 //! same code; [`ReplicaKind`] is what differs.
 
-use crate::context::Context;
+use crate::context::{Context, Key, key};
 use crate::expectations::Expectations;
 use crate::ownership::{claim, controller};
 use crate::{pod_control, pods};
-use futures::future::join_all;
 use isopod_client::cache::controller_of;
-use isopod_client::objects::{HasMeta, Object, is_namespace_terminating, message};
+use isopod_client::objects::{HasMeta, Object, message};
 use isopod_client::select::Selector;
 use isopod_client::{Cache, Change, Queue, Recorder, spawn_workers};
 use jiff::Timestamp;
@@ -156,22 +155,12 @@ fn count(n: Option<i32>) -> usize {
     usize::try_from(n.unwrap_or(0)).unwrap_or(0)
 }
 
-type Key = (String, String);
-
 struct Controller<K> {
     ctx: Arc<Context>,
     recorder: Recorder,
     queue: Arc<Queue<Key>>,
     expectations: Expectations,
     kind: std::marker::PhantomData<fn() -> K>,
-}
-
-fn text(key: &Key) -> String {
-    format!("{}/{}", key.0, key.1)
-}
-
-fn key<T: HasMeta>(object: &T) -> Key {
-    (object.namespace().to_owned(), object.name().to_owned())
 }
 
 /// Subscribes the controller of kind `K` and starts its workers.
@@ -186,7 +175,7 @@ pub(crate) fn start<K: ReplicaKind>(ctx: &Arc<Context>) {
     let c = controller.clone();
     K::cache(ctx).subscribe(move |change| {
         if change.is_deleted() {
-            c.expectations.forget(&text(&key(&**change.object())));
+            c.expectations.forget(&key(&**change.object()));
         }
         c.queue.add(key(&**change.object()));
     });
@@ -209,9 +198,9 @@ impl<K: ReplicaKind> Controller<K> {
             Change::Added(pod) => {
                 let Some(owner) = self.owner(pod) else { return self.orphan(pod) };
                 if pod.deleting() {
-                    self.expectations.deleted(&text(&owner), pod.uid());
+                    self.expectations.deleted(&owner, pod.uid());
                 } else {
-                    self.expectations.created(&text(&owner));
+                    self.expectations.created(&owner);
                 }
                 self.queue.add(owner);
             }
@@ -227,13 +216,13 @@ impl<K: ReplicaKind> Controller<K> {
                     return;
                 };
                 if new.deleting() {
-                    self.expectations.deleted(&text(&owner), new.uid());
+                    self.expectations.deleted(&owner, new.uid());
                 }
                 self.queue.add(owner);
             }
             Change::Deleted(pod) => {
                 if let Some(owner) = self.owner(pod) {
-                    self.expectations.deleted(&text(&owner), pod.uid());
+                    self.expectations.deleted(&owner, pod.uid());
                     self.queue.add(owner);
                 }
             }
@@ -253,14 +242,14 @@ impl<K: ReplicaKind> Controller<K> {
 
     async fn sync(&self, key: Key) -> Result<Option<Duration>, kube::Error> {
         let Some(set) = K::cache(&self.ctx).get(&key.0, &key.1) else {
-            self.expectations.forget(&text(&key));
+            self.expectations.forget(&key);
             return Ok(None);
         };
-        let settled = self.expectations.satisfied(&text(&key));
+        let settled = self.expectations.satisfied(&key);
         let owned =
             claim(&self.ctx, &*set, &self.ctx.caches.pods, &set.pod_selector(), |pod| !pods::is_finished(pod)).await?;
         let active: Vec<Arc<Pod>> = owned.iter().filter(|pod| pods::is_active(pod)).cloned().collect();
-        let managed = if settled && !set.deleting() { self.manage(&set, &text(&key), &active).await } else { Ok(()) };
+        let managed = if settled && !set.deleting() { self.manage(&set, &key, &active).await } else { Ok(()) };
         let now = Timestamp::now();
         let terminating = owned.iter().filter(|pod| pods::is_terminating(pod)).count();
         let status = plan_status(&*set, &active, terminating, managed.as_ref().err(), now);
@@ -273,51 +262,20 @@ impl<K: ReplicaKind> Controller<K> {
         Ok(next_available(&active, set.min_ready_seconds(), now))
     }
 
-    async fn manage(&self, set: &K, key: &str, active: &[Arc<Pod>]) -> Result<(), kube::Error> {
+    async fn manage(&self, set: &K, key: &Key, active: &[Arc<Pod>]) -> Result<(), kube::Error> {
         let wanted = set.wanted();
+        let (mut create, mut delete) = (Vec::new(), Vec::new());
         if active.len() < wanted {
-            self.grow(set, key, (wanted - active.len()).min(pod_control::BURST)).await
+            let Some(template) = set.template() else { return Ok(()) };
+            let missing = (wanted - active.len()).min(pod_control::BURST);
+            create = vec![pod_control::from_template(template, set); missing];
         } else if active.len() > wanted {
             let excess = (active.len() - wanted).min(pod_control::BURST);
-            self.shrink(set, key, victims(active, &self.related(set), excess)).await
+            delete = victims(active, &self.related(set), excess);
         } else {
-            Ok(())
+            return Ok(());
         }
-    }
-
-    async fn grow(&self, set: &K, key: &str, missing: usize) -> Result<(), kube::Error> {
-        let Some(template) = set.template() else { return Ok(()) };
-        self.expectations.expect(key, missing, []);
-        let pod = pod_control::from_template(template, set);
-        let pod = &pod;
-        let (done, result) = pod_control::slow_start(missing, |_| async move {
-            match pod_control::create(&self.ctx, &self.recorder, set, pod).await {
-                Ok(_) => Ok(()),
-                // Nothing can be created there any more, and nothing needs to be.
-                Err(error) if is_namespace_terminating(&error) => {
-                    self.expectations.created(key);
-                    Ok(())
-                }
-                Err(error) => Err(error),
-            }
-        })
-        .await;
-        for _ in done..missing {
-            self.expectations.created(key);
-        }
-        result
-    }
-
-    async fn shrink(&self, set: &K, key: &str, victims: Vec<Arc<Pod>>) -> Result<(), kube::Error> {
-        self.expectations.expect(key, 0, victims.iter().map(|pod| pod.uid().to_owned()));
-        let deletions = victims.iter().map(|pod| async move {
-            let result = pod_control::delete(&self.ctx, &self.recorder, set, pod).await;
-            if result.is_err() {
-                self.expectations.deleted(key, pod.uid());
-            }
-            result
-        });
-        join_all(deletions).await.into_iter().collect()
+        pod_control::change(&self.ctx, &self.recorder, &self.expectations, key, set, &create, &delete).await
     }
 
     /// Pods of the sets that share this set's controller (of one Deployment): how many of them are on each node decides

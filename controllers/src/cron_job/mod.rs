@@ -5,7 +5,7 @@
 
 mod schedule;
 
-use crate::context::Context;
+use crate::context::{Context, Key, key};
 use crate::job::plan::{holds, is_finished};
 use crate::ownership::{controller, owner_reference};
 use isopod_client::objects::{
@@ -28,15 +28,9 @@ const TOO_MANY: usize = 100;
 /// After the due time, so that the clock is certainly past it.
 const SLACK: Duration = Duration::from_millis(100);
 
-type Key = (String, String);
-
 struct Controller {
     ctx: Arc<Context>,
     recorder: Recorder,
-}
-
-fn key<T: HasMeta>(object: &T) -> Key {
-    (object.namespace().to_owned(), object.name().to_owned())
 }
 
 /// Subscribes the controller and starts its workers.

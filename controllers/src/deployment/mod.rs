@@ -7,7 +7,7 @@
 pub(crate) mod plan;
 mod status;
 
-use crate::context::Context;
+use crate::context::{Context, Key, key};
 use crate::ownership::{claim, controller, owner_reference};
 use crate::pods;
 use isopod_client::cache::controller_of;
@@ -25,8 +25,6 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
-
-type Key = (String, String);
 
 struct Controller {
     ctx: Arc<Context>,
@@ -47,10 +45,6 @@ impl Sets {
     fn plans(&self) -> (Option<Set>, Vec<Set>) {
         (self.new.as_ref().map(Set::of), self.old.iter().map(|rs| Set::of(rs)).collect())
     }
-}
-
-fn key<T: HasMeta>(object: &T) -> Key {
-    (object.namespace().to_owned(), object.name().to_owned())
 }
 
 /// Subscribes the controller and starts its workers.

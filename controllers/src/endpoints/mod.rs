@@ -8,7 +8,7 @@ pub(crate) mod mirror;
 pub(crate) mod slices;
 mod trigger;
 
-use crate::context::Context;
+use crate::context::{Context, Key, key};
 use crate::pods;
 use isopod_client::objects::HasMeta;
 use isopod_client::select::Selector;
@@ -22,9 +22,6 @@ pub(crate) const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigg
 /// Marks the endpoints of headless Services.
 pub(crate) const HEADLESS: &str = "service.kubernetes.io/headless";
 
-/// Namespace and name of a Service.
-pub(crate) type Key = (String, String);
-
 /// A port of an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Port {
@@ -32,10 +29,6 @@ pub(crate) struct Port {
     pub(crate) port: i32,
     pub(crate) protocol: String,
     pub(crate) app_protocol: Option<String>,
-}
-
-fn key<T: HasMeta>(object: &T) -> Key {
-    (object.namespace().to_owned(), object.name().to_owned())
 }
 
 /// The selector of a Service whose endpoints are ours.

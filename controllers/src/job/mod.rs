@@ -6,12 +6,12 @@
 mod indexes;
 pub(crate) mod plan;
 
-use crate::context::Context;
+use crate::context::{Context, Key, key};
 use crate::expectations::Expectations;
 use crate::ownership::{claim, controller};
 use crate::pod_control;
 use futures::future::join_all;
-use isopod_client::objects::{DeleteOptions, HasMeta, is_namespace_terminating, is_not_found};
+use isopod_client::objects::{DeleteOptions, HasMeta, is_not_found};
 use isopod_client::select::Selector;
 use isopod_client::{Change, Queue, Recorder, spawn_workers};
 use jiff::{SignedDuration, Timestamp};
@@ -24,21 +24,11 @@ use std::time::Duration;
 
 const NAME: &str = "job-controller";
 
-type Key = (String, String);
-
 struct Controller {
     ctx: Arc<Context>,
     recorder: Recorder,
     queue: Arc<Queue<Key>>,
     expectations: Expectations,
-}
-
-fn key<T: HasMeta>(object: &T) -> Key {
-    (object.namespace().to_owned(), object.name().to_owned())
-}
-
-fn text(key: &Key) -> String {
-    format!("{}/{}", key.0, key.1)
 }
 
 /// Subscribes the controllers and starts their workers.
@@ -52,7 +42,7 @@ pub(crate) fn start(ctx: &Arc<Context>) {
     let c = controller.clone();
     ctx.caches.jobs.subscribe(move |change| {
         if change.is_deleted() {
-            c.expectations.forget(&text(&key(&**change.object())));
+            c.expectations.forget(&key(&**change.object()));
         }
         c.queue.add(key(&**change.object()));
     });
@@ -80,8 +70,8 @@ impl Controller {
         };
         let key = key(&*owner);
         match change {
-            Change::Added(pod) if !pod.deleting() => self.expectations.created(&text(&key)),
-            _ if pod.deleting() || change.is_deleted() => self.expectations.deleted(&text(&key), pod.uid()),
+            Change::Added(pod) if !pod.deleting() => self.expectations.created(&key),
+            _ if pod.deleting() || change.is_deleted() => self.expectations.deleted(&key, pod.uid()),
             _ => {}
         }
         self.queue.add(key);
@@ -89,7 +79,7 @@ impl Controller {
 
     async fn sync(&self, key: Key) -> Result<Option<Duration>, kube::Error> {
         let Some(job) = self.ctx.caches.jobs.get(&key.0, &key.1) else {
-            self.expectations.forget(&text(&key));
+            self.expectations.forget(&key);
             return self.release_orphans(&key).await;
         };
         let managed_elsewhere = job
@@ -110,7 +100,7 @@ impl Controller {
             let tracked = |p: &&Arc<Pod>| p.metadata.finalizers.iter().flatten().any(|f| f == FINALIZER);
             plan.release = owned.iter().filter(tracked).cloned().collect();
         }
-        if !self.expectations.satisfied(&text(&key)) {
+        if !self.expectations.satisfied(&key) {
             plan.create.clear();
             plan.delete.clear();
         }
@@ -161,35 +151,8 @@ impl Controller {
         if plan.create.is_empty() && plan.delete.is_empty() {
             return Ok(());
         }
-        let name = text(key);
-        self.expectations.expect(&name, plan.create.len(), plan.delete.iter().map(|p| p.uid().to_owned()));
-        let deletions = plan.delete.iter().map(|pod| async {
-            let result = pod_control::delete(&self.ctx, &self.recorder, job, pod).await;
-            if result.is_err() {
-                self.expectations.deleted(&name, pod.uid());
-            }
-            result
-        });
-        let deleted: Result<Vec<()>, _> = join_all(deletions).await.into_iter().collect();
-        let pods: Vec<Pod> = plan.create.iter().map(|index| pod_for(job, *index)).collect();
-        let (done, created) = pod_control::slow_start(pods.len(), |i| {
-            let (pod, name) = (&pods[i], &name);
-            async move {
-                match pod_control::create(&self.ctx, &self.recorder, job, pod).await {
-                    Err(error) if is_namespace_terminating(&error) => {
-                        self.expectations.created(name);
-                        Ok(())
-                    }
-                    result => result.map(|_| ()),
-                }
-            }
-        })
-        .await;
-        for _ in done..pods.len() {
-            self.expectations.created(&name);
-        }
-        deleted?;
-        created
+        let create: Vec<Pod> = plan.create.iter().map(|index| pod_for(job, *index)).collect();
+        pod_control::change(&self.ctx, &self.recorder, &self.expectations, key, job, &create, &plan.delete).await
     }
 }
 

@@ -2,7 +2,7 @@
 //! tolerationSeconds are over. That time runs from when the taint and the pod met: from `timeAdded` where the taint has one
 //! and the pod was there, else from when this controller first saw them together.
 
-use crate::context::Context;
+use crate::context::{Context, Key, key};
 use isopod_client::objects::{DeleteOptions, HasMeta, is_not_found};
 use isopod_client::placement::tolerates;
 use isopod_client::{Change, Queue, spawn_workers};
@@ -15,8 +15,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const NAME: &str = "taint-eviction-controller";
-
-type Key = (String, String);
 
 struct Controller {
     ctx: Arc<Context>,
@@ -43,7 +41,7 @@ pub(crate) fn start(ctx: &Arc<Context>) {
         if changed {
             for pod in c.caches.pods.list() {
                 if crate::pods::node(&pod) == change.object().name() {
-                    q.add((pod.namespace().to_owned(), pod.name().to_owned()));
+                    q.add(key(&*pod));
                 }
             }
         }
@@ -52,12 +50,12 @@ pub(crate) fn start(ctx: &Arc<Context>) {
     ctx.caches.pods.subscribe(move |change| {
         let pod = change.object();
         if change.is_deleted() {
-            c.running.lock().remove(&(pod.namespace().to_owned(), pod.name().to_owned()));
+            c.running.lock().remove(&key(&**pod));
             return;
         }
         let node = c.ctx.caches.nodes.get("", crate::pods::node(pod));
         if node.is_some_and(|node| !evicting(&node).is_empty()) {
-            q.add((pod.namespace().to_owned(), pod.name().to_owned()));
+            q.add(key(&**pod));
         }
     });
     spawn_workers(NAME, &queue, 8, &ctx.stop, move |key| {

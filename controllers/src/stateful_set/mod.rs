@@ -5,7 +5,7 @@
 
 mod claims;
 
-use crate::context::Context;
+use crate::context::{Context, Key, key};
 use crate::deployment::plan::{scaled, short_hash};
 use crate::ownership::{claim, controller};
 use crate::revisions;
@@ -27,15 +27,9 @@ const HASH: &str = "controller-revision-hash";
 const POD_NAME: &str = "statefulset.kubernetes.io/pod-name";
 const POD_INDEX: &str = "apps.kubernetes.io/pod-index";
 
-type Key = (String, String);
-
 struct Controller {
     ctx: Arc<Context>,
     recorder: Recorder,
-}
-
-fn key<T: HasMeta>(object: &T) -> Key {
-    (object.namespace().to_owned(), object.name().to_owned())
 }
 
 /// Subscribes the controller and starts its workers.
