@@ -56,7 +56,7 @@ pub(crate) fn exec_main(prepared: &PreparedExec<'_>, channel: &Channel) -> ! {
 
 /// Until it is recorded anywhere a container must not outlive a maker that is killed. A change of user, one of the last
 /// steps, ends this; so does [`finish`].
-fn die_with_maker() {
+pub(crate) fn die_with_maker() {
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
 }
 

@@ -416,10 +416,16 @@ fn idmaps(config: &Config) -> Result<Vec<Option<OwnedFd>>> {
 
 /// Makes a user namespace with these maps and nothing in it.
 fn user_namespace(uids: Option<&[LinuxIdMapping]>, gids: Option<&[LinuxIdMapping]>) -> Result<OwnedFd> {
+    let maker = nix::unistd::getpid();
     match sys::clone_process(libc::CLONE_NEWUSER as u64, None).context(|| "make a user namespace".into())? {
-        Cloned::Child => loop {
-            nix::unistd::pause();
-        },
+        Cloned::Child => {
+            init::die_with_maker();
+            // It may have died before that word.
+            while nix::unistd::getppid() == maker {
+                nix::unistd::pause();
+            }
+            sys::exit_now(0)
+        }
         Cloned::Parent { pid, pidfd } => {
             let made = write_id_maps(pid, uids, gids)
                 .and_then(|()| open_namespace(Path::new(&format!("/proc/{pid}/ns/user"))));

@@ -7,58 +7,26 @@ mod common;
 use std::{
     fs,
     os::unix::process::ExitStatusExt,
-    process::{Command, Stdio},
+    process::Stdio,
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
-use common::{Bundle, eventually, possible, text};
+use common::{Bundle, eventually, possible, text, trace};
+use serde_json::json;
 
-/// Processes whose command line names the container, and those it runs.
-fn alive(bundle: &Bundle) -> Vec<String> {
-    let all = fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().into_string().ok());
-    all.filter(|name| name.parse::<i32>().is_ok())
-        .filter_map(|pid| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-            let line = text(&line).replace('\0', " ");
-            line.contains(&bundle.id).then_some(format!("{pid} {line}"))
-        })
-        .collect()
-}
-
-/// A container whose every process can be told by its id.
+/// A container whose every process can be told by its id; with what takes further processes to make.
 fn bundle() -> Bundle {
     let mut bundle = Bundle::new(&["sh", "-c", "", "x"]);
-    bundle.config["process"]["args"] = serde_json::json!(["sh", "-c", "while :; do sleep 1000; done", bundle.id]);
+    bundle.config["process"]["args"] = json!(["sh", "-c", "while :; do sleep 1000; done", bundle.id]);
+    let map = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
+    let volume = json!({"destination": "/volume", "type": "bind", "source": bundle.rootfs(), "options": ["bind"],
+        "uidMappings": map, "gidMappings": map});
+    bundle.config["mounts"].as_array_mut().unwrap().push(volume);
     bundle
 }
 
-/// A command of the runtime under strace, with these options.
-fn traced(bundle: &Bundle, options: &[&str], args: &[&str]) -> std::process::ExitStatus {
-    let mut command = Command::new("strace");
-    command.args(options);
-    let runtime = bundle.command(args);
-    command.arg(runtime.get_program()).args(runtime.get_args());
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap()
-}
-
-/// Every system call the command makes, as its name and which of that name it is.
-fn calls(bundle: &Bundle, args: &[&str]) -> Vec<(String, usize)> {
-    let file = bundle.dir.path().join("trace");
-    traced(bundle, &["-qqq", "-o", &file.to_string_lossy()], args);
-    let mut counts = std::collections::HashMap::new();
-    let trace = fs::read_to_string(file).unwrap();
-    let names = trace.lines().filter_map(|line| line.split_once('(').map(|(name, _)| name.to_owned()));
-    names
-        .filter(|name| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'))
-        .map(|name| {
-            let count = counts.entry(name.clone()).or_insert(0);
-            *count += 1;
-            (name, *count)
-        })
-        .collect()
-}
-
 /// Kills `args` at every `step`th system call, each time on a container that `prepare` made, and has it deleted.
-fn kill_at_every_step(step: usize, prepare: impl Fn(&Bundle), args: impl Fn(&Bundle) -> Vec<String>) {
+fn kill_at_every_step(step: usize, prepare: impl Fn(&Bundle) + Sync, args: impl Fn(&Bundle) -> Vec<String> + Sync) {
     let on = |with: &dyn Fn(&Bundle, &[&str])| {
         let bundle = bundle();
         bundle.write();
@@ -67,34 +35,28 @@ fn kill_at_every_step(step: usize, prepare: impl Fn(&Bundle), args: impl Fn(&Bun
         with(&bundle, &args.iter().map(String::as_str).collect::<Vec<_>>());
     };
     let recorded = std::cell::RefCell::new(vec![]);
-    on(&|bundle, args| *recorded.borrow_mut() = calls(bundle, args));
-    let killed = std::cell::Cell::new(0);
-    let points = recorded.into_inner().into_iter().step_by(step);
-    for (name, nth) in points.clone() {
+    on(&|bundle, args| *recorded.borrow_mut() = trace::record(&bundle.command(args), bundle.dir.path()));
+    let (tried, killed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    trace::at_each(&recorded.into_inner(), step, |point| {
         on(&|bundle, args| {
-            let inject = format!("inject={name}:signal=KILL:when={nth}");
-            let options = ["-qqq", "-o", "/dev/null", "-e", &inject];
-            let status = traced(bundle, &options, args);
-            killed.set(killed.get() + usize::from(status.signal() == Some(libc::SIGKILL)));
-            let at = format!("{} at {name} #{nth}", args[0]);
+            let status = trace::run(&bundle.command(args), Some(point), "/dev/null".as_ref());
+            tried.fetch_add(1, Ordering::Relaxed);
+            killed.fetch_add(usize::from(status.signal() == Some(libc::SIGKILL)), Ordering::Relaxed);
+            let at = format!("{} at {point:?}", args[0]);
             let deleted = bundle.call(&["delete", "--force", &bundle.id]);
             assert!(deleted.status.success(), "{at}: {}", text(&deleted.stderr));
             assert!(bundle.cgroups().is_empty(), "{at}: {:?}", bundle.cgroups());
             assert!(!bundle.dir.path().join("state").join(&bundle.id).exists(), "{at}");
             // Its end may still be on the way.
-            let gone = || alive(bundle).is_empty().then_some(());
-            eventually("all are gone", gone, || format!("{at}: {:?}", alive(bundle)));
+            let alive = || trace::alive(&bundle.id);
+            eventually("all are gone", || alive().is_empty().then_some(()), || format!("{at}: {:?}", alive()));
             let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
             assert!(!table.contains(&*bundle.dir.path().to_string_lossy()), "{at} leaves mounts");
         });
-    }
-    let tried = points.count();
-    eprintln!("killed at {} of {tried} points", killed.get());
-    assert!(tried > 10 && killed.get() * 3 > tried * 2, "killed at {} of {tried} points", killed.get());
-}
-
-fn ready() -> bool {
-    possible() && Command::new("strace").arg("-V").output().is_ok()
+    });
+    let (tried, killed) = (tried.into_inner(), killed.into_inner());
+    eprintln!("killed at {killed} of {tried} points");
+    assert!(tried > 20 && killed * 4 > tried * 3, "killed at {killed} of {tried} points");
 }
 
 fn create(bundle: &Bundle) -> Vec<String> {
@@ -103,39 +65,39 @@ fn create(bundle: &Bundle) -> Vec<String> {
 
 #[test]
 fn create_killed_anywhere_is_deleted() {
-    if ready() {
-        kill_at_every_step(5, |_| (), create);
+    if trace::ready() {
+        kill_at_every_step(2, |_| (), create);
     }
 }
 
 #[test]
 fn start_killed_anywhere_is_deleted() {
-    if ready() {
+    if trace::ready() {
         let prepare = |bundle: &Bundle| {
             let args = create(bundle);
             let args: Vec<&str> = args.iter().map(String::as_str).collect();
             assert!(bundle.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
         };
-        kill_at_every_step(3, prepare, |bundle| vec!["start".into(), bundle.id.clone()]);
+        kill_at_every_step(1, prepare, |bundle| vec!["start".into(), bundle.id.clone()]);
     }
 }
 
 #[test]
 fn exec_killed_anywhere_is_deleted() {
-    if ready() {
+    if trace::ready() {
         let exec = |bundle: &Bundle| {
             let mut args = vec!["exec".to_owned(), "--detach".into(), bundle.id.clone()];
             args.extend(["sh", "-c", "while :; do sleep 1000; done", &bundle.id].map(str::to_owned));
             args
         };
-        kill_at_every_step(7, Bundle::start, exec);
+        kill_at_every_step(2, Bundle::start, exec);
     }
 }
 
 #[test]
 fn delete_killed_anywhere_is_deleted() {
-    if ready() {
-        kill_at_every_step(3, Bundle::start, |bundle| vec!["delete".into(), "--force".into(), bundle.id.clone()]);
+    if trace::ready() {
+        kill_at_every_step(1, Bundle::start, |bundle| vec!["delete".into(), "--force".into(), bundle.id.clone()]);
     }
 }
 

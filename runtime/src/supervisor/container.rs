@@ -114,6 +114,23 @@ pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Read {
 }
 
 impl Container {
+    /// One whose end is all that is known.
+    pub(crate) fn ended(status: ContainerStatus, cgroup: Cgroup) -> Self {
+        Self {
+            status,
+            bundle: PathBuf::new(),
+            cgroup,
+            launched: None,
+            pidfd: None,
+            output: [None, None],
+            master: None,
+            stdin: None,
+            stdin_once: false,
+            log: None,
+            attached: vec![],
+        }
+    }
+
     /// Whether its process lives.
     pub(crate) fn is_alive(&self) -> bool {
         self.status.state != ContainerState::Exited

@@ -156,6 +156,7 @@ impl Server {
             .map(|p| LogWriter::open(p, rotation).context(|| format!("open log {}", p.display())))
             .transpose()?;
         let resources = config.spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+        status::plan(&self.dir, id, cgroup.path()).context(|| format!("record container {id}"))?;
         cgroup.create()?;
         if let Some(resources) = resources {
             cgroup.apply(resources)?;

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -27,6 +27,8 @@ pub(crate) struct PodInit {
     pub(crate) pid: i32,
     /// The namespace.
     pub(crate) namespace: OwnedFd,
+    /// Open for as long as this process lives.
+    _alive: OwnedFd,
 }
 
 /// Runs `supervise DIR`: leaves the caller, becomes the pod's supervisor, and tells the caller in one line.
@@ -99,6 +101,10 @@ fn set_up(dir: &Path) -> Result<Server> {
     let _ = rustix::thread::set_name(c"isopod-pod");
     let group = Cgroup::plan_on(Layout::detect()?, &format!("{}/supervisor", pod.cgroup), None)?;
     group.create()?;
+    if dir.join("supervisor.pid").exists() {
+        // A former supervisor's: the pod's init, processes that were not yet in their containers' groups.
+        group.kill_and_wait()?;
+    }
     group.enter()?;
     enter_namespaces(&pod)?;
     let pod_init = (pod.pid == PidMode::Pod).then(start_pod_init).transpose()?;
@@ -147,8 +153,11 @@ fn enter_namespaces(pod: &PodConfig) -> Result<()> {
 
 /// Clones a process that does nothing but reap, as PID 1 of a new namespace.
 fn start_pod_init() -> Result<PodInit> {
+    let (theirs, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context(|| "make a pipe".into())?;
     match sys::clone_process(libc::CLONE_NEWPID as u64, None).context(|| "clone the pod's init".into())? {
         Cloned::Child => {
+            // Without its supervisor nobody would know of it; the namespace's processes go with it.
+            init::die_with_maker();
             // The caller waits for the end of our streams; this process must not hold them.
             if let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
                 for stream in 0..3 {
@@ -156,7 +165,13 @@ fn start_pod_init() -> Result<PodInit> {
                 }
                 std::mem::forget(null);
             }
-            sys::close_all_except(&mut []);
+            sys::close_all_except(&mut [theirs.as_raw_fd()]);
+            std::mem::forget(ours);
+            if hung_up(theirs.as_fd()) {
+                // The supervisor died before that word.
+                sys::exit_now(1);
+            }
+            drop(theirs);
             let _ = rustix::thread::set_name(c"pause");
             let _ = rustix::process::setsid();
             reap_forever()
@@ -164,9 +179,15 @@ fn start_pod_init() -> Result<PodInit> {
         Cloned::Parent { pid, .. } => {
             let namespace =
                 File::open(format!("/proc/{pid}/ns/pid")).context(|| "open the pod's PID namespace".into())?;
-            Ok(PodInit { pid, namespace: namespace.into() })
+            Ok(PodInit { pid, namespace: namespace.into(), _alive: ours })
         }
     }
+}
+
+/// Whether the other end of a pipe is closed.
+fn hung_up(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+    matches!(rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())), Ok(1..))
 }
 
 fn reap_forever() -> ! {

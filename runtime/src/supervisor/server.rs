@@ -136,10 +136,16 @@ impl Server {
     }
 
     /// Containers of a supervisor that died: their processes have nobody to hold their streams; they end now, and it
-    /// is told as it is, with no exit code known.
+    /// is told as it is, with no exit code known. Of what was never whole nothing stays.
     fn take_over(&mut self) -> Result<()> {
-        for mut status in status::read_all(&self.dir) {
-            let cgroup = Cgroup::plan(&self.container_cgroup(&status.id, None), None)?;
+        for left in status::read_all(&self.dir) {
+            let cgroup = Cgroup::plan(&self.container_cgroup(&left.id, left.cgroup.as_deref()), None)?;
+            let Some(mut status) = left.status else {
+                cgroup.kill_and_wait()?;
+                cgroup.remove()?;
+                status::remove(&self.dir, &left.id).context(|| format!("forget container {}", left.id))?;
+                continue;
+            };
             if status.state != ContainerState::Exited {
                 cgroup.kill_and_wait()?;
                 status.state = ContainerState::Exited;
@@ -153,20 +159,7 @@ impl Server {
                 status::write(&self.dir, &status, Durability::Synced)
                     .context(|| format!("record the end of container {}", status.id))?;
             }
-            let container = Container {
-                bundle: PathBuf::new(),
-                cgroup,
-                launched: None,
-                pidfd: None,
-                output: [None, None],
-                master: None,
-                stdin: None,
-                stdin_once: false,
-                log: None,
-                attached: vec![],
-                status,
-            };
-            self.containers.insert(container.status.id.clone(), container);
+            self.containers.insert(status.id.clone(), Container::ended(status, cgroup));
         }
         Ok(())
     }

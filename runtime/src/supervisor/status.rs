@@ -17,6 +17,9 @@ pub(crate) enum Durability {
     Synced,
 }
 
+/// Name of the file with the path of the container's group.
+const CGROUP: &str = "cgroup";
+
 /// Where a container's status lies below the pod's run directory.
 pub(crate) fn directory(pod: &Path, id: &str) -> PathBuf {
     pod.join("containers").join(id)
@@ -39,14 +42,36 @@ pub(crate) fn write(pod: &Path, status: &ContainerStatus, durability: Durability
     Ok(())
 }
 
-/// All statuses a former supervisor left.
-pub(crate) fn read_all(pod: &Path) -> Vec<ContainerStatus> {
-    fs::read_dir(pod.join("containers"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| fs::read(entry.path().join("status.json")).ok())
-        .filter_map(|bytes| serde_json::from_slice(&bytes).ok())
+/// Names the container's group before it is made, so that whoever comes next finds what there is of it.
+pub(crate) fn plan(pod: &Path, id: &str, cgroup: &str) -> io::Result<()> {
+    let dir = directory(pod, id);
+    fs::create_dir_all(&dir)?;
+    fs::write(dir.join(CGROUP), cgroup)
+}
+
+/// What a former supervisor left of a container.
+#[derive(Debug)]
+pub(crate) struct Left {
+    /// Container id.
+    pub(crate) id: String,
+    /// Its group, when that was planned.
+    pub(crate) cgroup: Option<String>,
+    /// `None` when it was never whole, or was about to be forgotten.
+    pub(crate) status: Option<ContainerStatus>,
+}
+
+/// Everything a former supervisor left.
+pub(crate) fn read_all(pod: &Path) -> Vec<Left> {
+    let entries = fs::read_dir(pod.join("containers")).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let status = fs::read(entry.path().join("status.json")).ok();
+            Some(Left {
+                id: entry.file_name().into_string().ok()?,
+                cgroup: fs::read_to_string(entry.path().join(CGROUP)).ok(),
+                status: status.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
+            })
+        })
         .collect()
 }
 

@@ -4,6 +4,7 @@
 
 pub(crate) mod pod;
 pub(crate) mod podman;
+pub(crate) mod trace;
 
 use std::{
     fs,
