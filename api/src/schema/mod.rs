@@ -289,6 +289,9 @@ pub(crate) fn raw(name: &str) -> Option<RawDefinition> {
     serde_json::from_str(REGISTRY.definitions.get(name)?.raw.get()).ok()
 }
 
+/// The one struct that has no fields; other types without them are open.
+const EMPTY: &str = "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.CustomResourceSubresourceStatus";
+
 fn parse_type(text: &str, full: &FullField) -> Type {
     if let Some(item) = text.strip_prefix("[]") {
         let kind = match full.list_type.as_deref() {
@@ -314,7 +317,9 @@ fn parse_type(text: &str, full: &FullField) -> Type {
         "io.k8s.apimachinery.pkg.apis.meta.v1.MicroTime" => Type::MicroTime,
         "io.k8s.apimachinery.pkg.util.intstr.IntOrString" => Type::IntOrString,
         name => match REGISTRY.definitions.get_key_value(name) {
-            Some((name, slot)) if slot.raw.get().contains("\"fields\"") => Type::Object(DefRef::Builtin(name)),
+            Some((name, slot)) if *name == EMPTY || slot.raw.get().contains("\"fields\"") => {
+                Type::Object(DefRef::Builtin(name))
+            }
             _ => Type::Any,
         },
     }
@@ -369,7 +374,8 @@ fn parse_definition(name: &str, raw: &RawValue) -> Definition {
         });
     }
     fields.sort_by(|a, b| a.name.cmp(&b.name));
-    let scalar = (raw.kind.is_some() && fields.is_empty()).then(|| parse_type(name, &FullField::default()));
+    let scalar =
+        (raw.kind.is_some() && fields.is_empty() && name != EMPTY).then(|| parse_type(name, &FullField::default()));
     Definition {
         name: name.into(),
         gvks: raw.gvk,

@@ -1,0 +1,65 @@
+//! Real clients against a whole API server in this process.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "../../examples/serve/setup.rs"]
+mod setup;
+
+mod binary;
+mod fuzz;
+mod kube_rs;
+mod kubectl;
+mod wire;
+
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+const TOKEN: &str = "token-of-an-admin";
+
+/// A running server; it ends with this.
+struct Server {
+    port: u16,
+    dir: TempDir,
+    client: reqwest::Client,
+    _stop: DropGuard,
+}
+
+impl Server {
+    async fn start() -> Self {
+        // Another test may have been first.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let dir = TempDir::new().unwrap();
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let config = setup::config(dir.path(), port, TOKEN).unwrap();
+        let stop = CancellationToken::new();
+        tokio::spawn(isopod_apiserver::run(config, stop.clone()));
+        let ca = std::fs::read(dir.path().join("ca.crt")).unwrap();
+        let mut headers = reqwest::header::HeaderMap::new();
+        headers.insert("authorization", format!("Bearer {TOKEN}").parse().unwrap());
+        let client = reqwest::Client::builder()
+            .tls_certs_only([reqwest::Certificate::from_pem(&ca).unwrap()])
+            .default_headers(headers)
+            .build()
+            .unwrap();
+        let server = Self { port, dir, client, _stop: stop.drop_guard() };
+        let ready = async {
+            while !server.ready().await {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), ready).await.expect("the server does not become ready");
+        server
+    }
+
+    async fn ready(&self) -> bool {
+        match self.client.get(self.url("/readyz")).send().await {
+            Ok(answer) => answer.status() == 200,
+            Err(_) => false,
+        }
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("https://127.0.0.1:{}{path}", self.port)
+    }
+}
