@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use isopod_agent::Paths;
+use serde_json::Value;
 
 use super::{Node, ask, text};
 
@@ -10,10 +11,14 @@ pub(crate) fn run(paths: &Paths) -> Result<()> {
         let node = Node::connect(paths).await?;
         Ok((node.get(&format!("/api/v1/nodes/{}", node.name)).await?, node.pods().await?))
     })?;
-    let users = |digests: &[String]| {
+    // One from an archive has no digest: then the name counts, which a pod may have shortened.
+    let named =
+        |name: &String, asked: &str| name == asked || name.strip_suffix(asked).is_some_and(|n| n.ends_with('/'));
+    let users = |names: &[String]| {
         let all = pods.iter().filter(|p| {
             let statuses = ["containerStatuses", "initContainerStatuses"].map(|l| p["status"][l].as_array());
-            statuses.into_iter().flatten().flatten().any(|c| digests.iter().any(|d| c["imageID"] == d.as_str()))
+            let uses = |c: &Value| names.iter().any(|n| c["imageID"] == n.as_str() || named(n, text(&c["image"])));
+            statuses.into_iter().flatten().flatten().any(uses)
         });
         all.count()
     };
