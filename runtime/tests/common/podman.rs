@@ -133,7 +133,8 @@ impl Podman {
                 let environment = format!("XDG_RUNTIME_DIR=/run/user/{uid}");
                 command.args(ids).args(["--init-groups", "env", &environment, "systemd-run", "--user"]);
                 command.args(["--quiet", "--pipe", "--wait", "--collect", &format!("--setenv={home}")]);
-                command.args(["--property=Delegate=yes", "podman"]);
+                // What it starts in the background lives on, as after a login shell's command.
+                command.args(["--property=Delegate=yes", "--property=KillMode=process", "podman"]);
             }
         }
         command.current_dir("/").stdin(Stdio::null());
