@@ -28,7 +28,10 @@ use crate::{
     images::{ImageError, ImageService, LocalImages},
     machine,
     metrics::Metrics,
-    network::{BridgeNetwork, NetworkConfig, PodNetwork},
+    network::{
+        BridgeNetwork, NetworkConfig, PodNetwork,
+        cni::{self, CniNetwork},
+    },
     node,
     objects::Objects,
     paths::Paths,
@@ -321,6 +324,11 @@ pub fn cleanup(paths: &Paths) -> Result<(), Error> {
 }
 
 async fn network(config: &Config) -> Result<Arc<dyn PodNetwork>, Error> {
+    if cni::is_configured(&config.paths) {
+        let network = CniNetwork::start(&config.paths).map_err(|e| Error::Network(e.to_string()))?;
+        config.kubelet.pod_cidr.into_iter().for_each(|cidr| network.set_pod_cidr(vec![cidr]));
+        return Ok(Arc::new(network));
+    }
     let wanted = NetworkConfig {
         cluster_cidrs: vec![config.cluster_cidr],
         service_cidrs: vec![config.service_cidr],

@@ -119,7 +119,7 @@ pub struct BridgeNetwork {
     inner: Arc<Inner>,
 }
 
-fn chain(error: &dyn std::error::Error) -> NetworkError {
+pub(super) fn chain(error: &dyn std::error::Error) -> NetworkError {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
@@ -227,6 +227,7 @@ impl BridgeNetwork {
     pub async fn cleanup_all(config: &NetworkConfig) -> Result<(), NetworkError> {
         let mut problems = Vec::new();
         let mut note = |result: Result<(), NetworkError>| problems.extend(result.err().map(|e| e.0));
+        note(super::cni::CniNetwork::cleanup_all(&config.paths).await);
         for entry in std::fs::read_dir(config.netns_dir()).into_iter().flatten().flatten() {
             note(namespace::unpin(&entry.path()).map_err(Into::into));
         }

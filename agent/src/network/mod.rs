@@ -5,6 +5,7 @@
 
 mod addresses;
 mod bridge;
+pub mod cni;
 mod gone;
 mod links;
 mod namespace;

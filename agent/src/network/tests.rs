@@ -14,7 +14,7 @@ use super::{bridge::*, *};
 use crate::Paths;
 
 /// Runs a future on a thread with a network and a mount namespace of its own.
-fn alone<F: Future<Output = ()>>(body: impl FnOnce(PathBuf) -> F + Send + 'static) {
+pub(super) fn alone<F: Future<Output = ()>>(body: impl FnOnce(PathBuf) -> F + Send + 'static) {
     let thread = std::thread::spawn(|| {
         use nix::{mount::MsFlags, sched::CloneFlags};
         nix::sched::unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
@@ -29,7 +29,7 @@ fn alone<F: Future<Output = ()>>(body: impl FnOnce(PathBuf) -> F + Send + 'stati
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
-fn run(command: &str) -> String {
+pub(super) fn run(command: &str) -> String {
     let mut words = command.split_whitespace();
     let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
@@ -37,7 +37,7 @@ fn run(command: &str) -> String {
 }
 
 /// Runs a closure inside a pinned namespace, on a thread of its own.
-fn inside<T: Send>(netns: &Path, body: impl FnOnce() -> T + Send) -> T {
+pub(super) fn inside<T: Send>(netns: &Path, body: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             let ns = std::fs::File::open(netns).unwrap();
@@ -48,7 +48,7 @@ fn inside<T: Send>(netns: &Path, body: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-fn request(uid: &str) -> PodNetworkRequest {
+pub(super) fn request(uid: &str) -> PodNetworkRequest {
     PodNetworkRequest {
         uid: uid.into(),
         namespace: "default".into(),

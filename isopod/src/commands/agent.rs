@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 use isopod_agent::{KubeletConfiguration, Paths};
+use isopod_netproxy::configuration::KubeProxyConfiguration;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -30,6 +31,9 @@ pub(crate) struct Args {
     /// KubeletConfiguration [default: etc/isopod/config.yaml]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// KubeProxyConfiguration [default: etc/isopod/proxy.yaml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    proxy_config: Option<PathBuf>,
     /// Labels for the node, key=value.
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',')]
     node_labels: Vec<String>,
@@ -47,7 +51,10 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
     let settings = Settings::resolve(&paths.etc().join("cluster.yaml"), args.node)?;
     let lock = lock::take(&paths.run())?;
     let runtime = preflight::check(paths, &[("the agent", "--agent-port", settings.agent_port)])?;
-    let node = Node::new(paths, &settings, runtime, args.config, args.kubeconfig, &args.node_labels)?;
+    let mut node = Node::new(paths, &settings, runtime, args.config, args.kubeconfig, &args.node_labels)?;
+    if let Some(path) = args.proxy_config {
+        node.configure_proxy(&path)?;
+    }
     let result = super::serve(2, |stop| async {
         // Fails only without a service manager to tell.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -91,7 +98,7 @@ impl Node {
         let kubeconfig = kubeconfig.unwrap_or_else(|| paths.kubeconfig("agent"));
         let certificates = certificates(paths, settings, &kubeconfig)?;
         let resolv_conf = kubelet.resolv_conf.clone();
-        Ok(Self {
+        let mut node = Self {
             agent: isopod_agent::Config {
                 paths: paths.clone(),
                 node_name: settings.node_name.clone(),
@@ -114,13 +121,27 @@ impl Node {
                 cluster_dns: Some(cluster_dns),
                 cluster_domain,
                 upstream_resolv_conf: resolv_conf,
+                // Plugins make their own ways between nodes.
+                node_routes: !isopod_agent::network::cni::is_configured(paths),
                 // Where kube-proxy has them.
                 healthz: Some((IpAddr::from([0, 0, 0, 0]), 10_256).into()),
                 metrics: Some((IpAddr::from([127, 0, 0, 1]), 10_249).into()),
                 ..isopod_netproxy::Config::new(&settings.node_name, &paths.instance(), &paths.bridge())
             },
             kubeconfig,
-        })
+        };
+        let proxy_config = paths.etc().join("proxy.yaml");
+        if proxy_config.exists() {
+            node.configure_proxy(&proxy_config)?;
+        }
+        Ok(node)
+    }
+
+    /// Sets what a KubeProxyConfiguration says of the proxy.
+    fn configure_proxy(&mut self, path: &Path) -> Result<()> {
+        let own = self.proxy.node_ips.clone();
+        let outcome = KubeProxyConfiguration::load(path).and_then(|file| file.apply(&mut self.proxy, &own));
+        outcome.map_err(|error| Usage(bootstrap::chain(&error).to_string()).into())
     }
 
     /// Runs agent and proxy until asked to stop; pods stay.
