@@ -259,6 +259,10 @@ fn load_balancers_work_without_a_cloud() {
     assert!(table.contains("from 10.99.0.0/16") && table.matches("web-").count() >= 6, "{table}");
     let trace = c.isopod(&["trace", "client", "web:80"]).ok().unwrap();
     assert!(trace.ends_with("gets through to all 3 endpoints\n"), "{trace}");
+    let real = c.isopod(&["trace", "client", "web:80", "--packet"]).ok().unwrap();
+    for part in ["nat: goto pick_3", "the kernel chose 10.244.", "answer   came after"] {
+        assert!(real.contains(part), "{part}: {real}");
+    }
     let trace = c.isopod(&["trace", "nobody", "web:80"]);
     assert_eq!((trace.code, trace.err.lines().count()), (64, 1), "{trace:?}");
     // kube-proxy's places and names.

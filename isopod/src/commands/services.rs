@@ -1,11 +1,15 @@
 //! `isopod services`: what every service address and port leads to, as this node's proxy has it.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use isopod_agent::Paths;
 use isopod_netproxy::inspect::{Row, Snapshot};
+use k8s_openapi::api::core::v1::Pod;
+use kube::{Api, Client};
 
-use crate::node::Settings;
+use crate::{error::Usage, node::Settings};
 
 /// How to print.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -64,17 +68,34 @@ fn line(row: &Row, shown: usize) -> [String; 5] {
 /// What the API server knows now, seen from this node.
 pub(crate) fn snapshot(paths: &Paths) -> Result<Snapshot> {
     let settings = Settings::resolve(&paths.etc().join("cluster.yaml"), crate::node::Options::default())?;
-    let admin = paths.kubeconfig("admin");
-    let kubeconfig = if admin.exists() { admin } else { paths.kubeconfig("agent") };
     let config = isopod_netproxy::Config {
         node_ips: vec![settings.node_ip],
         cluster_cidrs: vec![settings.pod_cidr],
         service_cidrs: vec![settings.service_cidr],
         ..isopod_netproxy::Config::new(&settings.node_name, &paths.instance(), &paths.bridge())
     };
+    asking(paths, async |client| Snapshot::load(&client, &config).await.context("ask the API server for services"))
+}
+
+/// The network namespace of a pod of this node, which is called `node`.
+pub(crate) fn pod_netns(paths: &Paths, namespace: &str, name: &str, node: &str) -> Result<PathBuf> {
+    let pod = asking(paths, async |client| {
+        let pods: Api<Pod> = Api::namespaced(client, namespace);
+        pods.get(name).await.with_context(|| format!("ask the API server for pod {namespace}/{name}"))
+    })?;
+    let path = paths.run().join("netns").join(pod.metadata.uid.unwrap_or_default());
+    if !path.is_file() {
+        let text =
+            format!("--packet: pod {namespace}/{name} is on node {node}, and packets are sent on its own node only");
+        return Err(Usage(text).into());
+    }
+    Ok(path)
+}
+
+/// Runs something that asks the API server, as an administrator where that is possible.
+fn asking<T>(paths: &Paths, body: impl AsyncFnOnce(Client) -> Result<T>) -> Result<T> {
+    let admin = paths.kubeconfig("admin");
+    let kubeconfig = if admin.exists() { admin } else { paths.kubeconfig("agent") };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start runtime")?;
-    runtime.block_on(async {
-        let client = super::client(&kubeconfig).await?;
-        Snapshot::load(&client, &config).await.context("ask the API server for services")
-    })
+    runtime.block_on(async { body(super::client(&kubeconfig).await?).await })
 }

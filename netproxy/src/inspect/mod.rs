@@ -3,6 +3,7 @@
 //! Both are answered from the model, made anew from the API server's lists by the code that makes it for the kernel.
 //! Nothing is asked of the running proxy and nothing is changed.
 
+mod packet;
 mod route;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ use crate::{
     watch::NodeInfo,
 };
 
+pub use packet::{PacketError, Probe};
 pub use route::{TraceError, Traced};
 
 /// One address or port at which a service is reached.

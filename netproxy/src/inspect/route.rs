@@ -8,7 +8,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::Snapshot;
+use super::{Probe, Snapshot};
 use crate::{
     dns::zone::Record,
     model::objects::Protocol,
@@ -73,28 +73,41 @@ impl Snapshot {
     /// # Errors
     /// When the pod or the target does not exist.
     pub fn trace(&self, from: &str, target: &str) -> Result<Traced, TraceError> {
+        let mut out = Traced { steps: Vec::new(), reaches: false };
+        let (pod, packet) = self.first_packet(from, target, &mut out)?;
+        let who = match pod {
+            Some(pod) => format!("pod {} at {} on node {}", pod.name, packet.from, pod.node),
+            None => format!("this node, {}", packet.from),
+        };
+        out.steps.insert(0, ("from", who));
+        self.follow(pod, &packet, &mut out);
+        Ok(out)
+    }
+
+    /// The same connection, to be tried with a real packet.
+    ///
+    /// # Errors
+    /// When the pod or the target does not exist.
+    pub fn probe(&self, from: &str, target: &str) -> Result<Probe, TraceError> {
+        let (pod, packet) = self.first_packet(from, target, &mut Traced { steps: Vec::new(), reaches: false })?;
+        let Packet { from, to, protocol } = packet;
+        let node = pod.map_or(&*self.config.node_name, |p| &*p.node).to_owned();
+        let pod = pod.map(|p| (p.name.namespace.to_string(), p.name.name.to_string()));
+        Ok(Probe { pod, node, from, to, protocol })
+    }
+
+    fn first_packet(&self, from: &str, target: &str, out: &mut Traced) -> Result<(Option<&Pod>, Packet), TraceError> {
         let wanted = Target::parse(target).ok_or_else(|| TraceError::Target(target.into()))?;
         let pod = self.source(from)?;
         let namespace = pod.map_or("default", |p| &p.name.namespace);
-        let mut out = Traced { steps: Vec::new(), reaches: false };
-        let address = self.resolve(wanted.host, namespace, pod, &mut out)?;
+        let address = self.resolve(wanted.host, namespace, pod, out)?;
         let port = self.port(&wanted, address).ok_or_else(|| TraceError::Target(target.into()))?;
         let source = match pod {
             Some(pod) => pod.addresses.iter().find(|a| a.is_ipv4() == address.is_ipv4()).copied(),
             None => self.config.node_ips.iter().find(|a| a.is_ipv4() == address.is_ipv4()).copied(),
         };
         let source = source.ok_or_else(|| TraceError::From(format!("{from} of the family of {address}")))?;
-        let who = match pod {
-            Some(pod) => format!("pod {} at {source} on node {}", pod.name, pod.node),
-            None => format!("this node, {source}"),
-        };
-        out.steps.insert(0, ("from", who));
-        self.follow(
-            pod,
-            &Packet { from: source, to: SocketAddr::new(address, port), protocol: wanted.protocol },
-            &mut out,
-        );
-        Ok(out)
+        Ok((pod, Packet { from: source, to: SocketAddr::new(address, port), protocol: wanted.protocol }))
     }
 
     fn source(&self, from: &str) -> Result<Option<&Pod>, TraceError> {

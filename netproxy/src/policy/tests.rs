@@ -372,7 +372,7 @@ fn take(all: &mut Policies, change: &Change) {
 #[test]
 fn the_kernel_follows_random_policies() {
     nft::in_own_network(|| {
-        let strategy = proptest::collection::vec((change(), any::<bool>()), 400);
+        let strategy = proptest::collection::vec((change(), any::<bool>()), 1000);
         let runs = Runs { cases: 3, failure_persistence: None, ..Runs::default() };
         let outcome = proptest::test_runner::TestRunner::new(runs).run(&strategy, |changes| {
             let mut all = Policies::new("me");

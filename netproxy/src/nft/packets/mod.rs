@@ -11,6 +11,8 @@ use std::{
     time::Duration,
 };
 
+mod choices;
+
 use super::{
     element::{Element, Family},
     kernel::Kernel,
@@ -19,7 +21,7 @@ use super::{
 };
 use crate::hosts::{at, leave, run};
 use crate::model::{
-    objects::{Place, Policy, Protocol, Service, ServiceName, Slice},
+    objects::{Endpoint, Place, Policy, Protocol, Service, ServiceName, Slice},
     shadow::Shadow,
     tests::{service, slice},
 };
@@ -181,6 +183,58 @@ fn udp(socket: &UdpSocket, to: SocketAddr) -> Seen {
     }
 }
 
+/// The tests' settings, without the address of a DNS that is not there.
+fn own_settings() -> Settings {
+    Settings { dns: Vec::new(), ..super::tests::settings() }
+}
+
+/// A socket of SCTP's that works as TCP's do; `None` where the kernel has no SCTP.
+fn sctp_socket(family: Family) -> Option<std::os::fd::OwnedFd> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+    let family = if family == Family::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Sctp).ok()
+}
+
+fn serve_sctp(name: &'static str, address: IpAddr) {
+    use nix::sys::socket::{Backlog, SockaddrStorage, bind, listen};
+    let listener = at(name, || {
+        let socket = sctp_socket(Family::of(&address)).unwrap();
+        let to = SockaddrStorage::from(SocketAddr::new(address, 8080));
+        bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &to).unwrap();
+        listen(&socket, Backlog::new(64).unwrap()).unwrap();
+        TcpListener::from(socket)
+    });
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let from = stream.peer_addr().unwrap().ip();
+            let _ = write!(stream, "{name} {from}");
+        }
+    });
+}
+
+fn sctp(to: SocketAddr) -> Seen {
+    use nix::sys::{
+        socket::{SockaddrStorage, connect, setsockopt, sockopt},
+        time::TimeVal,
+    };
+    let socket = sctp_socket(Family::of(&to.ip())).unwrap();
+    let patience = TimeVal::new(0, 250_000);
+    setsockopt(&socket, sockopt::SendTimeout, &patience).unwrap();
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience).unwrap();
+    match connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrStorage::from(to)) {
+        Ok(()) => {
+            let mut buffer = [0; 64];
+            match TcpStream::from(socket).read(&mut buffer) {
+                Ok(len) => parse(std::str::from_utf8(&buffer[..len]).unwrap()),
+                Err(_) => Seen::Silence,
+            }
+        }
+        Err(nix::Error::ECONNREFUSED) => Seen::Refused,
+        Err(_) => Seen::Silence,
+    }
+}
+
 struct World {
     shadow: Shadow,
     kernel: Kernel,
@@ -189,21 +243,28 @@ struct World {
 impl World {
     fn new() -> Self {
         build();
-        let settings = Settings {
-            table: "isopod-test".into(),
-            cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "2001:db8:1::/48".parse().unwrap()],
-            dns: Vec::new(),
-            node_port_addresses: Vec::new(),
-            localhost_node_ports: true,
-        };
+        Self::with(own_settings())
+    }
+
+    fn with(settings: Settings) -> Self {
         let mut kernel = Kernel::open(settings, None).unwrap();
         kernel.reconcile(&|_| {}).unwrap();
-        Self { shadow: Shadow::new(Place { node: "me".into(), zone: None }), kernel }
+        Self { shadow: Shadow::new(Place { node: "me".into(), zone: Some("z1".into()) }), kernel }
     }
 
     fn put(&mut self, service: Service, endpoints: &[&str]) {
+        self.put_shaped(service, endpoints, |_, _| {});
+    }
+
+    /// As `put`; `shape` sees every endpoint with its pod's name.
+    fn put_shaped(&mut self, service: Service, endpoints: &[&str], shape: fn(&str, &mut Endpoint)) {
         for family in Family::ALL {
-            self.shadow.set_slice(members(&service.name, endpoints, service.ports[0].protocol, family));
+            let mut made = members(&service.name, endpoints, service.ports[0].protocol, family);
+            for endpoint in &mut made.endpoints {
+                let name = PODS.iter().find(|(_, a)| a[family.index()] == endpoint.address.to_string()).unwrap().0;
+                shape(name, endpoint);
+            }
+            self.shadow.set_slice(made);
         }
         self.shadow.set_service(service);
     }
@@ -260,7 +321,8 @@ fn real(from: &str, to: SocketAddr, protocol: Protocol) -> Fate {
         let tries = |n| {
             (0..n).map(|_| match protocol {
                 Protocol::Udp => udp(&UdpSocket::bind(any(to)).unwrap(), to),
-                _ => tcp(to),
+                Protocol::Sctp => sctp(to),
+                Protocol::Tcp => tcp(to),
             })
         };
         let first = tries(1).next().unwrap();
@@ -337,6 +399,9 @@ fn services() -> Vec<(Service, &'static [&'static str])> {
 /// Every service by every address from every place, by real packets and by the tracer: both must agree, none is skipped.
 fn matrix(protocol: Protocol, family: Family) {
     let mut world = World::new();
+    if protocol == Protocol::Sctp {
+        PODS.iter().for_each(|(name, addresses)| serve_sctp(name, addresses[family.index()].parse().unwrap()));
+    }
     for (mut service, endpoints) in services() {
         service.ports[0].protocol = protocol;
         world.put(service, endpoints);
@@ -353,10 +418,12 @@ fn matrix(protocol: Protocol, family: Family) {
     targets.push(socket(&at_cluster(family, 1), 81));
     let (mut wrong, mut tried) = (Vec::new(), 0);
     for to in targets {
-        for from in ["a", "node", "client"] {
-            // 127.0.0.1 is the node's alone; and it has no route to external addresses, which its own packets need.
+        for from in ["a", "b", "c", "node", "client"] {
+            // 127.0.0.1 is the node's alone; and it has no route to external addresses, which its own packets need. A pod
+            // of another node comes here for node ports: what it sends to services is that node's to translate.
             let outside = (0..=10).any(|n| socket(&at_outside(family, n), 80) == to);
-            if to.ip().is_loopback() && from != "node" || outside && from == "node" {
+            let other_nodes = to.port() < 30_000;
+            if to.ip().is_loopback() && from != "node" || outside && from == "node" || other_nodes && from == "c" {
                 continue;
             }
             tried += 1;
@@ -368,7 +435,8 @@ fn matrix(protocol: Protocol, family: Family) {
         }
     }
     assert!(wrong.is_empty(), "{} of {tried}\n{}", wrong.len(), wrong.join("\n"));
-    assert!(tried >= 59, "only {tried} cases");
+    println!("{protocol:?} {family:?}: {tried} cases, real packets as the model has them");
+    assert!(tried >= 77, "only {tried} cases");
 }
 
 #[test]
@@ -391,138 +459,16 @@ fn udp_matrix_of_ipv6() {
     std::thread::spawn(|| matrix(Protocol::Udp, Family::V6)).join().unwrap();
 }
 
-/// Chains for many endpoints are loaded when first needed: they must be as good as the first ones, for UDP as well.
+/// Where the kernel has SCTP; elsewhere it is said that these rows were not run.
 #[test]
-fn many_endpoints_are_all_reached() {
-    let test = || {
-        let mut world = World::new();
-        let mut ports = Vec::new();
-        let udp_server = |n: u16| at("a", || UdpSocket::bind((pod("a", Family::V4), 9000 + n)).unwrap());
-        let mut made = service("ns", "many", &["10.96.0.9"], &[("p", 80, 0)]);
-        made.ports[0].protocol = Protocol::Udp;
-        let mut wide = Vec::new();
-        for n in 0..40 {
-            ports.push(udp_server(n));
-            let mut part = members(&made.name, &["a"], Protocol::Udp, Family::V4);
-            part.name = format!("s{n}").into();
-            part.ports[0].port = 9000 + n;
-            wide.push(part);
+fn sctp_matrix() {
+    for family in Family::ALL {
+        if sctp_socket(family).is_none() {
+            println!(
+                "SCTP {family:?}: NOT RUN, this kernel has no SCTP; its map elements differ from TCP's by a number"
+            );
+            continue;
         }
-        world.shadow.set_service(made);
-        wide.into_iter().for_each(|part| world.shadow.set_slice(part));
-        world.apply();
-        at("client", || {
-            for _ in 0..600 {
-                UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"?", "10.96.0.9:80").unwrap();
-            }
-        });
-        let mut buffer = [0; 8];
-        for (n, socket) in ports.iter().enumerate() {
-            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
-            assert!(socket.recv(&mut buffer).is_ok(), "endpoint {n} got nothing");
-        }
-    };
-    std::thread::spawn(test).join().unwrap();
-}
-
-#[test]
-fn clients_stick_to_their_endpoint_until_it_goes() {
-    std::thread::spawn(|| stickiness(Family::V4)).join().unwrap();
-}
-
-#[test]
-fn ipv6_clients_stick_as_well() {
-    std::thread::spawn(|| stickiness(Family::V6)).join().unwrap();
-}
-
-fn stickiness(family: Family) {
-    {
-        let mut world = World::new();
-        let mut sticky = service("ns", "sticky", &[&at_cluster(family, 9)], &[("p", 80, 30_009)]);
-        // A chain of its own: loaded when it is first needed.
-        sticky.affinity = Some(600);
-        let members = |name: &ServiceName, list: &[&str], protocol| members(name, list, protocol, family);
-        let known = || {
-            let list = ["list", "map", family.nft(), "isopod-test", "affinity"];
-            let text = String::from_utf8(Command::new("nft").args(list).output().unwrap().stdout).unwrap();
-            assert!(text.contains(CLIENT[family.index()]), "{text}");
-        };
-        let name = sticky.name.clone();
-        world.put(sticky.clone(), &["a", "b", "c"]);
-        world.apply();
-        for to in [socket(&at_cluster(family, 9), 80), socket(NODE[3 * family.index()], 30_009)] {
-            world.shadow.set_slice(members(&name, &["a", "b", "c"], Protocol::Tcp));
-            world.apply();
-            let ask = || {
-                let seen: BTreeSet<String> = at("client", || {
-                    (0..20)
-                        .map(|_| tcp(to))
-                        .map(|s| if let Seen::Answer(n, _) = s { n } else { panic!("{s:?}") })
-                        .collect()
-                });
-                assert_eq!(seen.len(), 1, "{to}: {seen:?}");
-                seen.into_iter().next().unwrap()
-            };
-            let first = ask();
-            let rest: Vec<&str> = ["a", "b", "c"].into_iter().filter(|n| *n != first).collect();
-            world.shadow.set_slice(members(&name, &rest, Protocol::Tcp));
-            world.apply();
-            let second = ask();
-            assert!(rest.contains(&second.as_str()));
-            // The first one is back: clients stay where they are.
-            world.shadow.set_slice(members(&name, &["a", "b", "c"], Protocol::Tcp));
-            world.apply();
-            assert_eq!(ask(), second);
-        }
-        // A new process keeps what clients are remembered.
-        known();
-        let mut again = Kernel::open(
-            Settings {
-                table: "isopod-test".into(),
-                cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "2001:db8:1::/48".parse().unwrap()],
-                dns: Vec::new(),
-                node_port_addresses: Vec::new(),
-                localhost_node_ports: true,
-            },
-            None,
-        )
-        .unwrap();
-        again.reconcile(&|emit| world.shadow.elements(emit)).unwrap();
-        known();
-        // No affinity any more: spread again.
-        sticky.affinity = None;
-        world.put(sticky, &["a", "b", "c"]);
-        world.apply();
-        let to = socket(&at_cluster(family, 9), 80);
-        let seen: BTreeSet<Seen> = at("client", || (0..40).map(|_| tcp(to)).collect());
-        assert_eq!(seen.len(), 3, "{seen:?}");
+        std::thread::spawn(move || matrix(Protocol::Sctp, family)).join().unwrap();
     }
-}
-
-#[test]
-fn udp_flows_move_when_their_endpoint_goes() {
-    let test = || {
-        let mut world = World::new();
-        let mut made = service("ns", "udp", &["10.96.0.9"], &[("p", 80, 0)]);
-        made.ports[0].protocol = Protocol::Udp;
-        let name = made.name.clone();
-        world.put(made, &["a"]);
-        world.apply();
-        // One socket: to conntrack one flow.
-        let socket = at("client", || UdpSocket::bind("0.0.0.0:0").unwrap());
-        let to = "10.96.0.9:80".parse().unwrap();
-        let who = |s: Seen| match s {
-            Seen::Answer(name, _) => name,
-            other => format!("{other:?}"),
-        };
-        assert_eq!(who(udp(&socket, to)), "a");
-        let members = |name: &ServiceName, list: &[&str], protocol| members(name, list, protocol, Family::V4);
-        world.shadow.set_slice(members(&name, &["a", "b"], Protocol::Udp));
-        world.apply();
-        assert_eq!(who(udp(&socket, to)), "a", "a flow to a live endpoint stays");
-        world.shadow.set_slice(members(&name, &["b"], Protocol::Udp));
-        world.apply();
-        assert_eq!(who(udp(&socket, to)), "b", "a flow to a dead endpoint moves");
-    };
-    std::thread::spawn(test).join().unwrap();
 }
