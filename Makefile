@@ -7,8 +7,9 @@ BIN      ?= $(RELEASE)
 PREFIX   ?= /usr/local
 # What the tests use of Debian: tools on the virtual hosts, a real registry; for benches the peers.
 TEST_PACKAGES  := build-essential nftables iproute2 busybox-static tini procps curl jq conntrack util-linux bsdutils openssl \
-                  docker-registry apache2-utils skopeo podman uidmap catatonit containerd strace etcd-server
-BENCH_PACKAGES := $(TEST_PACKAGES) crun runc time
+                  docker-registry apache2-utils skopeo podman uidmap catatonit containerd strace etcd-server \
+                  containernetworking-plugins
+BENCH_PACKAGES := $(TEST_PACKAGES) crun runc time unbound dnsperf
 VM_PACKAGES    := qemu-system-x86 debootstrap busybox-static e2fsprogs jq
 ROOT_DIR ?= /
 

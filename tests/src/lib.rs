@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a harness fails its test by panicking where it stands")]
 
 pub mod cluster;
+pub mod feed;
 pub mod grpc;
 pub mod host;
 pub mod image;

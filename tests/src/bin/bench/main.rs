@@ -5,8 +5,10 @@
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot run has nothing to say")]
 
 mod api;
+mod dns;
 mod inside;
 mod memory;
+mod proxy;
 mod runtime;
 
 use std::time::Duration;
@@ -14,7 +16,7 @@ use std::time::Duration;
 use isopod_tests::{Cluster, Host, Net};
 
 /// The parts of the result, in their order.
-const PARTS: [&str; 5] = ["start", "pods", "api", "services", "runtime"];
+const PARTS: [&str; 7] = ["dns", "proxy", "start", "pods", "api", "services", "runtime"];
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -28,9 +30,18 @@ fn main() {
         std::process::exit(64);
     }
     let wanted = |part: &str| args.is_empty() || args.iter().any(|arg| arg == part);
+    if wanted("dns") {
+        dns::run();
+    }
+    if wanted("proxy") {
+        proxy::run();
+    }
+    if !PARTS[2..].iter().any(|part| wanted(part)) {
+        return;
+    }
     let mut net = Net::new();
     let host = net.host("bench");
-    if PARTS[..4].iter().any(|part| wanted(part)) {
+    if PARTS[2..6].iter().any(|part| wanted(part)) {
         of_cluster(&host, &wanted);
     }
     if wanted("runtime") {
