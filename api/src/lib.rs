@@ -11,9 +11,10 @@
 //! - [`protobuf`]: the other wire format.
 //! - [`openapi`]: the published documents.
 //! - [`structural`]: CustomResourceDefinitions in the schema engine.
-//! - [`names`], [`selector`], [`quantity`], [`text`]: the small grammars.
+//! - [`names`], [`selector`], [`quantity`], [`duration`], [`text`]: the small grammars.
 
 pub mod apply;
+pub mod duration;
 pub mod field;
 pub mod gvk;
 pub mod meta;

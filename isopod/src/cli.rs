@@ -31,6 +31,8 @@ enum Command {
     Kubeconfig,
     /// Run the node agent (what the systemd service runs).
     Agent(commands::agent::Args),
+    /// Run the service proxy alone, in kube-proxy's place beside any kubelet.
+    Proxy(commands::proxy::Args),
     /// Join this machine to a cluster as a node.
     Join(commands::join::Args),
     /// Print the command that joins another machine.
@@ -98,6 +100,7 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Reset(args) => commands::reset::run(&paths, &args),
         Command::Kubeconfig => commands::kubeconfig::run(&paths),
         Command::Agent(args) => commands::agent::run(&paths, args),
+        Command::Proxy(args) => commands::proxy::run(&paths, args),
         Command::Join(args) => commands::join::run(&paths, args),
         Command::Token(args) => commands::token::run(&paths, &args),
         Command::Why(args) => commands::local::why::run(&paths, &args),

@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::{metrics::Metrics, sync::Report, watch::Nodes};
+use crate::{Error, metrics::Metrics, sync::Report, watch::Nodes};
 
 /// Changes that wait longer make the proxy unhealthy: twice kube-proxy's sync period.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,6 +26,8 @@ pub(crate) struct Health {
     pub(crate) report: watch::Receiver<Report>,
     pub(crate) nodes: watch::Receiver<Arc<Nodes>>,
     pub(crate) metrics: Arc<Metrics>,
+    /// For /configz.
+    pub(crate) config: serde_json::Value,
 }
 
 /// A response before it is HTTP.
@@ -49,8 +51,15 @@ impl Health {
 
     fn answer(&self, path: &str) -> Answer {
         let healthy = self.healthy();
-        let now = jiff::Timestamp::now().to_string();
-        let mut body = json!({ "lastUpdated": now, "currentTime": now, "healthy": healthy });
+        let now = jiff::Timestamp::now();
+        let behind = self.report.borrow().failing_since.map(|s| s.elapsed()).unwrap_or_default();
+        let updated = now.saturating_sub(jiff::SignedDuration::try_from(behind).unwrap_or_default());
+        let updated = updated.map_or(now, |u| u).to_string();
+        let family = json!({ "lastUpdated": updated, "healthy": healthy });
+        let mut body = json!({
+            "lastUpdated": updated, "currentTime": now.to_string(), "healthy": healthy,
+            "status": { "IPv4": family, "IPv6": family },
+        });
         let code = |good: bool| if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
         let text =
             |body: String| Answer { code: StatusCode::OK, kind: "text/plain; charset=utf-8", body, weight: None };
@@ -66,6 +75,7 @@ impl Health {
                 ..text(self.metrics.text())
             },
             "/proxyMode" => text("nftables".into()),
+            "/configz" => Answer { kind: "application/json", ..text(self.config.to_string()) },
             _ => Answer { code: StatusCode::NOT_FOUND, ..text("404 page not found\n".into()) },
         }
     }
@@ -128,17 +138,25 @@ async fn serve(health: Arc<Health>, listener: TcpListener, service: Option<u16>)
     }
 }
 
-/// Serves the proxy's own addresses and, as services come and go, their health check ports.
-pub(crate) async fn run(health: Health, addresses: Vec<SocketAddr>, stop: CancellationToken) {
-    let mut report = health.report.clone();
-    let health = Arc::new(health);
-    let mut own = JoinSet::new();
+/// Opens the proxy's own addresses. One that cannot be opened is an error, or told and left out.
+pub(crate) async fn bind(addresses: impl Iterator<Item = SocketAddr>, must: bool) -> Result<Vec<TcpListener>, Error> {
+    let mut all = Vec::new();
     for address in addresses {
         match TcpListener::bind(address).await {
-            Ok(listener) => drop(own.spawn(serve(health.clone(), listener, None))),
+            Ok(listener) => all.push(listener),
+            Err(error) if must => return Err(Error::Address(address, error)),
             Err(error) => tracing::warn!(%address, %error, "health and metrics are not served"),
         }
     }
+    Ok(all)
+}
+
+/// Serves the proxy's own addresses and, as services come and go, their health check ports.
+pub(crate) async fn run(health: Health, listeners: Vec<TcpListener>, stop: CancellationToken) {
+    let mut report = health.report.clone();
+    let health = Arc::new(health);
+    let mut own = JoinSet::new();
+    listeners.into_iter().for_each(|listener| drop(own.spawn(serve(health.clone(), listener, None))));
     let mut ports: HashMap<u16, tokio_util::task::AbortOnDropHandle<()>> = HashMap::new();
     loop {
         let wanted: Vec<u16> = report.borrow_and_update().health_checks.iter().map(|(p, ..)| *p).collect();

@@ -6,6 +6,7 @@
 //!
 //! A normal stop leaves the rules in place: connections and new connections go on while the process restarts.
 
+pub mod configuration;
 mod conntrack;
 mod dns;
 mod health;
@@ -53,6 +54,14 @@ pub struct Config {
     pub bridge: String,
     /// Pod addresses of the whole cluster.
     pub cluster_cidrs: Vec<IpNet>,
+    /// Links whose packets are pods' instead of those addresses; a `*` at the end stands for anything.
+    pub pod_links: Option<String>,
+    /// Bit of the mark of packets to be masqueraded.
+    pub masquerade_bit: u8,
+    /// Whether connections to services are masqueraded whoever makes them.
+    pub masquerade_all: bool,
+    /// Limits of connection tracking, as the names of `net.netfilter.nf_conntrack_*` and their values.
+    pub conntrack: Vec<(&'static str, u64)>,
     /// Service addresses.
     pub service_cidrs: Vec<IpNet>,
     /// Address DNS is answered on; `None`: somebody else does it.
@@ -71,6 +80,8 @@ pub struct Config {
     pub healthz: Option<SocketAddr>,
     /// Where metrics are served.
     pub metrics: Option<SocketAddr>,
+    /// Whether it is an error when those two cannot be served.
+    pub addresses_must_bind: bool,
 }
 
 impl Config {
@@ -83,6 +94,10 @@ impl Config {
             table: table.into(),
             bridge: bridge.into(),
             cluster_cidrs: vec![net([10, 244, 0, 0], 16)],
+            pod_links: None,
+            masquerade_bit: 14,
+            masquerade_all: false,
+            conntrack: Vec::new(),
             service_cidrs: vec![net([10, 96, 0, 0], 16)],
             cluster_dns: Some(IpAddr::from([10, 96, 0, 10])),
             cluster_domain: "cluster.local".into(),
@@ -92,6 +107,7 @@ impl Config {
             node_routes: true,
             healthz: None,
             metrics: None,
+            addresses_must_bind: false,
         }
     }
 
@@ -99,6 +115,9 @@ impl Config {
         nft::skeleton::Settings {
             table: self.table.clone(),
             cluster_cidrs: self.cluster_cidrs.clone(),
+            pod_links: self.pod_links.clone(),
+            masquerade_bit: self.masquerade_bit,
+            masquerade_all: self.masquerade_all,
             dns: self.cluster_dns.into_iter().collect(),
             node_port_addresses: self.node_port_addresses.clone(),
             localhost_node_ports: self.localhost_node_ports,
@@ -118,6 +137,9 @@ pub enum Error {
     /// The notification socket.
     #[error("listen for changes of nftables")]
     Monitor(#[source] std::io::Error),
+    /// An address of health or metrics.
+    #[error("serve health and metrics on {0}")]
+    Address(SocketAddr, #[source] std::io::Error),
     /// The model's thread.
     #[error("start the service thread")]
     Thread(#[source] std::io::Error),
@@ -128,6 +150,8 @@ pub enum Error {
 /// # Errors
 /// Only when it cannot begin; later failures are logged, shown by the health check and tried again.
 pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) -> Result<(), Error> {
+    let addresses = config.healthz.into_iter().chain(config.metrics);
+    let listeners = health::bind(addresses, config.addresses_must_bind).await?;
     let metrics = Arc::new(metrics::Metrics::new());
     let zone = Arc::new(RwLock::new(dns::zone::Zone::new(&config.cluster_domain)));
     let (inputs, queue) = mpsc::channel(QUEUE);
@@ -140,6 +164,7 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     let thread =
         std::thread::Builder::new().name("netproxy".into()).spawn(move || core.run(queue)).map_err(Error::Thread)?;
 
+    configuration::set_conntrack(&config.conntrack);
     let handle = links::open()?;
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(monitor::run(ears, config.table.clone(), report.clone(), inputs.clone()));
@@ -156,9 +181,10 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
         };
         tasks.spawn(links::run(handle.clone(), own, nodes.clone()));
     }
-    let checks = health::Health { node: config.node_name.clone(), report, nodes, metrics: metrics.clone() };
-    let addresses = config.healthz.into_iter().chain(config.metrics).collect();
-    tasks.spawn(health::run(checks, addresses, stop.clone()));
+    let shown = configuration::shown(&config);
+    let checks =
+        health::Health { node: config.node_name.clone(), report, nodes, metrics: metrics.clone(), config: shown };
+    tasks.spawn(health::run(checks, listeners, stop.clone()));
     if let Some(address) = config.cluster_dns {
         start_dns(client, &config, address, &handle, zone, metrics, &mut tasks, &stop).await;
     }

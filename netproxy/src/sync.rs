@@ -32,6 +32,9 @@ use crate::{
     },
 };
 
+/// Verifications in a row, before it is left for later.
+const VERIFICATIONS: usize = 5;
+
 /// Services whose names change at once.
 const ZONE_PART: usize = 64;
 
@@ -321,7 +324,8 @@ impl Sync {
             if policies {
                 self.policies.flush(&mut Vec::new(), &mut Vec::new());
             }
-            return self.start();
+            self.start()?;
+            return self.verify(false);
         }
         let mut delta = self.shadow.flush();
         if policies {
@@ -333,13 +337,7 @@ impl Sync {
             kernel.apply(&delta)?;
             tracing::debug!(added = delta.added.len(), removed = delta.removed.len(), "service maps changed");
         }
-        if kernel.take_doubt() || verify {
-            let difference = kernel.verify(&wanted(&self.shadow, &self.policies))?;
-            if difference.removed + difference.added > 0 {
-                self.metrics.repairs.inc();
-                tracing::warn!(?difference, "somebody changed our nftables elements: repaired");
-            }
-        }
+        self.verify(verify)?;
         if !delta.stale.is_empty() {
             match conntrack::forget(&delta.stale) {
                 Ok(count) => tracing::debug!(count, "stale UDP flows forgotten"),
@@ -347,6 +345,23 @@ impl Sync {
             }
         }
         Ok(())
+    }
+
+    /// Compares the kernel's table with the model when somebody else may have changed it. Whoever does so while it is
+    /// being repaired is not heard, only noticed: then once more.
+    fn verify(&mut self, mut wanted_by_others: bool) -> Result<(), Error> {
+        let Some(kernel) = &mut self.kernel else { return Ok(()) };
+        for _ in 0..VERIFICATIONS {
+            if !std::mem::take(&mut wanted_by_others) && !kernel.take_doubt() {
+                return Ok(());
+            }
+            let difference = kernel.verify(&wanted(&self.shadow, &self.policies))?;
+            if difference.removed + difference.added > 0 {
+                self.metrics.repairs.inc();
+                tracing::warn!(?difference, "somebody changed our nftables elements: repaired");
+            }
+        }
+        if kernel.take_doubt() { Err(Error::Restless) } else { Ok(()) }
     }
 
     /// First load, or a new beginning after a failure: whatever is in the kernel becomes what it should be.

@@ -49,6 +49,9 @@ pub enum Error {
     /// A netlink socket could not be used.
     #[error("{0} netlink socket")]
     Socket(&'static str, #[source] io::Error),
+    /// Others change rules all the time.
+    #[error("others change nftables faster than our table can be compared")]
+    Restless,
     /// The kernel refused a change.
     #[error("kernel refused a change of table {table}")]
     Refused {
@@ -79,7 +82,7 @@ pub(crate) struct Kernel {
 pub(crate) type Wanted<'a> = dyn Fn(&mut dyn FnMut(Element)) + 'a;
 
 /// Runs nft with a ruleset on its standard input.
-fn run_nft(text: &str) -> Result<(), Error> {
+pub(crate) fn run_nft(text: &str) -> Result<(), Error> {
     let spawn = |program: &str| {
         Command::new(program)
             .args(["-f", "-"])

@@ -11,15 +11,18 @@ use ipnet::IpNet;
 
 use super::element::{Element, Family, Key, Map, Value};
 
-/// Mark of packets to be masqueraded, as kube-proxy's default bit.
-const MARK: &str = "0x4000";
-
 /// What the rules depend on besides the family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
     pub(crate) table: String,
     /// Pod addresses of the whole cluster.
     pub(crate) cluster_cidrs: Vec<IpNet>,
+    /// Links whose packets are pods', instead of those addresses; a `*` at the end stands for anything.
+    pub(crate) pod_links: Option<String>,
+    /// Bit of the mark of packets to be masqueraded.
+    pub(crate) masquerade_bit: u8,
+    /// Whether connections to services are masqueraded whoever makes them.
+    pub(crate) masquerade_all: bool,
     /// Addresses answered by the local DNS, never translated.
     pub(crate) dns: Vec<std::net::IpAddr>,
     /// Node addresses that accept node ports; empty: all.
@@ -205,9 +208,19 @@ impl Text<'_> {
         format!("{} . meta l4proto . th dport", self.ip("daddr"))
     }
 
-    fn cluster_cidr(&self) -> Option<String> {
+    /// Condition of packets from pods; or, with `!= `, of all others.
+    fn pods(&self, not: &str) -> Option<String> {
+        if let Some(links) = &self.settings.pod_links {
+            return Some(format!("iifname {not}\"{links}\""));
+        }
         let family = self.family;
-        set_of(self.settings.cluster_cidrs.iter().copied().filter(move |n| Family::of(&n.addr()) == family))
+        let own = self.settings.cluster_cidrs.iter().copied().filter(move |n| Family::of(&n.addr()) == family);
+        set_of(own).map(|c| format!("{} {not}{c}", self.ip("saddr")))
+    }
+
+    /// The mark of packets to be masqueraded.
+    fn mark(&self) -> String {
+        format!("{:#x}", 1u32 << self.settings.masquerade_bit)
     }
 
     fn maps(&mut self) {
@@ -257,8 +270,7 @@ impl Text<'_> {
         };
         self.chain("refuse", &["meta l4proto tcp reject with tcp reset".into(), unreachable.into()]);
         self.chain("discard", &["drop".into()]);
-        let mut rules: Vec<String> =
-            self.cluster_cidr().map(|c| format!("{} {c} return", self.ip("saddr"))).into_iter().collect();
+        let mut rules: Vec<String> = self.pods("").map(|pods| format!("{pods} return")).into_iter().collect();
         rules.extend(["fib saddr type local return".into(), "drop".into()]);
         self.chain("discard_external", &rules);
         let allowed = format!("{} . {} @fw_allow return", self.key(), self.ip("saddr"));
@@ -268,12 +280,15 @@ impl Text<'_> {
     fn picks(&mut self, n: u32) {
         let (family, saddr, key) = (self.family.nft(), self.ip("saddr"), self.key());
         let node_key = "meta l4proto . th dport";
-        let mark = format!("meta mark set meta mark or {MARK}");
+        let mark = format!("meta mark set meta mark or {}", self.mark());
         let sticky = format!("dnat {family} to {saddr} . {key} map @affinity");
         let random = format!("numgen random mod {n}");
         let local = format!("{random} offset {}", crate::model::plan::LOCAL_BASE);
         let dnat = |key: &str, index: &str, map: &str| format!("dnat {family} to {key} . {index} map @{map}");
-        let outside: Vec<String> = self.cluster_cidr().map(|c| format!("{saddr} != {c} {mark}")).into_iter().collect();
+        let outside: Vec<String> = match self.pods("!= ") {
+            _ if self.settings.masquerade_all => vec![mark.clone()],
+            others => others.map(|others| format!("{others} {mark}")).into_iter().collect(),
+        };
         let picking = vec![sticky.clone(), dnat(&key, &random, "endpoints")];
         self.chain(&format!("pick_{n}"), &[outside, picking].concat());
         self.chain(&format!("mpick_{n}"), &[mark.clone(), sticky.clone(), dnat(&key, &random, "endpoints")]);
@@ -299,13 +314,12 @@ impl Text<'_> {
     }
 
     fn policies(&mut self) {
-        let cidr = self.cluster_cidr();
+        let pods = self.pods("");
         for (name, key, inside, outside) in [
             ("ext_local_policy", self.key(), "ext_cluster", "ext_local"),
             ("np_local_policy", "meta l4proto . th dport".to_owned(), "np_cluster", "np_local"),
         ] {
-            let saddr = self.ip("saddr");
-            let mut rules: Vec<String> = cidr.iter().map(|c| format!("{saddr} {c} {key} vmap @{inside}")).collect();
+            let mut rules: Vec<String> = pods.iter().map(|pods| format!("{pods} {key} vmap @{inside}")).collect();
             rules.push(format!("fib saddr type local {key} vmap @{inside}"));
             rules.push(format!("{key} vmap @{outside}"));
             self.chain(name, &rules);
@@ -410,12 +424,12 @@ impl Text<'_> {
         self.chain("strays-output", &[hook("filter", "output", 0), strays]);
         let answers = "ct state established,related accept".to_owned();
         self.chain("policy-forward", &[hook("filter", "forward", 10), answers, "jump network_policy".into()]);
-        let (saddr, daddr) = (self.ip("saddr"), self.ip("daddr"));
+        let (saddr, daddr, mark) = (self.ip("saddr"), self.ip("daddr"), self.mark());
         self.chain(
             "nat-postrouting",
             &[
                 hook("nat", "postrouting", 100),
-                format!("meta mark & {MARK} != 0 meta mark set meta mark xor {MARK} masquerade fully-random"),
+                format!("meta mark & {mark} != 0 meta mark set meta mark xor {mark} masquerade fully-random"),
                 format!("ct status dnat {saddr} . {daddr} @hairpin masquerade fully-random"),
             ],
         );

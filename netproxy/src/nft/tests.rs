@@ -29,6 +29,9 @@ pub(crate) fn settings() -> Settings {
     Settings {
         table: "isopod-test".into(),
         cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap(), "2001:db8:1::/48".parse().unwrap()],
+        pod_links: None,
+        masquerade_bit: 14,
+        masquerade_all: false,
         dns: vec!["10.96.0.10".parse().unwrap()],
         node_port_addresses: Vec::new(),
         localhost_node_ports: true,
