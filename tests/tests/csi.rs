@@ -175,6 +175,25 @@ fn a_volume_that_is_attached_waits_for_its_attachment() {
     });
     c.wait_field("node one", ".status.volumesAttached", |v| v.is_empty());
     assert_eq!(left(&c), "");
+    // A volume that is a device.
+    c.apply(&format!(
+        "apiVersion: storage.k8s.io/v1\nkind: CSIDriver\nmetadata: {{name: {DRIVER}}}\nspec: {{attachRequired: false}}\n"
+    ));
+    let block = volume("disk", "").replace("  volumeName", "  volumeMode: Block\n  volumeName");
+    c.apply(
+        &block.replace("  storageClassName: ''\n  claimRef", "  volumeMode: Block\n  storageClassName: ''\n  claimRef"),
+    );
+    c.apply(
+        &pod("raw", "disk")
+            .replace("volumeMounts: [{name: v, mountPath: /v}]", "volumeDevices: [{name: v, devicePath: /dev/disk}]"),
+    );
+    c.wait_ready("raw");
+    assert_eq!(c.k("exec raw -- stat -c '%F %t %T' /dev/disk").trim(), "block special file 7 0");
+    c.apply(&pod("wrong", "disk"));
+    let path = ".status.containerStatuses[0].state.waiting.message";
+    c.wait_field("pod wrong", path, |m| m.contains("volumeMode Block, but is specified in volumeMounts"));
+    c.k("delete pod raw wrong");
+    eventually("nothing of it left", || Some(left(&c)).filter(|l| !l.is_empty()).map_or(Ok(()), Err));
     // A driver that refuses is heard.
     c.apply(&format!(
         "apiVersion: v1\nkind: Pod\nmetadata: {{name: refused}}\nspec:\n  \
@@ -185,6 +204,7 @@ fn a_volume_that_is_attached_waits_for_its_attachment() {
         let events = c.k("get events --field-selector involvedObject.name=refused,reason=FailedMount");
         if events.contains("not supported by driver") { Ok(()) } else { Err(events) }
     });
+    c.k(&format!("delete csidriver {DRIVER}"));
     c.apply(&format!(
         "apiVersion: storage.k8s.io/v1\nkind: CSIDriver\nmetadata: {{name: {DRIVER}}}\nspec: {{volumeLifecycleModes: [Ephemeral]}}\n"
     ));

@@ -29,6 +29,13 @@ pub(super) fn pod(id: &str, config: &PodSandboxConfig) -> Result<Pod, Status> {
         return Err(Status::invalid_argument("the sandbox has no name or namespace"));
     }
     let ns = namespaces(config);
+    if ns
+        .userns_options
+        .as_ref()
+        .is_some_and(|u| u.mode() == NamespaceMode::Pod && !(u.uids.is_empty() && u.gids.is_empty()))
+    {
+        return Err(Status::unimplemented("user namespaces of sandboxes"));
+    }
     let is = |mode: i32, of: NamespaceMode| mode == i32::from(of);
     let dns = config.dns_config.clone().unwrap_or_default();
     let options = dns.options.iter().map(|o| match o.split_once(':') {
@@ -214,7 +221,10 @@ pub(super) fn signal(number: i32) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::grpc::proto::cri::{DnsConfig, Int64Value, LinuxContainerConfig, PodSandboxMetadata, PortMapping};
+    use crate::grpc::proto::cri::{
+        DnsConfig, Int64Value, LinuxContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+        PodSandboxMetadata, PortMapping, UserNamespace,
+    };
 
     #[test]
     fn a_sandbox_is_a_pod() {
@@ -233,6 +243,13 @@ mod tests {
         assert_eq!((spec.host_network, spec.share_process_namespace), (Some(false), Some(true)));
         assert_eq!(spec.dns_config.unwrap().options.unwrap()[0].value.as_deref(), Some("5"));
         assert_eq!(spec.containers[0].ports.as_ref().unwrap()[0].host_port, Some(8080));
+        let options = NamespaceOption {
+            userns_options: Some(UserNamespace { uids: vec![Default::default()], ..Default::default() }),
+            ..Default::default()
+        };
+        let security = LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() };
+        config.linux = Some(LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() });
+        assert_eq!(pod("id", &config).unwrap_err().code(), tonic::Code::Unimplemented);
         config.metadata = None;
         assert_eq!(pod("id", &config).unwrap_err().code(), tonic::Code::InvalidArgument);
     }

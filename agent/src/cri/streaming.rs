@@ -8,7 +8,6 @@ use http::{Request, Response, StatusCode};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use parking_lot::Mutex;
-use serde_json::Value;
 use tokio::{net::TcpListener, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -17,8 +16,7 @@ use crate::{
     context::Context,
     host,
     server::{
-        AttachRequest, ExecRequest, Host, HostError, LogSource, NetNs, PodRef, Session, Stdio, accept_forward,
-        accept_remote,
+        AttachRequest, ExecRequest, Host, HostError, NetNs, PodRef, Session, Stdio, accept_forward, accept_remote,
     },
 };
 
@@ -55,7 +53,11 @@ impl Streaming {
                     () = stop.cancelled() => return,
                     accepted = listener.accept() => accepted,
                 };
-                let Ok((stream, _)) = accepted else { continue };
+                let Ok((stream, _)) = accepted else {
+                    // Out of descriptors, most likely: a pause lets some be closed.
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                };
                 let (server, host) = (server.clone(), Arc::new(CriHost { ctx: ctx.clone() }));
                 tokio::spawn(async move {
                     let service = service_fn(move |r| {
@@ -112,14 +114,6 @@ fn not_found(e: tonic::Status) -> HostError {
 }
 
 impl Host for CriHost {
-    fn pods(&self) -> Vec<Arc<Value>> {
-        Vec::new()
-    }
-
-    fn log_source(&self, _: &PodRef, container: &str, _: bool) -> Result<LogSource, HostError> {
-        Err(HostError::BadRequest(format!("the log of {container} is a file")))
-    }
-
     fn exec(&self, r: ExecRequest) -> BoxFuture<'_, Result<Session, HostError>> {
         Box::pin(async move {
             let c = view::container(&self.ctx, &r.container).map_err(not_found)?;
@@ -134,9 +128,5 @@ impl Host for CriHost {
             let supervisor = c.running().map_err(not_found)?.clone();
             host::attach_to(supervisor, &c.id, c.tty, r.stdio, c.ended.clone()).await
         })
-    }
-
-    fn network_namespace(&self, pod: &PodRef) -> Result<NetNs, HostError> {
-        Err(HostError::NotFound(format!("pod {pod} is asked for by its sandbox")))
     }
 }

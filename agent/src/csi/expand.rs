@@ -135,7 +135,12 @@ async fn follow(w: Wanted, spec: CSIDriverSpec) {
             published = Instant::now();
             let _turn = w.ctx.csi.turn(&w.driver, &w.handle).await;
             let staged = driver.can(Can::StageUnstageVolume) && matches!(w.from, From::Persistent { .. });
-            if let Err(error) = w.publish(&driver, &spec, HashMap::new(), staged).await {
+            let context = if w.is_attached(&spec) { w.attached().await } else { Ok(HashMap::new()) };
+            let published = match context {
+                Ok(context) => w.publish(&driver, &spec, context, staged).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = published {
                 tracing::warn!(pod = sandbox::name(&w.pod), error, "volume not published again");
             }
         }

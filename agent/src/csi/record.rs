@@ -61,7 +61,11 @@ pub(super) fn remove(dir: &Path, mount: &str) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     };
-    gone(fs::remove_dir(dir.join(mount)))?;
+    // A directory, or the file that a device was shown at.
+    gone(fs::remove_dir(dir.join(mount)).or_else(|e| match e.kind() {
+        io::ErrorKind::NotADirectory => fs::remove_file(dir.join(mount)),
+        _ => Err(e),
+    }))?;
     gone(fs::remove_file(dir.join(FILE)))?;
     gone(fs::remove_dir(dir))
 }

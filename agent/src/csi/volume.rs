@@ -18,7 +18,7 @@ use crate::{
     context::Context,
     grpc::proto::csi::{
         NodePublishVolumeRequest, NodeStageVolumeRequest, VolumeCapability,
-        volume_capability::{AccessMode, AccessType, MountVolume, access_mode::Mode},
+        volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume, access_mode::Mode},
     },
     pods::sandbox,
     tokens::{self, Wish},
@@ -122,7 +122,7 @@ impl Wanted {
 
     async fn mount_anew(&self, spec: &CSIDriverSpec, dir: &Path) -> Result<(), String> {
         self.check(spec)?;
-        let attach = !self.is_inline() && spec.attach_required != Some(false);
+        let attach = self.is_attached(spec);
         let mut record = Record {
             driver_name: self.driver.clone(),
             volume_handle: self.handle.clone(),
@@ -134,7 +134,7 @@ impl Wanted {
         let mut publish_context = HashMap::new();
         if attach {
             record.attachment = attachment_name(&self.driver, &self.handle, &self.ctx.node_name);
-            publish_context = self.attached(&record.attachment).await?;
+            publish_context = self.attached().await?;
         }
         let driver = self.ctx.csi.driver(&self.driver)?;
         let _turn = self.ctx.csi.turn(&self.driver, &self.handle).await;
@@ -154,6 +154,11 @@ impl Wanted {
         record.finish(dir)
     }
 
+    /// Whether somebody has to attach it to the node first.
+    pub(super) fn is_attached(&self, spec: &CSIDriverSpec) -> bool {
+        !self.is_inline() && spec.attach_required != Some(false)
+    }
+
     fn check(&self, spec: &CSIDriverSpec) -> Result<(), String> {
         let mode = if self.is_inline() { "Ephemeral" } else { "Persistent" };
         let modes = spec.volume_lifecycle_modes.as_deref().unwrap_or_default();
@@ -164,15 +169,13 @@ impl Wanted {
                 self.driver
             ));
         }
-        if self.volume_mode() == "Block" {
-            return Err(format!("volume {} has volumeMode Block, which this node does not support", self.name));
-        }
         Ok(())
     }
 
-    fn volume_mode(&self) -> &str {
-        let From::Persistent { volume, .. } = &self.from else { return "Filesystem" };
-        volume.spec.as_ref().and_then(|s| s.volume_mode.as_deref()).unwrap_or("Filesystem")
+    /// Whether it is a device, for `volumeDevices`.
+    pub(crate) fn is_block(&self) -> bool {
+        let From::Persistent { volume, .. } = &self.from else { return false };
+        volume.spec.as_ref().is_some_and(|s| s.volume_mode.as_deref() == Some("Block"))
     }
 
     async fn driver_object(&self) -> Result<Option<CSIDriverSpec>, String> {
@@ -183,7 +186,8 @@ impl Wanted {
     }
 
     /// Waits until the controller has attached it; what it says about the attachment.
-    async fn attached(&self, attachment: &str) -> Result<HashMap<String, String>, String> {
+    pub(super) async fn attached(&self) -> Result<HashMap<String, String>, String> {
+        let attachment = &attachment_name(&self.driver, &self.handle, &self.ctx.node_name);
         let name = unique_name(&self.driver, &self.handle);
         let client = self.ctx.api.wait().await.ok_or("there is no API server")?;
         let attachments: kube::Api<VolumeAttachment> = kube::Api::all(client);
@@ -336,13 +340,17 @@ impl Wanted {
         };
         let group = plain::fs_group(&self.pod).filter(|_| driver.can(Can::VolumeMountGroup));
         let first = self.access_modes().first().map_or("ReadWriteOnce", String::as_str);
+        let tree = || MountVolume {
+            fs_type: self.fs_type().into(),
+            mount_flags: options.unwrap_or_default(),
+            volume_mount_group: group.map(|g| g.to_string()).unwrap_or_default(),
+        };
         VolumeCapability {
             access_mode: Some(AccessMode { mode: access_mode(first, driver.can(Can::SingleNodeMultiWriter)).into() }),
-            access_type: Some(AccessType::Mount(MountVolume {
-                fs_type: self.fs_type().into(),
-                mount_flags: options.unwrap_or_default(),
-                volume_mount_group: group.map(|g| g.to_string()).unwrap_or_default(),
-            })),
+            access_type: Some(match self.is_block() {
+                true => AccessType::Block(BlockVolume {}),
+                false => AccessType::Mount(tree()),
+            }),
         }
     }
 
@@ -352,7 +360,10 @@ impl Wanted {
             return Ok(());
         };
         let policy = spec.fs_group_policy.as_deref().unwrap_or("ReadWriteOnceWithFSType");
-        if self.read_only || !group_applies(policy, self.fs_type(), self.is_inline(), self.access_modes()) {
+        if self.read_only
+            || self.is_block()
+            || !group_applies(policy, self.fs_type(), self.is_inline(), self.access_modes())
+        {
             return Ok(());
         }
         let target = self.target();

@@ -70,26 +70,34 @@ pub(crate) async fn allocate(ctx: &Arc<Context>, pod: &Pod) -> Result<(), String
         let wishes = wishes(&ctx.devices.state.lock(), c);
         for (resource, count) in wishes {
             if let Err(error) = ctx.devices.one(pod, c, &resource, count).await {
-                ctx.devices.release(sandbox::uid(pod));
+                // It stays pending: nothing of it starts before it is told to fail.
+                ctx.devices.state.lock().pods.remove(sandbox::uid(pod));
+                ctx.devices.save();
                 return Err(format!("Pod was rejected: Allocate failed due to {error}, which is unexpected"));
             }
         }
     }
+    ctx.devices.state.lock().pending.remove(sandbox::uid(pod));
     ctx.devices.save();
     Ok(())
 }
 
 impl Devices {
-    /// Whether a pod has to wait for its devices.
-    pub(crate) fn lacks(&self, pod: &Pod) -> bool {
-        lacks(&self.state.lock(), pod)
+    /// Whether a pod is to be given devices by [`allocate`]; its containers wait from now on until that is done.
+    pub(crate) fn wants(&self, pod: &Pod) -> bool {
+        let mut state = self.state.lock();
+        let wants = lacks(&state, pod);
+        if wants {
+            state.pending.insert(sandbox::uid(pod).into());
+        }
+        wants
     }
 
     /// What a container was given, once that is settled.
     pub(crate) async fn given(&self, pod: &Pod, container: &str) -> Injection {
         let mut changes = self.changed.subscribe();
-        while self.lacks(pod) {
-            // What was not given because the pod is refused never comes; its start is cancelled.
+        while self.state.lock().pending.contains(sandbox::uid(pod)) {
+            // For a pod that is refused this never ends; its start is cancelled.
             if changes.changed().await.is_err() {
                 break;
             }

@@ -100,6 +100,17 @@ impl Injection {
         self
     }
 
+    /// With devices that are volumes.
+    #[must_use]
+    pub(crate) fn with_volumes(mut self, volumes: Vec<(PathBuf, String, bool)>) -> Self {
+        let node = |(host, container, read_only): (PathBuf, String, bool)| {
+            let permissions = if read_only { "r" } else { "rwm" }.into();
+            Node { host, container, permissions }
+        };
+        self.nodes.extend(volumes.into_iter().map(node));
+        self
+    }
+
     /// With what the names of the Container Device Interface stand for.
     pub(crate) fn resolved(mut self) -> Result<Self, String> {
         let names = std::mem::take(&mut self.cdi);

@@ -72,6 +72,8 @@ struct Checkpoint {
 struct State {
     resources: BTreeMap<String, Resource>,
     pods: BTreeMap<String, PodDevices>,
+    /// Pods that are being given devices, or were refused them.
+    pending: BTreeSet<String>,
 }
 
 /// All devices of this node.
@@ -117,7 +119,11 @@ impl Devices {
 
     /// A pod's devices are free again.
     pub(crate) fn release(&self, uid: &str) {
-        let gone = self.state.lock().pods.remove(uid).is_some();
+        let gone = {
+            let mut state = self.state.lock();
+            state.pending.remove(uid);
+            state.pods.remove(uid).is_some()
+        };
         if gone {
             self.save();
         }

@@ -176,7 +176,7 @@ impl Manager {
             handle.tell(Command::Mirror(uid));
         }
         let ending = pod.metadata.deletion_timestamp.is_some();
-        if !ending && is_active(&pod) && self.ctx.devices.lacks(&pod) {
+        if !ending && is_active(&pod) && self.ctx.devices.wants(&pod) {
             let (ctx, pod, teller) = (self.ctx.clone(), pod.clone(), handle.teller());
             tokio::spawn(async move {
                 if let Err(message) = devices::allocate(&ctx, &pod).await {

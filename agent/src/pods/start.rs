@@ -282,6 +282,8 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
     let event = |reason: &str, text: String| ctx.events.container(pod, &c.name, Kind::Warning, reason, text);
     let config = async {
         let devices = ctx.devices.given(pod, &c.name).await.resolved().map_err(Failure::config)?;
+        let volumes = volumes::container_devices(c, &prepared.mounted).map_err(Failure::config)?;
+        let devices = devices.with_volumes(volumes);
         let addresses = Addresses { pod: live.ips.clone(), host: ctx.machine.ips.clone() };
         let env: Vec<_> = devices.variables().chain(environment(job, &addresses).await?).collect();
         let id = super::new_id();

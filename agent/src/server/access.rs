@@ -97,24 +97,12 @@ mod tests {
     struct One;
 
     impl Host for One {
-        fn pods(&self) -> Vec<Arc<Value>> {
-            Vec::new()
-        }
-
-        fn log_source(&self, _: &PodRef, _: &str, _: bool) -> Result<LogSource, HostError> {
-            Err(HostError::NotFound(String::new()))
-        }
-
         fn exec(&self, _: ExecRequest) -> BoxFuture<'_, Result<Session, HostError>> {
             Box::pin(async { Err(HostError::NotFound(String::new())) })
         }
 
         fn attach(&self, _: AttachRequest) -> BoxFuture<'_, Result<Session, HostError>> {
             Box::pin(async { Err(HostError::NotFound(String::new())) })
-        }
-
-        fn network_namespace(&self, _: &PodRef) -> Result<NetNs, HostError> {
-            Err(HostError::NotFound(String::new()))
         }
 
         fn authenticate<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<Option<Identity>, String>> {

@@ -161,11 +161,15 @@ pub enum NetNs {
 /// What the server needs of the pod machinery.
 pub trait Host: Send + Sync + 'static {
     /// Every pod of this node as a complete v1 Pod with its current status.
-    fn pods(&self) -> Vec<Arc<Value>>;
+    fn pods(&self) -> Vec<Arc<Value>> {
+        Vec::new()
+    }
 
     /// Where a container's log is; `previous` asks for the instance before the current one. Containers that have not started
     /// yet answer [`HostError::BadRequest`] with upstream's text (`container "c" in pod "p" is waiting to start: REASON`).
-    fn log_source(&self, pod: &PodRef, container: &str, previous: bool) -> Result<LogSource, HostError>;
+    fn log_source(&self, _pod: &PodRef, container: &str, _previous: bool) -> Result<LogSource, HostError> {
+        Err(HostError::NotFound(format!("container {container:?} has no log here")))
+    }
 
     /// Starts a command in a running container.
     fn exec(&self, request: ExecRequest) -> BoxFuture<'_, Result<Session, HostError>>;
@@ -174,7 +178,9 @@ pub trait Host: Send + Sync + 'static {
     fn attach(&self, request: AttachRequest) -> BoxFuture<'_, Result<Session, HostError>>;
 
     /// Where the pod's ports are.
-    fn network_namespace(&self, pod: &PodRef) -> Result<NetNs, HostError>;
+    fn network_namespace(&self, pod: &PodRef) -> Result<NetNs, HostError> {
+        Err(HostError::NotFound(format!("pod {pod} not found")))
+    }
 
     /// Whose bearer token this is; `None` when it is nobody's. An error is why nobody can tell.
     fn authenticate<'a>(&'a self, _token: &'a str) -> BoxFuture<'a, Result<Option<Identity>, String>> {

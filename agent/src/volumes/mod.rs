@@ -18,7 +18,7 @@ use std::{
 };
 
 use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
-use k8s_openapi::api::core::v1::{Container, PersistentVolume, PersistentVolumeClaim, Pod, Volume};
+use k8s_openapi::api::core::v1::{Container, PersistentVolume, PersistentVolumeClaim, Pod, Volume, VolumeDevice};
 use tokio::sync::watch;
 
 use crate::{
@@ -44,13 +44,15 @@ pub(crate) struct VolumeError {
 pub(crate) struct Ready {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
+    /// A device for `volumeDevices`, not a tree for `volumeMounts`.
+    block: bool,
     /// Who looks after it while it is mounted.
     keeper: Option<tokio::task::AbortHandle>,
 }
 
 impl Ready {
     fn new(path: PathBuf, read_only: bool) -> Self {
-        Self { path, read_only, keeper: None }
+        Self { path, read_only, block: false, keeper: None }
     }
 }
 
@@ -154,8 +156,9 @@ async fn plain_volume(
 }
 
 async fn mounted(volume: csi::Wanted, read_only: bool) -> Result<Ready, String> {
+    let block = volume.is_block();
     let csi::Mounted { path, keeper } = volume.mount().await?;
-    Ok(Ready { path, read_only, keeper })
+    Ok(Ready { path, read_only, block, keeper })
 }
 
 /// The volume of a bound claim: local, hostPath and CSI ones.
@@ -184,6 +187,9 @@ async fn claim(
         return mounted(wanted, read_only).await;
     }
     let local = spec.local.ok_or_else(|| format!("PersistentVolume {volume} is of a kind that is not supported"))?;
+    if spec.volume_mode.as_deref() == Some("Block") {
+        return Ok(Ready { block: true, ..Ready::new(plain::block_device(&local.path)?, read_only) });
+    }
     Ok(Ready::new(plain::local(&local.path, ours, plain::fs_group(pod))?, read_only))
 }
 
@@ -269,6 +275,20 @@ pub(crate) async fn sleep_until(at: Option<Instant>) {
     }
 }
 
+/// The devices of a container's volumeDevices: place on the host, place in the container, whether it may only read.
+pub(crate) fn container_devices(c: &Container, mounted: &Mounted) -> Result<Vec<(PathBuf, String, bool)>, String> {
+    let one = |d: &VolumeDevice| {
+        let ready = mounted.volumes.get(&d.name);
+        let ready =
+            ready.ok_or_else(|| format!("cannot find volume {:?} to pass into container {:?}", d.name, c.name))?;
+        if !ready.block {
+            return Err(format!("volume {} has volumeMode Filesystem, but is specified in volumeDevices", d.name));
+        }
+        Ok((ready.path.clone(), d.device_path.clone(), ready.read_only))
+    };
+    c.volume_devices.iter().flatten().map(one).collect()
+}
+
 /// The bind mounts of a container's volumeMounts; an error is the message of a CreateContainerConfigError.
 pub(crate) fn container_mounts(
     pod_dir: &Path,
@@ -281,6 +301,9 @@ pub(crate) fn container_mounts(
         let ready = mounted.volumes.get(&m.name);
         let ready =
             ready.ok_or_else(|| format!("cannot find volume {:?} to mount into container {:?}", m.name, c.name))?;
+        if ready.block {
+            return Err(format!("volume {} has volumeMode Block, but is specified in volumeMounts", m.name));
+        }
         let sub = match (&m.sub_path, &m.sub_path_expr) {
             (_, Some(e)) if !e.is_empty() => {
                 let lookup = |n: &str| env.iter().find(|(k, _)| k == n).map(|(_, v)| v.clone());

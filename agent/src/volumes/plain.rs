@@ -100,6 +100,15 @@ pub(crate) fn local(path: &str, make: bool, gid: Option<u32>) -> Result<PathBuf,
     Ok(target)
 }
 
+/// Checks that a local volume is the block device it is said to be.
+pub(crate) fn block_device(path: &str) -> Result<PathBuf, String> {
+    match fs::metadata(path) {
+        Ok(m) if m.file_type().is_block_device() => Ok(path.into()),
+        Ok(_) => Err(format!("path {path:?} is not a block device")),
+        Err(e) => Err(format!("path {path:?}: {e}")),
+    }
+}
+
 /// The group that a pod's volumes belong to.
 pub(crate) fn fs_group(pod: &Pod) -> Option<u32> {
     let context = pod.spec.as_ref()?.security_context.as_ref()?;

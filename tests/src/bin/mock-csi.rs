@@ -18,6 +18,7 @@ use isopod_tests::grpc::{
         csi::{
             node_server::{Node, NodeServer},
             node_service_capability::{Rpc, Type, rpc},
+            volume_capability::AccessType,
             *,
         },
         registration::{
@@ -54,7 +55,7 @@ fn unmount(path: &str) -> Result<(), Status> {
     if is_mounted(path) {
         run("umount", &[path])?;
     }
-    fs::remove_dir(path).ok();
+    fs::remove_dir(path).or_else(|_| fs::remove_file(path)).ok();
     Ok(())
 }
 
@@ -130,6 +131,11 @@ impl Node for Driver {
         self.log(&r);
         if let Some(error) = r.volume_context.get("fail") {
             return Err(Status::internal(error));
+        }
+        if matches!(&r.volume_capability, Some(VolumeCapability { access_type: Some(AccessType::Block(_)), .. })) {
+            // The first loop device stands for a disk; nobody opens it.
+            run("mknod", &[&r.target_path, "b", "7", "0"])?;
+            return Ok(Response::new(NodePublishVolumeResponse {}));
         }
         let source =
             if r.staging_target_path.is_empty() { self.volume(&r.volume_id) } else { r.staging_target_path.clone() };
