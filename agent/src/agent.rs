@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access::Access,
     api::Api,
-    cgroups::{CgroupError, Cgroups},
+    cgroups::{CgroupError, Cgroups, Driver},
     config::Config,
     context::Context,
     cri,
@@ -100,7 +100,8 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     machine::check(&config.kubelet).map_err(Error::Machine)?;
     machine::settle(&config.kubelet);
     pods::record::prune(&paths.starts());
-    let cgroups = Cgroups::open(&paths.instance())?;
+    let driver = Driver::named(&config.kubelet.cgroup_driver).unwrap_or(Driver::Cgroupfs);
+    let cgroups = Cgroups::open(&paths.instance(), driver)?;
     let local =
         LocalImages::open(&paths.image_store(), paths.etc().join("certs.d"), paths.state().join("config.json"))?;
     if let Ok(verification) = config.kubelet.verification() {
@@ -242,9 +243,9 @@ pub async fn stop_all_pods(paths: &Paths) -> Result<(), Error> {
         .map(|e| e.file_name().to_string_lossy().into_owned())
         .collect();
     join_all(uids.iter().map(|uid| stop_pod(paths, uid))).await;
-    let cgroups = Cgroups::open(&paths.instance())?;
+    let trees = Cgroups::left(&paths.instance())?;
     let mut errors = Vec::new();
-    for group in cgroups.pods().into_values() {
+    for (cgroups, group) in trees.iter().flat_map(|tree| tree.pods().into_values().map(move |group| (tree, group))) {
         cgroups.kill(&group);
         let mut pause = Duration::from_millis(1);
         while let Err(e) = cgroups.remove(&group) {
@@ -270,9 +271,7 @@ pub async fn stop_all_pods(paths: &Paths) -> Result<(), Error> {
             errors.push(format!("{}: {e}", mount.display()));
         }
     }
-    if let Err(e) = cgroups.remove_root() {
-        errors.push(e.to_string());
-    }
+    errors.extend(trees.iter().filter_map(|tree| tree.remove_root().err()).map(|e| e.to_string()));
     if errors.is_empty() { Ok(()) } else { Err(Error::Leftovers(errors.join("; "))) }
 }
 
@@ -317,7 +316,8 @@ pub fn cleanup(paths: &Paths) -> Result<(), Error> {
             }
         }
     }
-    if let Err(e) = Cgroups::open(&paths.instance()).and_then(|c| c.remove_root()) {
+    let removed = Cgroups::left(&paths.instance()).and_then(|trees| trees.iter().try_for_each(Cgroups::remove_root));
+    if let Err(e) = removed {
         errors.push(e.to_string());
     }
     if errors.is_empty() { Ok(()) } else { Err(Error::Leftovers(errors.join("; "))) }

@@ -1,8 +1,10 @@
-//! The agent's part of the cgroup tree: `INSTANCE/{,burstable,besteffort}/podUID` with pod-level limits.
+//! The agent's part of the cgroup tree: `INSTANCE/{,burstable,besteffort}/podUID` with pod-level limits, or slices of
+//! systemd's (see [`driver`]).
 //!
 //! Works on v2, v1 and hybrid. Only groups below the instance's own are ever touched; containers' groups below a pod's
 //! are the runtime's.
 
+pub(crate) mod driver;
 mod usage;
 
 use std::{
@@ -11,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub(crate) use self::usage::Usage;
+pub(crate) use self::{driver::Driver, usage::Usage};
 use crate::qos::{self, Limits, Qos};
 
 /// A file of the tree that could not be made or written.
@@ -25,6 +27,10 @@ pub(crate) struct CgroupError {
 
 fn fail(path: &Path) -> impl FnOnce(io::Error) -> CgroupError + '_ {
     move |source| CgroupError { path: path.to_path_buf(), source }
+}
+
+fn refused(unit: &str) -> impl FnOnce(String) -> CgroupError + '_ {
+    move |said| CgroupError { path: unit.into(), source: io::Error::other(said) }
 }
 
 /// The mounted hierarchies.
@@ -75,21 +81,54 @@ impl Hierarchies {
 #[derive(Debug, Clone)]
 pub(crate) struct Cgroups {
     hierarchies: Hierarchies,
+    driver: Driver,
+    /// Path of the group of all pods.
     root: String,
+    /// Name of their slice without its ending.
+    slice: String,
 }
 
 impl Cgroups {
     /// Finds the hierarchies and makes the instance's groups.
-    pub(crate) fn open(instance: &str) -> Result<Self, CgroupError> {
-        let path = Path::new("/proc/self/mountinfo");
-        let text = fs::read_to_string(path).map_err(fail(path))?;
-        let tree = Self { hierarchies: Hierarchies::parse(&text), root: instance.to_string() };
+    pub(crate) fn open(instance: &str, driver: Driver) -> Result<Self, CgroupError> {
+        let tree = Self::at(instance, driver)?;
+        if driver == Driver::Systemd {
+            if !driver::possible() {
+                let source = io::Error::other("cgroupDriver systemd needs systemd and cgroup v2 alone");
+                return Err(CgroupError { path: tree.root.into(), source });
+            }
+            let classes = [("", 1024), ("-burstable", 2), ("-besteffort", 2)];
+            for (class, cpu_shares) in classes {
+                let limits = Limits { cpu_shares, cpu_period: 100_000, ..Limits::default() };
+                let unit = format!("{}{class}.slice", tree.slice);
+                driver::make(&unit, &limits).map_err(refused(&unit))?;
+            }
+            return Ok(tree);
+        }
         for group in [instance.to_string(), format!("{instance}/burstable"), format!("{instance}/besteffort")] {
             tree.make(&group)?;
         }
         tree.write("cpu", &format!("{instance}/besteffort"), "cpu.shares", "2").ok();
         tree.write_v2(&format!("{instance}/besteffort"), "cpu.weight", "1").ok();
         Ok(tree)
+    }
+
+    /// What an agent left, by whichever driver; nothing is made.
+    pub(crate) fn left(instance: &str) -> Result<Vec<Self>, CgroupError> {
+        let all = [Driver::Cgroupfs, Driver::Systemd].map(|driver| Self::at(instance, driver));
+        let exists = |tree: &Self| tree.hierarchies.mounts().iter().any(|mount| mount.join(&tree.root).is_dir());
+        all.into_iter().filter(|tree| tree.as_ref().map_or(true, exists)).collect()
+    }
+
+    fn at(instance: &str, driver: Driver) -> Result<Self, CgroupError> {
+        let path = Path::new("/proc/self/mountinfo");
+        let text = fs::read_to_string(path).map_err(fail(path))?;
+        let slice = driver::root(instance);
+        let root = match driver {
+            Driver::Cgroupfs => instance.to_string(),
+            Driver::Systemd => driver::path(&slice),
+        };
+        Ok(Self { hierarchies: Hierarchies::parse(&text), driver, root, slice })
     }
 
     /// Whether memory is accounted by cgroup v2.
@@ -105,6 +144,9 @@ impl Cgroups {
 
     /// The pod's group, relative to each hierarchy's mount point.
     pub(crate) fn pod_group(&self, qos: Qos, uid: &str) -> String {
+        if self.driver == Driver::Systemd {
+            return driver::pod_group(&self.slice, qos, uid);
+        }
         match qos {
             Qos::Guaranteed => format!("{}/pod{uid}", self.root),
             Qos::Burstable => format!("{}/burstable/pod{uid}", self.root),
@@ -114,12 +156,18 @@ impl Cgroups {
 
     /// Makes a pod's group with its limits; idempotent.
     pub(crate) fn create_pod(&self, group: &str, limits: &Limits) -> Result<(), CgroupError> {
+        if let Some(unit) = self.unit(group) {
+            return driver::make(unit, limits).map_err(refused(unit));
+        }
         self.make(group)?;
         self.limit(group, limits)
     }
 
     /// Writes limits to a group.
     pub(crate) fn limit(&self, group: &str, l: &Limits) -> Result<(), CgroupError> {
+        if let Some(unit) = self.unit(group) {
+            return driver::limit(unit, l).map_err(refused(unit));
+        }
         let text = |v: Option<i64>, none: &str| v.map_or_else(|| none.to_string(), |v| v.to_string());
         if self.hierarchies.v1.contains_key("cpu") {
             self.write("cpu", group, "cpu.shares", &l.cpu_shares.to_string())?;
@@ -150,8 +198,13 @@ impl Cgroups {
 
     /// Weight of the burstable class: the sum of its pods' requests.
     pub(crate) fn burstable_shares(&self, milli: i64) {
-        let group = format!("{}/burstable", self.root);
         let shares = qos::shares(milli);
+        if self.driver == Driver::Systemd {
+            let limits = Limits { cpu_shares: shares, cpu_period: 100_000, ..Limits::default() };
+            driver::limit(&format!("{}-burstable.slice", self.slice), &limits).ok();
+            return;
+        }
+        let group = format!("{}/burstable", self.root);
         self.write("cpu", &group, "cpu.shares", &shares.to_string()).ok();
         self.write_v2(&group, "cpu.weight", &qos::weight(shares).to_string()).ok();
     }
@@ -172,7 +225,7 @@ impl Cgroups {
 
     /// Removes a group and those below, in every hierarchy; one that is not there is no error.
     pub(crate) fn remove(&self, group: &str) -> Result<(), CgroupError> {
-        let mut result = Ok(());
+        let mut result = self.unit(group).map_or(Ok(()), |unit| driver::stop(unit).map_err(refused(unit)));
         for mount in self.hierarchies.mounts() {
             let dir = mount.join(group);
             if let Err(e) = remove_below(&dir) {
@@ -184,6 +237,9 @@ impl Cgroups {
 
     /// Groups of pods that exist now: UID and group.
     pub(crate) fn pods(&self) -> BTreeMap<String, String> {
+        if self.driver == Driver::Systemd {
+            return self.pods_of_slices();
+        }
         let mut found = BTreeMap::new();
         for mount in self.hierarchies.mounts() {
             for parent in [self.root.clone(), format!("{}/burstable", self.root), format!("{}/besteffort", self.root)] {
@@ -197,8 +253,47 @@ impl Cgroups {
         found
     }
 
+    /// Slices of pods: UID and directory below the v2 mount point.
+    fn slices(&self) -> Vec<(String, String)> {
+        let mut found = Vec::new();
+        let Some(mount) = &self.hierarchies.v2 else { return found };
+        for class in ["", "-burstable", "-besteffort"] {
+            let parent = driver::path(&format!("{}{class}", self.slice));
+            for entry in fs::read_dir(mount.join(&parent)).into_iter().flatten().flatten() {
+                let name = entry.file_name();
+                let uid = name.to_str().and_then(|name| Some((name, driver::pod_of(&self.slice, name)?)));
+                found.extend(uid.map(|(name, uid)| (uid, format!("{parent}/{name}"))));
+            }
+        }
+        found
+    }
+
+    /// Those with a scope of ours or with nothing in them: another kubelet names its pods' slices alike.
+    fn pods_of_slices(&self) -> BTreeMap<String, String> {
+        let Some(mount) = &self.hierarchies.v2 else { return BTreeMap::new() };
+        let ours = |slice: &str, scope: &str| {
+            let inside = fs::read_dir(mount.join(slice)).into_iter().flatten().flatten();
+            let groups: Vec<_> = inside.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).collect();
+            groups.is_empty() || groups.iter().any(|e| e.file_name() == scope)
+        };
+        let scoped = self.slices().into_iter().map(|(uid, slice)| (driver::scope(&uid), uid, slice));
+        scoped
+            .filter(|(scope, _, slice)| ours(slice, scope))
+            .map(|(scope, uid, slice)| (uid, format!("{slice}/{scope}")))
+            .collect()
+    }
+
+    /// The unit that limits a group, when systemd makes them.
+    fn unit<'a>(&self, group: &'a str) -> Option<&'a str> {
+        driver::unit(group).filter(|_| self.driver == Driver::Systemd)
+    }
+
     /// Removes the instance's tree; pods' groups must be gone.
     pub(crate) fn remove_root(&self) -> Result<(), CgroupError> {
+        if self.driver == Driver::Systemd && !self.slices().is_empty() {
+            // Another kubelet's pods.
+            return Ok(());
+        }
         self.remove(&self.root.clone())
     }
 
@@ -289,6 +384,18 @@ fn remove_below(dir: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_systemd_its_driver_is_refused() {
+        if driver::possible() {
+            return;
+        }
+        let refused = Cgroups::open("isopod-test", Driver::Systemd).map(drop).map_err(|e| e.to_string());
+        assert_eq!(
+            refused,
+            Err("cgroup kubepods_test.slice: cgroupDriver systemd needs systemd and cgroup v2 alone".into())
+        );
+    }
 
     #[test]
     fn mountinfo_of_a_hybrid_machine() {

@@ -185,7 +185,7 @@ pub struct KubeletConfiguration {
     pub authentication: Authentication,
     /// What callers may do.
     pub authorization: Authorization,
-    /// Name of the cgroup driver: only `cgroupfs`.
+    /// Name of the cgroup driver: `cgroupfs` or `systemd`.
     pub cgroup_driver: String,
     /// Static pods from here, beside the directory's.
     #[serde(rename = "staticPodURL")]
@@ -564,8 +564,8 @@ impl KubeletConfiguration {
     }
 
     fn check(&self) -> Result<(), String> {
-        if self.cgroup_driver != "cgroupfs" {
-            return Err(format!("cgroupDriver {:?} is not supported by isopod, want \"cgroupfs\"", self.cgroup_driver));
+        if crate::cgroups::Driver::named(&self.cgroup_driver).is_none() {
+            return Err(format!("cgroupDriver {:?}: want \"cgroupfs\" or \"systemd\"", self.cgroup_driver));
         }
         if !matches!(self.authorization.mode.as_str(), "Webhook" | "AlwaysAllow") {
             return Err(format!("authorization.mode {:?}: want Webhook or AlwaysAllow", self.authorization.mode));

@@ -179,9 +179,14 @@ mod tests {
             ],
         );
         let v1 = ["cpuacct", "memory"].map(|c| (c.to_string(), at(c))).into();
-        let old = Cgroups { hierarchies: Hierarchies { v1, v2: None }, root: String::new() };
-        let new =
-            Cgroups { hierarchies: Hierarchies { v1: Default::default(), v2: Some(at("v2")) }, root: String::new() };
+        let tree = |hierarchies| Cgroups {
+            hierarchies,
+            driver: crate::cgroups::Driver::Cgroupfs,
+            root: String::new(),
+            slice: String::new(),
+        };
+        let old = tree(Hierarchies { v1, v2: None });
+        let new = tree(Hierarchies { v1: Default::default(), v2: Some(at("v2")) });
         let want = Usage {
             cpu_nanos: Some(5000),
             cpu_user_nanos: Some(3000),

@@ -9,6 +9,7 @@ mod dbus;
 mod devices;
 mod layout;
 mod processes;
+pub mod slice;
 mod systemd;
 mod v1;
 mod v2;

@@ -108,75 +108,123 @@ impl Scope {
 
     /// Has systemd make it; its path in the hierarchy and what keeps it alive.
     pub(crate) fn start(&self, resources: Option<&LinuxResources>) -> Result<(String, Placeholder)> {
-        let mut bus = connect()?;
         let placeholder = Placeholder::new()?;
-        let description = format!("isopod container {}", self.unit);
+        self.start_around(placeholder.pid, "container", limits(resources)?)?;
+        Ok((placeholder.group()?, placeholder))
+    }
+
+    /// Has systemd make it around this process; one that exists already, of a supervisor that died, stays.
+    pub(crate) fn start_around_us(&self) -> Result<()> {
+        match self.start_around(rustix::process::getpid().as_raw_nonzero().get(), "pod", vec![]) {
+            Err(e) if e.to_string().contains(".UnitExists") => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Has systemd make it around the process, with a delegated group.
+    fn start_around(&self, pid: i32, what: &str, limits: Vec<(&str, Value)>) -> Result<()> {
         let mut properties = vec![
-            ("Description", Value::Text(description)),
+            ("Description", Value::Text(format!("isopod {what} {}", self.unit))),
             ("Slice", Value::Text(self.slice.clone())),
             ("Delegate", Value::Flag(true)),
             ("DefaultDependencies", Value::Flag(false)),
             ("CollectMode", Value::Text("inactive-or-failed".into())),
-            ("PIDs", Value::Numbers(vec![placeholder.pid as u32])),
+            ("PIDs", Value::Numbers(vec![pid as u32])),
         ];
-        properties.extend(limits(resources)?);
-        // Signals are sent to subscribers only.
-        bus.call(MANAGER, "Subscribe", Body::default())?;
-        let rule = "type='signal',interface='org.freedesktop.systemd1.Manager',member='JobRemoved'";
-        let bus_itself = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus");
-        bus.call(bus_itself, "AddMatch", Body::default().text(rule))?;
-        let body = Body::default().text(&self.unit).text("replace").properties(&properties).no_further_units();
-        let reply = bus.call(MANAGER, "StartTransientUnit", body)?;
-        self.wait_for(&mut bus, &reply)?;
-        Ok((placeholder.group()?, placeholder))
+        properties.extend(limits);
+        start_unit(&mut connect()?, &self.unit, &properties)
     }
 
-    fn wait_for(&self, bus: &mut Bus, reply: &Message) -> Result<()> {
-        let job = reply.arguments().into_iter().next().unwrap_or_default();
-        loop {
-            let signal = bus.signal()?;
-            let arguments = signal.arguments();
-            if signal.member != "JobRemoved" || arguments.get(1) != Some(&job) {
-                continue;
-            }
-            return match arguments.get(3).map(String::as_str) {
-                Some("done") => Ok(()),
-                other => {
-                    let result = other.unwrap_or("no result");
-                    Err(Error::new(Kind::System, format!("systemd could not start {}: {result}", self.unit)))
-                }
-            };
-        }
+    /// The scope at a path of the v2 hierarchy, as systemd lays it out: `.../a-b.slice/UNIT.scope`.
+    pub(crate) fn at(path: &str) -> Option<Self> {
+        let mut parts = path.rsplit('/');
+        let (unit, slice) = (parts.next()?, parts.next()?);
+        let units = unit.ends_with(".scope") && slice.ends_with(".slice");
+        units.then(|| Self { unit: unit.to_owned(), slice: slice.to_owned() })
     }
 
     /// Tells systemd of changed limits.
     pub(crate) fn update(&self, resources: &LinuxResources) -> Result<()> {
-        let properties = limits(Some(resources))?;
-        if properties.is_empty() {
-            return Ok(());
-        }
-        let body = Body::default().text(&self.unit).flag(true).properties(&properties);
-        connect()?.call(MANAGER, "SetUnitProperties", body).map(drop)
+        set_limits(&self.unit, &limits(Some(resources))?)
     }
 
     /// Has systemd forget it. One that is gone already is fine.
     pub(crate) fn stop(&self) -> Result<()> {
-        let mut bus = connect()?;
-        for (method, body) in [
-            ("StopUnit", Body::default().text(&self.unit).text("replace")),
-            ("ResetFailedUnit", Body::default().text(&self.unit)),
-        ] {
-            match bus.call(MANAGER, method, body) {
-                Err(e) if e.kind() != Kind::NotFound => return Err(e),
-                _ => {}
-            }
+        stop_unit(&self.unit)
+    }
+}
+
+/// Has systemd stop and forget a unit. One that is gone already is fine.
+pub(super) fn stop_unit(unit: &str) -> Result<()> {
+    let mut bus = connect()?;
+    for (method, body) in
+        [("StopUnit", Body::default().text(unit).text("replace")), ("ResetFailedUnit", Body::default().text(unit))]
+    {
+        match bus.call(MANAGER, method, body) {
+            Err(e) if e.kind() != Kind::NotFound => return Err(e),
+            _ => {}
         }
-        Ok(())
+    }
+    Ok(())
+}
+
+/// Tells systemd of a unit's changed limits.
+pub(super) fn set_limits(unit: &str, limits: &[(&str, Value)]) -> Result<()> {
+    if limits.is_empty() {
+        return Ok(());
+    }
+    let body = Body::default().text(unit).flag(true).properties(limits);
+    connect()?.call(MANAGER, "SetUnitProperties", body).map(drop)
+}
+
+/// Signals are sent to subscribers only.
+fn subscribe(bus: &mut Bus) -> Result<()> {
+    bus.call(MANAGER, "Subscribe", Body::default())?;
+    let rule = "type='signal',interface='org.freedesktop.systemd1.Manager',member='JobRemoved'";
+    let bus_itself = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus");
+    bus.call(bus_itself, "AddMatch", Body::default().text(rule)).map(drop)
+}
+
+/// Has systemd stop a unit and waits until it has. One that is gone already is fine.
+pub(super) fn stop_and_wait(unit: &str) -> Result<()> {
+    let mut bus = connect()?;
+    subscribe(&mut bus)?;
+    match bus.call(MANAGER, "StopUnit", Body::default().text(unit).text("replace")) {
+        Ok(reply) => wait_for(&mut bus, &reply, unit),
+        Err(e) if e.kind() == Kind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Starts a transient unit and waits until it is there.
+pub(super) fn start_unit(bus: &mut Bus, unit: &str, properties: &[(&str, Value)]) -> Result<()> {
+    subscribe(bus)?;
+    let body = Body::default().text(unit).text("replace").properties(properties).no_further_units();
+    let reply = bus.call(MANAGER, "StartTransientUnit", body)?;
+    wait_for(bus, &reply, unit)
+}
+
+/// Waits for the end of the job a method began.
+fn wait_for(bus: &mut Bus, reply: &Message, unit: &str) -> Result<()> {
+    let job = reply.arguments().into_iter().next().unwrap_or_default();
+    loop {
+        let signal = bus.signal()?;
+        let arguments = signal.arguments();
+        if signal.member != "JobRemoved" || arguments.get(1) != Some(&job) {
+            continue;
+        }
+        return match arguments.get(3).map(String::as_str) {
+            Some("done") => Ok(()),
+            other => {
+                let result = other.unwrap_or("no result");
+                Err(Error::new(Kind::System, format!("systemd has not done its job for {unit}: {result}")))
+            }
+        };
     }
 }
 
 /// The bus of the system, or of the user who is not root.
-fn connect() -> Result<Bus> {
+pub(super) fn connect() -> Result<Bus> {
     let path = if rustix::process::geteuid().is_root() && !in_user_namespace() {
         PathBuf::from("/run/dbus/system_bus_socket")
     } else {
@@ -200,7 +248,7 @@ pub(crate) fn in_user_namespace() -> bool {
 }
 
 /// Limits as properties of a unit.
-fn limits(resources: Option<&LinuxResources>) -> Result<Vec<(&'static str, Value)>> {
+pub(super) fn limits(resources: Option<&LinuxResources>) -> Result<Vec<(&'static str, Value)>> {
     let mut out = vec![];
     let Some(resources) = resources else { return Ok(out) };
     let unlimited = |value: i64| if value < 0 { u64::MAX } else { value as u64 };

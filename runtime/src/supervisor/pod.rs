@@ -14,7 +14,7 @@ use super::{
     server::Server,
 };
 use crate::{
-    cgroups::{Cgroup, Layout},
+    cgroups::{Cgroup, Layout, Scope},
     error::{Context, Error, Result},
     init, root,
     sys::{self, Cloned},
@@ -100,17 +100,30 @@ fn set_up(dir: &Path) -> Result<Server> {
     nix::sys::prctl::set_thp_disable(false).context(|| "allow huge pages".into())?;
     let _ = rustix::thread::set_name(c"isopod-pod");
     let group = Cgroup::plan_on(Layout::detect()?, &format!("{}/supervisor", pod.cgroup), None)?;
-    group.create()?;
-    if dir.join("supervisor.pid").exists() {
+    if dir.join("supervisor.pid").exists() && group.directories().any(|group| group.exists()) {
         // A former supervisor's: the pod's init, processes that were not yet in their containers' groups.
         group.kill_and_wait()?;
     }
+    if let Some(scope) = Scope::at(&pod.cgroup) {
+        enter_scope(&scope, &group)?;
+    }
+    group.create()?;
     group.enter()?;
     enter_namespaces(&pod)?;
     let pod_init = (pod.pid == PidMode::Pod).then(start_pod_init).transpose()?;
     fs::write(dir.join("supervisor.pid"), format!("{}\n", rustix::process::getpid().as_raw_nonzero()))
         .context(|| format!("write {}", dir.join("supervisor.pid").display()))?;
     Server::new(dir.to_owned(), pod, group, pod_init, lock)
+}
+
+/// Has systemd make the pod's group, delegated to us: below it systemd does not interfere. We leave its top before it hands
+/// controllers down: with a process there the kernel would make it a tree of threads.
+fn enter_scope(scope: &Scope, group: &Cgroup) -> Result<()> {
+    scope.start_around_us()?;
+    for dir in group.directories() {
+        fs::create_dir_all(&dir).context(|| format!("create {}", dir.display()))?;
+    }
+    group.enter()
 }
 
 /// One supervisor per pod.
