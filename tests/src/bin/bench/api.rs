@@ -18,8 +18,6 @@ use crate::{row, times};
 
 const PODS: &str = "/api/v1/namespaces/default/pods";
 const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
-/// Watches on one connection: below the streams any server allows.
-const PER_CONNECTION: usize = 100;
 
 /// A client with a connection of its own: what an API server sees of that many programs.
 async fn own_client() -> Client {
@@ -166,9 +164,26 @@ async fn gets() {
     row("get of one object, 16 clients, 50,000 pods there", &format!("{rate:.0} per second"));
 }
 
+/// Opens so many watches at once; this client speaks HTTP/1.1, so each has a connection.
+async fn open(client: &Client, uri: &str, n: usize) -> Vec<impl futures::AsyncBufRead + use<>> {
+    let request = |_| {
+        let (client, request) = (client.clone(), http::Request::get(uri).body(Vec::new()).unwrap());
+        async move { client.request_stream(request).await.unwrap() }
+    };
+    futures::stream::iter(0..n).map(request).buffer_unordered(200).collect().await
+}
+
+/// A client whose connection is there.
+async fn connected() -> Client {
+    let client = own_client().await;
+    client.request_text(http::Request::get("/version").body(Vec::new()).unwrap()).await.unwrap();
+    client
+}
+
 /// So many watchers of one ConfigMap: what an idle one costs, and when each hears of a change.
 async fn watched(watchers: usize) {
-    let maps: Api<ConfigMap> = Api::default_namespaced(own_client().await);
+    let client = own_client().await;
+    let maps: Api<ConfigMap> = Api::default_namespaced(client.clone());
     let name = format!("watched-{watchers}");
     let map = json!({"metadata": {"name": name}});
     let made = maps.create(&PostParams::default(), &serde_json::from_value(map).unwrap()).await.unwrap();
@@ -176,25 +191,23 @@ async fn watched(watchers: usize) {
     let uri = format!(
         "/api/v1/namespaces/default/configmaps?watch=true&fieldSelector=metadata.name%3D{name}&resourceVersion={version}"
     );
-    let connections = join_all((0..watchers.div_ceil(PER_CONNECTION)).map(|_| own_client())).await;
-    // The first watch of each opens its connection; what the rest adds is the watchers'.
-    let heard: Arc<Mutex<Vec<Instant>>> = Arc::default();
-    let open = |client: &Client| {
-        let (client, uri) = (client.clone(), uri.clone());
-        async move { client.request_stream(http::Request::get(uri).body(Vec::new()).unwrap()).await.unwrap() }
-    };
-    let mut tasks = Vec::new();
-    let mut streams = Vec::new();
-    for client in &connections {
-        streams.push(open(client).await);
-    }
+    let each = |from: u64| format!("{:.0} bytes", resident().saturating_sub(from) as f64 * 1024.0 / watchers as f64);
     let before = resident();
-    for client in &connections {
-        let rest = PER_CONNECTION.min(watchers) - 1;
-        streams.extend(join_all((0..rest).map(|_| open(client))).await);
-    }
-    let each = resident().saturating_sub(before) as f64 * 1024.0 / (streams.len() - connections.len()) as f64;
-    row(&format!("memory per idle watcher, {} of them", streams.len()), &format!("{each:.0} bytes"));
+    let streams = if watchers == 1_000 {
+        // Connections that have served a read: what a watch adds to them is the watcher's.
+        let connected = join_all((0..watchers).map(|_| connected())).await;
+        row(&format!("memory per idle connection, {watchers}"), &each(before));
+        let before = resident();
+        let opened = join_all(connected.iter().map(|client| open(client, &uri, 1))).await;
+        row(&format!("memory per idle watcher beyond its connection, {watchers}"), &each(before));
+        opened.into_iter().flatten().collect()
+    } else {
+        let opened = open(&client, &uri, watchers).await;
+        row(&format!("memory per idle watcher with its connection, {watchers}"), &each(before));
+        opened
+    };
+    let heard: Arc<Mutex<Vec<Instant>>> = Arc::default();
+    let mut tasks = Vec::new();
     for stream in streams {
         let heard = Arc::clone(&heard);
         tasks.push(tokio::spawn(async move {
