@@ -118,15 +118,19 @@ pub(super) fn check_options(query: &Query, watch: bool) -> Result<(), Status> {
     let wanted = query.text("resourceVersionMatch");
     let initial = query.has("sendInitialEvents");
     let mut forbid = |message: &str| errors.push(Error::forbidden(&path, message));
-    if watch && initial {
-        if wanted != "NotOlderThan" {
+    if watch {
+        if initial && wanted != "NotOlderThan" {
             forbid("sendInitialEvents requires setting resourceVersionMatch to NotOlderThan");
+        }
+        if !initial && !wanted.is_empty() {
+            forbid("resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided");
         }
         if !wanted.is_empty() && wanted != "NotOlderThan" {
             errors.push(Error::not_supported(&path, wanted, &["NotOlderThan"]));
         }
-    } else if watch && !wanted.is_empty() {
-        forbid("resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided");
+        if !wanted.is_empty() && !query.text("continue").is_empty() {
+            errors.push(Error::forbidden(&path, "resourceVersionMatch is forbidden when continue is provided"));
+        }
     } else if !wanted.is_empty() {
         if query.text("resourceVersion").is_empty() {
             forbid("resourceVersionMatch is forbidden unless resourceVersion is provided");

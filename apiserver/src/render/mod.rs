@@ -79,6 +79,15 @@ pub(crate) fn value(resource: &Resource, object: &Object, rendering: Rendering, 
     }
 }
 
+/// A Scale, which is no resource of its own.
+pub(crate) fn scale(scale: &Value, rendering: Rendering) -> Value {
+    match rendering.transform {
+        Transform::None => scale.clone(),
+        Transform::Partial(beta) => partial(scale, beta),
+        Transform::Table(beta) => table::scale(scale, beta, rendering.include),
+    }
+}
+
 /// A bookmark's object.
 pub(crate) fn bookmark(object: Value, rendering: Rendering) -> Value {
     match rendering.transform {

@@ -51,11 +51,7 @@ pub(super) fn table(
             if !conditions.is_empty() {
                 row["conditions"] = conditions.into();
             }
-            row["object"] = match include {
-                Include::Metadata => partial(object, beta),
-                Include::None => Value::Null,
-                Include::Object => object.clone(),
-            };
+            row["object"] = carried(object, beta, include);
             row
         })
         .collect::<Vec<Value>>();
@@ -66,6 +62,35 @@ pub(super) fn table(
     let columns = if with_columns { definitions(&own) } else { Value::Null };
     json!({"kind": "Table", "apiVersion": meta_version(beta), "metadata": metadata,
         "columnDefinitions": columns, "rows": rows})
+}
+
+/// The table of one Scale.
+pub(super) fn scale(scale: &Value, beta: bool, include: Include) -> Value {
+    let columns =
+        [("Name", "string", "name"), ("Desired", "integer", ""), ("Available", "integer", ""), ("Age", "string", "")];
+    let columns = columns.map(|(name, kind, format)| Column {
+        name: name.to_owned(),
+        kind: kind.to_owned(),
+        format: format.to_owned(),
+        priority: 0,
+        description: String::new(),
+    });
+    let replicas = |part: &str| scale[part]["replicas"].as_i64().unwrap_or(0);
+    let age = table::age(scale, jiff::Timestamp::now());
+    let row = json!({"cells": [table::name(scale), replicas("spec"), replicas("status"), age],
+        "object": carried(scale, beta, include)});
+    let metadata = json!({"resourceVersion": scale["metadata"]["resourceVersion"]});
+    json!({"kind": "Table", "apiVersion": meta_version(beta), "metadata": metadata,
+        "columnDefinitions": definitions(&columns), "rows": [row]})
+}
+
+/// What a row carries.
+fn carried(object: &Value, beta: bool, include: Include) -> Value {
+    match include {
+        Include::Metadata => partial(object, beta),
+        Include::None => Value::Null,
+        Include::Object => object.clone(),
+    }
 }
 
 fn definitions(columns: &[Column]) -> Value {

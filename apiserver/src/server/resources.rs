@@ -212,7 +212,8 @@ async fn get(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response
         None => app.registry.get_object(resource, &info.namespace, &info.name, &call.query).await?,
     };
     if info.subresource == "scale" {
-        return Ok(respond::value(call.style, 200, &scale::seen(resource, &resource.value(&object))));
+        let scale = render::scale(&scale::seen(resource, &resource.value(&object)), rendering);
+        return Ok(respond::value(call.style, 200, &scale));
     }
     Ok(respond::json(call.style, 200, render::one(resource, &object, rendering, true)))
 }
@@ -381,7 +382,10 @@ async fn update(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<R
 
 fn answer_bytes(resource: &Resource, call: &Call, object: &Object, rendering: Rendering) -> Bytes {
     match call.info.subresource.as_str() {
-        "scale" => serde_json::to_vec(&scale::seen(resource, &resource.value(object))).unwrap_or_default().into(),
+        "scale" => {
+            let scale = render::scale(&scale::seen(resource, &resource.value(object)), rendering);
+            serde_json::to_vec(&scale).unwrap_or_default().into()
+        }
         _ => render::one(resource, object, rendering, true),
     }
 }

@@ -150,6 +150,8 @@ fn patched(k: &Kubectl) {
     assert!(k.get("deployment web")["metadata"]["labels"].get("tier").is_none());
     k.k(r#"patch deployment web --subresource=scale --type=merge -p '{"spec":{"replicas":7}}'"#);
     assert_eq!(k.k("get deployment web -o jsonpath={.spec.replicas}"), "7");
+    let scale = k.k("get deployment web --subresource=scale");
+    assert!(scale.starts_with("NAME   DESIRED   AVAILABLE   AGE\nweb    7         0 "), "{scale}");
     assert!(k.k("get deployment web --subresource=status -o name").contains("deployment.apps/web"));
     k.k("create configmap late --from-literal=state=no");
     let mut waiting =
