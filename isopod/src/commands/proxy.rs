@@ -57,6 +57,9 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
         service_cidrs: vec![args.service_cidr],
         upstream_resolv_conf: args.resolv_conf,
         node_routes: false,
+        // Where kube-proxy has them.
+        healthz: Some((IpAddr::from([0, 0, 0, 0]), 10_256).into()),
+        metrics: Some((IpAddr::from([127, 0, 0, 1]), 10_249).into()),
         ..Config::new(&name, &format!("{}-proxy", paths.instance()), &paths.bridge())
     };
     if args.cleanup {

@@ -62,6 +62,9 @@ impl Pauses {
     }
 }
 
+/// How long what may not be read is left alone.
+const DENIED: Duration = Duration::from_secs(30);
+
 /// So long without trouble, and it is over. (Every attempt begins with a sign of life, which tells nothing.)
 const CALM: Duration = Duration::from_secs(5);
 
@@ -246,6 +249,11 @@ pub(crate) async fn dns(client: Client, server: Arc<Server>) {
             }
             Ok(watcher::Event::InitDone) if found => continue,
             Ok(watcher::Event::InitDone | watcher::Event::Delete(_)) => Default::default(),
+            // A cluster whose roles do not know of it: rarely asked again.
+            Err(error) if policy::is_denied(&error) => {
+                tokio::time::sleep(DENIED).await;
+                continue;
+            }
             Err(_) => continue,
         };
         match Custom::parse(&data) {

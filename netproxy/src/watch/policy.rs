@@ -50,7 +50,7 @@ fn name<K: kube::Resource>(object: &K) -> Name {
 }
 
 /// Whether asking again changes nothing: this cluster does not let us, or does not have them.
-fn is_denied(error: &watcher::Error) -> bool {
+pub(super) fn is_denied(error: &watcher::Error) -> bool {
     let watcher::Error::InitialListFailed(kube::Error::Api(status)) = error else { return false };
     status.code == 403 || status.code == 404
 }
