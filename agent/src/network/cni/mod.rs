@@ -187,10 +187,14 @@ impl Inner {
         result.ok_or_else(|| NetworkError(format!("network \"{}\": no plugin gave a result", record.list.name)))
     }
 
-    /// Every plugin gets its turn, the last one first; the first failure is told.
+    /// Every plugin gets its turn, the last one first; the first failure is told. One that is not there has made nothing
+    /// for a pod whose chain never came to its end.
     fn del(&self, record: &Record) -> Result<(), NetworkError> {
         let mut outcome = Ok(());
         for number in (0..record.list.plugins.len()).rev() {
+            if record.result.is_none() && !self.plugins.has(record.list.kind(number)) {
+                continue;
+            }
             let done = self.call(record, number, "DEL", record.result.as_ref()).map(|_| ());
             outcome = outcome.and(done);
         }

@@ -53,6 +53,11 @@ impl Plugins {
         found.ok_or_else(|| Error::Missing(kind.into(), self.path().replace(':', " ")))
     }
 
+    /// Whether there is such a plugin.
+    pub(crate) fn has(&self, kind: &str) -> bool {
+        self.find(kind).is_ok()
+    }
+
     /// Runs a plugin and waits for it; `None` for a command that has no result.
     pub(crate) fn run(
         &self,

@@ -115,6 +115,7 @@ fn failures_are_told_in_upstreams_words_and_leave_nothing() {
         assert!(error.contains("failed to find plugin \"second\" in path ["), "{error}");
         // What cannot be removed stays known: it is tried again.
         fake(&root, "second", "[ $CNI_COMMAND != DEL ] || { echo broken >&2; exit 3; }");
+        network.setup(request("u2")).await.expect("a plugin that was missing is there now");
         network.setup(request("u3")).await.unwrap();
         let error = network.teardown("u3").await.unwrap_err().0;
         assert!(error.contains("failed (delete): netplugin failed: broken (exit status: 3)"), "{error}");
