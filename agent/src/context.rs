@@ -20,7 +20,7 @@ use crate::{
     network::PodNetwork,
     node::pressure::Pressure,
     objects::Objects,
-    pods::table::PodTable,
+    pods::{table::PodTable, users::UserRanges},
     services::Services,
     spec::{
         field::Allocatable,
@@ -57,6 +57,7 @@ pub(crate) struct Context {
     pub(crate) stats: Stats,
     pub(crate) metrics: Metrics,
     pub(crate) access: Access,
+    pub(crate) users: UserRanges,
     pub(crate) csi: Csi,
     /// What was made over the CRI socket.
     pub(crate) cri: cri::Store,

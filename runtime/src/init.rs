@@ -126,8 +126,13 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
     process::set_limits(process, p.proc.as_fd(), &mut warn)?;
     let state = hook_state.unwrap_or_default();
     let directory = p.config.rootfs();
-    let plan =
-        RootPlan { bundle: &p.config.bundle, directory: &directory, rootfs: p.rootfs, propagation: p.propagation };
+    let plan = RootPlan {
+        bundle: &p.config.bundle,
+        directory: &directory,
+        rootfs: p.rootfs,
+        made: p.ahead.root.as_ref().map(AsFd::as_fd),
+        propagation: p.propagation,
+    };
     let root = rootfs::prepare(&plan)?;
     let null = device_null()?;
     let context = MountContext {
@@ -136,6 +141,7 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
         cgroup: &p.cgroup_view,
         userns: p.userns,
         idmaps: &p.idmaps,
+        ahead: &p.ahead,
     };
     let kernel = mounts::mount_all(&context, spec.mounts().as_deref().unwrap_or_default())?;
     if !binds_dev(spec) {

@@ -22,6 +22,7 @@ use crate::{
     sync::{self, Channel, Report},
     sys::{self, Cloned},
     tty,
+    userns::Ahead,
 };
 
 /// What the process reads and writes.
@@ -114,6 +115,7 @@ pub(crate) struct Prepared<'a> {
     pub(crate) unshare_time: bool,
     pub(crate) userns: bool,
     pub(crate) idmaps: Vec<Option<OwnedFd>>,
+    pub(crate) ahead: Ahead,
     pub(crate) proc: OwnedFd,
     pub(crate) propagation: Option<u64>,
 }
@@ -198,6 +200,14 @@ impl<'a> Launch<'a> {
         let userns =
             flags & libc::CLONE_NEWUSER as u64 != 0 || joined.iter().any(|j| j.kind == LinuxNamespaceType::User);
         let propagation = mount_options::rootfs_propagation(linux.rootfs_propagation().as_deref().unwrap_or_default())?;
+        // By a supervisor for a pod with users of its own; others map the ids of mounts within the container.
+        let overlay = matches!(self.rootfs, Rootfs::Overlay { .. });
+        let ahead = if overlay && flags & libc::CLONE_NEWUSER as u64 != 0 {
+            let users = user_namespace(linux.uid_mappings().as_deref(), linux.gid_mappings().as_deref())?;
+            Some(Ahead::make(self.config, self.rootfs, users.as_fd())?)
+        } else {
+            None
+        };
         let prepared = Prepared {
             config: self.config,
             rootfs: self.rootfs,
@@ -211,7 +221,8 @@ impl<'a> Launch<'a> {
             unshare_cgroup,
             unshare_time,
             userns,
-            idmaps: idmaps(self.config)?,
+            idmaps: if ahead.is_some() { vec![] } else { idmaps(self.config)? },
+            ahead: ahead.unwrap_or_default(),
             proc: root::host_proc()?,
             propagation,
         };
@@ -566,6 +577,7 @@ pub(crate) fn kept(prepared: &Prepared<'_>, channel: &Channel) -> Vec<RawFd> {
     let mut keep = vec![channel.as_fd().as_raw_fd(), prepared.proc.as_raw_fd()];
     keep.extend(prepared.joined.iter().map(|j| j.fd.as_raw_fd()));
     keep.extend(prepared.idmaps.iter().flatten().map(AsRawFd::as_raw_fd));
+    keep.extend(prepared.ahead.descriptors());
     keep.extend(prepared.join.iter().flat_map(|j| &j.tasks).map(AsRawFd::as_raw_fd));
     prepared.wiring.keep(&mut keep);
     keep

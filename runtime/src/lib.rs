@@ -30,5 +30,6 @@ mod sync;
 mod sys;
 mod time;
 mod tty;
+mod userns;
 
 pub use seal::{ensure_sealed, protect_descriptors};

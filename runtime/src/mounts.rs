@@ -104,6 +104,8 @@ pub(crate) struct MountContext<'a> {
     pub(crate) cgroup: &'a CgroupView,
     /// Whether the container has a user namespace of its own.
     pub(crate) userns: bool,
+    /// What the maker has mounted.
+    pub(crate) ahead: &'a crate::userns::Ahead,
     /// User namespaces for idmapped mounts, by index into the mounts.
     pub(crate) idmaps: &'a [Option<OwnedFd>],
 }
@@ -127,7 +129,7 @@ fn mount_one(context: &MountContext<'_>, index: usize, mount: &Mount) -> Result<
             Err(Error::invalid("ids cannot be mapped on this type of mount"))
         }
         "cgroup" | "cgroup2" => cgroup(context, destination, &options),
-        "proc" | "sysfs" => kernel_fs(context, kind, mount, &options),
+        "proc" | "sysfs" => kernel_fs(context, index, kind, mount, &options),
         _ => file_system(context, index, kind, mount, &options),
     };
     result.map_err(|e| e.within(format_args!("mount {kind} on {}", destination.display())))
@@ -136,8 +138,15 @@ fn mount_one(context: &MountContext<'_>, index: usize, mount: &Mount) -> Result<
 fn bind(context: &MountContext<'_>, index: usize, mount: &Mount, options: &MountOptions) -> Result<OwnedFd> {
     let source = mount.source().as_ref().ok_or_else(|| Error::invalid("a bind mount needs a source"))?;
     let source = if source.is_absolute() { source.clone() } else { context.bundle.join(source) };
-    let tree = clone_tree(CWD, &source, options.recursive).context(|| format!("open source {}", source.display()))?;
-    map_ids(context, index, tree.as_fd(), options)?;
+    let tree = match context.ahead.mount(index) {
+        Some(made) => made.try_clone_to_owned().context(|| "copy a descriptor".into())?,
+        None => {
+            let tree = clone_tree(CWD, &source, options.recursive);
+            let tree = tree.context(|| format!("open source {}", source.display()))?;
+            map_ids(context, index, tree.as_fd(), options)?;
+            tree
+        }
+    };
     apply(tree.as_fd(), options)?;
     let is_dir = rustix::fs::fstat(&tree)
         .map(|s| rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Directory)
@@ -162,14 +171,22 @@ fn map_ids(context: &MountContext<'_>, index: usize, mount: BorrowedFd<'_>, opti
     mount_setattr(mount, attributes).context(|| "map ids".into())
 }
 
-fn kernel_fs(context: &MountContext<'_>, kind: &str, mount: &Mount, options: &MountOptions) -> Result<OwnedFd> {
+fn kernel_fs(
+    context: &MountContext<'_>,
+    index: usize,
+    kind: &str,
+    mount: &Mount,
+    options: &MountOptions,
+) -> Result<OwnedFd> {
     let destination = mount.destination();
     drop(context.root.ensure_dir(destination)?);
     // CVE-2019-16884 and kin: through a symlink the mount would land elsewhere and the masks with it.
     let target = context.root.open_exact(destination, OFlags::PATH | OFlags::DIRECTORY).map_err(|_| {
         Error::invalid(format!("{kind} must be mounted on an ordinary directory, not through a symlink"))
     })?;
-    let made = new_file_system(kind, Some(kind), &options.data, options.set).or_else(|e| {
+    let handed = context.ahead.mount(index).map(|made| made.try_clone_to_owned());
+    let new = || new_file_system(kind, Some(kind), &options.data, options.set);
+    let made = handed.unwrap_or_else(new).or_else(|e| {
         // A user namespace that does not own the network namespace may not mount sysfs: bind the host's.
         if context.userns && e.raw_os_error() == Some(libc::EPERM) {
             let tree = clone_tree(CWD, Path::new(if kind == "proc" { "/proc" } else { "/sys" }), true)?;
@@ -205,7 +222,8 @@ fn file_system(
     }
     let read_only = libc::MOUNT_ATTR_RDONLY;
     let first = if options.copy_up { options.set & !read_only } else { options.set };
-    let made = match new_file_system(kind, source.as_deref(), &data, first) {
+    let handed = context.ahead.mount(index).map(|made| made.try_clone_to_owned());
+    let made = match handed.unwrap_or_else(|| new_file_system(kind, source.as_deref(), &data, first)) {
         // In a user namespace gids outside the map are refused; devpts then lives without a tty group.
         Err(e) if kind == "devpts" && context.userns && e.kind() == io::ErrorKind::InvalidInput => {
             data.retain(|(k, _)| k != "gid");

@@ -31,6 +31,8 @@ pub(crate) struct RootPlan<'a> {
     pub(crate) directory: &'a Path,
     /// What to mount.
     pub(crate) rootfs: &'a Rootfs,
+    /// The root when the maker has mounted it.
+    pub(crate) made: Option<BorrowedFd<'a>>,
     /// `linux.rootfsPropagation`.
     pub(crate) propagation: Option<u64>,
 }
@@ -49,10 +51,12 @@ pub(crate) fn prepare(plan: &RootPlan<'_>) -> Result<Root> {
         let below = mounts::mount_point_of(target)?;
         mount_change(&below, MountPropagationFlags::PRIVATE).context(|| format!("make {} private", below.display()))?;
     }
-    let root = match plan.rootfs {
-        Rootfs::Directory => mounts::clone_tree(CWD, plan.directory, true)
+    let made = plan.made.map(|m| m.try_clone_to_owned().context(|| "copy a descriptor".into())).transpose()?;
+    let root = match (made, plan.rootfs) {
+        (Some(made), _) => made,
+        (None, Rootfs::Directory) => mounts::clone_tree(CWD, plan.directory, true)
             .context(|| format!("open rootfs {}", plan.directory.display()))?,
-        Rootfs::Overlay { lower, upper, work } => overlay(lower, upper, work)?,
+        (None, Rootfs::Overlay { lower, upper, work }) => overlay(lower, upper, work)?,
     };
     let private = MountAttributes { propagation: libc::MS_PRIVATE, recursive: true, ..MountAttributes::default() };
     mount_setattr(root.as_fd(), private).context(|| "make the rootfs private".into())?;
@@ -74,7 +78,7 @@ fn overlay(lower: &[std::path::PathBuf], upper: &Path, work: &Path) -> Result<Ow
         .context(|| format!("mount overlay with upper directory {}", upper.display()))
 }
 
-fn overlay_by_layers(lower: &[std::path::PathBuf], upper: &Path, work: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn overlay_by_layers(lower: &[std::path::PathBuf], upper: &Path, work: &Path) -> io::Result<OwnedFd> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     for layer in lower {
         fsconfig_set_string(&context, "lowerdir+", layer.as_path())?;

@@ -147,6 +147,8 @@ impl KubeletConfiguration {
         let unsupported = [
             ("cpuManagerPolicyOptions", !self.cpu_manager_policy_options.is_empty()),
             ("reservedSystemCPUs", !self.reserved_system_cpus.is_empty()),
+            ("shutdownGracePeriod", !self.shutdown_grace_period.is_zero()),
+            ("shutdownGracePeriodByPodPriority", !self.shutdown_grace_period_by_pod_priority.is_empty()),
             ("reservedMemory", !self.reserved_memory.is_empty()),
             ("topologyManagerPolicyOptions", !self.topology_manager_policy_options.is_empty()),
         ];

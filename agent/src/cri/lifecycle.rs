@@ -194,6 +194,7 @@ fn prepare(
         cgroup: format!("/{}/{id}", live.sandbox.cgroup),
         memory_capacity: ctx.machine.memory,
         knobs: ctx.knobs(),
+        users: None,
         seccomp_default: false,
         seccomp_profiles: ctx.config.paths.state().join("seccomp"),
     })

@@ -39,7 +39,7 @@ use crate::{
     api::{is_code, refusal},
     context::Context,
     events::Kind,
-    pods::sandbox,
+    pods::{sandbox, users},
 };
 
 fn now() -> Time {
@@ -337,7 +337,10 @@ fn signals(ctx: &Context) -> Signals {
 
 /// What the default handler and those of RuntimeClasses can do.
 fn handlers() -> Vec<NodeRuntimeHandler> {
-    let features = NodeRuntimeHandlerFeatures { recursive_read_only_mounts: Some(true), user_namespaces: Some(false) };
+    let features = NodeRuntimeHandlerFeatures {
+        recursive_read_only_mounts: Some(true),
+        user_namespaces: Some(users::supported()),
+    };
     let names = [""].into_iter().chain(sandbox::HANDLERS);
     names.map(|n| NodeRuntimeHandler { name: Some(n.into()), features: Some(features.clone()) }).collect()
 }
@@ -437,7 +440,7 @@ fn status_patch(ctx: &Context, node: &Node) -> (serde_json::Value, bool, Vec<(St
         comparable.node_info != old.node_info,
         comparable.daemon_endpoints != old.daemon_endpoints,
         comparable.features != old.features,
-        comparable.runtime_handlers.as_ref().map(Vec::len) != old.runtime_handlers.as_ref().map(Vec::len),
+        comparable.runtime_handlers != old.runtime_handlers,
         comparable.volumes_in_use.unwrap_or_default() != old.volumes_in_use.clone().unwrap_or_default(),
         comparable.images.unwrap_or_default() != old.images.clone().unwrap_or_default(),
         comparable.conditions.iter().flatten().any(|c| !old.conditions.iter().flatten().any(|o| o == c)),

@@ -19,6 +19,7 @@ pub(crate) mod state;
 mod status;
 mod stop;
 pub(crate) mod table;
+pub(crate) mod users;
 mod worker;
 mod writer;
 

@@ -15,7 +15,7 @@ use k8s_openapi::api::{
 };
 use tokio::sync::mpsc;
 
-use super::state::Sandbox;
+use super::{state::Sandbox, users};
 use crate::{
     context::Context,
     network::{Bandwidth, HostPort, PodNetworkRequest, Protocol},
@@ -123,9 +123,11 @@ pub(crate) async fn create_in(
         return Err(format!("forbidden sysctl: {name:?} not allowlisted"));
     }
     if spec.host_users == Some(false) {
-        return Err(
-            "can't set spec.HostUsers: false: this node's runtime does not support user namespaces for pods".into()
-        );
+        if let Some(why) = users::refusal(spec) {
+            return Err(format!("can't set spec.HostUsers: false: {why}"));
+        }
+        // Before anything uses it.
+        ctx.users.of(uid(pod)).map_err(|e| format!("can't set spec.HostUsers: false: {e}"))?;
     }
     runtime_class(ctx, spec).await?;
     let (netns, ips) = if host_network(spec) {

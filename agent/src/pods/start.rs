@@ -303,6 +303,9 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
         }
         let mut mounts = mounts(job, &bundle, prepared, &env)?;
         mounts.extend(devices.binds());
+        let own_users = pod.spec.as_ref().is_some_and(|s| s.host_users == Some(false));
+        let users = own_users.then(|| ctx.users.of(sandbox::uid(pod))).transpose();
+        let users = users.map_err(|e| Failure::config(e.to_string()))?;
         let mut document = spec::build(&spec::Inputs {
             pod,
             container: c,
@@ -314,6 +317,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
             cgroup: format!("/{}/{id}", live.sandbox.cgroup),
             memory_capacity: ctx.machine.memory,
             knobs: ctx.knobs(),
+            users,
             seccomp_default: ctx.config.kubelet.seccomp_default,
             seccomp_profiles: ctx.config.paths.state().join("seccomp"),
         })

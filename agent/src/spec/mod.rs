@@ -16,7 +16,7 @@ use std::{collections::HashMap, os::unix::fs::FileTypeExt, os::unix::fs::Metadat
 use k8s_openapi::api::core::v1::{Container, Pod};
 use serde_json::{Value, json};
 
-use crate::{images::ImageHandle, qos};
+use crate::{images::ImageHandle, pods::users::Range, qos};
 
 /// One bind mount of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +56,8 @@ pub(crate) struct Inputs<'a> {
     pub(crate) memory_capacity: i64,
     /// What of the node the kernel's numbers depend on.
     pub(crate) knobs: resources::Knobs,
+    /// The pod's own users, when they are not the host's.
+    pub(crate) users: Option<Range>,
     pub(crate) seccomp_default: bool,
     pub(crate) seccomp_profiles: PathBuf,
 }
@@ -83,6 +85,9 @@ pub(crate) fn build(i: &Inputs<'_>) -> Result<Value, String> {
     if !privileged {
         namespaces.push(json!({"type": "cgroup"}));
     }
+    if i.users.is_some() {
+        namespaces.push(json!({"type": "user"}));
+    }
     let mut linux = json!({
         "namespaces": namespaces,
         "cgroupsPath": i.cgroup,
@@ -90,6 +95,11 @@ pub(crate) fn build(i: &Inputs<'_>) -> Result<Value, String> {
         "maskedPaths": masked,
         "readonlyPaths": read_only,
     });
+    if let Some(range) = i.users {
+        let map = json!([{"containerID": 0, "hostID": range.host, "size": range.length}]);
+        linux["uidMappings"] = map.clone();
+        linux["gidMappings"] = map;
+    }
     if privileged {
         linux["devices"] = host_devices();
     }
@@ -171,6 +181,8 @@ fn arguments(c: &Container, image: &oci_spec::image::Config, env: &[(String, Str
 
 fn mounts(i: &Inputs<'_>, privileged: bool) -> Value {
     let spec = i.pod.spec.as_ref();
+    // On disk files keep the ids they have inside.
+    let map = if i.users.is_some() { "ridmap" } else { "rw" };
     let sys = if privileged { "rw" } else { "ro" };
     let mut all = vec![
         json!({"destination":"/proc","type":"proc","source":"proc","options":["nosuid","noexec","nodev"]}),
@@ -182,7 +194,7 @@ fn mounts(i: &Inputs<'_>, privileged: bool) -> Value {
         json!({"destination":"/sys/fs/cgroup","type":"cgroup","source":"cgroup",
             "options":["nosuid","noexec","nodev","relatime",sys]}),
     ];
-    let bind = |source: &std::path::Path, destination: &str| json!({"destination":destination,"type":"bind","source":source,"options":["rbind","rprivate","rw"]});
+    let bind = |source: &std::path::Path, destination: &str| json!({"destination":destination,"type":"bind","source":source,"options":["rbind","rprivate",map,"rw"]});
     let has = |d: &str| i.mounts.iter().any(|m| m.destination.trim_end_matches('/') == d);
     if !has("/dev/shm") {
         all.push(match &i.shm {
@@ -196,7 +208,7 @@ fn mounts(i: &Inputs<'_>, privileged: bool) -> Value {
     let mut own: Vec<&BindMount> = i.mounts.iter().collect();
     own.sort_by_key(|m| m.destination.split('/').filter(|p| !p.is_empty()).count());
     for m in own {
-        let mut options = vec!["rbind", m.propagation];
+        let mut options = vec!["rbind", m.propagation, map];
         options.push(if m.recursive_read_only {
             "rro"
         } else if m.read_only {
@@ -293,6 +305,7 @@ mod tests {
             cgroup: "/isopod/podu/id".into(),
             memory_capacity: 1 << 30,
             knobs: resources::Knobs { cfs_period: Some(100_000), ..resources::Knobs::default() },
+            users: None,
             seccomp_default: false,
             seccomp_profiles: "/none".into(),
         })
