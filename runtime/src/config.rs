@@ -10,7 +10,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use crate::{
     cpu_list,
     error::{Context, Error, Result},
-    lsm,
+    lsm, memory_policy,
 };
 
 /// Largest config.json accepted.
@@ -61,7 +61,7 @@ impl Config {
         Some(found.path().as_deref().filter(|p| !p.as_os_str().is_empty()))
     }
 
-    fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let spec = &self.spec;
         if !spec.version().starts_with("1.") {
             return Err(Error::invalid(format!("ociVersion {:?} is not 1.x", spec.version())));
@@ -132,13 +132,19 @@ impl Config {
                 return Err(Error::invalid(format!("linux.resources.hugepageLimits: malformed pageSize {size:?}")));
             }
         }
+        if let Some(policy) = linux.memory_policy() {
+            memory_policy::validate(policy)?;
+        }
+        lsm::validate_mount_label(linux.mount_label().as_deref().unwrap_or_default())?;
+        if linux.intel_rdt().is_some() && !Path::new("/sys/fs/resctrl/schemata").exists() {
+            return Err(Error::invalid("linux.intelRdt: no resctrl file system is mounted on /sys/fs/resctrl"));
+        }
+        // The specification defines no flag.
         let flags = linux.personality().as_ref().and_then(|p| p.flags().as_ref());
         let unsupported = [
             ("linux.personality.flags", flags.is_some_and(|f| !f.is_empty())),
             ("linux.intelRdt", linux.intel_rdt().is_some()),
-            ("linux.memoryPolicy", linux.memory_policy().is_some()),
             ("linux.netDevices", linux.net_devices().as_ref().is_some_and(|d| !d.is_empty())),
-            ("linux.mountLabel", linux.mount_label().as_ref().is_some_and(|l| !l.is_empty())),
         ];
         match unsupported.iter().find(|(_, used)| *used) {
             Some((name, _)) => Err(Error::invalid(format!("{name} is not supported"))),
@@ -241,13 +247,13 @@ mod tests {
             (|v| v["process"]["execCPUAffinity"] = serde_json::json!({"initial": "1-x"}), "execCPUAffinity"),
             (|v| v["process"]["apparmorProfile"] = "p".into(), "apparmorProfile"),
             (|v| v["process"]["selinuxLabel"] = "a:b:c:d".into(), "selinuxLabel"),
-            (|v| v["linux"]["intelRdt"] = serde_json::json!({"closID": "x"}), "linux.intelRdt is not supported"),
+            (|v| v["linux"]["intelRdt"] = serde_json::json!({"closID": "x"}), "linux.intelRdt"),
             (
-                |v| v["linux"]["memoryPolicy"] = serde_json::json!({"mode": "MPOL_BIND", "nodes": "0"}),
-                "linux.memoryPolicy is not supported",
+                |v| v["linux"]["memoryPolicy"] = serde_json::json!({"mode": "MPOL_BIND", "nodes": "0-x"}),
+                "linux.memoryPolicy.nodes: malformed list",
             ),
             (|v| v["linux"]["netDevices"] = serde_json::json!({"eth7": {}}), "linux.netDevices is not supported"),
-            (|v| v["linux"]["mountLabel"] = "x".into(), "linux.mountLabel is not supported"),
+            (|v| v["linux"]["mountLabel"] = "x".into(), "linux.mountLabel: this kernel has no SELinux"),
             (
                 |v| v["linux"]["personality"] = serde_json::json!({"domain": "LINUX", "flags": ["X"]}),
                 "linux.personality.flags is not supported",

@@ -21,7 +21,7 @@ use crate::{
     error::{Context, Error, Result},
     hooks,
     launch::{self, Console, Gate, Prepared, PreparedExec, Stdio, Wiring},
-    lsm,
+    lsm, memory_policy,
     mounts::{self, MountContext},
     passwd, process,
     process::Program,
@@ -142,6 +142,7 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
         userns: p.userns,
         idmaps: &p.idmaps,
         ahead: &p.ahead,
+        label: linux.mount_label().as_deref().filter(|l| !l.is_empty()),
     };
     let kernel = mounts::mount_all(&context, spec.mounts().as_deref().unwrap_or_default())?;
     if !binds_dev(spec) {
@@ -166,6 +167,9 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
         rootfs::enter(&root)?
     }
     rootfs::finish(root.as_fd(), read_only, p.propagation)?;
+    if let Some(policy) = linux.memory_policy() {
+        memory_policy::apply(policy)?;
+    }
     if let Some(personality) = linux.personality() {
         process::set_personality(personality)?;
     }

@@ -10,11 +10,14 @@ mod config;
 mod cpu_list;
 mod devices;
 pub mod error;
+#[cfg(test)]
+mod fuzz;
 mod hooks;
 mod init;
 mod launch;
 mod lsm;
 mod masks;
+mod memory_policy;
 mod mount_options;
 mod mounts;
 mod passwd;

@@ -20,6 +20,14 @@ pub(crate) fn validate(process: &Process) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a label for the container's file systems where the kernel would ignore it.
+pub(crate) fn validate_mount_label(label: &str) -> Result<()> {
+    if label.is_empty() || Path::new("/sys/fs/selinux/enforce").exists() {
+        return Ok(());
+    }
+    Err(Error::invalid("linux.mountLabel: this kernel has no SELinux"))
+}
+
 fn label(text: &Option<String>) -> Option<&str> {
     text.as_deref().filter(|t| !t.is_empty() && *t != "unconfined")
 }

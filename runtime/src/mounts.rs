@@ -108,6 +108,8 @@ pub(crate) struct MountContext<'a> {
     pub(crate) ahead: &'a crate::userns::Ahead,
     /// User namespaces for idmapped mounts, by index into the mounts.
     pub(crate) idmaps: &'a [Option<OwnedFd>],
+    /// `linux.mountLabel`: the SELinux context of the container's own file systems.
+    pub(crate) label: Option<&'a str>,
 }
 
 /// Makes the mounts of the configuration.
@@ -219,6 +221,9 @@ fn file_system(
         if let Ok(stat) = rustix::fs::fstat(&target) {
             data.push(("mode".to_owned(), Some(format!("{:o}", stat.st_mode & 0o7777))));
         }
+    }
+    if let Some(label) = context.label.filter(|_| !data.iter().any(|(k, _)| k == "context")) {
+        data.push(("context".to_owned(), Some(label.to_owned())));
     }
     let read_only = libc::MOUNT_ATTR_RDONLY;
     let first = if options.copy_up { options.set & !read_only } else { options.set };

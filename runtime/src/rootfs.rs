@@ -39,7 +39,11 @@ pub(crate) struct RootPlan<'a> {
 
 /// Cuts this mount namespace's ties and mounts the root; everything else is then mounted below it.
 pub(crate) fn prepare(plan: &RootPlan<'_>) -> Result<Root> {
-    let flag = plan.propagation.unwrap_or(libc::MS_SLAVE);
+    // What is unbindable could not be cloned below; the root becomes that at the end.
+    let flag = match plan.propagation {
+        Some(libc::MS_UNBINDABLE) => libc::MS_PRIVATE,
+        other => other.unwrap_or(libc::MS_SLAVE),
+    };
     let flags = MountPropagationFlags::from_bits_retain(flag as u32) | MountPropagationFlags::REC;
     mount_change("/", flags).context(|| "set the propagation of /".into())?;
     let target = match plan.rootfs {

@@ -153,3 +153,35 @@ fn restarts_leak_nothing() {
     assert!(anonymous() <= memory + 64, "{memory} KiB became {} KiB", anonymous());
     eprintln!("{restarts} restarts: {before:?}, {memory} to {} KiB", anonymous());
 }
+
+/// `cargo test --release -p isopod-runtime --test load private_memory -- --nocapture` prints what the documentation says.
+#[test]
+fn private_memory_with_one_and_ten_containers() {
+    if !possible() {
+        return;
+    }
+    let mut pod = Pod::new(PidMode::Container);
+    let pid = fs::read_to_string(pod.dir.path().join("supervisor.pid")).unwrap().trim().to_owned();
+    let mut bundles = vec![];
+    for count in [1, 10] {
+        while bundles.len() < count {
+            let bundle = pod.bundle(&["sh", "-c", "echo hello; sleep 1000"]);
+            pod.create(&bundle, false, false);
+            pod.start(&bundle);
+            bundles.push(bundle);
+        }
+        let said = || bundles.iter().all(|b| !pod.entries(b).is_empty()).then_some(());
+        eventually("all have logged", said, String::new);
+        let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+        let of = |key: &str| -> u64 {
+            let line = rollup.lines().find(|l| l.starts_with(key)).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        let (clean, dirty, own) = (of("Private_Clean:"), of("Private_Dirty:"), of("Anonymous:"));
+        eprintln!(
+            "{count} containers: private {} KiB (clean {clean}, dirty {dirty}), anonymous {own} KiB",
+            clean + dirty
+        );
+        assert!(own < 1024, "{rollup}");
+    }
+}

@@ -12,7 +12,7 @@ pub(crate) use mount::{MountAttributes, mount_setattr};
 pub use process::SockFilter;
 pub(crate) use process::{
     SchedulerAttributes, close_all_except, close_on_exec_from, dup_to_stream, find_byte, install_seccomp, kill,
-    new_session_keyring, pidfd_kill, reset_signals, set_io_priority, set_scheduler,
+    new_session_keyring, pidfd_kill, reset_signals, set_io_priority, set_memory_policy, set_scheduler,
 };
 
 use std::io;

@@ -154,3 +154,11 @@ pub(crate) fn dup_to_stream(fd: BorrowedFd<'_>, stream: u8) -> io::Result<()> {
     check(unsafe { libc::dup2(fd.as_raw_fd(), stream.into()) }.into())?;
     Ok(())
 }
+
+/// set_mempolicy(2) on the calling process.
+pub(crate) fn set_memory_policy(mode: i32, nodes: &[u64]) -> io::Result<()> {
+    let (mask, bits) = if nodes.is_empty() { (std::ptr::null(), 0) } else { (nodes.as_ptr(), nodes.len() * 64 + 1) };
+    // SAFETY: the kernel reads one bit less than `bits`, which is what `nodes` holds, or nothing at all.
+    check(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, bits) })?;
+    Ok(())
+}
