@@ -217,6 +217,10 @@ impl Drop for Podman {
             // Ends the process that keeps the user's namespaces, and removes files of ids that are not his.
             let _ = self.call(&["system", "reset", "--force"]);
             let _ = self.program().args(["unshare", "rm", "-rf"]).arg(self.at("home")).output();
+            // Which has started that process once more.
+            if let Ok(pid) = fs::read_to_string(self.at("xdg/libpod/tmp/pause.pid")) {
+                let _ = Command::new("kill").args(["-9", pid.trim()]).status();
+            }
         } else if self.manager == "systemd" {
             let _ = Command::new("systemctl").args(["stop", &self.parent]).output();
         } else {
