@@ -161,22 +161,24 @@ impl Manager {
         super::manager_clean(&self.ctx, &uids).await;
         for pod in known {
             let source = if is_static(&pod) { Source::Static } else { Source::Api };
-            self.spawn(Arc::new(pod), source);
+            self.spawn(Arc::new(pod), source, None);
         }
     }
 
-    fn spawn(&mut self, pod: Arc<Pod>, source: Source) {
+    fn spawn(&mut self, pod: Arc<Pod>, source: Source, refused: Option<admission::Refusal>) {
         let uid = sandbox::uid(&pod).to_string();
         let notes = self.notes.clone();
-        let handle = worker::spawn(self.ctx.clone(), pod.clone(), source, move |uid| {
+        let ending = pod.metadata.deletion_timestamp.is_some();
+        let starts = !ending && refused.is_none() && is_active(&pod);
+        let first = refused.map(|(reason, message)| Command::Fail { reason, message, grace: 1 });
+        let handle = worker::spawn(self.ctx.clone(), pod.clone(), source, first, move |uid| {
             let _ = notes.send(Note::Gone(uid));
         });
         if source == Source::Static {
             let uid = self.mirrors.get(&full_name(&pod)).and_then(|m| m.metadata.uid.clone());
             handle.tell(Command::Mirror(uid));
         }
-        let ending = pod.metadata.deletion_timestamp.is_some();
-        if !ending && is_active(&pod) && self.ctx.devices.wants(&pod) {
+        if starts && self.ctx.devices.wants(&pod) {
             let (ctx, pod, teller) = (self.ctx.clone(), pod.clone(), handle.teller());
             tokio::spawn(async move {
                 if let Err(message) = devices::allocate(&ctx, &pod).await {
@@ -204,7 +206,7 @@ impl Manager {
             if old {
                 self.queued.insert(name.clone(), pod.clone());
             } else {
-                self.spawn(pod.clone(), Source::Static);
+                self.spawn(pod.clone(), Source::Static, None);
             }
         }
         self.manifests = now;
@@ -218,13 +220,13 @@ impl Manager {
                 if e.source == Source::Static
                     && let Some(pod) = self.queued.remove(&full_name(&e.pod))
                 {
-                    self.spawn(pod, Source::Static);
+                    self.spawn(pod, Source::Static, None);
                 }
                 // A manifest that came back while its pod ended.
                 if let Some(pod) = self.manifests.get(&full_name(&e.pod)).cloned()
                     && sandbox::uid(&pod) == uid
                 {
-                    self.spawn(pod, Source::Static);
+                    self.spawn(pod, Source::Static, None);
                 }
                 self.sync_mirrors();
             }
@@ -325,10 +327,7 @@ impl Manager {
             return;
         }
         let refused = admission::admit(&self.ctx, &pod);
-        self.spawn(pod, Source::Api);
-        if let (Some((reason, message)), Some(e)) = (refused, self.workers.get(&uid)) {
-            e.handle.tell(Command::Fail { reason, message, grace: 1 });
-        }
+        self.spawn(pod, Source::Api, refused);
     }
 
     /// When the pause after a failure is over; a time that has come is not waited for twice.

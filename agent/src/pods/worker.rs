@@ -206,9 +206,12 @@ pub(crate) fn spawn(
     ctx: Arc<Context>,
     pod: Arc<Pod>,
     source: Source,
+    first: Option<Command>,
     gone: impl FnOnce(String) + Send + 'static,
 ) -> Handle {
     let (inputs, receiver) = mpsc::unbounded_channel();
+    // The channel is new: it takes this.
+    let _ = first.map(|command| inputs.send(Input::Command(command)));
     let sender = inputs.clone();
     let task = tokio::spawn(async move {
         let uid = sandbox::uid(&pod).to_string();
@@ -228,6 +231,10 @@ async fn run(
     let (events, mut exits) = mpsc::unbounded_channel();
     let (mut w, writer) = Worker::new(ctx, pod, source, inputs, events);
     w.adopt().await;
+    // What it was made with comes before its first step: a pod that is refused starts nothing.
+    while let Ok(input) = receiver.try_recv() {
+        w.take(input);
+    }
     loop {
         let wake = w.step();
         w.publish();
