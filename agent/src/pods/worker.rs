@@ -210,8 +210,10 @@ pub(crate) fn spawn(
     gone: impl FnOnce(String) + Send + 'static,
 ) -> Handle {
     let (inputs, receiver) = mpsc::unbounded_channel();
-    // The channel is new: it takes this.
-    let _ = first.map(|command| inputs.send(Input::Command(command)));
+    if let Some(command) = first {
+        // The channel is new: it takes this.
+        let _ = inputs.send(Input::Command(command));
+    }
     let sender = inputs.clone();
     let task = tokio::spawn(async move {
         let uid = sandbox::uid(&pod).to_string();
