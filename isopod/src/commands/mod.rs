@@ -17,9 +17,14 @@ pub(crate) mod token;
 pub(crate) mod trace;
 pub(crate) mod up;
 
-use std::{future::Future, path::Path};
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
+use isopod_agent::Paths;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -31,18 +36,30 @@ where
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads)
         .max_blocking_threads(16)
-        .thread_keep_alive(std::time::Duration::from_secs(2))
+        .thread_keep_alive(Duration::from_secs(2))
         .enable_all()
         .build()
         .context("start runtime")?;
     let result = runtime.block_on(async {
         let stop = CancellationToken::new();
         cancel_on_signal(&stop)?;
+        tokio::spawn(forget_start());
         component(stop).await
     });
     // Blocking work left behind (a DNS look-up, say) must not hold the process.
-    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    runtime.shutdown_timeout(Duration::from_secs(1));
     result
+}
+
+/// When this process has long started: half of the code that was mapped for it runs never again.
+const STARTED: Duration = Duration::from_secs(20);
+
+/// Has the kernel unmap the program's file once; what goes on running is mapped again.
+async fn forget_start() {
+    tokio::time::sleep(STARTED).await;
+    if let Err(error) = isopod_runtime::forget_code() {
+        tracing::debug!(%error, "code of the start stays mapped");
+    }
 }
 
 /// Cancels the token at the first SIGINT or SIGTERM.
@@ -61,13 +78,35 @@ fn cancel_on_signal(stop: &CancellationToken) -> Result<()> {
     Ok(())
 }
 
+/// The kubeconfig with which this machine asks the API server: its administrator's where there is one, else the agent's.
+pub(crate) fn cluster_identity(paths: &Paths) -> Result<PathBuf> {
+    first_kubeconfig(paths, &["admin", "agent"])
+}
+
+/// The first kubeconfig of these names that exists.
+pub(crate) fn first_kubeconfig(paths: &Paths, names: &[&str]) -> Result<PathBuf> {
+    let found = names.iter().map(|n| paths.kubeconfig(n)).find(|p| p.exists());
+    found.with_context(|| {
+        let etc = paths.etc();
+        format!(
+            "no kubeconfig ({}) in {}: is a node set up here? (`isopod up`, `isopod join` or `isopod agent`)",
+            names.join(", "),
+            etc.display()
+        )
+    })
+}
+
+/// What a kubeconfig file says.
+pub(crate) async fn config(path: &Path) -> Result<kube::Config> {
+    let text = || format!("kubeconfig {}", path.display());
+    let file = kube::config::Kubeconfig::read_from(path).with_context(text)?;
+    kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await.with_context(text)
+}
+
 /// A client for the identity in a kubeconfig file.
 pub(crate) async fn client(path: &Path) -> Result<kube::Client> {
     let text = || format!("kubeconfig {}", path.display());
-    let file = kube::config::Kubeconfig::read_from(path).with_context(text)?;
-    let config = kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default())
-        .await
-        .with_context(text)?;
+    let config = config(path).await?;
     if config.cluster_url.scheme_str() == Some("http") {
         // Somebody else made the way safe: `kubectl proxy`, a tunnel.
         return kube::Client::try_from(config).with_context(text);

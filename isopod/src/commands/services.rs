@@ -43,14 +43,8 @@ pub(crate) fn run(paths: &Paths, args: &Args) -> Result<()> {
         return Ok(());
     }
     let shown = if args.output == Some(Output::Wide) { usize::MAX } else { SHOWN };
-    let header = ["NAMESPACE", "NAME", "AT", "VIA", "ENDPOINTS"].map(str::to_owned);
-    let lines: Vec<[String; 5]> = std::iter::once(header).chain(rows.iter().map(|row| line(row, shown))).collect();
-    let width = |column: usize| lines.iter().map(|l| l[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..4).map(width).collect();
-    for [namespace, name, at, via, endpoints] in &lines {
-        let (a, b, c, d) = (widths[0], widths[1], widths[2], widths[3]);
-        println!("{namespace:a$}   {name:b$}   {at:c$}   {via:d$}   {endpoints}");
-    }
+    let lines: Vec<[String; 5]> = rows.iter().map(|row| line(row, shown)).collect();
+    crate::table::print(["NAMESPACE", "NAME", "AT", "VIA", "ENDPOINTS"], &lines);
     Ok(())
 }
 
@@ -92,10 +86,7 @@ pub(crate) fn pod_netns(paths: &Paths, namespace: &str, name: &str, node: &str) 
     Ok(path)
 }
 
-/// Runs something that asks the API server, as an administrator where that is possible.
+/// Runs something that asks the API server.
 fn asking<T>(paths: &Paths, body: impl AsyncFnOnce(Client) -> Result<T>) -> Result<T> {
-    let admin = paths.kubeconfig("admin");
-    let kubeconfig = if admin.exists() { admin } else { paths.kubeconfig("agent") };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start runtime")?;
-    runtime.block_on(async { body(super::client(&kubeconfig).await?).await })
+    super::local::ask(async { body(super::client(&super::cluster_identity(paths)?).await?).await })
 }

@@ -48,8 +48,8 @@ fn condition<'a>(pod: &'a Value, kind: &str) -> Option<&'a Value> {
 }
 
 /// The last event of a reason.
-fn told(f: &Facts<'_>, reasons: &[&str]) -> Option<String> {
-    let found = f.events.iter().rev().find(|e| reasons.iter().any(|r| e["reason"] == *r))?;
+fn told(f: &Facts<'_>, reason: &str) -> Option<String> {
+    let found = f.events.iter().rev().find(|e| e["reason"] == reason)?;
     Some(text(&found["message"]).to_owned())
 }
 
@@ -100,7 +100,7 @@ fn ending(f: &Facts<'_>) -> Cause {
         .collect();
     let grace = f.pod["metadata"]["deletionGracePeriodSeconds"].as_i64().unwrap_or(30);
     let finalizers: Vec<&str> = f.pod["metadata"]["finalizers"].as_array().into_iter().flatten().map(text).collect();
-    if let Some(error) = told(f, &["FailedKillPod"]) {
+    if let Some(error) = told(f, "FailedKillPod") {
         return Cause::new(format!("it is being deleted, but cannot be taken down: {error}"));
     }
     if !running.is_empty() {
@@ -216,7 +216,7 @@ fn ended(f: &Facts<'_>, c: &Value, kind: &str, how: &Value) -> Cause {
     if !said.is_empty() {
         cause = cause.more(format!("it said: {}", said.lines().last().unwrap_or(said)));
     }
-    let probe = told(f, &["Unhealthy"]).filter(|m| m.starts_with("Liveness") || m.starts_with("Startup"));
+    let probe = told(f, "Unhealthy").filter(|m| m.starts_with("Liveness") || m.starts_with("Startup"));
     if let (Some(message), 137 | 143) = (probe, code) {
         cause = cause.more(format!("it was stopped because of a probe: {message}"));
         return words(f, name, cause)
@@ -228,9 +228,8 @@ fn ended(f: &Facts<'_>, c: &Value, kind: &str, how: &Value) -> Cause {
 fn image(f: &Facts<'_>, c: &Value, kind: &str, reason: &str, message: &str) -> Cause {
     let (name, image) = (text(&c["name"]), text(&c["image"]));
     // Once it reads ImagePullBackOff only the event still has the registry's words.
-    let full = told(f, &["Failed"]).filter(|m| m.starts_with("Failed to pull"));
-    let from_event = f.events.iter().rev().find(|e| text(&e["message"]).starts_with("Failed to pull"));
-    let why = from_event.map(|e| text(&e["message"]).to_owned()).or(full).unwrap_or_else(|| message.to_owned());
+    let event = f.events.iter().rev().find(|e| text(&e["message"]).starts_with("Failed to pull"));
+    let why = event.map_or(message, |e| text(&e["message"])).to_owned();
     let lower = why.to_lowercase();
     let cause = Cause::new(format!("the image of {kind} {name} cannot be had: {image}")).more(why.clone());
     match reason {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use isopod_agent::Paths;
 use serde_json::{Map, Value, json};
 
-use super::{Node, PodName, ask, text};
+use super::{Files, Node, PodName, ask, read_json, text};
 
 /// Options of `inspect`.
 #[derive(clap::Args)]
@@ -30,31 +30,22 @@ pub(crate) fn run(paths: &Paths, args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn read_json(path: &Path) -> Value {
-    fs::read(path).ok().and_then(|t| serde_json::from_slice(&t).ok()).unwrap_or(Value::Null)
-}
-
 fn report(paths: &Paths, pod: Value) -> Value {
-    // A static pod is known here by its own UID, not by its mirror's.
-    let hash = text(&pod["metadata"]["annotations"]["kubernetes.io/config.hash"]);
-    let uid = if hash.is_empty() { text(&pod["metadata"]["uid"]) } else { hash }.to_owned();
-    let run = paths.run_pod(&uid);
+    let files = Files::of(paths, &pod);
+    let run = paths.run_pod(&files.uid);
     let config = read_json(&run.join("pod.json"));
     let supervisor = fs::read_to_string(run.join("supervisor.pid")).unwrap_or_default().trim().to_owned();
     let group = text(&config["cgroup"]).to_owned();
     let ips: Vec<String> =
         pod["status"]["podIPs"].as_array().into_iter().flatten().map(|ip| text(&ip["ip"]).to_owned()).collect();
-    let mut name = pod["metadata"]["name"].clone();
-    let namespace = text(&pod["metadata"]["namespace"]);
-    let record = paths.starts().join(format!("{namespace}_{}_{uid}.json", text(&name)));
     json!({
-        "name": name.take(),
-        "directories": {"state": paths.pod(&uid), "run": run, "logs": paths.pod_logs(namespace, text(&pod["metadata"]["name"]), &uid)},
-        "supervisor": {"pid": supervisor, "config": config},
+        "name": pod["metadata"]["name"],
+        "directories": {"state": paths.pod(&files.uid), "run": run, "logs": files.logs},
+        "supervisor": {"pid": supervisor, "config": config.clone()},
         "containers": containers(&run),
         "cgroup": {"path": group, "numbers": cgroup(&group)},
-        "network": {"namespace": read_json(&run.join("pod.json"))["netns"], "addresses": ips, "nftables": nftables(&ips)},
-        "start": read_json(&record),
+        "network": {"namespace": config["netns"], "addresses": ips, "nftables": nftables(&ips)},
+        "start": read_json(&files.record),
         "spec": pod["spec"],
         "status": pod["status"],
     })

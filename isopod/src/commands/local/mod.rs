@@ -8,15 +8,15 @@ pub(crate) mod ps;
 pub(crate) mod top;
 pub(crate) mod why;
 
-use std::future::Future;
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use isopod_agent::Paths;
 use k8s_openapi::api::core::v1::Pod;
-use kube::{
-    Api, Client,
-    config::{KubeConfigOptions, Kubeconfig},
-};
+use kube::{Api, Client};
 use serde_json::Value;
 
 use crate::{error::Usage, node::Settings};
@@ -50,24 +50,15 @@ impl Node {
     /// With the identity this machine has: the cluster's administrator, the node itself, or that of a node alone.
     pub(crate) async fn connect(paths: &Paths) -> Result<Self> {
         let settings = Settings::resolve(&paths.etc().join("cluster.yaml"), crate::node::Options::default())?;
-        let known = ["node", "admin", "agent"].map(|n| paths.kubeconfig(n));
-        let Some(path) = known.iter().find(|p| p.exists()) else {
-            bail!(
-                "no kubeconfig in {}: is a node set up here? (`isopod up`, `isopod join` or `isopod agent`)",
-                paths.etc().display()
-            );
-        };
-        let text = || format!("kubeconfig {}", path.display());
-        let file = Kubeconfig::read_from(path).with_context(text)?;
-        let mut config =
-            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.with_context(text)?;
+        let path = super::first_kubeconfig(paths, &["node", "admin", "agent"])?;
+        let mut config = super::config(&path).await?;
         if config.tls_server_name.is_none() {
             config.cluster_url = format!("https://127.0.0.1:{}", settings.agent_port).parse().context("agent's URL")?;
             config.tls_server_name = Some(settings.node_name.clone());
         }
         let name = config.tls_server_name.clone().unwrap_or(settings.node_name);
         config.connect_timeout = Some(std::time::Duration::from_secs(5));
-        Ok(Self { client: Client::try_from(config).with_context(text)?, name })
+        Ok(Self { client: Client::try_from(config).with_context(|| path.display().to_string())?, name })
     }
 
     /// What the agent answers to a path.
@@ -98,6 +89,31 @@ impl Node {
     pub(crate) fn api(&self, pod: &Value) -> Api<Pod> {
         Api::namespaced(self.client.clone(), text(&pod["metadata"]["namespace"]))
     }
+}
+
+/// Where a pod's files on this machine are.
+pub(crate) struct Files {
+    /// The UID it has here: that of a static pod is not its mirror's.
+    pub(crate) uid: String,
+    /// The flight record of its start.
+    pub(crate) record: PathBuf,
+    pub(crate) logs: PathBuf,
+}
+
+impl Files {
+    pub(crate) fn of(paths: &Paths, pod: &Value) -> Self {
+        let metadata = &pod["metadata"];
+        let (namespace, name) = (text(&metadata["namespace"]), text(&metadata["name"]));
+        let hash = text(&metadata["annotations"]["kubernetes.io/config.hash"]);
+        let uid = if hash.is_empty() { text(&metadata["uid"]) } else { hash }.to_owned();
+        let record = paths.starts().join(format!("{namespace}_{name}_{uid}.json"));
+        Self { record, logs: paths.pod_logs(namespace, name, &uid), uid }
+    }
+}
+
+/// A JSON file's content; null when it is not there or not whole.
+pub(crate) fn read_json(path: &Path) -> Value {
+    std::fs::read(path).ok().and_then(|t| serde_json::from_slice(&t).ok()).unwrap_or(Value::Null)
 }
 
 /// A text that may not be there.

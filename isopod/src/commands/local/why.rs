@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::Event;
 use kube::api::{Api, ListParams};
 use serde_json::Value;
 
-use super::{Node, PodName, ask, ps::since, text};
+use super::{Files, Node, PodName, ask, ps::since, read_json, text};
 use cause::{Cause, Facts};
 
 #[path = "cause.rs"]
@@ -36,15 +36,12 @@ pub(crate) fn run(paths: &Paths, args: &Args) -> Result<()> {
 /// A pod of this node.
 async fn here(paths: &Paths, node: &Node, pod: &Value) -> Result<String> {
     let (namespace, name) = (text(&pod["metadata"]["namespace"]), text(&pod["metadata"]["name"]));
-    let hash = text(&pod["metadata"]["annotations"]["kubernetes.io/config.hash"]);
-    let uid = if hash.is_empty() { text(&pod["metadata"]["uid"]) } else { hash };
-    let record = paths.starts().join(format!("{namespace}_{name}_{uid}.json"));
-    let record = fs::read(record).ok().and_then(|t| serde_json::from_slice(&t).ok()).unwrap_or(Value::Null);
+    let files = Files::of(paths, pod);
+    let record = read_json(&files.record);
     let selector = format!("involvedObject.name={name}");
     let events = node.get(&format!("/api/v1/namespaces/{namespace}/events?fieldSelector={selector}")).await?;
     let events = events["items"].as_array().cloned().unwrap_or_default();
-    let logs = paths.pod_logs(namespace, name, uid);
-    let last_words = |container: &str| last_lines(&logs.join(container));
+    let last_words = |container: &str| last_lines(&files.logs.join(container));
     let cause = cause::of(&Facts { pod, record: &record, events: &events, last_words: &last_words });
     Ok(render(namespace, name, pod, &cause, &record))
 }
@@ -61,17 +58,19 @@ fn last_lines(dir: &std::path::Path) -> Vec<String> {
     lines[start..].iter().map(|l| l.splitn(4, ' ').nth(3).unwrap_or(l).to_owned()).collect()
 }
 
+/// The cause and what to do, a line each.
+fn explain(cause: &Cause) -> String {
+    let mut out = format!("why   {}\n", cause.why);
+    out.extend(cause.more.iter().map(|line| format!("      {line}\n")));
+    out.extend(cause.todo.iter().map(|line| format!("do    {line}\n")));
+    out
+}
+
 fn render(namespace: &str, name: &str, pod: &Value, cause: &Cause, record: &Value) -> String {
     let (ready, status, restarts) = isopod_agent::server::pod_summary(pod);
     let seen = since(&pod["status"]["startTime"]);
     let mut out = format!("pod {namespace}/{name}: {status}, {ready} ready, {restarts} restarts, seen {seen} ago\n\n");
-    out += &format!("why   {}\n", cause.why);
-    for line in &cause.more {
-        out += &format!("      {line}\n");
-    }
-    for line in &cause.todo {
-        out += &format!("do    {line}\n");
-    }
+    out += &explain(cause);
     let phases = record["phases"].as_array().cloned().unwrap_or_default();
     if !phases.is_empty() {
         out += "\nstart";
@@ -87,15 +86,14 @@ fn render(namespace: &str, name: &str, pod: &Value, cause: &Cause, record: &Valu
 
 /// A pod that this node does not have: what the API server says of it, or of who should have made it.
 async fn elsewhere(paths: &Paths, wanted: &PodName) -> Result<String> {
-    let known = ["admin", "agent"].map(|n| paths.kubeconfig(n));
-    let Some(kubeconfig) = known.iter().find(|p| p.exists()) else {
+    let Ok(kubeconfig) = crate::commands::cluster_identity(paths) else {
         bail!(crate::error::Usage(format!("no pod {:?} on this node (see `isopod ps`)", wanted.pod)));
     };
     let (namespace, name) = match wanted.pod.split_once('/') {
         Some((namespace, name)) => (namespace.to_owned(), name),
         None => (wanted.namespace.clone().unwrap_or_else(|| "default".into()), wanted.pod.as_str()),
     };
-    let client = crate::commands::client(kubeconfig).await?;
+    let client = crate::commands::client(&kubeconfig).await?;
     let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(client.clone(), &namespace);
     let limit = std::time::Duration::from_secs(5);
     let list = tokio::time::timeout(limit, pods.list(&ListParams::default())).await;
@@ -119,13 +117,7 @@ async fn elsewhere(paths: &Paths, wanted: &PodName) -> Result<String> {
         ));
     }
     match cause::never_made(name, &told) {
-        Some(cause) => {
-            let mut out = format!("pod {namespace}/{name}: does not exist\n\nwhy   {}\n", cause.why);
-            for line in &cause.todo {
-                out += &format!("do    {line}\n");
-            }
-            Ok(out)
-        }
+        Some(cause) => Ok(format!("pod {namespace}/{name}: does not exist\n\n{}", explain(&cause))),
         None => {
             bail!(crate::error::Usage(format!("no pod {name:?} in namespace {namespace}, and no event tells of one")))
         }
