@@ -36,3 +36,4 @@ mod tty;
 mod userns;
 
 pub use seal::{ensure_sealed, protect_descriptors};
+pub use sys::forget_code;

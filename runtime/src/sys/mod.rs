@@ -3,11 +3,13 @@
 
 mod bpf;
 mod clone;
+mod code;
 mod mount;
 mod process;
 
 pub(crate) use bpf::{attach_device_program, load_device_program};
 pub(crate) use clone::{Cloned, clone_process, exit_now};
+pub use code::forget_code;
 pub(crate) use mount::{MountAttributes, mount_setattr};
 pub use process::SockFilter;
 pub(crate) use process::{
