@@ -2,7 +2,8 @@
 //! `docker save` archives, plain or compressed.
 //!
 //! An archive is read at random (blobs lie in any order), so a compressed one is first expanded into a scratch file. Each
-//! file is loaded once: its path, size and time are remembered with the index.
+//! file is read once, and again when it has changed or one of its images has been removed: its path, size, time and names are
+//! remembered with the index.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,8 +23,13 @@ use super::{
     store::{self, Digest, Image, Store},
 };
 
-/// Loads all archives in `dir`, in name order; a bad one does not keep the others out.
-pub(super) fn load_directory(store: &Store, dir: &Path) -> Vec<(PathBuf, Result<Vec<String>, Error>)> {
+/// Loads archives in `dir`, in name order: all whose images are not here, or those that may have the image `wanted`. A bad one
+/// does not keep the others out.
+pub(super) fn load_directory(
+    store: &Store,
+    dir: &Path,
+    wanted: Option<&str>,
+) -> Vec<(PathBuf, Result<Vec<String>, Error>)> {
     let Ok(listing) = fs::read_dir(dir) else { return Vec::new() };
     let mut paths: Vec<PathBuf> = listing.flatten().map(|entry| entry.path()).filter(|path| is_archive(path)).collect();
     paths.sort();
@@ -31,15 +37,14 @@ pub(super) fn load_directory(store: &Store, dir: &Path) -> Vec<(PathBuf, Result<
     for path in paths {
         let Ok(meta) = fs::metadata(&path) else { continue };
         let modified = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
-        let stamp = i128::try_from(modified.as_nanos()).unwrap_or_default();
-        if store.archive_is_loaded(&path, meta.len(), stamp) {
+        let modified = i128::try_from(modified.as_nanos()).unwrap_or_default();
+        if !store.should_read(&path, meta.len(), modified, wanted) {
             continue;
         }
-        let result = load(store, &path).and_then(|names| {
-            store.archive_loaded(&path, meta.len(), stamp)?;
-            Ok(names)
-        });
-        outcomes.push((path, result));
+        let loaded = load(store, &path);
+        let names = loaded.as_ref().cloned().unwrap_or_default();
+        let read = store.archive_read(&path, store::Archive { size: meta.len(), modified, names });
+        outcomes.push((path, loaded.and_then(|names| read.map(|()| names))));
     }
     outcomes
 }
@@ -350,12 +355,18 @@ mod tests {
         let oci = oci_archive(&layer, Digest::of(&layer).hex());
         fs::write(images.path().join("web.tar.zst"), zstd::encode_all(&oci[..], 1).unwrap()).unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let outcomes = load_directory(&store, images.path());
+        let outcomes = load_directory(&store, images.path(), None);
         let names: Vec<_> = outcomes.into_iter().flat_map(|(_, result)| result.unwrap()).collect();
         assert_eq!(names, ["docker.io/library/app:1", "docker.io/library/web:v2"]);
         let handle = store.lookup("docker.io/library/web:v2").unwrap().unwrap();
         assert_eq!(fs::read_to_string(handle.layers[0].join("hello")).unwrap(), "world");
-        assert!(load_directory(&store, images.path()).is_empty());
+        assert!(load_directory(&store, images.path(), None).is_empty());
+        // Once removed it comes back when it is asked for, and nothing else is read.
+        store.remove(&handle.id).unwrap();
+        assert!(load_directory(&store, images.path(), Some("docker.io/library/other:1")).is_empty());
+        let again = load_directory(&store, images.path(), Some("docker.io/library/web:v2"));
+        assert_eq!(again.len(), 1);
+        assert!(store.lookup("docker.io/library/web:v2").unwrap().is_some());
     }
 
     #[test]
@@ -363,9 +374,12 @@ mod tests {
         let (dir, images) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(images.path().join("bad.tar"), docker_archive(&tar_of(&[("hello", b"w0rld")]))).unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let outcomes = load_directory(&store, images.path());
+        let outcomes = load_directory(&store, images.path(), None);
         let error = outcomes[0].1.as_ref().unwrap_err().to_string();
         assert!(error.contains("bad.tar") && error.contains("digest mismatch"), "{error}");
+        // It is told of again at the next start, not whenever some image is pulled.
+        assert!(load_directory(&store, images.path(), Some("docker.io/library/app:1")).is_empty());
+        assert_eq!(load_directory(&store, images.path(), None).len(), 1);
         assert!(store.list().is_empty());
         assert_eq!(fs::read_dir(dir.path().join("layers")).unwrap().count(), 0);
         assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
@@ -377,7 +391,7 @@ mod tests {
         fs::write(images.path().join("x.tar"), tar_of(&[("readme", b"")])).unwrap();
         let store_dir = tempfile::tempdir().unwrap();
         let store = Store::open(store_dir.path()).unwrap();
-        let outcomes = load_directory(&store, images.path());
+        let outcomes = load_directory(&store, images.path(), None);
         assert!(outcomes[0].1.as_ref().unwrap_err().to_string().contains("neither an OCI layout"));
     }
 }

@@ -42,6 +42,8 @@ pub(super) struct Inner {
     /// Places for pulls, where their number is limited.
     places: RwLock<Option<Arc<Semaphore>>>,
     rate: RwLock<Option<Rate>>,
+    /// The directory of image archives, read by one at a time.
+    archives: tokio::sync::Mutex<Option<PathBuf>>,
 }
 
 /// Which images that are here already a pod may only use with credentials that their registry has accepted before.
@@ -91,6 +93,7 @@ impl LocalImages {
                 verification: RwLock::default(),
                 places: RwLock::default(),
                 rate: RwLock::default(),
+                archives: tokio::sync::Mutex::default(),
             }),
         })
     }
@@ -145,7 +148,11 @@ impl LocalImages {
     ) -> Result<ImageHandle, Error> {
         let asked = Instant::now();
         let reference = parse_reference(name)?;
-        let present = self.inner.store.lookup(&reference.whole())?;
+        let mut present = self.inner.store.lookup(&reference.whole())?;
+        if present.is_none() && policy != PullPolicy::Always {
+            self.read_archives(Some(reference.whole())).await?;
+            present = self.inner.store.lookup(&reference.whole())?;
+        }
         let usable = present.is_some() && self.may_use(name, &reference, &secrets)?;
         match (policy, present.filter(|_| usable)) {
             (PullPolicy::IfNotPresent | PullPolicy::Never, Some(image)) => return Ok(image),
@@ -178,6 +185,23 @@ impl LocalImages {
             pulled.including_waiting = asked.elapsed();
         }
         Ok(image)
+    }
+}
+
+impl LocalImages {
+    /// Loads archives: those that may have the image `wanted`, or all whose images are not here.
+    async fn read_archives(&self, wanted: Option<String>) -> Result<(), Error> {
+        let one_at_a_time = self.inner.archives.lock().await;
+        let Some(dir) = one_at_a_time.clone() else { return Ok(()) };
+        let inner = self.inner.clone();
+        let outcomes = blocking(move || Ok(archive::load_directory(&inner.store, &dir, wanted.as_deref()))).await?;
+        for (path, outcome) in outcomes {
+            match outcome {
+                Ok(names) => tracing::info!(path = %path.display(), ?names, "image archive loaded"),
+                Err(error) => tracing::error!(path = %path.display(), "{}", ImageError::from(error)),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -229,16 +253,9 @@ impl ImageService for LocalImages {
     }
 
     fn load_archives<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<(), ImageError>> {
-        let (inner, dir) = (self.inner.clone(), dir.to_owned());
         async move {
-            let outcomes = blocking(move || Ok(archive::load_directory(&inner.store, &dir))).await?;
-            for (path, outcome) in outcomes {
-                match outcome {
-                    Ok(names) => tracing::info!(path = %path.display(), ?names, "image archive loaded"),
-                    Err(error) => tracing::error!(path = %path.display(), "{}", ImageError::from(error)),
-                }
-            }
-            Ok(())
+            *self.inner.archives.lock().await = Some(dir.to_owned());
+            Ok(self.read_archives(None).await?)
         }
         .boxed()
     }

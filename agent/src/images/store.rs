@@ -110,8 +110,19 @@ struct Index {
     images: BTreeMap<String, Image>,
     /// Bytes per unpacked layer.
     layers: BTreeMap<String, u64>,
-    /// Archives already loaded: path -> (size, modification time in ns).
-    archives: BTreeMap<PathBuf, (u64, i128)>,
+    /// Archives that were read.
+    #[serde(default)]
+    read: BTreeMap<PathBuf, Archive>,
+}
+
+/// An archive file as it was when it was read.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Archive {
+    pub(super) size: u64,
+    /// Nanoseconds since 1970.
+    pub(super) modified: i128,
+    /// Full names of its images; none when it could not be read.
+    pub(super) names: Vec<String>,
 }
 
 pub(super) struct Store {
@@ -286,13 +297,21 @@ impl Store {
         Ok(config)
     }
 
-    pub(super) fn archive_is_loaded(&self, path: &Path, size: u64, modified: i128) -> bool {
-        self.index.lock().archives.get(path) == Some(&(size, modified))
+    /// Whether an archive has to be read (again): it has changed, or an image of it is wanted and not here. Without
+    /// `wanted`, all its images are.
+    pub(super) fn should_read(&self, path: &Path, size: u64, modified: i128, wanted: Option<&str>) -> bool {
+        let index = self.index.lock();
+        let same = |a: &&Archive| (a.size, a.modified) == (size, modified);
+        let Some(archive) = index.read.get(path).filter(same) else { return true };
+        match wanted {
+            Some(name) => archive.names.iter().any(|n| n == name),
+            None => archive.names.is_empty() || !archive.names.iter().all(|n| index.images.contains_key(n)),
+        }
     }
 
-    pub(super) fn archive_loaded(&self, path: &Path, size: u64, modified: i128) -> Result<(), Error> {
+    pub(super) fn archive_read(&self, path: &Path, archive: Archive) -> Result<(), Error> {
         let mut index = self.index.lock();
-        index.archives.insert(path.to_owned(), (size, modified));
+        index.read.insert(path.to_owned(), archive);
         self.save(&index)
     }
 
@@ -327,7 +346,6 @@ impl Store {
         for layer in &unused {
             freed += index.layers.remove(layer).unwrap_or_default();
         }
-        index.archives.clear();
         self.save(&index)?;
         self.changed.send_replace(());
         for layer in unused {
