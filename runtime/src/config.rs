@@ -1,16 +1,17 @@
 //! Loading a bundle's config.json and refusing, with one clear sentence, what cannot be run.
 
 use std::{
+    collections::HashMap,
     io::Read,
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxNetDevice, Process, Spec};
 
 use crate::{
     cpu_list,
     error::{Context, Error, Result},
-    lsm, memory_policy,
+    lsm, memory_policy, net_devices, spec,
 };
 
 /// Largest config.json accepted.
@@ -23,6 +24,10 @@ pub(crate) struct Config {
     pub(crate) spec: Spec,
     /// Absolute path of the bundle.
     pub(crate) bundle: PathBuf,
+    /// The document as it was read.
+    pub(crate) raw: Vec<u8>,
+    /// What of it is left out.
+    pub(crate) warnings: Vec<String>,
 }
 
 impl Config {
@@ -36,9 +41,9 @@ impl Config {
     /// Reads and validates the configuration at `path` for `bundle`.
     pub(crate) fn read(path: &Path, bundle: PathBuf) -> Result<Self> {
         let raw = read_limited(path)?;
-        let spec: Spec =
-            serde_json::from_slice(&raw).map_err(|e| Error::invalid(format!("parse {}: {e}", path.display())))?;
-        let config = Self { spec, bundle };
+        let (spec, warnings): (Spec, _) =
+            spec::parse(&raw, "/process").map_err(|e| Error::invalid(format!("parse {}: {e}", path.display())))?;
+        let config = Self { spec, bundle, raw, warnings };
         config.validate().map_err(|e| e.within(path.display()))?;
         Ok(config)
     }
@@ -59,6 +64,11 @@ impl Config {
         let linux = self.spec.linux().as_ref()?;
         let found = linux.namespaces().iter().flatten().find(|n| n.typ() == kind)?;
         Some(found.path().as_deref().filter(|p| !p.as_os_str().is_empty()))
+    }
+
+    /// `linux.netDevices`, when there are any.
+    pub(crate) fn net_devices(&self) -> Option<&HashMap<String, LinuxNetDevice>> {
+        self.spec.linux().as_ref()?.net_devices().as_ref().filter(|devices| !devices.is_empty())
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
@@ -113,6 +123,9 @@ impl Config {
         {
             return Err(Error::invalid("timeOffsets need a time namespace"));
         }
+        if self.net_devices().is_some() && self.namespace(LinuxNamespaceType::Network).is_none() {
+            return Err(Error::invalid("linux.netDevices need a network namespace"));
+        }
         Ok(())
     }
 
@@ -135,6 +148,9 @@ impl Config {
         if let Some(policy) = linux.memory_policy() {
             memory_policy::validate(policy)?;
         }
+        if let Some(devices) = self.net_devices() {
+            net_devices::validate(devices)?;
+        }
         lsm::validate_mount_label(linux.mount_label().as_deref().unwrap_or_default())?;
         if linux.intel_rdt().is_some() && !Path::new("/sys/fs/resctrl/schemata").exists() {
             return Err(Error::invalid("linux.intelRdt: no resctrl file system is mounted on /sys/fs/resctrl"));
@@ -144,7 +160,6 @@ impl Config {
         let unsupported = [
             ("linux.personality.flags", flags.is_some_and(|f| !f.is_empty())),
             ("linux.intelRdt", linux.intel_rdt().is_some()),
-            ("linux.netDevices", linux.net_devices().as_ref().is_some_and(|d| !d.is_empty())),
         ];
         match unsupported.iter().find(|(_, used)| *used) {
             Some((name, _)) => Err(Error::invalid(format!("{name} is not supported"))),
@@ -223,7 +238,7 @@ mod tests {
         let mut value = serde_json::to_value(crate::spec::template()).unwrap();
         change(&mut value);
         let spec = serde_json::from_value(value).map_err(|e| e.to_string())?;
-        Config { spec, bundle: "/b".into() }.validate().map_err(|e| e.to_string())
+        Config { spec, bundle: "/b".into(), raw: vec![], warnings: vec![] }.validate().map_err(|e| e.to_string())
     }
 
     #[test]
@@ -234,7 +249,7 @@ mod tests {
     #[test]
     fn wrong_configurations_have_clear_errors() {
         type Change = fn(&mut serde_json::Value);
-        let cases: [(Change, &str); 18] = [
+        let cases: [(Change, &str); 19] = [
             (|v| v["ociVersion"] = "2.0.0".into(), "ociVersion"),
             (|v| v["process"]["cwd"] = "tmp".into(), "not absolute"),
             (|v| v["process"]["args"] = serde_json::json!([]), "process.args is empty"),
@@ -252,7 +267,14 @@ mod tests {
                 |v| v["linux"]["memoryPolicy"] = serde_json::json!({"mode": "MPOL_BIND", "nodes": "0-x"}),
                 "linux.memoryPolicy.nodes: malformed list",
             ),
-            (|v| v["linux"]["netDevices"] = serde_json::json!({"eth7": {}}), "linux.netDevices is not supported"),
+            (|v| v["linux"]["netDevices"] = serde_json::json!({"a/b": {}}), "linux.netDevices: \"a/b\" is no name"),
+            (
+                |v| {
+                    v["linux"]["netDevices"] = serde_json::json!({"eth7": {}});
+                    v["linux"]["namespaces"] = serde_json::json!([{"type": "mount"}, {"type": "uts"}]);
+                },
+                "linux.netDevices need a network namespace",
+            ),
             (|v| v["linux"]["mountLabel"] = "x".into(), "linux.mountLabel: this kernel has no SELinux"),
             (
                 |v| v["linux"]["personality"] = serde_json::json!({"domain": "LINUX", "flags": ["X"]}),

@@ -22,6 +22,8 @@ pub enum Kind {
     State,
     /// The kernel refused.
     System,
+    /// A hook failed, and the container with it.
+    Hook,
     /// The program to run does not exist (exit code 127).
     NoExecutable,
     /// The program may not be run (exit code 126).
@@ -68,6 +70,12 @@ impl Error {
             self.what.push_str("...");
         }
         self
+    }
+
+    /// The same of a hook.
+    #[must_use]
+    pub(crate) fn of_hook(self) -> Self {
+        Self { kind: Kind::Hook, ..self }
     }
 
     /// What a caller can do about it.
@@ -117,7 +125,7 @@ impl From<Error> for Failure {
             Kind::Invalid | Kind::NoExecutable | Kind::NotExecutable => FailureKind::Invalid,
             Kind::NotFound => FailureKind::NotFound,
             Kind::State => FailureKind::State,
-            Kind::System => FailureKind::System,
+            Kind::System | Kind::Hook => FailureKind::System,
         };
         Self { kind, message: error.to_string() }
     }

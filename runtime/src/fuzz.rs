@@ -123,7 +123,8 @@ fn load(text: &[u8]) {
 fn the_corpus_is_accepted() {
     let mut whole = rich();
     whole["linux"]["namespaces"].as_array_mut().unwrap().extend([json!({"type": "user"}), json!({"type": "time"})]);
-    let config = Config { spec: serde_json::from_value(whole).unwrap(), bundle: "/b".into() };
+    let config =
+        Config { spec: serde_json::from_value(whole).unwrap(), bundle: "/b".into(), raw: vec![], warnings: vec![] };
     assert_eq!(config.validate().map_err(|e| e.to_string()), Ok(()));
 }
 

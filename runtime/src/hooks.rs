@@ -16,10 +16,19 @@ use crate::error::{Error, Kind, Result};
 
 /// Runs `hooks` in order; the first failure ends it.
 pub(crate) fn run(name: &str, hooks: Option<&Vec<Hook>>, state: &[u8]) -> Result<()> {
-    for (index, hook) in hooks.into_iter().flatten().enumerate() {
-        run_one(hook, state).map_err(|e| e.within(format_args!("{name} hook #{index} {}", hook.path().display())))?;
-    }
-    Ok(())
+    each(name, hooks, state).collect()
+}
+
+/// Runs all `hooks` in order; what failed.
+pub(crate) fn run_all(name: &str, hooks: Option<&Vec<Hook>>, state: &[u8]) -> Vec<String> {
+    each(name, hooks, state).filter_map(|result| result.err().map(|e| e.to_string())).collect()
+}
+
+fn each(name: &str, hooks: Option<&Vec<Hook>>, state: &[u8]) -> impl Iterator<Item = Result<()>> {
+    hooks.into_iter().flatten().enumerate().map(move |(index, hook)| {
+        let named = |e: Error| e.within(format_args!("{name} hook #{index} {}", hook.path().display())).of_hook();
+        run_one(hook, state).map_err(named)
+    })
 }
 
 fn run_one(hook: &Hook, state: &[u8]) -> Result<()> {

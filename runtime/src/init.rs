@@ -120,6 +120,7 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
     let linux = spec.linux().as_ref().ok_or_else(|| Error::invalid("linux is missing"))?;
     let process = p.config.process()?;
     let mut warn = |text: String| drop(channel.report(&Report::Warning(text), None));
+    p.config.warnings.iter().cloned().for_each(&mut warn);
     rustix::process::umask(Mode::empty());
     let hook_state = namespaces(p, channel)?;
     rustix::process::setsid().context(|| "setsid".into())?;
@@ -143,6 +144,7 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
         idmaps: &p.idmaps,
         ahead: &p.ahead,
         label: linux.mount_label().as_deref().filter(|l| !l.is_empty()),
+        warn: &|text| drop(channel.report(&Report::Warning(text), None)),
     };
     let kernel = mounts::mount_all(&context, spec.mounts().as_deref().unwrap_or_default())?;
     if !binds_dev(spec) {
@@ -151,7 +153,7 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
     let terminal = terminal(process, &root, &p.wiring.console, channel, true)?;
     sysctls(p)?;
     if let Some(all) = spec.hooks() {
-        hooks::run("createContainer", all.create_container().as_ref(), &state)?;
+        hooks::run("createContainer", all.create_container().as_ref(), &seen_inside(&state, "creating"))?;
     }
     for path in linux.readonly_paths().iter().flatten() {
         kernel.make_read_only(&root, Path::new(path))?;
@@ -183,9 +185,17 @@ fn set_up(p: &Prepared<'_>, channel: &Channel) -> Result<Ready> {
         channel,
         userns: p.userns,
         home: None,
-        hooks: hooks.map(|h| (h, state)),
+        hooks: hooks.map(|h| (h, seen_inside(&state, "created"))),
         proc: p.proc.as_fd(),
     })
+}
+
+/// The state for hooks that run in the container, where its process has another pid.
+fn seen_inside(state: &[u8], status: &str) -> Vec<u8> {
+    let Ok(mut state) = serde_json::from_slice::<serde_json::Value>(state) else { return vec![] };
+    state["pid"] = std::process::id().into();
+    state["status"] = status.into();
+    state.to_string().into_bytes()
 }
 
 /// Joins and makes namespaces and joins the cgroup; the container's state for hooks when the maker sent one.
@@ -200,7 +210,7 @@ fn namespaces(p: &Prepared<'_>, channel: &Channel) -> Result<Option<Vec<u8>>> {
     }
     let hooks = spec.hooks().is_some();
     let maps = p.flags & libc::CLONE_NEWUSER as u64 != 0;
-    let state = if hooks || maps {
+    let state = if hooks || maps || p.config.net_devices().is_some() {
         channel.report(&Report::Namespaces, None)?;
         Some(channel.word()?)
     } else {
@@ -446,7 +456,7 @@ fn finish(f: Finish<'_>) -> Result<Ready> {
     }
     // As root first: a directory only root may enter is still the one that was asked for.
     let entered = process::enter_cwd(process.cwd());
-    process::become_user(process, f.userns)?;
+    process::become_user(process, f.userns, &mut |text| drop(f.channel.report(&Report::Warning(text), None)))?;
     if entered.is_err() {
         process::enter_cwd(process.cwd())?;
     }

@@ -16,7 +16,7 @@ use crate::{
     cgroups::{Cgroup, CgroupView, Join},
     config::Config,
     error::{Context, Error, Kind, Result},
-    hooks, init, mount_options, root,
+    hooks, init, mount_options, net_devices, root,
     seccomp::{self, Program},
     supervisor::protocol::Rootfs,
     sync::{self, Channel, Report},
@@ -276,6 +276,9 @@ fn see_through(launched: &mut Launched, config: &Config, state: &dyn Fn(i32) -> 
             }
             Some((Report::Namespaces, _)) => {
                 write_maps(launched.pid, config)?;
+                if let Some(devices) = config.net_devices() {
+                    net_devices::hand_over(devices, launched.pid)?;
+                }
                 let told = state(launched.pid);
                 if let Some(all) = config.spec.hooks() {
                     #[allow(deprecated)]
@@ -311,7 +314,7 @@ fn hand_listener(config: &Config, pid: i32, listener: BorrowedFd<'_>, state: &[u
         .ok_or_else(|| Error::invalid("SCMP_ACT_NOTIFY needs seccomp.listenerPath"))?;
     let state: serde_json::Value = serde_json::from_slice(state).unwrap_or_default();
     let message = serde_json::json!({
-        "ociVersion": "1.2.0",
+        "ociVersion": crate::spec::VERSION,
         "fds": ["seccompFd"],
         "pid": pid,
         "metadata": profile.and_then(|p| p.listener_metadata().clone()).unwrap_or_default(),
@@ -335,7 +338,7 @@ pub(crate) fn clone_flag(kind: LinuxNamespaceType) -> u64 {
     }) as u64
 }
 
-fn open_namespace(path: &Path) -> Result<OwnedFd> {
+pub(crate) fn open_namespace(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .context(|| format!("open namespace {}", path.display()))
 }

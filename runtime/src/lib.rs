@@ -20,6 +20,8 @@ mod masks;
 mod memory_policy;
 mod mount_options;
 mod mounts;
+mod net_devices;
+mod netlink;
 mod passwd;
 mod process;
 mod root;

@@ -110,6 +110,8 @@ pub(crate) struct MountContext<'a> {
     pub(crate) idmaps: &'a [Option<OwnedFd>],
     /// `linux.mountLabel`: the SELinux context of the container's own file systems.
     pub(crate) label: Option<&'a str>,
+    /// Told of what has no effect.
+    pub(crate) warn: &'a dyn Fn(String),
 }
 
 /// Makes the mounts of the configuration.
@@ -140,6 +142,9 @@ fn mount_one(context: &MountContext<'_>, index: usize, mount: &Mount) -> Result<
 fn bind(context: &MountContext<'_>, index: usize, mount: &Mount, options: &MountOptions) -> Result<OwnedFd> {
     let source = mount.source().as_ref().ok_or_else(|| Error::invalid("a bind mount needs a source"))?;
     let source = if source.is_absolute() { source.clone() } else { context.bundle.join(source) };
+    for (word, _) in &options.data {
+        (context.warn)(format!("mount on {}: {word} has no effect on a bind mount", mount.destination().display()));
+    }
     let tree = match context.ahead.mount(index) {
         Some(made) => made.try_clone_to_owned().context(|| "copy a descriptor".into())?,
         None => {

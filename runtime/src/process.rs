@@ -1,7 +1,7 @@
 //! What a process is before its program runs: user, groups, capabilities, limits, scheduling, and the program itself.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     ffi::{CStr, CString},
     io,
     os::fd::BorrowedFd,
@@ -138,7 +138,7 @@ pub(crate) fn set_personality(personality: &oci_spec::runtime::LinuxPersonality)
 ///
 /// The bounding set shrinks first (it needs CAP_SETPCAP), the user changes under PR_SET_KEEPCAPS, and the other sets
 /// follow last, so that at no point the process has more than before.
-pub(crate) fn become_user(process: &Process, in_userns: bool) -> Result<()> {
+pub(crate) fn become_user(process: &Process, in_userns: bool, warn: &mut dyn FnMut(String)) -> Result<()> {
     let has = |error| move |e: caps::errors::CapsError| Error::new(Kind::System, format!("{error}: {e}"));
     let wanted = process.capabilities().as_ref();
     let set_of = |list: Option<&HashSet<Capability>>| -> HashSet<caps::Capability> {
@@ -167,7 +167,14 @@ pub(crate) fn become_user(process: &Process, in_userns: bool) -> Result<()> {
     caps::set(None, CapSet::Effective, &effective).map_err(has("set effective capabilities"))?;
     caps::set(None, CapSet::Permitted, &permitted).map_err(has("set permitted capabilities"))?;
     let ambient: HashSet<_> = set_of(wanted.ambient().as_ref());
-    for cap in ambient.intersection(&permitted).filter(|c| inheritable.contains(c)) {
+    let (given, out): (Vec<_>, Vec<_>) =
+        ambient.iter().partition(|cap| permitted.contains(cap) && inheritable.contains(cap));
+    let asked = [wanted.permitted(), wanted.effective(), wanted.inheritable()].map(|set| set_of(set.as_ref()));
+    let missing = asked.iter().flatten().filter(|cap| !current.contains(cap)).chain(out);
+    for cap in missing.map(ToString::to_string).collect::<BTreeSet<_>>() {
+        warn(format!("process.capabilities: {cap} cannot be granted"));
+    }
+    for cap in given {
         caps::raise(None, CapSet::Ambient, *cap).map_err(has("set ambient capabilities"))?;
     }
     Ok(())

@@ -17,7 +17,7 @@ use std::{
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, StatVfsMountFlags};
 
 use crate::{
-    error::{Context, Result},
+    error::{Context, Error, Result},
     mounts,
     sys::{MountAttributes, mount_setattr},
 };
@@ -74,7 +74,11 @@ fn is_sealed_copy() -> bool {
 /// Keeps descriptors the caller did not mean for us out of the programs we run.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// When one that is to be passed on is not open, or the kernel refuses.
 pub fn protect_descriptors(preserve: u32) -> Result<()> {
+    let closed = (3..3 + preserve).find(|fd| !Path::new(&format!("/proc/self/fd/{fd}")).is_symlink());
+    if let Some(fd) = closed {
+        return Err(Error::invalid(format!("--preserve-fds {preserve}: descriptor {fd} is not open")));
+    }
     crate::sys::close_on_exec_from(3 + preserve).context(|| "mark descriptors close-on-exec".into())
 }

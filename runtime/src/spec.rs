@@ -1,6 +1,56 @@
-//! The configuration `isopod-runtime spec` writes: a complete, unprivileged container.
+//! The specification's document: how it is read, and the one `isopod-runtime spec` writes.
 
-use oci_spec::runtime::Spec;
+use std::collections::BTreeSet;
+
+use oci_spec::runtime::{Capability, Spec};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+
+/// The version of the specification this runtime is made for.
+pub const VERSION: &str = "1.3.0";
+
+/// Flags of `process.scheduler` whose names the parser has otherwise than the specification.
+const SCHEDULER_FLAGS: &[(&str, &str)] =
+    &[("SCHED_FLAG_RESET_ON_FORK", "SCHED_RESET_ON_FORK"), ("SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN")];
+
+/// Parses a document that has a process at this JSON pointer, and says what of the process had to be left out.
+pub(crate) fn parse<T: DeserializeOwned>(raw: &[u8], process: &str) -> serde_json::Result<(T, Vec<String>)> {
+    let error = match serde_json::from_slice(raw) {
+        Ok(parsed) => return Ok((parsed, vec![])),
+        Err(error) => error,
+    };
+    let Ok(mut document) = serde_json::from_slice::<Value>(raw) else { return Err(error) };
+    let Some(process) = document.pointer_mut(process) else { return Err(error) };
+    let before = process.clone();
+    let unknown = translate(process);
+    if *process == before {
+        // This one knows its line.
+        return Err(error);
+    }
+    serde_json::from_value(document).map(|parsed| (parsed, unknown))
+}
+
+/// Puts the parser's names in, and takes capabilities out that nobody knows: the specification wants them logged.
+fn translate(process: &mut Value) -> Vec<String> {
+    for flag in process.pointer_mut("/scheduler/flags").and_then(Value::as_array_mut).into_iter().flatten() {
+        if let Some((_, known)) = SCHEDULER_FLAGS.iter().find(|(name, _)| flag == name) {
+            *flag = (*known).into();
+        }
+    }
+    let mut unknown = BTreeSet::new();
+    for set in process.get_mut("capabilities").and_then(Value::as_object_mut).into_iter().flat_map(|s| s.values_mut()) {
+        if let Some(names) = set.as_array_mut() {
+            names.retain(|name| {
+                let known = !name.is_string() || Capability::deserialize(name).is_ok();
+                if !known {
+                    unknown.insert(format!("process.capabilities: {name} is unknown and left out"));
+                }
+                known
+            });
+        }
+    }
+    unknown.into_iter().collect()
+}
 
 /// The template.
 ///
@@ -10,7 +60,7 @@ use oci_spec::runtime::Spec;
 pub fn template() -> Spec {
     let capabilities = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"];
     let value = serde_json::json!({
-        "ociVersion": "1.2.0",
+        "ociVersion": VERSION,
         "process": {
             "terminal": true,
             "user": {"uid": 0, "gid": 0},

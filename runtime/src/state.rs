@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     cgroups::Cgroup,
+    config::Config,
     error::{Context, Error, Kind, Result},
 };
 
@@ -64,6 +65,7 @@ pub struct StateDir {
 /// Name of the fifo a created container waits on; gone once it is started.
 const FIFO: &str = "exec.fifo";
 const ERRORS: &str = "start-error";
+const CONFIG: &str = "config.json";
 
 impl StateDir {
     /// Makes the directory of a new container.
@@ -130,12 +132,29 @@ impl StateDir {
         replace(&self.path.join("state.json"), &bytes)
     }
 
+    /// Keeps the configuration: what happens to the bundle's from now on has no effect on the container.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(crate) fn keep_config(&self, raw: &[u8]) -> Result<()> {
+        let path = self.path.join(CONFIG);
+        fs::write(&path, raw).context(|| format!("write {}", path.display()))
+    }
+
+    /// The configuration the container was created with.
+    ///
+    /// # Errors
+    /// When it is missing or damaged.
+    pub(crate) fn config(&self, state: &State) -> Result<Config> {
+        Config::read(&self.path.join(CONFIG), state.bundle.clone())
+    }
+
     /// Removes everything.
     ///
     /// # Errors
     /// When the directory cannot be removed.
     pub fn remove(self) -> Result<()> {
-        for name in ["state.json", FIFO, ERRORS] {
+        for name in ["state.json", CONFIG, FIFO, ERRORS] {
             drop(fs::remove_file(self.path.join(name)));
         }
         match fs::remove_dir(&self.path) {
@@ -196,12 +215,14 @@ impl StateDir {
     #[must_use]
     pub fn status(&self, state: &State) -> Status {
         if !state.is_alive() {
-            return Status::Stopped;
+            Status::Stopped
+        } else if state.cgroup.as_ref().is_some_and(Cgroup::is_frozen) {
+            Status::Paused
+        } else if self.is_waiting() {
+            Status::Created
+        } else {
+            Status::Running
         }
-        if self.is_waiting() {
-            return Status::Created;
-        }
-        if state.cgroup.as_ref().is_some_and(Cgroup::is_frozen) { Status::Paused } else { Status::Running }
     }
 }
 

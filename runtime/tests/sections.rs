@@ -48,6 +48,67 @@ fn scheduling() {
 }
 
 #[test]
+fn flags_of_the_scheduler() {
+    if !possible() {
+        return;
+    }
+    // Fields 19 and 41 are niceness and policy; a negative niceness does not outlive a fork with the first flag.
+    let field = |number: &str, file: &str| format!("busybox cut -d ' ' -f {number} {file}");
+    let script = format!("{}; {}; :", field("19", "/proc/1/stat"), field("19", "/proc/self/stat"));
+    let nice = |flags: serde_json::Value| {
+        said(&["sh", "-c", &script], |b| {
+            b.config["process"]["scheduler"] = json!({"policy": "SCHED_OTHER", "nice": -5, "flags": flags});
+        })
+    };
+    assert_eq!(nice(json!([])), "-5\n-5\n");
+    assert_eq!(nice(json!(["SCHED_FLAG_RESET_ON_FORK"])), "-5\n0\n");
+    let deadline = said(&["sh", "-c", &format!("exec {}", field("41", "/proc/self/stat"))], |b| {
+        b.config["process"]["scheduler"] = json!({"policy": "SCHED_DEADLINE", "runtime": 500_000_000,
+            "deadline": 1_000_000_000, "period": 1_000_000_000, "flags": ["SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_RECLAIM"]});
+    });
+    assert_eq!(deadline, "6\n");
+    let unknown = refusal(|b| {
+        b.config["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "flags": ["SCHED_FLAG_NOSUCH"]});
+    });
+    assert!(unknown.contains("unknown variant `SCHED_FLAG_NOSUCH`"), "{unknown}");
+}
+
+#[test]
+fn what_has_no_effect_is_said() {
+    if !possible() {
+        return;
+    }
+    let mut bundle = Bundle::new(&["grep", "CapEff", "/proc/self/status"]);
+    let source = tempfile::tempdir().unwrap();
+    bundle.config["mounts"].as_array_mut().unwrap().push(
+        json!({"destination": "/v", "type": "bind", "source": source.path(), "options": ["rbind", "size=5m", "nofail"]}),
+    );
+    bundle.config["process"]["capabilities"] = json!({
+        "bounding": ["CAP_KILL", "CAP_FLY"], "effective": ["CAP_KILL", "CAP_FLY"], "permitted": ["CAP_KILL"],
+        "ambient": ["CAP_KILL"],
+    });
+    bundle.config["linux"]["resources"]["memory"] = json!({"kernel": 1_000_000, "useHierarchy": false});
+    bundle.write();
+    let log = bundle.dir.path().join("log");
+    let directory = bundle.dir.path().to_string_lossy().into_owned();
+    let output =
+        bundle.call(&["--log", &log.to_string_lossy(), "--log-format", "json", "run", "-b", &directory, &bundle.id]);
+    assert_eq!(text(&output.stdout), "CapEff:\t0000000000000020\n", "{}", text(&output.stderr));
+    let log = fs::read_to_string(log).unwrap();
+    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for words in [
+        "process.capabilities: \"CAP_FLY\" is unknown and left out",
+        "process.capabilities: CAP_KILL cannot be granted",
+        "mount on /v: size has no effect on a bind mount",
+        "linux.resources.memory.kernel has no effect: the kernel has dropped it",
+        "linux.resources.memory.useHierarchy has no effect: the kernel has dropped it",
+    ] {
+        assert!(lines.iter().any(|l| l["msg"] == words && l["level"] == "warning"), "{words:?} is not in {log}");
+    }
+    assert_eq!(lines.len(), 5, "{log}");
+}
+
+#[test]
 fn memory_policy() {
     if !possible() || !std::path::Path::new("/proc/self/numa_maps").exists() {
         return;

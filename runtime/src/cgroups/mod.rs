@@ -169,7 +169,9 @@ impl Cgroup {
     /// When the path climbs.
     pub(crate) fn below(&self, path: &str) -> Result<Self> {
         let mut child = self.clone();
-        child.path.push_str(&clean(path)?);
+        if path != "/" {
+            child.path.push_str(&clean(path)?);
+        }
         Ok(child)
     }
 
@@ -451,6 +453,16 @@ impl Cgroup {
     fn dir(&self, hierarchy: &Hierarchy) -> PathBuf {
         below(hierarchy.mount_point(), Path::new(&self.path))
     }
+}
+
+/// What of these resources the kernel has no use for any more, in words.
+pub(crate) fn without_effect(resources: &LinuxResources) -> Vec<String> {
+    let Some(memory) = resources.memory() else { return vec![] };
+    #[allow(deprecated, reason = "it is still in configurations")]
+    let kernel = memory.kernel().is_some_and(|limit| limit > 0);
+    let fields = [("kernel", kernel), ("useHierarchy", memory.use_hierarchy() == Some(false))];
+    let asked = fields.iter().filter(|(_, asked)| *asked);
+    asked.map(|(name, _)| format!("linux.resources.memory.{name} has no effect: the kernel has dropped it")).collect()
 }
 
 /// Whether this process lacks root's rights on the machine.

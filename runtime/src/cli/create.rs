@@ -7,9 +7,9 @@ use oci_spec::runtime::LinuxResources;
 
 use super::{Global, foreground};
 use crate::{
-    cgroups::{Cgroup, Placeholder, Scope},
+    cgroups::{self, Cgroup, Placeholder, Scope},
     config::Config,
-    error::{Error, Result},
+    error::{Error, Kind, Result},
     hooks,
     launch::{Console, Gate, Launch, Launched, Wiring},
     state::{State, StateDir, process_start_time, replace},
@@ -76,15 +76,13 @@ pub(super) fn create(global: &Global, args: &CreateArgs) -> Result<()> {
 pub(super) fn run(global: &Global, args: &RunArgs) -> Result<i32> {
     let signals = (!args.detach).then(foreground::Signals::block).transpose()?;
     let Made { dir, state, config, launched } = make(global, &args.create, false)?;
-    if let Err(error) = launched.start() {
-        clean_up(dir, state.cgroup.as_ref(), state.pid);
+    if let Err(error) = launched.start().and_then(|()| started(&config, &state)) {
+        drop(sys::pidfd_kill(launched.pidfd.as_fd(), libc::SIGKILL));
+        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None);
+        drop(finish(global, dir, &state));
         return Err(error);
     }
     global.warn(&launched.warnings);
-    let told = hook_state(&state, "running", state.pid);
-    if let Some(all) = config.spec.hooks() {
-        hooks::run("poststart", all.poststart().as_ref(), &told)?;
-    }
     let Some(signals) = signals else { return Ok(0) };
     // Other commands must not wait for this one.
     let id = state.id.clone();
@@ -93,41 +91,37 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> Result<i32> {
     if !args.keep
         && let Ok(dir) = StateDir::open(&global.root(), &id)
     {
-        finish(dir, &state)?;
+        finish(global, dir, &state)?;
     }
     Ok(code)
 }
 
-/// Removes an ended container's traces and runs its last hooks.
-pub(super) fn finish(dir: StateDir, state: &State) -> Result<()> {
-    let mut result = Ok(());
-    if let Some(cgroup) = &state.cgroup {
-        result = cgroup.kill_and_wait().and_then(|()| cgroup.remove());
-    }
-    // Hooks may fail, the removal goes on.
-    if let Ok(config) = Config::load(&state.bundle)
-        && let Some(all) = config.spec.hooks()
-    {
-        let told = hook_state(state, "stopped", 0);
-        if let Err(e) = hooks::run("poststop", all.poststop().as_ref(), &told) {
-            eprintln!("isopod-runtime: {e}");
-        }
-    }
-    result.and(dir.remove())
+/// The hooks of a container whose program runs.
+pub(super) fn started(config: &Config, state: &State) -> Result<()> {
+    let Some(all) = config.spec.hooks() else { return Ok(()) };
+    hooks::run("poststart", all.poststart().as_ref(), &hook_state(state, "running", state.pid))
 }
 
-fn clean_up(dir: StateDir, cgroup: Option<&Cgroup>, pid: i32) {
-    if pid > 0 {
-        drop(sys::kill(pid, libc::SIGKILL));
-        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
+/// Removes an ended container's traces and runs its last hooks.
+pub(super) fn finish(global: &Global, dir: StateDir, state: &State) -> Result<()> {
+    let config = dir.config(state);
+    let removed = remove(dir, state);
+    if let Some(all) = config.ok().and_then(|c| c.spec.hooks().clone()) {
+        global.warn(&hooks::run_all("poststop", all.poststop().as_ref(), &hook_state(state, "stopped", 0)));
     }
-    if let Some(cgroup) = cgroup {
-        drop(cgroup.kill_and_wait().and_then(|()| cgroup.remove()));
-    }
-    drop(dir.remove());
+    removed
+}
+
+fn remove(dir: StateDir, state: &State) -> Result<()> {
+    let group = state.cgroup.as_ref().map_or(Ok(()), |c| c.kill_and_wait().and_then(|()| c.remove()));
+    group.and(dir.remove())
 }
 
 fn make(global: &Global, args: &CreateArgs, wait_for_start: bool) -> Result<Made> {
+    // Sockets a service manager passes on come after those asked for.
+    let passed: u32 = std::env::var("LISTEN_FDS").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
+    let preserve = args.preserve_fds + passed;
+    crate::protect_descriptors(preserve)?;
     let config = Config::load(&args.bundle)?;
     let process = config.process()?;
     let terminal = process.terminal() == Some(true);
@@ -139,10 +133,6 @@ fn make(global: &Global, args: &CreateArgs, wait_for_start: bool) -> Result<Made
         }
         (None, _) => Console::Launcher,
     };
-    // Sockets a service manager passes on come after those asked for.
-    let passed: u32 = std::env::var("LISTEN_FDS").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
-    let preserve = args.preserve_fds + passed;
-    crate::protect_descriptors(preserve)?;
     let wiring = Wiring { console, preserve, keep_keyring: args.no_new_keyring, ..Wiring::default() };
     let dir = StateDir::create(&global.root(), &args.id)?;
     let mut state = State {
@@ -159,7 +149,8 @@ fn make(global: &Global, args: &CreateArgs, wait_for_start: bool) -> Result<Made
     match fill(&dir, &mut state, &config, args, global, wiring, wait_for_start) {
         Ok(launched) => Ok(Made { dir, state, config, launched }),
         Err(error) => {
-            clean_up(dir, state.cgroup.as_ref(), 0);
+            // Where hooks have run the last ones follow.
+            drop(if error.kind() == Kind::Hook { finish(global, dir, &state) } else { remove(dir, &state) });
             Err(error)
         }
     }
@@ -217,10 +208,11 @@ fn fill(
     wait_for_start: bool,
 ) -> Result<Launched> {
     state.cgroup = Some(plan_cgroup(config, &args.id, global.systemd())?);
+    dir.keep_config(&config.raw)?;
     // From here on a `delete --force` finds what there is, also when this process is killed.
     dir.write(state)?;
     // The placeholder goes when this function ends: the container's init, or nobody, is in the group then.
-    let mut warnings = vec![];
+    let mut warnings = resources(config).map(cgroups::without_effect).unwrap_or_default();
     let _placeholder = make_cgroup(config, state, &mut warnings)?;
     if wait_for_start {
         let (fifo, errors) = dir.make_gate()?;
@@ -254,7 +246,7 @@ fn fill(
 /// The state in the words of the specification.
 pub(super) fn hook_state(state: &State, status: &str, pid: i32) -> Vec<u8> {
     let value = serde_json::json!({
-        "ociVersion": "1.2.0",
+        "ociVersion": crate::spec::VERSION,
         "id": state.id,
         "status": status,
         "pid": pid,

@@ -10,6 +10,7 @@ use crate::{
     config::{self, Config},
     error::{Error, Result},
     launch::{Console, Exec, Wiring},
+    spec,
     state::{StateDir, Status, replace},
     tty,
 };
@@ -74,16 +75,19 @@ pub(super) struct ExecArgs {
 
 /// Runs a program in a container; its exit code, or 0 when detached.
 pub(super) fn exec(global: &Global, args: &ExecArgs) -> Result<i32> {
+    crate::protect_descriptors(args.preserve_fds)?;
     let dir = StateDir::open(&global.root(), &args.id)?;
     let state = dir.read()?;
     match dir.status(&state) {
         Status::Stopped => return Err(Error::state("cannot exec in a stopped container")),
-        Status::Paused if !args.ignore_paused => return Err(Error::state("cannot exec in a paused container")),
+        Status::Paused if !args.ignore_paused => {
+            return Err(Error::state("cannot exec in a paused container (--ignore-paused does it all the same)"));
+        }
         _ => {}
     }
+    let config = dir.config(&state)?;
     drop(dir);
-    let config = Config::load(&state.bundle)?;
-    let process = process(args, &config)?;
+    let (process, mut warnings) = process(args, &config)?;
     config::validate_process(&process)?;
     let terminal = process.terminal() == Some(true);
     let console = match (&args.console_socket, terminal) {
@@ -91,7 +95,6 @@ pub(super) fn exec(global: &Global, args: &ExecArgs) -> Result<i32> {
         (None, true) if args.detach => return Err(Error::invalid("a detached terminal needs --console-socket")),
         _ => Console::Launcher,
     };
-    crate::protect_descriptors(args.preserve_fds)?;
     let signals = (!args.detach).then(foreground::Signals::block).transpose()?;
     let init = rustix::process::Pid::from_raw(state.pid).ok_or_else(|| Error::state("the container has no process"))?;
     let pidfd = rustix::process::pidfd_open(init, rustix::process::PidfdFlags::empty())
@@ -121,19 +124,21 @@ pub(super) fn exec(global: &Global, args: &ExecArgs) -> Result<i32> {
         let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None);
         return Err(error);
     }
-    global.warn(&launched.warnings);
+    warnings.extend(launched.warnings.iter().cloned());
+    global.warn(&warnings);
     match signals {
         Some(signals) => foreground::attend(&signals, launched.pid, launched.master.as_ref().map(AsFd::as_fd)),
         None => Ok(0),
     }
 }
 
-fn process(args: &ExecArgs, config: &Config) -> Result<Process> {
+/// What to run, and what of it is left out.
+fn process(args: &ExecArgs, config: &Config) -> Result<(Process, Vec<String>)> {
     if let Some(file) = &args.process {
         let raw = config::read_limited(file)?;
-        return serde_json::from_slice(&raw).map_err(|e| Error::invalid(format!("parse {}: {e}", file.display())));
+        return spec::parse(&raw, "").map_err(|e| Error::invalid(format!("parse {}: {e}", file.display())));
     }
-    let mut process = config.process()?.clone();
+    let (mut process, mut warnings) = (config.process()?.clone(), vec![]);
     process.set_args(Some(args.command.clone())).set_terminal(Some(args.tty)).set_console_size(None);
     if let Some(cwd) = &args.cwd {
         process.set_cwd(cwd.clone());
@@ -156,8 +161,10 @@ fn process(args: &ExecArgs, config: &Config) -> Result<Process> {
         process.user_mut().set_additional_gids(Some(groups));
     }
     for name in &args.cap {
-        let cap: Capability = serde_json::from_value(name.clone().into())
-            .map_err(|_| Error::invalid(format!("unknown capability {name}")))?;
+        let Ok(cap) = serde_json::from_value::<Capability>(name.clone().into()) else {
+            warnings.push(format!("--cap {name} is unknown and left out"));
+            continue;
+        };
         let mut all = process.capabilities().clone().unwrap_or_default();
         let with = |set: &Option<std::collections::HashSet<Capability>>| {
             let mut set = set.clone().unwrap_or_default();
@@ -168,5 +175,5 @@ fn process(args: &ExecArgs, config: &Config) -> Result<Process> {
         all.set_bounding(bounding).set_effective(effective).set_permitted(permitted);
         process.set_capabilities(Some(all));
     }
-    Ok(process)
+    Ok((process, warnings))
 }

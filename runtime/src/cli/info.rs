@@ -79,24 +79,32 @@ fn stats(id: &str, usage: &Usage) -> serde_json::Value {
     })
 }
 
-/// A Go duration of one unit: `5s`, `500ms`, `1m`; plain numbers are seconds.
+/// A Go duration: `5s`, `500ms`, `1m30s`; a plain number is seconds.
 fn interval(text: &str) -> Result<Duration> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let factor = match &text[digits.len()..] {
-        "ms" => 1,
-        "s" | "" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => 0,
-    };
-    let millis = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(factor)).filter(|&n| n > 0);
-    millis.map(Duration::from_millis).ok_or_else(|| Error::invalid(format!("malformed interval {text:?}")))
+    let malformed = || Error::invalid(format!("malformed interval {text:?}"));
+    let (mut rest, mut total) = (text, 0u64);
+    while !rest.is_empty() {
+        let unit = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+        let next = unit.trim_start_matches(|c: char| c.is_ascii_alphabetic());
+        let number: u64 = rest[..rest.len() - unit.len()].parse().map_err(|_| malformed())?;
+        let millis = match &unit[..unit.len() - next.len()] {
+            "ms" => 1,
+            "s" => 1000,
+            "" if rest == text => 1000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            _ => return Err(malformed()),
+        };
+        total = number.checked_mul(millis).and_then(|n| n.checked_add(total)).ok_or_else(malformed)?;
+        rest = next;
+    }
+    if total == 0 { Err(malformed()) } else { Ok(Duration::from_millis(total)) }
 }
 
 pub(super) fn features() -> Result<()> {
     let features = json!({
         "ociVersionMin": "1.0.0",
-        "ociVersionMax": "1.2.0",
+        "ociVersionMax": crate::spec::VERSION,
         "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
         "mountOptions": [
             "async", "atime", "bind", "defaults", "dev", "diratime", "exec", "idmap", "noatime", "nodev", "nodiratime",

@@ -4,11 +4,9 @@ use std::path::Path;
 
 use clap::Args;
 
-use super::create;
+use super::{Global, create};
 use crate::{
-    config::Config,
     error::{Error, Kind, Result},
-    hooks,
     state::{State, StateDir, Status, all_ids},
     sys,
 };
@@ -22,7 +20,7 @@ pub(super) struct KillArgs {
     /// Container id
     id: String,
     /// Name or number
-    #[arg(default_value = "SIGTERM")]
+    #[arg(default_value = "SIGTERM", allow_negative_numbers = true)]
     signal: String,
 }
 
@@ -36,12 +34,29 @@ pub(super) struct DeleteArgs {
     id: String,
 }
 
+/// How `list` and `ps` answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Table,
+    Json,
+}
+
+impl Format {
+    fn parse(text: &str) -> Result<Self, &'static str> {
+        match text {
+            "table" => Ok(Self::Table),
+            "json" => Ok(Self::Json),
+            _ => Err("invalid format option"),
+        }
+    }
+}
+
 /// Arguments of `list`.
 #[derive(Debug, Args)]
 pub(super) struct ListArgs {
     /// table or json
-    #[arg(short, long, default_value = "table")]
-    format: String,
+    #[arg(short, long, default_value = "table", value_parser = Format::parse)]
+    format: Format,
     /// Only ids
     #[arg(short, long)]
     quiet: bool,
@@ -51,8 +66,8 @@ pub(super) struct ListArgs {
 #[derive(Debug, Args)]
 pub(super) struct PsArgs {
     /// table or json
-    #[arg(short, long, default_value = "table")]
-    format: String,
+    #[arg(short, long, default_value = "table", value_parser = Format::parse)]
+    format: Format,
     /// Container id
     id: String,
     /// Arguments for ps(1)
@@ -60,21 +75,23 @@ pub(super) struct PsArgs {
     args: Vec<String>,
 }
 
-pub(super) fn start(root: &Path, id: &str) -> Result<()> {
-    let dir = StateDir::open(root, id)?;
+pub(super) fn start(global: &Global, id: &str) -> Result<()> {
+    let dir = StateDir::open(&global.root(), id)?;
     let state = dir.read()?;
     match dir.status(&state) {
         Status::Created => {}
         Status::Stopped => return Err(Error::state("cannot start a container that has stopped")),
-        Status::Running | Status::Paused => return Err(Error::state("cannot start an already running container")),
+        Status::Running => return Err(Error::state("cannot start an already running container")),
+        Status::Paused => return Err(Error::state("cannot start a container in the paused state")),
     }
-    dir.open_gate()?;
-    let config = Config::load(&state.bundle)?;
-    if let Some(all) = config.spec.hooks() {
-        let told = create::hook_state(&state, "running", state.pid);
-        hooks::run("poststart", all.poststart().as_ref(), &told)?;
+    let config = dir.config(&state)?;
+    match dir.open_gate().and_then(|()| create::started(&config, &state)) {
+        Err(error) if error.kind() == Kind::Hook => {
+            drop(destroy(global, dir, &state));
+            Err(error)
+        }
+        other => other,
     }
-    Ok(())
 }
 
 pub(super) fn state(root: &Path, id: &str) -> Result<()> {
@@ -87,7 +104,7 @@ pub(super) fn state(root: &Path, id: &str) -> Result<()> {
 fn describe(dir: &StateDir, state: &State) -> serde_json::Value {
     let status = dir.status(state);
     serde_json::json!({
-        "ociVersion": "1.2.0",
+        "ociVersion": crate::spec::VERSION,
         "id": state.id,
         "pid": if status == Status::Stopped { 0 } else { state.pid },
         "status": status,
@@ -133,8 +150,8 @@ pub(super) fn parse_signal(text: &str) -> Result<i32> {
     format!("SIG{name}").parse::<nix::sys::signal::Signal>().map(|s| s as i32).map_err(|_| unknown())
 }
 
-pub(super) fn delete(root: &Path, args: &DeleteArgs) -> Result<()> {
-    let dir = match StateDir::open(root, &args.id) {
+pub(super) fn delete(global: &Global, args: &DeleteArgs) -> Result<()> {
+    let dir = match StateDir::open(&global.root(), &args.id) {
         Err(e) if args.force && e.kind() == Kind::NotFound => return Ok(()),
         other => other?,
     };
@@ -153,14 +170,17 @@ pub(super) fn delete(root: &Path, args: &DeleteArgs) -> Result<()> {
     if status != Status::Stopped && status != Status::Created && !args.force {
         return Err(Error::state(format!("cannot delete container {} that is not stopped: {status:?}", args.id)));
     }
-    if status != Status::Stopped {
-        drop(sys::kill(state.pid, libc::SIGKILL));
-        if let Some(cgroup) = &state.cgroup {
-            cgroup.kill_and_wait()?;
-        }
-        wait_for_end(&state);
+    if status == Status::Stopped { create::finish(global, dir, &state) } else { destroy(global, dir, &state) }
+}
+
+/// Ends a container and removes it.
+fn destroy(global: &Global, dir: StateDir, state: &State) -> Result<()> {
+    drop(sys::kill(state.pid, libc::SIGKILL));
+    if let Some(cgroup) = &state.cgroup {
+        cgroup.kill_and_wait()?;
     }
-    create::finish(dir, &state)
+    wait_for_end(state);
+    create::finish(global, dir, state)
 }
 
 fn wait_for_end(state: &State) {
@@ -187,7 +207,7 @@ pub(super) fn list(root: &Path, args: &ListArgs) -> Result<()> {
     };
     if args.quiet {
         rows.iter().for_each(|row| println!("{}", text(row, "id")));
-    } else if args.format == "json" {
+    } else if args.format == Format::Json {
         println!("{}", serde_json::Value::Array(rows));
     } else {
         let columns = ["id", "pid", "status", "bundle", "created", "owner"];
@@ -211,7 +231,7 @@ pub(super) fn ps(root: &Path, args: &PsArgs) -> Result<()> {
     let dir = StateDir::open(root, &args.id)?;
     let state = dir.read()?;
     let pids = state.cgroup.as_ref().map_or_else(|| Ok(vec![state.pid]), |c| c.processes())?;
-    if args.format == "json" {
+    if args.format == Format::Json {
         println!("{}", serde_json::json!(pids));
         return Ok(());
     }

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser};
 
 use self::commands::{Command, Nothing, may_make_processes};
-use crate::error::Result;
+use crate::error::{Context, Result};
 
 /// An OCI runtime, and the supervisor of isopod's pods.
 #[derive(Debug, Parser)]
@@ -22,7 +22,7 @@ pub struct Cli {
     #[command(flatten)]
     global: Global,
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
 }
 
 #[derive(Debug, Args)]
@@ -48,6 +48,9 @@ struct Global {
     /// systemd is --systemd-cgroup, cgroupfs the default
     #[arg(long, value_parser = ["systemd", "cgroupfs"])]
     cgroup_manager: Option<String>,
+    /// Accepted for compatibility
+    #[arg(long, hide = true)]
+    criu: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -68,11 +71,22 @@ pub fn main() -> i32 {
             return if e.use_stderr() { 64 } else { 0 };
         }
     };
-    match sealed.and_then(|()| dispatch(cli.command, &cli.global)) {
+    let Some(command) = cli.command else {
+        drop(<Cli as clap::CommandFactory>::command().print_help());
+        return 0;
+    };
+    // What cannot be logged later is better known now.
+    let logs = cli.global.open_log().transpose().map(drop);
+    let executes = matches!(command, Command::Exec(_));
+    match sealed.and(logs).and_then(|()| dispatch(command, &cli.global)) {
         Ok(code) => code,
         Err(error) => {
             cli.global.report(&error.to_string());
-            error.exit_code()
+            match error.exit_code() {
+                // As any code may be the program's, runc's is the last there is.
+                1 if executes => 255,
+                code => code,
+            }
         }
     }
 }
@@ -82,16 +96,16 @@ fn dispatch(command: Command, global: &Global) -> Result<i32> {
     match command {
         Command::Create(args) => create::create(global, &args).map(|()| 0),
         Command::Run(args) => create::run(global, &args),
-        Command::Start(of) => lifecycle::start(root, &of.id).map(|()| 0),
+        Command::Start(of) => lifecycle::start(global, &of.id).map(|()| 0),
         Command::State(of) => lifecycle::state(root, &of.id).map(|()| 0),
         Command::Kill(args) => lifecycle::kill(root, &args).map(|()| 0),
-        Command::Delete(args) => lifecycle::delete(root, &args).map(|()| 0),
+        Command::Delete(args) => lifecycle::delete(global, &args).map(|()| 0),
         Command::Exec(args) => exec::exec(global, &args),
         Command::List(args) => lifecycle::list(root, &args).map(|()| 0),
         Command::Ps(args) => lifecycle::ps(root, &args).map(|()| 0),
         Command::Pause(of) => lifecycle::freeze(root, &of.id, true).map(|()| 0),
         Command::Resume(of) => lifecycle::freeze(root, &of.id, false).map(|()| 0),
-        Command::Update(args) => update::update(root, &args).map(|()| 0),
+        Command::Update(args) => update::update(global, &args).map(|()| 0),
         Command::Events(args) => info::events(root, &args).map(|()| 0),
         Command::Features(Nothing {}) => info::features().map(|()| 0),
         Command::Spec(args) => info::spec(&args).map(|()| 0),
@@ -138,14 +152,19 @@ impl Global {
 
     /// Adds a line to the log; `false` when there is none.
     fn log(&self, level: &str, message: &str) -> bool {
-        let Some(path) = &self.log else { return false };
+        let Some(Ok(mut file)) = self.open_log() else { return false };
         let time = crate::time::rfc3339_nanos(crate::time::now_nanos());
         let line = if self.log_format == LogFormat::Json {
             serde_json::json!({"level": level, "msg": message, "time": time}).to_string()
         } else {
             format!("time={time:?} level={level} msg={message:?}")
         };
-        let file = std::fs::File::options().create(true).append(true).open(path);
-        file.and_then(|mut file| std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes())).is_ok()
+        std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes()).is_ok()
+    }
+
+    fn open_log(&self) -> Option<Result<std::fs::File>> {
+        let path = self.log.as_ref()?;
+        let opened = std::fs::File::options().create(true).append(true).open(path);
+        Some(opened.context(|| format!("open log {}", path.display())))
     }
 }

@@ -6,8 +6,9 @@ use clap::Args;
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Map, Value, json};
 
+use super::Global;
 use crate::{
-    config,
+    cgroups, config,
     error::{Error, Result},
     state::{StateDir, Status},
 };
@@ -34,7 +35,7 @@ pub(super) struct UpdateArgs {
     #[arg(long, allow_hyphen_values = true)]
     cpu_quota: Option<i64>,
     /// Microseconds
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     cpu_period: Option<u64>,
     /// Microseconds
     #[arg(long)]
@@ -60,13 +61,19 @@ pub(super) struct UpdateArgs {
     /// Processes and threads
     #[arg(long, allow_hyphen_values = true)]
     pids_limit: Option<i64>,
+    /// No effect
+    #[arg(long, hide = true)]
+    kernel_memory: Option<String>,
+    /// No effect
+    #[arg(long, hide = true)]
+    kernel_memory_tcp: Option<String>,
     /// Container id
     id: String,
 }
 
-pub(super) fn update(root: &Path, args: &UpdateArgs) -> Result<()> {
+pub(super) fn update(global: &Global, args: &UpdateArgs) -> Result<()> {
     let resources = resources(args)?;
-    let dir = StateDir::open(root, &args.id)?;
+    let dir = StateDir::open(&global.root(), &args.id)?;
     let mut state = dir.read()?;
     if dir.status(&state) == Status::Stopped {
         return Err(Error::state("cannot update a stopped container"));
@@ -74,6 +81,10 @@ pub(super) fn update(root: &Path, args: &UpdateArgs) -> Result<()> {
     let cgroup = state.cgroup.as_mut().ok_or_else(|| Error::state("the container has no cgroup"))?;
     cgroup.apply(&resources)?;
     cgroup.tell_manager(&resources)?;
+    global.warn(&cgroups::without_effect(&resources));
+    if args.kernel_memory.is_some() || args.kernel_memory_tcp.is_some() {
+        global.warn(&["the kernel has no limits of kernel memory any more: no effect".into()]);
+    }
     dir.write(&state)
 }
 

@@ -426,7 +426,7 @@ fn end_quietly(cgroup: &Cgroup, pid: i32) {
 /// The container's state as hooks are told it.
 pub(crate) fn hook_state(id: &str, bundle: &Path, pid: i32) -> Vec<u8> {
     let state = serde_json::json!({
-        "ociVersion": "1.2.0", "id": id, "status": "creating", "pid": pid, "bundle": bundle,
+        "ociVersion": crate::spec::VERSION, "id": id, "status": "creating", "pid": pid, "bundle": bundle,
     });
     state.to_string().into_bytes()
 }
