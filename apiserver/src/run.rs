@@ -108,6 +108,7 @@ async fn serve(
     let tidying = tokio::spawn(tidy(registry, stop.clone()));
     stop.cancelled().await;
     app.health.stopping.store(true, Ordering::Release);
+    app.registry.cache().wake_all();
     for task in [serving, maintaining, tidying, following, aggregating] {
         if task.await.is_err() {
             tracing::error!("a part of the server panicked");

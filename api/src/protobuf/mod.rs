@@ -151,33 +151,37 @@ pub fn supported(gvk: &Gvk) -> bool {
 
 /// Encodes an object with its envelope.
 pub fn encode(obj: &Value) -> Result<Vec<u8>, Error> {
-    let gvk = Gvk::of(obj);
-    let mut raw = Vec::with_capacity(512);
-    write::message(message_of(&gvk)?, obj, &mut raw)?;
-    Ok(sealed(&gvk, &raw))
+    Ok(seal(&Gvk::of(obj), &encode_message(obj)?))
 }
 
-/// Encodes a list with its envelope, item by item. `head` has kind, version and metadata.
-pub fn encode_list(head: &Value, items: impl Iterator<Item = Value>) -> Result<Vec<u8>, Error> {
+/// Encodes an object without its envelope, as lists have their items.
+pub fn encode_message(obj: &Value) -> Result<Vec<u8>, Error> {
+    let mut raw = Vec::with_capacity(512);
+    write::message(message_of(&Gvk::of(obj))?, obj, &mut raw)?;
+    Ok(raw)
+}
+
+/// Encodes a list of messages with its envelope. `head` has kind, version and metadata.
+pub fn encode_list<M: AsRef<[u8]>>(
+    head: &Value,
+    items: impl Iterator<Item = Result<M, Error>>,
+) -> Result<Vec<u8>, Error> {
     let gvk = Gvk::of(head);
     let list = message_of(&gvk)?;
     let field = message(list).and_then(|fields| fields.iter().find(|f| f.name == "items"));
-    let Some(Field { number, kind: Kind::Message(item), .. }) = field else {
+    let Some(Field { number, kind: Kind::Message(_), .. }) = field else {
         return Err(Error::NoMessage(gvk.to_string()));
     };
     let mut raw = Vec::with_capacity(4096);
     write::message(list, head, &mut raw)?;
-    let mut one = Vec::with_capacity(1024);
-    for value in items {
-        one.clear();
-        write::message(item, &value, &mut one)?;
-        write::bytes(*number, &one, &mut raw);
+    for item in items {
+        write::bytes(*number, item?.as_ref(), &mut raw);
     }
-    Ok(sealed(&gvk, &raw))
+    Ok(seal(&gvk, &raw))
 }
 
 /// Puts a message into the envelope.
-fn sealed(gvk: &Gvk, raw: &[u8]) -> Vec<u8> {
+pub fn seal(gvk: &Gvk, raw: &[u8]) -> Vec<u8> {
     let mut type_meta = Vec::new();
     write::text(1, &gvk.api_version(), &mut type_meta);
     write::text(2, &gvk.kind, &mut type_meta);
@@ -293,9 +297,10 @@ mod tests {
     fn lists_statuses_and_events() {
         round_trip(json!({"apiVersion": "v1", "kind": "ConfigMapList", "metadata": {"resourceVersion": "5"},
             "items": [{"metadata": {"name": "a"}}, {"metadata": {"name": "b"}}]}));
-        let items = [json!({"metadata": {"name": "a"}}), json!({"metadata": {"name": "b"}, "data": {"k": "v"}})];
+        let item = |name: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"k": "v"}});
+        let items = [item("a"), item("b")];
         let mut list = json!({"apiVersion": "v1", "kind": "ConfigMapList", "metadata": {"resourceVersion": "5"}});
-        let bytes = encode_list(&list, items.iter().cloned()).unwrap();
+        let bytes = encode_list(&list, items.iter().map(encode_message)).unwrap();
         list["items"] = items.to_vec().into();
         assert_eq!(bytes, encode(&list).unwrap());
         let status = crate::status::Status::not_found(&crate::gvk::GroupResource::new("", "pods"), "a").to_value();

@@ -3,6 +3,8 @@
 //! Filled from the store at start; afterwards the store's committed events arrive through [`isopod_store::Sink`] before the
 //! writer gets its acknowledgement, so that a read sees every acknowledged write.
 
+mod audience;
+mod message;
 mod object;
 mod resource;
 
@@ -16,7 +18,10 @@ use std::{
 
 use isopod_store::{Batch, Change, Durability, Engine, Expect, Op, Sink, Tag};
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::Notify;
 
+pub(crate) use audience::Seat;
+use message::Messages;
 pub use object::Object;
 pub(crate) use object::{Draft, key};
 pub(crate) use resource::{Cursor, Event, ResourceCache, Seen, Snapshot};
@@ -29,12 +34,38 @@ pub(crate) struct Cache {
     feed: Arc<Feed>,
 }
 
+/// What all caches of a store share.
+#[derive(Default)]
+pub(crate) struct Common {
+    /// The last revision that all caches show.
+    revision: AtomicU64,
+    /// Fires when it advances.
+    advanced: Notify,
+    /// Objects in protobuf, as far as they are wanted.
+    messages: Messages,
+}
+
+impl Common {
+    fn at(revision: u64) -> Self {
+        Self { revision: AtomicU64::new(revision), ..Self::default() }
+    }
+
+    fn revision(&self) -> u64 {
+        self.revision.load(Ordering::Acquire)
+    }
+
+    fn advance(&self, revision: u64) {
+        self.revision.fetch_max(revision, Ordering::AcqRel);
+        self.advanced.notify_waiters();
+    }
+}
+
 /// A key that every allocating write of servers on one store changes: of two at once, one has to look again.
 const ALLOCATION: &str = "/registry/allocation";
 
 /// The part the store's thread reaches.
 struct Feed {
-    revision: Arc<AtomicU64>,
+    common: Arc<Common>,
     /// Last change of [`ALLOCATION`], 0 before the first.
     allocation: AtomicU64,
     resources: RwLock<HashMap<Box<str>, Arc<ResourceCache>>>,
@@ -57,17 +88,17 @@ pub(crate) enum Write {
 impl Cache {
     /// An empty cache over a store.
     pub(crate) fn new(engine: Arc<dyn Engine>) -> Self {
-        let revision = Arc::new(AtomicU64::new(engine.revision()));
-        let feed = Feed { revision, allocation: AtomicU64::new(0), resources: RwLock::default() };
+        let common = Arc::new(Common::at(engine.revision()));
+        let feed = Feed { common, allocation: AtomicU64::new(0), resources: RwLock::default() };
         Self { engine, feed: Arc::new(feed) }
     }
 
     /// Adds a resource before loading.
     pub(crate) fn register(&self, prefix: &str, strategy: &'static dyn Strategy, relaxed: bool) -> Arc<ResourceCache> {
         let mut resources = self.feed.resources.write();
-        let cache = resources.entry(prefix.into()).or_insert_with(|| {
-            Arc::new(ResourceCache::new(prefix, strategy, relaxed, Arc::clone(&self.feed.revision)))
-        });
+        let cache = resources
+            .entry(prefix.into())
+            .or_insert_with(|| Arc::new(ResourceCache::new(prefix, strategy, relaxed, Arc::clone(&self.feed.common))));
         Arc::clone(cache)
     }
 
@@ -75,8 +106,8 @@ impl Cache {
     pub(crate) fn register_live(&self, prefix: &str, strategy: &'static dyn Strategy) -> Arc<ResourceCache> {
         let mut resources = self.feed.resources.write();
         let cache = resources.entry(prefix.into()).or_insert_with(|| {
-            let cache = ResourceCache::new(prefix, strategy, false, Arc::clone(&self.feed.revision));
-            let revision = self.feed.revision.load(Ordering::Acquire);
+            let cache = ResourceCache::new(prefix, strategy, false, Arc::clone(&self.feed.common));
+            let revision = self.revision();
             cache.loaded(revision, revision);
             Arc::new(cache)
         });
@@ -108,7 +139,7 @@ impl Cache {
                 Err(error) => tracing::error!(key = %entry.key, %error, "cannot read a stored object"),
             }
         }
-        self.feed.revision.store(revision, Ordering::Release);
+        self.feed.common.advance(revision);
         for cache in self.feed.resources.read().values() {
             cache.loaded(complete, revision);
         }
@@ -179,7 +210,7 @@ impl Cache {
 
     /// The last revision of the whole store.
     pub(crate) fn revision(&self) -> u64 {
-        self.feed.revision.load(Ordering::Acquire)
+        self.feed.common.revision()
     }
 
     /// The store below.
@@ -187,9 +218,15 @@ impl Cache {
         &self.engine
     }
 
-    /// Drops history nobody will come back for.
+    /// Drops history nobody will come back for, and messages nobody came for.
     pub(crate) fn forget_old(&self) {
         self.feed.resources.read().values().for_each(|c| c.forget_old());
+        self.feed.common.messages.age();
+    }
+
+    /// Makes every watcher look whether it has to end.
+    pub(crate) fn wake_all(&self) {
+        self.feed.resources.read().values().for_each(|c| c.wake_all());
     }
 }
 
@@ -240,7 +277,7 @@ impl Sink for Feed {
             cache.apply(key, event.revision, object);
         }
         if let Some(last) = last {
-            self.revision.fetch_max(last, Ordering::AcqRel);
+            self.common.advance(last);
         }
     }
 }

@@ -16,12 +16,13 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{
-    Notify,
-    futures::{Notified, OwnedNotified},
-};
+use tokio::sync::futures::{Notified, OwnedNotified};
 
-use super::Object;
+use super::{
+    Common, Object,
+    audience::Audience,
+    message::{self, Messages},
+};
 use crate::registry::strategy::Strategy;
 
 /// Events kept at most.
@@ -108,8 +109,8 @@ pub(crate) struct ResourceCache {
     pub(crate) relaxed: bool,
     state: RwLock<State>,
     generation: AtomicU64,
-    changed: Arc<Notify>,
-    global: Arc<AtomicU64>,
+    pub(super) audience: Audience,
+    common: Arc<Common>,
 }
 
 /// A consistent view of (a part of) a resource.
@@ -129,11 +130,11 @@ pub(crate) struct TooOld {
 
 /// A position in the ring.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Cursor(u64);
+pub(crate) struct Cursor(pub(super) u64);
 
 impl ResourceCache {
-    /// An empty resource. `global` is the last revision of the whole store.
-    pub(crate) fn new(prefix: &str, strategy: &'static dyn Strategy, relaxed: bool, global: Arc<AtomicU64>) -> Self {
+    /// An empty resource. `common` is of the whole store.
+    pub(crate) fn new(prefix: &str, strategy: &'static dyn Strategy, relaxed: bool, common: Arc<Common>) -> Self {
         let state = State {
             objects: BTreeMap::new(),
             ring: VecDeque::new(),
@@ -149,8 +150,8 @@ impl ResourceCache {
             relaxed,
             state: RwLock::new(state),
             generation: AtomicU64::new(1),
-            changed: Arc::default(),
-            global,
+            audience: Audience::default(),
+            common,
         }
     }
 
@@ -188,16 +189,17 @@ impl ResourceCache {
         state.revision = revision;
         state.ring_bytes += object.bytes.len();
         let frames = Mutex::new(Vec::new());
-        state.ring.push_back(Arc::new(Event { revision, object, previous, deleted, at: Instant::now(), frames }));
+        let event = Arc::new(Event { revision, object, previous, deleted, at: Instant::now(), frames });
+        state.ring.push_back(Arc::clone(&event));
         if let Some(event) = state.ring.len().checked_sub(RING_FRAMES).and_then(|at| state.ring.get(at)) {
             *event.frames.lock() = Vec::new();
         }
         while state.ring.len() > RING_EVENTS || (state.ring_bytes > RING_BYTES && state.ring.len() > RING_MINIMUM) {
-            state.drop_oldest();
+            state.drop_oldest(&self.audience);
         }
         drop(state);
         self.generation.fetch_add(1, Ordering::AcqRel);
-        self.changed.notify_waiters();
+        self.audience.wake(&event);
     }
 
     /// Drops events nobody will come back for.
@@ -208,7 +210,7 @@ impl ResourceCache {
         }
         let mut state = self.state.write();
         while stale(&state) {
-            state.drop_oldest();
+            state.drop_oldest(&self.audience);
         }
         if state.ring.is_empty() {
             state.ring.shrink_to_fit();
@@ -245,13 +247,13 @@ impl ResourceCache {
     /// The revision reads are as fresh as.
     pub(crate) fn revision(&self) -> u64 {
         // Read before the lock: everything up to it has been applied.
-        let global = self.global.load(Ordering::Acquire);
+        let global = self.common.revision();
         self.state.read().revision.max(global)
     }
 
     /// The objects under a key prefix (`""` or `namespace/`) behind `after`, now, and the cursor of what follows.
     pub(crate) fn snapshot(&self, prefix: &str, after: Option<&str>) -> (Snapshot, Cursor) {
-        let global = self.global.load(Ordering::Acquire);
+        let global = self.common.revision();
         let state = self.state.read();
         let from = match after {
             Some(after) => Bound::Included(after),
@@ -308,36 +310,84 @@ impl ResourceCache {
         state.floor.max(state.gap)
     }
 
-    /// Up to `max` events from a cursor on, and the revision the watcher is at when it has seen them all. `None`: cut off.
-    pub(crate) fn read(&self, cursor: &mut Cursor, max: usize, into: &mut Vec<Arc<Event>>) -> Option<u64> {
-        let global = self.global.load(Ordering::Acquire);
+    /// Up to `max` wanted events from a cursor on, and the revision the watcher is at when it has seen them all. `None`: one
+    /// of them is lost.
+    pub(super) fn read(
+        &self,
+        cursor: &mut Cursor,
+        max: usize,
+        lost: impl Fn(Cursor) -> bool,
+        wanted: impl Fn(&Event) -> bool,
+        into: &mut Vec<Arc<Event>>,
+    ) -> Option<u64> {
+        let global = self.common.revision();
         let state = self.state.read();
-        let skip = cursor.0.checked_sub(state.first)? as usize;
-        into.extend(state.ring.iter().skip(skip).take(max).cloned());
-        cursor.0 += into.len() as u64;
-        let end = cursor.0 == state.first + state.ring.len() as u64;
-        Some(if end { state.revision.max(global) } else { into.last().map_or(0, |e| e.revision) })
+        if cursor.0 < state.first {
+            if lost(*cursor) {
+                return None;
+            }
+            cursor.0 = state.first;
+        }
+        for event in state.ring.iter().skip((cursor.0 - state.first) as usize) {
+            if into.len() == max {
+                return into.last().map(|event| event.revision);
+            }
+            cursor.0 += 1;
+            if wanted(event) {
+                into.push(Arc::clone(event));
+            }
+        }
+        Some(state.revision.max(global))
     }
 
     /// Ends at the next change after this call, also when it is first polled later.
     pub(crate) fn next_change(self: Arc<Self>) -> Pin<Box<OwnedNotified>> {
-        let mut next = Box::pin(Arc::clone(&self.changed).notified_owned());
+        let mut next = Box::pin(Arc::clone(&self.audience.everyone.changed).notified_owned());
         next.as_mut().enable();
         next
     }
 
     /// Completes at the next change after this call.
     pub(crate) fn changed(&self) -> Notified<'_> {
-        self.changed.notified()
+        self.audience.everyone.changed.notified()
+    }
+
+    /// Waits until the store has reached a revision.
+    pub(crate) async fn reached(&self, revision: u64) {
+        while self.revision() < revision {
+            let advanced = self.common.advanced.notified();
+            tokio::pin!(advanced);
+            // Register before looking, so that no advance falls in between.
+            advanced.as_mut().enable();
+            if self.revision() < revision {
+                advanced.await;
+            }
+        }
+    }
+
+    /// Objects in protobuf.
+    pub(crate) fn messages(&self) -> &Messages {
+        &self.common.messages
+    }
+
+    /// Where an object's message in a format is kept.
+    pub(crate) fn message_key(&self, object: &Object, format: u32) -> message::Key {
+        (object.revision, format, message::hash(&self.prefix, &object.namespace, &object.name))
+    }
+
+    /// Makes every watcher look: at a change, or at what ends it.
+    pub(crate) fn wake_all(&self) {
+        self.audience.wake_all();
     }
 }
 
 impl State {
-    fn drop_oldest(&mut self) {
+    fn drop_oldest(&mut self, audience: &Audience) {
         if let Some(event) = self.ring.pop_front() {
             self.ring_bytes -= event.object.bytes.len();
             self.first += 1;
             self.floor = event.revision;
+            audience.lose(&event, self.first);
         }
     }
 }
@@ -347,18 +397,21 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{cache::object::Draft, registry::strategy::Generic};
+    use crate::{
+        cache::{Seat, object::Draft},
+        registry::strategy::Generic,
+    };
 
     fn object(name: &str, revision: u64) -> Object {
         let value = json!({"kind": "ConfigMap", "apiVersion": "v1", "metadata": {"name": name, "namespace": "n"}});
         Draft::new(value, &Generic).finish(revision)
     }
 
-    fn cache() -> ResourceCache {
+    fn cache() -> Arc<ResourceCache> {
         let cache = ResourceCache::new("/registry/configmaps/", &Generic, false, Arc::default());
         cache.load(object("a", 5));
         cache.loaded(10, 10);
-        cache
+        Arc::new(cache)
     }
 
     fn names(snapshot: &Snapshot) -> Vec<(String, u64)> {
@@ -383,16 +436,55 @@ mod tests {
     #[test]
     fn slow_watchers_are_cut_off() {
         let cache = cache();
+        let everyone = Seat::take(Arc::clone(&cache), None);
         let mut cursor = cache.cursor(10).unwrap();
         for revision in 11..11 + RING_EVENTS as u64 + 1 {
             cache.apply("n/a", revision, Some(object("a", revision)));
         }
-        assert_eq!(cache.read(&mut cursor, 10, &mut Vec::new()), None);
+        assert_eq!(everyone.read(&mut cursor, 10, &mut Vec::new()), None);
         assert_eq!(cache.cursor(10).unwrap_err(), TooOld { oldest: 11 });
         let mut cursor = cache.cursor(11).unwrap();
         let mut events = Vec::new();
-        assert_eq!(cache.read(&mut cursor, 2, &mut events), Some(13));
+        assert_eq!(everyone.read(&mut cursor, 2, &mut events), Some(13));
         assert_eq!(events.iter().map(|e| e.revision).collect::<Vec<_>>(), vec![12, 13]);
+    }
+
+    #[tokio::test]
+    async fn changes_wake_only_who_sees_them() {
+        let cache = cache();
+        let named = |name| Seat::take(Arc::clone(&cache), Some(("metadata.name", name)));
+        let (a, b, there) = (named("a"), named("b"), Seat::take(Arc::clone(&cache), Some(("metadata.namespace", "n"))));
+        let mut cursor = [(); 3].map(|()| cache.cursor(10).unwrap());
+        let woken = [&a, &b, &there].map(Seat::changed);
+        let mut waiting = woken.map(|changed| Box::pin(changed.notified_owned()));
+        waiting.iter_mut().for_each(|waiting| drop(waiting.as_mut().enable()));
+        let last = 11 + RING_EVENTS as u64;
+        for revision in 11..=last {
+            cache.apply("n/a", revision, Some(object("a", revision)));
+        }
+        let woken = waiting.map(|mut waiting| waiting.as_mut().enable());
+        assert_eq!(woken, [true, false, true]);
+        // The ring has moved past all of them, but only two have missed something.
+        let mut events = Vec::new();
+        assert_eq!(a.read(&mut cursor[0], 10, &mut events), None);
+        assert_eq!(b.read(&mut cursor[1], 10, &mut events), Some(last));
+        assert_eq!(there.read(&mut cursor[2], 10, &mut events), None);
+        cache.apply("n/b", last + 1, Some(object("b", last + 1)));
+        assert_eq!(b.read(&mut cursor[1], 10, &mut events), Some(last + 1));
+        assert_eq!(events.iter().map(|e| e.revision).collect::<Vec<_>>(), [last + 1]);
+        drop((a, b, there));
+        assert_eq!(cache.audience.topics(), 0, "nobody is left");
+    }
+
+    #[tokio::test]
+    async fn a_revision_is_waited_for() {
+        let common = Arc::new(Common::at(10));
+        let cache = ResourceCache::new("/registry/configmaps/", &Generic, false, Arc::clone(&common));
+        let mut waiting = Box::pin(cache.reached(12));
+        common.advance(11);
+        assert!(futures::poll!(&mut waiting).is_pending());
+        common.advance(12);
+        waiting.await;
     }
 
     #[test]

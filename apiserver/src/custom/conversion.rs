@@ -228,7 +228,7 @@ mod tests {
 
     fn custom(definition: &Arc<Definition>, version: &str) -> Custom {
         let served = Arc::clone(definition.version(version).unwrap());
-        Custom::new(Arc::clone(definition), served, 0, tokio_util::sync::CancellationToken::new())
+        Custom::new(Arc::clone(definition), served, 0)
     }
 
     fn answer(review: &Value) -> (u16, Value) {

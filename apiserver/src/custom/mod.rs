@@ -21,12 +21,11 @@ mod table;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use isopod_api::{gvk::Gvk, meta};
 use serde_json::Value;
-use tokio_util::sync::CancellationToken;
 
 pub(crate) use conversion::Converter;
 pub(crate) use definition::{Definition, Version};
@@ -54,19 +53,19 @@ pub(crate) struct Custom {
     since: u64,
     /// Tells renderings apart.
     pub(crate) format: u32,
-    /// Fires when this version is no longer served.
-    pub(crate) gone: CancellationToken,
+    /// Set when this version is no longer served; its watchers are woken then.
+    pub(crate) gone: AtomicBool,
 }
 
 impl Custom {
     /// A version as it is served from now on.
-    pub(crate) fn new(definition: Arc<Definition>, version: Arc<Version>, since: u64, gone: CancellationToken) -> Self {
+    pub(crate) fn new(definition: Arc<Definition>, version: Arc<Version>, since: u64) -> Self {
         let gvk = &version.gvk;
         let prefix = format!("{{\"kind\":\"{}\",\"apiVersion\":\"{}\",", gvk.kind, gvk.api_version());
         let mut hasher = DefaultHasher::new();
         (definition.hash, &gvk.version, since).hash(&mut hasher);
         let format = hasher.finish() as u32;
-        Self { definition, version, prefix: prefix.into_bytes().into(), since, format, gone }
+        Self { definition, version, prefix: prefix.into_bytes().into(), since, format, gone: AtomicBool::new(false) }
     }
 
     /// Whether an object's bytes can be sent as they are.

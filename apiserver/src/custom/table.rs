@@ -1,6 +1,9 @@
 //! The table of custom resources that are served now.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use isopod_api::{
@@ -9,7 +12,6 @@ use isopod_api::{
 };
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use tokio_util::sync::CancellationToken;
 
 use super::{Behaviour, Custom, Definition, Version};
 use crate::{
@@ -73,7 +75,8 @@ impl Served {
         for (gvr, old) in &previous.resources {
             let kept = served.resources.get(gvr).is_some_and(|new| Arc::ptr_eq(new, old));
             if let Some(custom) = old.custom.as_ref().filter(|_| !kept) {
-                custom.gone.cancel();
+                custom.gone.store(true, Ordering::Release);
+                old.store.iter().for_each(|store| store.wake_all());
             }
         }
         served
@@ -152,7 +155,7 @@ fn resource(definition: &Arc<Definition>, version: &Arc<Version>, store: &Arc<Re
         storage_version_hash: Some(STANDARD.encode(&hash[..8])),
     };
     let behaviour = Behaviour { version: Arc::clone(version) };
-    let custom = Custom::new(Arc::clone(definition), Arc::clone(version), since, CancellationToken::new());
+    let custom = Custom::new(Arc::clone(definition), Arc::clone(version), since);
     Resource {
         gvr: info.gvr(),
         gvk: info.gvk(),

@@ -90,25 +90,19 @@ pub(super) fn revision(query: &Query) -> Result<Option<u64>, Status> {
 
 /// Waits until a revision has been reached.
 pub(super) async fn wait_fresh(store: &ResourceCache, wanted: u64) -> Result<(), Status> {
-    let deadline = tokio::time::Instant::now() + FRESH_WAIT;
-    while store.revision() < wanted {
-        let wait = std::time::Duration::from_millis(100);
-        if tokio::time::Instant::now() + wait > deadline {
-            let message = format!("Too large resource version: {wanted}, current: {}", store.revision());
-            let mut status = Status::timeout(&message, 1);
-            if let Some(details) = &mut status.details {
-                details.causes.push(Cause {
-                    reason: "ResourceVersionTooLarge".into(),
-                    message: "Too large resource version".into(),
-                    field: String::new(),
-                });
-            }
-            return Err(status);
-        }
-        // Other resources advance the revision too: look again soon rather than wait for a change of this one.
-        let _ = tokio::time::timeout(wait, store.changed()).await;
+    if tokio::time::timeout(FRESH_WAIT, store.reached(wanted)).await.is_ok() {
+        return Ok(());
     }
-    Ok(())
+    let mut status =
+        Status::timeout(&format!("Too large resource version: {wanted}, current: {}", store.revision()), 1);
+    if let Some(details) = &mut status.details {
+        details.causes.push(Cause {
+            reason: "ResourceVersionTooLarge".into(),
+            message: "Too large resource version".into(),
+            field: String::new(),
+        });
+    }
+    Err(status)
 }
 
 /// Checks resourceVersionMatch and sendInitialEvents as upstream's ValidateListOptions does.

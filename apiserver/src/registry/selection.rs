@@ -75,6 +75,17 @@ impl Selection {
             })
     }
 
+    /// What all selected objects have in common: changes of others need not wake who watches them.
+    pub(crate) fn topic(&self, resource: &Resource) -> Option<(&'static str, &str)> {
+        if let Some(name) = self.exact_name() {
+            return Some(("metadata.name", name));
+        }
+        let fields = self.fields.as_ref().filter(|_| self.custom.is_none());
+        let mut known = resource.strategy.field_names().iter();
+        let field = known.find_map(|name| Some((*name, fields?.exact(name)?)));
+        field.or_else(|| self.prefix.strip_suffix('/').map(|namespace| ("metadata.namespace", namespace)))
+    }
+
     /// The one name the field selector allows, when it does.
     pub(crate) fn exact_name(&self) -> Option<&str> {
         self.fields.as_ref()?.exact("metadata.name")

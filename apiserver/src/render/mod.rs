@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::Response;
-use isopod_api::status::Status;
+use isopod_api::{gvk::Gvk, protobuf, status::Status};
 use serde_json::{Map, Value, json};
 
 pub(crate) use table::Include;
@@ -40,6 +40,15 @@ impl Rendering {
             _ => Include::Metadata,
         };
         Ok(Self { transform, include })
+    }
+
+    /// The kind of a resource's objects in this form.
+    pub(crate) fn kind(self, resource: &Resource) -> Gvk {
+        match self.transform {
+            Transform::None => resource.gvk.clone(),
+            Transform::Partial(beta) => Gvk::from_api_version(meta_version(beta), "PartialObjectMetadata"),
+            Transform::Table(beta) => Gvk::from_api_version(meta_version(beta), "Table"),
+        }
     }
 
     /// A number that tells renderings apart.
@@ -76,6 +85,15 @@ pub(crate) fn value(resource: &Resource, object: &Object, rendering: Rendering, 
             let metadata = json!({"resourceVersion": object.revision.to_string()});
             table::table(resource, &rows, metadata, beta, rendering.include, first)
         }
+    }
+}
+
+/// A stored object's protobuf message, kept for the next who asks.
+pub(crate) fn message(resource: &Resource, object: &Object, rendering: Rendering) -> Result<Bytes, protobuf::Error> {
+    let encode = || protobuf::encode_message(&value(resource, object, rendering, false));
+    match &resource.store {
+        Some(store) => store.messages().get(store.message_key(object, resource.format() | rendering.id()), encode),
+        None => encode().map(Bytes::from),
     }
 }
 
@@ -118,10 +136,12 @@ pub(crate) fn list_metadata(revision: u64, next: Option<&str>, remaining: Option
     metadata.into()
 }
 
-/// A list response. Plain JSON of stored objects is streamed from their bytes.
+/// A list response. Plain JSON of stored objects is streamed from their bytes. `stored` objects have their revision to
+/// themselves; what a dry run made has not.
 pub(crate) fn list(
     resource: &Resource,
     objects: Vec<Arc<Object>>,
+    stored: bool,
     metadata: Value,
     rendering: Rendering,
     style: Style,
@@ -136,19 +156,20 @@ pub(crate) fn list(
     if plain && style.accepted.media == Media::Json && !style.pretty {
         return body::list(&head, objects, style.gzip);
     }
-    let values = objects.iter().map(|o| object_value(resource, o));
     if style.accepted.media == Media::Protobuf && !matches!(rendering.transform, Transform::Table(_)) {
-        return match rendering.transform {
-            Transform::Partial(beta) => {
-                let head = json!({"kind": "PartialObjectMetadataList", "apiVersion": meta_version(beta), "metadata": head["metadata"]});
-                respond::binary_list(style, &head, values.map(|v| partial(&v, beta)))
-            }
-            _ => respond::binary_list(style, &head, values),
+        if let Transform::Partial(beta) = rendering.transform {
+            head["kind"] = "PartialObjectMetadataList".into();
+            head["apiVersion"] = meta_version(beta).into();
+        }
+        let encoded = |o: &Arc<Object>| match stored {
+            true => message(resource, o, rendering),
+            false => protobuf::encode_message(&value(resource, o, rendering, false)).map(Bytes::from),
         };
+        return respond::binary_list(style, &head, objects.iter().map(encoded));
     }
+    let values = objects.iter().map(|o| object_value(resource, o));
     let value = match rendering.transform {
         Transform::None => {
-            let mut head = head;
             head["items"] = match resource.custom {
                 Some(_) => values.collect(),
                 None => values.map(without_kind).collect(),

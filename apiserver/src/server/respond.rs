@@ -56,8 +56,12 @@ pub(crate) fn value(style: Style, code: u16, value: &Value) -> Response<Body> {
     bytes_response(style, code, bytes.into())
 }
 
-/// A list in protobuf, encoded object by object.
-pub(crate) fn binary_list(style: Style, head: &Value, items: impl Iterator<Item = Value>) -> Response<Body> {
+/// A list in protobuf of encoded objects.
+pub(crate) fn binary_list(
+    style: Style,
+    head: &Value,
+    items: impl Iterator<Item = Result<Bytes, protobuf::Error>>,
+) -> Response<Body> {
     match protobuf::encode_list(head, items) {
         Ok(bytes) => bytes_response(style, 200, bytes.into()),
         Err(error) => unencodable(&error),
