@@ -24,9 +24,11 @@ use std::{
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Read by the allocator before `main`: milliseconds until it gives freed pages back. Its own default waits for the next
-/// allocation, and an idle node makes none: what a start or a burst of work needed would stay for ever.
-const PURGE_DELAY: &str = "MIMALLOC_PURGE_DELAY";
+/// Read by the allocator before `main`. Freed pages are given back at once: its own default waits for the next allocation, and
+/// an idle node makes none. A page that is full belongs to nobody, and so it remains when something of it is freed: whoever
+/// frees the rest gives it back, while its thread may never look at it again.
+const ALLOCATION: [(&str, &str); 3] =
+    [("MIMALLOC_PURGE_DELAY", "0"), ("MIMALLOC_PAGE_FULL_RETAIN", "0"), ("MIMALLOC_PAGE_RECLAIM_ON_FREE", "-1")];
 
 fn main() -> ExitCode {
     keep_small();
@@ -43,14 +45,14 @@ fn main() -> ExitCode {
 fn keep_small() {
     // A heap of a few MiB in pages of 2 MiB is mostly air.
     let _ = nix::sys::prctl::set_thp_disable(true);
-    if env::var_os(PURGE_DELAY).is_none()
+    if ALLOCATION.iter().any(|(name, _)| env::var_os(name).is_none())
         && let Ok(own) = env::current_exe()
     {
         // Returns only when it failed.
         let _ = Command::new(own)
             .arg0(env::args_os().next().unwrap_or_default())
             .args(env::args_os().skip(1))
-            .env(PURGE_DELAY, "0")
+            .envs(ALLOCATION.iter().filter(|(name, _)| env::var_os(name).is_none()).copied())
             .exec();
     }
 }
