@@ -94,23 +94,8 @@ fn wanted(nodes: &Nodes, own: &str, own_addresses: &[IpAddr]) -> BTreeMap<IpNet,
 }
 
 fn message(net: IpNet, way: IpAddr) -> Option<RouteMessage> {
-    match (net, way) {
-        (IpNet::V4(net), IpAddr::V4(way)) => Some(
-            RouteMessageBuilder::<std::net::Ipv4Addr>::new()
-                .destination_prefix(net.network(), net.prefix_len())
-                .gateway(way)
-                .protocol(PROTOCOL)
-                .build(),
-        ),
-        (IpNet::V6(net), IpAddr::V6(way)) => Some(
-            RouteMessageBuilder::<std::net::Ipv6Addr>::new()
-                .destination_prefix(net.network(), net.prefix_len())
-                .gateway(way)
-                .protocol(PROTOCOL)
-                .build(),
-        ),
-        _ => None,
-    }
+    let route = RouteMessageBuilder::<IpAddr>::new().destination_prefix(net.network(), net.prefix_len()).ok()?;
+    Some(route.gateway(way).ok()?.protocol(PROTOCOL).build())
 }
 
 fn destination(message: &RouteMessage) -> Option<IpNet> {
@@ -174,20 +159,20 @@ async fn apply(handle: &Handle, own: &Own, nodes: &Nodes) -> Result<(), Error> {
     let mut far = vxlan::Far::new();
     for (net, way) in wanted {
         let Some(message) = message(net, way) else { continue };
-        match (handle.route().add(message).replace().execute().await, net, way) {
-            (Ok(()), ..) => {}
-            (Err(error), IpNet::V4(net), IpAddr::V4(way)) if is_far(&error) => {
-                far.insert(net, way);
-            }
-            (Err(error), ..) => tracing::warn!(%net, via = %way, %error, "no route to another node's pods"),
+        match handle.route().add(message).replace().execute().await {
+            Ok(()) => {}
+            Err(error) if is_far(&error) => drop(far.insert(net, way)),
+            Err(error) => tracing::warn!(%net, via = %way, %error, "no route to another node's pods"),
         }
     }
-    let Some(address) = own.addresses.iter().find_map(|a| if let IpAddr::V4(a) = a { Some(*a) } else { None }) else {
-        return Ok(());
-    };
-    let mut ranges = nodes.get(&own.name).into_iter().flat_map(|n| &n.pod_cidrs);
-    let source = ranges.find_map(|r| if let IpNet::V4(r) = r { Some(vxlan::gateway(r)) } else { None });
-    vxlan::apply(handle, &vxlan::name(&own.bridge), address, source, &far).await
+    let ranges = nodes.get(&own.name).map(|n| n.pod_cidrs.as_slice()).unwrap_or_default();
+    for v6 in [false, true] {
+        let Some(address) = own.addresses.iter().find(|a| a.is_ipv6() == v6) else { continue };
+        let source = ranges.iter().find(|r| r.addr().is_ipv6() == v6).map(vxlan::gateway);
+        let far = far.iter().filter(|(_, way)| way.is_ipv6() == v6).map(|(net, way)| (*net, *way)).collect();
+        vxlan::apply(handle, &vxlan::name(&own.bridge, v6), *address, source, &far).await?;
+    }
+    Ok(())
 }
 
 /// Follows the nodes.
@@ -206,7 +191,8 @@ pub(crate) async fn remove_routes(handle: &Handle, cluster: &[IpNet], bridge: &s
         let net = destination(&route).map(|n| n.to_string()).unwrap_or_default();
         handle.route().del(route).execute().await.map_err(request(format!("remove route to {net}")))?;
     }
-    vxlan::remove(handle, &vxlan::name(bridge)).await
+    vxlan::remove(handle, &vxlan::name(bridge, false)).await?;
+    vxlan::remove(handle, &vxlan::name(bridge, true)).await
 }
 
 #[cfg(test)]
