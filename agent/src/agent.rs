@@ -333,6 +333,7 @@ async fn network(config: &Config) -> Result<Arc<dyn PodNetwork>, Error> {
     let wanted = NetworkConfig {
         cluster_cidrs: vec![config.cluster_cidr],
         service_cidrs: vec![config.service_cidr],
+        forget_flows: config.forget_flows,
         ..NetworkConfig::new(config.paths.clone())
     };
     let network = BridgeNetwork::start(wanted).await.map_err(|e| Error::Network(e.to_string()))?;

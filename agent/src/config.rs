@@ -49,6 +49,8 @@ pub struct Config {
     pub cluster_cidr: ipnet::IpNet,
     /// Service addresses.
     pub service_cidr: ipnet::IpNet,
+    /// Makes connection tracking forget the UDP flows of host ports whose pod comes or goes.
+    pub forget_flows: Option<crate::network::ForgetFlows>,
     /// Name of the image to assemble from this executable, if any: the control plane's, and that of volumes' removers.
     pub own_image: Option<String>,
 }

@@ -6,6 +6,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    io,
     net::IpAddr,
     path::PathBuf,
     sync::{
@@ -49,13 +50,24 @@ pub struct NetworkConfig {
     pub service_cidrs: Vec<IpNet>,
     /// Largest packet.
     pub mtu: u32,
+    /// Makes connection tracking forget the UDP flows of host ports whose pod comes or goes.
+    pub forget_flows: Option<ForgetFlows>,
 }
+
+/// Takes the pods' addresses and their host ports; returns how many flows were forgotten.
+pub type ForgetFlows = fn(&[IpAddr], &[u16]) -> io::Result<usize>;
 
 impl NetworkConfig {
     /// The default ranges.
     pub fn new(paths: Paths) -> Self {
         let net = |a: [u8; 4]| IpNet::new_assert(IpAddr::from(a), 16);
-        Self { paths, cluster_cidrs: vec![net([10, 244, 0, 0])], service_cidrs: vec![net([10, 96, 0, 0])], mtu: 1500 }
+        Self {
+            paths,
+            cluster_cidrs: vec![net([10, 244, 0, 0])],
+            service_cidrs: vec![net([10, 96, 0, 0])],
+            mtu: 1500,
+            forget_flows: None,
+        }
     }
 
     fn table(&self) -> String {
@@ -245,7 +257,7 @@ impl BridgeNetwork {
         // The ranges stay: pods get addresses after the next start before the API server tells them again.
         let pods = config.records_dir().join("pods");
         match std::fs::remove_dir_all(&pods) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 note(Err(NetworkError(format!("remove {}: {e}", pods.display()))));
             }
             _ => {}
@@ -518,7 +530,25 @@ impl Inner {
             let link = links::need(&inside, links::POD_LINK).await?;
             shape::limit(&inside, link, links::POD_LINK, bits).await?;
         }
-        if record.host_ports.is_empty() { Ok(()) } else { self.write_rules().await }
+        if record.host_ports.is_empty() {
+            return Ok(());
+        }
+        self.write_rules().await?;
+        self.forget_flows(record).await;
+        Ok(())
+    }
+
+    /// A UDP client that goes on asking keeps its flow, and with it the way to whoever had the port before.
+    async fn forget_flows(&self, record: &Record) {
+        let ports = record.host_ports.iter().filter(|p| p.protocol == super::Protocol::Udp);
+        let ports: Vec<u16> = ports.map(|p| p.host_port).collect();
+        let Some(forget) = self.config.forget_flows.filter(|_| !ports.is_empty()) else { return };
+        let ips = record.ips.clone();
+        match tokio::task::spawn_blocking(move || forget(&ips, &ports)).await {
+            Ok(Ok(count)) => tracing::debug!(uid = record.uid, count, "UDP flows of host ports forgotten"),
+            Ok(Err(error)) => tracing::warn!(uid = record.uid, %error, "UDP flows of host ports not forgotten"),
+            Err(_) => {}
+        }
     }
 
     /// The record first, then the namespace under the pod's name.
@@ -550,6 +580,7 @@ impl Inner {
                 kept.host_ports.clear();
             }
             self.write_rules().await?;
+            self.forget_flows(&record).await;
         }
         self.remove(&self.netns(uid), &record.link).await?;
         for address in &record.ips {

@@ -21,7 +21,7 @@ use std::{net::IpAddr, path::PathBuf};
 use futures::future::BoxFuture;
 use ipnet::IpNet;
 
-pub use bridge::{BridgeNetwork, NetworkConfig};
+pub use bridge::{BridgeNetwork, ForgetFlows, NetworkConfig};
 
 /// Transport of a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]

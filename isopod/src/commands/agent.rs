@@ -112,6 +112,7 @@ impl Node {
                 client_ca: certificates.join("ca.crt"),
                 cluster_cidr: settings.pod_cidr,
                 service_cidr: settings.service_cidr,
+                forget_flows: Some(isopod_netproxy::forget_host_ports),
                 own_image: Some(manifests::IMAGE.to_owned()),
             },
             proxy: isopod_netproxy::Config {
