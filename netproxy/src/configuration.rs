@@ -236,8 +236,8 @@ impl KubeProxyConfiguration {
     }
 
     /// How willing the process is to be killed when memory runs out.
-    pub fn oom_score_adj(&self) -> Option<i64> {
-        self.number("oomScoreAdj", -1000, 1000).ok().flatten()
+    pub fn oom_score_adj(&self) -> i64 {
+        self.number("oomScoreAdj", -1000, 1000).ok().flatten().unwrap_or(-999)
     }
 
     /// Sets what the file says; `own` are the node's addresses, for `nodePortAddresses: [primary]`.
@@ -401,6 +401,41 @@ mod tests {
         assert!(written.conntrack[0].1 >= 131_072);
     }
 
+    /// The defaults of the fact table change nothing, and its modes are had or refused by name.
+    #[test]
+    fn defaults_and_modes_are_those_of_the_facts() {
+        let facts: Value = serde_json::from_str(include_str!("../testdata/kube-proxy.json")).unwrap();
+        let defaults = facts["defaults"].as_object().unwrap();
+        // The table's own words, not values of a file.
+        let words = ["mode", "modes", "detectLocalMode", "detectLocalModes"];
+        let mut file = serde_json::Map::new();
+        for (name, value) in defaults.iter().filter(|(n, _)| !words.contains(&n.as_str())) {
+            match name.split_once('.') {
+                Some((outer, inner)) => {
+                    file.entry(outer).or_insert_with(|| serde_json::json!({}))[inner] = value.clone()
+                }
+                None => drop(file.insert(name.clone(), value.clone())),
+            }
+        }
+        assert!(file.len() > 10, "{file:?}");
+        let (mut written, mut none) = (Config::new("n", "t", "b"), Config::new("n", "t", "b"));
+        let got = parse(&serde_yaml_ng::to_string(&file).unwrap()).unwrap();
+        got.apply(&mut written, &[]).unwrap();
+        parse("").unwrap().apply(&mut none, &[]).unwrap();
+        assert_eq!(format!("{written:?}"), format!("{none:?}"));
+        assert_eq!(got.oom_score_adj(), parse("").unwrap().oom_score_adj());
+        let list =
+            |name: &str| defaults[name].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect::<Vec<_>>();
+        for mode in list("modes") {
+            assert_eq!(parse(&format!("mode: {mode}")).is_ok(), mode == "nftables", "{mode}");
+        }
+        let below = "detectLocal: {bridgeInterface: b, interfaceNamePrefix: v}";
+        for mode in list("detectLocalModes") {
+            let got = parse(&format!("clusterCIDR: 10.0.0.0/8\ndetectLocalMode: {mode}\n{below}"));
+            assert_eq!(got.is_ok(), mode != "NodeCIDR", "{mode}: {got:?}");
+        }
+    }
+
     #[test]
     fn what_is_said_is_done() {
         let got = config(
@@ -420,7 +455,7 @@ mod tests {
         let bridge = config("detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: br0}");
         assert_eq!(bridge.pod_links.as_deref(), Some("br0"));
         let named = parse("hostnameOverride: ' Node-1'\nclientConnection: {kubeconfig: /k}\noomScoreAdj: -5").unwrap();
-        assert_eq!((named.node_name().unwrap().as_str(), named.oom_score_adj()), ("node-1", Some(-5)));
+        assert_eq!((named.node_name().unwrap().as_str(), named.oom_score_adj()), ("node-1", -5));
         assert_eq!(named.kubeconfig(), Some("/k".into()));
     }
 

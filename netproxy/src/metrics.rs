@@ -169,3 +169,34 @@ impl Metrics {
         out
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every metric of the fact table that is kube-proxy's own, with its kind and labels.
+    #[test]
+    fn names_kinds_and_labels_are_those_of_the_facts() {
+        let facts: serde_json::Value = serde_json::from_str(include_str!("../testdata/kube-proxy.json")).unwrap();
+        let metrics = Metrics::new();
+        metrics.queued();
+        metrics.synced(0.1, true);
+        metrics.synced(0.1, false);
+        metrics.programmed(0.1);
+        metrics.without_local(1, 1);
+        let text = metrics.text();
+        let known = facts["metrics"].as_object().unwrap();
+        assert!(known.len() > 10);
+        for (name, shape) in known {
+            let kind = shape[0].as_str().unwrap();
+            // A counter's own name is without the suffix of its series.
+            let family = if kind == "counter" { name.strip_suffix("_total").unwrap() } else { name };
+            assert!(text.contains(&format!("# TYPE {family} {kind}\n")), "{name}: {text}");
+            let series =
+                text.lines().find(|l| l.starts_with(name.as_str())).unwrap_or_else(|| panic!("{name}: {text}"));
+            for label in shape[1].as_array().into_iter().flatten() {
+                assert!(series.contains(&format!("{}=\"", label.as_str().unwrap())), "{series}");
+            }
+        }
+    }
+}

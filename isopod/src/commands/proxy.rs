@@ -68,7 +68,7 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
     let kubeconfig = args.kubeconfig.or_else(|| file.as_ref().and_then(KubeProxyConfiguration::kubeconfig));
     let kubeconfig =
         kubeconfig.ok_or_else(|| Usage("--kubeconfig or clientConnection.kubeconfig is needed".to_owned()))?;
-    if let Some(score) = file.as_ref().and_then(KubeProxyConfiguration::oom_score_adj)
+    if let Some(score) = file.as_ref().map(KubeProxyConfiguration::oom_score_adj)
         && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
     {
         tracing::warn!(score, %error, "oomScoreAdj not set");
