@@ -137,9 +137,15 @@ impl<T: HasMeta + Clone + Send + Sync + 'static> Cache<T> {
 
     /// The objects of a namespace, by name.
     pub fn in_namespace(&self, namespace: &str) -> Vec<Arc<T>> {
+        self.select(namespace, |_| true)
+    }
+
+    /// The objects of a namespace that `keep` is for, by name: of thousands only those are touched.
+    pub fn select(&self, namespace: &str, keep: impl Fn(&T) -> bool) -> Vec<Arc<T>> {
         let state = self.state.read();
         let from = (namespace.to_owned(), String::new());
-        state.objects.range(from..).take_while(|((ns, _), _)| ns == namespace).map(|(_, o)| o.clone()).collect()
+        let all = state.objects.range(from..).take_while(|((ns, _), _)| ns == namespace).map(|(_, object)| object);
+        all.filter(|object| keep(object)).cloned().collect()
     }
 
     /// The objects whose controller has this UID.

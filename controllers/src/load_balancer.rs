@@ -214,7 +214,8 @@ fn with_addresses(service: &Service, addresses: &[IpAddr]) -> Service {
 
 impl Controller {
     async fn sync(&self, key: Key) -> Result<Option<Duration>, kube::Error> {
-        let Some(service) = self.ctx.caches.services.get(&key.0, &key.1) else { return Ok(None) };
+        let service = self.ctx.caches.services.get(&key.0, &key.1).filter(|s| is_ours(s));
+        let Some(service) = service else { return Ok(None) };
         let mut places: Vec<Place> = self.ctx.caches.nodes.list().iter().filter_map(|n| place(n)).collect();
         places.sort_by(|a, b| a.name.cmp(&b.name));
         let local = match is_local(&service) {

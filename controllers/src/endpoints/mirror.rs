@@ -57,8 +57,8 @@ fn mirrored(slice: &EndpointSlice) -> Option<&str> {
 
 impl Controller {
     async fn sync(&self, key: Key) -> Result<Option<Duration>, kube::Error> {
-        let slices = self.ctx.caches.slices.in_namespace(&key.0);
-        let existing: Vec<_> = slices.into_iter().filter(|s| mirrored(s) == Some(&key.1) && !s.deleting()).collect();
+        let own = |s: &EndpointSlice| mirrored(s) == Some(&key.1) && !s.deleting();
+        let existing = self.ctx.caches.slices.select(&key.0, own);
         if !self.written.caught_up(&key, existing.iter().map(|s| &**s)) {
             return Ok(Some(CATCH_UP));
         }

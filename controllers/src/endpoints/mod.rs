@@ -48,8 +48,7 @@ pub(crate) fn is_headless(service: &Service) -> bool {
 
 /// The pods a Service selects.
 pub(crate) fn selected(ctx: &Context, service: &Service, selector: &Selector) -> Vec<Arc<Pod>> {
-    let pods = ctx.caches.pods.in_namespace(service.namespace());
-    pods.into_iter().filter(|pod| selector.matches_optional(pod.metadata.labels.as_ref())).collect()
+    ctx.caches.pods.select(service.namespace(), |pod| selector.matches_optional(pod.metadata.labels.as_ref()))
 }
 
 /// Whether a pod can be an endpoint at all.

@@ -79,9 +79,8 @@ impl Controller {
         if service.deleting() {
             return Ok(None);
         }
-        let slices = self.ctx.caches.slices.in_namespace(&key.0);
-        let existing: Vec<Arc<EndpointSlice>> =
-            slices.into_iter().filter(|s| service_of(s) == Some(service.name()) && !s.deleting()).collect();
+        let own = |s: &EndpointSlice| service_of(s) == Some(service.name()) && !s.deleting();
+        let existing = self.ctx.caches.slices.select(&key.0, own);
         if !self.written.caught_up(&key, existing.iter().map(|s| &**s)) {
             return Ok(Some(CATCH_UP));
         }
