@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     convert::Infallible,
-    net::{IpAddr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -151,6 +151,16 @@ pub(crate) async fn bind(addresses: impl Iterator<Item = SocketAddr>, must: bool
     Ok(all)
 }
 
+/// A port at every address of either family; without IPv6 there is one.
+async fn bind_all(port: u16) -> std::io::Result<TcpListener> {
+    match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
+        Err(error) if error.kind() != std::io::ErrorKind::AddrInUse => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
+        }
+        other => other,
+    }
+}
+
 /// Serves the proxy's own addresses and, as services come and go, their health check ports.
 pub(crate) async fn run(health: Health, listeners: Vec<TcpListener>, stop: CancellationToken) {
     let mut report = health.report.clone();
@@ -165,7 +175,7 @@ pub(crate) async fn run(health: Health, listeners: Vec<TcpListener>, stop: Cance
             if ports.contains_key(&port) {
                 continue;
             }
-            match TcpListener::bind((IpAddr::from([0, 0, 0, 0]), port)).await {
+            match bind_all(port).await {
                 Ok(listener) => {
                     let task = tokio::spawn(serve(health.clone(), listener, Some(port)));
                     ports.insert(port, tokio_util::task::AbortOnDropHandle::new(task));

@@ -33,6 +33,7 @@ use parking_lot::RwLock;
 use tokio::sync::{mpsc, watch as state};
 use tokio_util::sync::CancellationToken;
 
+pub use conntrack::forget_host_ports;
 pub use links::Error as LinkError;
 pub use nft::kernel::Error as KernelError;
 
@@ -169,7 +170,7 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(monitor::run(ears, config.table.clone(), report.clone(), inputs.clone()));
     tasks.spawn(watch::services(client.clone(), inputs.clone()));
-    tasks.spawn(watch::slices(client.clone(), inputs.clone()));
+    tasks.spawn(watch::slices(client.clone(), config.node_name.clone(), inputs.clone()));
     tasks.spawn(watch::policy::run(client.clone(), inputs.clone()));
     tasks.spawn(watch::nodes(client.clone(), config.node_name.clone(), inputs, nodes_to));
     if config.node_routes {

@@ -260,7 +260,7 @@ fn load_balancers_work_without_a_cloud() {
     let trace = c.isopod(&["trace", "client", "web:80"]).ok().unwrap();
     assert!(trace.ends_with("gets through to all 3 endpoints\n"), "{trace}");
     let real = c.isopod(&["trace", "client", "web:80", "--packet"]).ok().unwrap();
-    for part in ["nat: goto pick_3", "the kernel chose 10.244.", "answer   came after"] {
+    for part in ["to_service: goto pick_3", "the kernel chose 10.244.", "answer   came after"] {
         assert!(real.contains(part), "{part}: {real}");
     }
     let trace = c.isopod(&["trace", "nobody", "web:80"]);

@@ -140,7 +140,7 @@ impl Zone {
         }
         if let Some(entry) = entry {
             for (address, host) in pointers(&entry) {
-                self.reverse.entry(address).or_default().push((name.clone(), host));
+                self.reverse.entry(address).or_insert_with(|| Vec::with_capacity(1)).push((name.clone(), host));
             }
             self.namespaces.entry(name.namespace.clone()).or_default().insert(name.name.clone(), entry);
         }
@@ -323,7 +323,11 @@ fn hosts<'a>(slices: impl Iterator<Item = &'a Slice>) -> Box<[Host]> {
     for slice in slices {
         let ports: Arc<[Port]> = slice.ports.iter().map(|p| (p.name.clone(), p.protocol, p.port)).collect();
         for endpoint in slice.endpoints.iter().filter(|e| e.ready) {
-            let label = endpoint.hostname.clone().unwrap_or_else(|| dashed(&endpoint.address).into());
+            let label = endpoint
+                .rare
+                .as_ref()
+                .and_then(|r| r.hostname.clone())
+                .unwrap_or_else(|| dashed(&endpoint.address).into());
             hosts.push(Host { label, address: endpoint.address, again: false, ports: ports.clone() });
         }
     }
@@ -344,7 +348,10 @@ fn hosts<'a>(slices: impl Iterator<Item = &'a Slice>) -> Box<[Host]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::tests::{service, slice};
+    use crate::model::{
+        objects::Rare,
+        tests::{service, slice},
+    };
 
     fn zone() -> Zone {
         let mut zone = Zone::new("cluster.local.");
@@ -353,7 +360,7 @@ mod tests {
         let mut db = service("prod", "db", &[], &[("sql", 5432, 0)]);
         db.kind = Kind::Headless;
         let mut endpoints = slice(&db.name, "sql", 5432, &[("10.244.0.7", "n1"), ("10.244.1.7", "n2")]);
-        endpoints.endpoints[0].hostname = Some("db-0".into());
+        endpoints.endpoints[0].rare = named("db-0");
         zone.update(&db.name.clone(), Some(&db), [endpoints].iter());
         let mut out = service("prod", "out", &[], &[]);
         out.kind = Kind::External("example.com".into());
@@ -377,6 +384,10 @@ mod tests {
 
     fn srv(port: u16, host: Option<&str>) -> Record<'_> {
         Record::Service { port, host }
+    }
+
+    fn named(hostname: &str) -> Option<Box<Rare>> {
+        Some(Box::new(Rare { hostname: Some(hostname.into()), ..Rare::default() }))
     }
 
     #[test]
@@ -424,11 +435,11 @@ mod tests {
     fn hosts_are_what_their_slices_say_together() {
         let name = ServiceName::new("prod", "db");
         let mut first = slice(&name, "sql", 5432, &[("10.244.0.7", "n1"), ("10.244.0.8", "n1"), ("10.244.0.9", "n1")]);
-        first.endpoints[0].hostname = Some("db".into());
-        first.endpoints[1].hostname = Some("db".into());
+        first.endpoints[0].rare = named("db");
+        first.endpoints[1].rare = named("db");
         first.endpoints[2].ready = false;
         let mut second = slice(&name, "web", 80, &[("10.244.0.7", "n1")]);
-        second.endpoints[0].hostname = Some("db".into());
+        second.endpoints[0].rare = named("db");
         let mut headless = service("prod", "db", &[], &[]);
         headless.kind = Kind::Headless;
         let mut zone = Zone::new("cluster.local");

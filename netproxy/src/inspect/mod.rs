@@ -98,7 +98,8 @@ impl Snapshot {
     }
 
     fn load_services(&mut self, services: Vec<ServiceObject>, slices: Vec<EndpointSlice>) {
-        slices.iter().filter_map(Slice::parse).for_each(|s| self.shadow.set_slice(s));
+        let own = self.config.node_name.clone();
+        slices.iter().filter_map(|s| Slice::parse(s, &own)).for_each(|s| self.shadow.set_slice(s));
         services.iter().filter_map(Service::parse).for_each(|s| self.shadow.set_service(s));
         let names: Vec<_> = self.shadow.dirty().iter().cloned().collect();
         for name in names {

@@ -274,12 +274,12 @@ mod tests {
             };
             let steps = probe("10.96.0.9:80").send(None).unwrap();
             let has = |what: &str, text: &str| steps.iter().any(|(w, t)| *w == what && t.starts_with(text));
-            assert!(has("rule", "isopod-test nat: goto pick_1"), "{steps:#?}");
+            assert!(has("rule", "isopod-test to_service: goto pick_1"), "{steps:#?}");
             assert!(has("nat", "the kernel chose 10.244.0.9:8080"), "{steps:#?}");
             assert!(has("answer", "came after"), "{steps:#?}");
             drop(listener);
             let steps = probe("10.96.0.8:80").send(None).unwrap();
-            assert!(steps.iter().any(|(_, t)| t == "isopod-test filter: goto refuse"), "{steps:#?}");
+            assert!(steps.iter().any(|(_, t)| t == "isopod-test refuse_service: goto refuse"), "{steps:#?}");
             assert!(steps.last().unwrap().1.starts_with("refused"), "{steps:#?}");
             assert!(!run("nft list tables").contains("isopod-trace"), "the marking table is gone");
         });

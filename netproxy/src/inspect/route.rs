@@ -259,7 +259,7 @@ impl Snapshot {
             (true, false) => format!("allowed (policies on the way out: {out_of}; on the way in: {into})"),
             (false, _) => format!("DROPPED (policies on the way out: {out_of}; on the way in: {into})"),
         };
-        out.steps.push(("endpoint", format!("{}: {verdict}", self.spell(&to, &names))));
+        out.steps.push(("endpoint", format!("{}: {verdict}", self.spell(&to.into(), &names))));
         passes
     }
 }

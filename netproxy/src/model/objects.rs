@@ -197,8 +197,16 @@ pub(crate) struct Endpoint {
     pub(crate) ready: bool,
     pub(crate) serving: bool,
     pub(crate) terminating: bool,
+    /// Whether it is on this node.
+    pub(crate) here: bool,
+    /// Apart: there may be a million endpoints, and most have none of it.
+    pub(crate) rare: Option<Box<Rare>>,
+}
+
+/// What few endpoints have.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Rare {
     pub(crate) hostname: Option<Box<str>>,
-    pub(crate) node: Option<Arc<str>>,
     pub(crate) for_zones: Option<Box<[Box<str>]>>,
     pub(crate) for_nodes: Option<Box<[Box<str>]>>,
 }
@@ -223,8 +231,8 @@ pub(crate) struct Slice {
 }
 
 impl Slice {
-    /// Reads an API object; `None` when it belongs to no service or carries names instead of addresses.
-    pub(crate) fn parse(object: &discovery::EndpointSlice) -> Option<Self> {
+    /// Reads an API object on the node `own`; `None` when it belongs to no service or carries names instead of addresses.
+    pub(crate) fn parse(object: &discovery::EndpointSlice, own: &str) -> Option<Self> {
         let meta = &object.metadata;
         let service = meta.labels.as_ref()?.get(SERVICE_NAME_LABEL)?;
         if object.address_type == "FQDN" {
@@ -241,30 +249,33 @@ impl Slice {
             service: ServiceName::new(meta.namespace.as_deref()?, service),
             name: meta.name.as_deref()?.into(),
             ports: ports.collect(),
-            endpoints: object.endpoints.iter().flatten().filter_map(Endpoint::parse).collect(),
+            endpoints: object.endpoints.iter().flatten().filter_map(|e| Endpoint::parse(e, own)).collect(),
             changed: meta.annotations.as_ref().and_then(|a| a.get(TRIGGER_TIME)?.parse().ok()),
         })
     }
 }
 
 impl Endpoint {
-    fn parse(object: &discovery::Endpoint) -> Option<Self> {
+    fn parse(object: &discovery::Endpoint, own: &str) -> Option<Self> {
         let conditions = object.conditions.as_ref();
         let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
         let hints = object.hints.as_ref();
-        Some(Self {
-            address: object.addresses.first()?.parse().ok()?,
-            ready,
-            serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
-            terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
+        let rare = Rare {
             hostname: object.hostname.as_deref().filter(|h| !h.is_empty()).map(Into::into),
-            node: object.node_name.as_deref().map(Into::into),
             for_zones: hints
                 .and_then(|h| h.for_zones.as_ref())
                 .map(|z| z.iter().map(|z| z.name.as_str().into()).collect()),
             for_nodes: hints
                 .and_then(|h| h.for_nodes.as_ref())
                 .map(|n| n.iter().map(|n| n.name.as_str().into()).collect()),
+        };
+        Some(Self {
+            address: object.addresses.first()?.parse().ok()?,
+            ready,
+            serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
+            terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
+            here: object.node_name.as_deref() == Some(own),
+            rare: (rare != Rare::default()).then(|| Box::new(rare)),
         })
     }
 }
@@ -276,5 +287,35 @@ pub(crate) struct Place {
     pub(crate) zone: Option<Box<str>>,
 }
 
-/// An address and port packets are sent to.
-pub(crate) type Backend = SocketAddr;
+/// An address and port packets are sent to: smaller than a socket's, for there are many.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub(crate) struct Backend {
+    address: IpAddr,
+    port: u16,
+}
+
+impl Backend {
+    pub(crate) fn new(address: IpAddr, port: u16) -> Self {
+        Self { address, port }
+    }
+
+    pub(crate) fn ip(&self) -> IpAddr {
+        self.address
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+impl From<SocketAddr> for Backend {
+    fn from(socket: SocketAddr) -> Self {
+        Self::new(socket.ip(), socket.port())
+    }
+}
+
+impl std::fmt::Display for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        SocketAddr::new(self.address, self.port).fmt(f)
+    }
+}

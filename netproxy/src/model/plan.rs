@@ -5,7 +5,7 @@
 //! deleted and the service element goes to `pick_2`: three elements whatever the number of endpoints. Endpoints of this
 //! node have a second list from index `LOCAL_BASE` on, present only where a Local policy uses it.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
@@ -107,9 +107,10 @@ impl Topology {
     fn choose<'a>(ready: impl Iterator<Item = &'a Endpoint>, place: &Place) -> Self {
         let (mut all_nodes, mut some_node, mut all_zones, mut some_zone) = (true, false, true, false);
         for endpoint in ready {
-            all_nodes &= endpoint.for_nodes.is_some();
+            let rare = endpoint.rare.as_deref();
+            all_nodes &= rare.is_some_and(|r| r.for_nodes.is_some());
             some_node |= Self::SameNode.allows(endpoint, place);
-            all_zones &= endpoint.for_zones.is_some();
+            all_zones &= rare.is_some_and(|r| r.for_zones.is_some());
             some_zone |= Self::SameZone.allows(endpoint, place);
         }
         match () {
@@ -120,13 +121,14 @@ impl Topology {
     }
 
     fn allows(self, endpoint: &Endpoint, place: &Place) -> bool {
+        let has = |list: Option<&[Box<str>]>, own: &str| list.is_some_and(|l| l.iter().any(|n| **n == *own));
+        let rare = endpoint.rare.as_deref();
         match self {
             Self::Anywhere => true,
-            Self::SameNode => endpoint.for_nodes.as_ref().is_some_and(|n| n.contains(&place.node)),
-            Self::SameZone => match (&endpoint.for_zones, &place.zone) {
-                (Some(zones), Some(zone)) => zones.contains(zone),
-                _ => false,
-            },
+            Self::SameNode => has(rare.and_then(|r| r.for_nodes.as_deref()), &place.node),
+            Self::SameZone => {
+                place.zone.as_deref().is_some_and(|zone| has(rare.and_then(|r| r.for_zones.as_deref()), zone))
+            }
         }
     }
 }
@@ -146,7 +148,6 @@ pub(crate) fn select<'a>(
     let endpoints = endpoints.filter(|(e, _)| Family::of(&e.address) == family);
     let ready = |e: &Endpoint| e.ready;
     let leaving = |e: &Endpoint| !e.ready && e.serving && e.terminating;
-    let here = |e: &Endpoint| e.node.as_deref() == Some(&*place.node);
     let topology = Topology::choose(endpoints.clone().map(|(e, _)| e).filter(|e| ready(e)), place);
     let collect = |keep: &dyn Fn(&Endpoint) -> bool| {
         let mut list: Vec<Backend> =
@@ -160,14 +161,24 @@ pub(crate) fn select<'a>(
     };
     Pools {
         cluster: or(collect(&|e| ready(e) && topology.allows(e, place)), &leaving),
-        local: or(collect(&|e| ready(e) && here(e)), &|e| leaving(e) && here(e)),
+        local: or(collect(&|e| ready(e) && e.here), &|e| leaving(e) && e.here),
     }
+}
+
+/// How many ready endpoints are on this node; a pod of both families counts once.
+pub(crate) fn ready_here<'a>(slices: impl Iterator<Item = &'a Slice>) -> usize {
+    let mut seen = [const { BTreeSet::new() }; Family::ALL.len()];
+    for endpoint in slices.flat_map(|s| &s.endpoints).filter(|e| e.ready && e.here) {
+        seen[Family::of(&endpoint.address).index()].insert(endpoint.address);
+    }
+    seen.iter().map(BTreeSet::len).max().unwrap_or(0)
 }
 
 /// Changes `pool` into `wanted` (sorted), moving as few endpoints as possible: the last one takes a removed one's place.
 pub(crate) fn merge(pool: &mut Vec<Backend>, wanted: Vec<Backend>) {
     if pool.is_empty() {
         *pool = wanted;
+        pool.shrink_to_fit();
         return;
     }
     let mut index = 0;
@@ -237,7 +248,7 @@ impl Writer<'_> {
 
     fn backends(&mut self, base: u32, list: &[Backend]) {
         for (backend, index) in list.iter().zip(base..) {
-            let value = Value::Backend(Key::EMPTY.socket(backend));
+            let value = Value::Backend(Key::EMPTY.backend(backend));
             self.put(Map::Endpoints, Map::NodePortEndpoints, self.frontend.key().index(index), value);
         }
     }

@@ -47,6 +47,8 @@ struct Applied {
     service: Option<Arc<Service>>,
     pools: Vec<Pools>,
     denied: Vec<Frontend>,
+    /// Ready endpoints on this node.
+    ready_here: usize,
 }
 
 impl Applied {
@@ -89,11 +91,11 @@ impl Applied {
         (is_local(service.internal_policy), is_local(service.external_policy))
     }
 
-    /// The health check port and how many endpoints are here.
+    /// The health check port and how many ready endpoints are here: while the last ones terminate they still get what
+    /// comes, but load balancers are to send nothing more.
     fn health_check(&self) -> Option<(u16, usize)> {
         let service = self.service.as_ref().filter(|s| s.ours && s.external_policy == Policy::Local)?;
-        let local: HashSet<IpAddr> = self.pools.iter().flat_map(|p| &p.local).map(|b| b.ip()).collect();
-        (service.health_check_node_port != 0).then_some((service.health_check_node_port, local.len()))
+        (service.health_check_node_port != 0).then_some((service.health_check_node_port, self.ready_here))
     }
 
     fn frontends(&self) -> impl Iterator<Item = Frontend> + '_ {
@@ -110,7 +112,8 @@ pub(crate) type Visitor<'a> = dyn FnMut(&Service, &ServicePort, (Frontend, Reach
 pub(crate) struct Shadow {
     place: Place,
     services: HashMap<ServiceName, Arc<Service>>,
-    slices: HashMap<ServiceName, BTreeMap<Box<str>, Slice>>,
+    /// By service, in order of their own names: most have one.
+    slices: HashMap<ServiceName, Vec<Slice>>,
     applied: HashMap<ServiceName, Applied>,
     owners: HashMap<Frontend, ServiceName>,
     waiting: HashMap<Frontend, Vec<ServiceName>>,
@@ -151,16 +154,24 @@ impl Shadow {
 
     pub(crate) fn set_slice(&mut self, slice: Slice) {
         let slices = self.slices.entry(slice.service.clone()).or_default();
-        if slices.get(&slice.name) == Some(&slice) {
+        let place = slices.binary_search_by(|s| s.name.cmp(&slice.name));
+        if place.is_ok_and(|at| slices[at] == slice) {
             return;
         }
         self.dirty.insert(slice.service.clone());
-        slices.insert(slice.name.clone(), slice);
+        match place {
+            Ok(at) => slices[at] = slice,
+            Err(at) => {
+                slices.reserve_exact(1);
+                slices.insert(at, slice);
+            }
+        }
     }
 
     pub(crate) fn remove_slice(&mut self, service: &ServiceName, name: &str) {
         let Some(slices) = self.slices.get_mut(service) else { return };
-        if slices.remove(name).is_some() {
+        if let Ok(at) = slices.binary_search_by(|s| (*s.name).cmp(name)) {
+            slices.remove(at);
             self.dirty.insert(service.clone());
         }
         if slices.is_empty() {
@@ -178,7 +189,7 @@ impl Shadow {
         let gone: Vec<_> = self
             .slices
             .iter()
-            .flat_map(|(service, slices)| slices.keys().map(move |n| (service.clone(), n.clone())))
+            .flat_map(|(service, slices)| slices.iter().map(move |s| (service.clone(), s.name.clone())))
             .filter(|(service, name)| !keep(&service.namespace, name))
             .collect();
         gone.iter().for_each(|(service, name)| self.remove_slice(service, name));
@@ -189,7 +200,7 @@ impl Shadow {
     }
 
     pub(crate) fn slices(&self, name: &ServiceName) -> impl Iterator<Item = &Slice> + Clone {
-        self.slices.get(name).into_iter().flat_map(BTreeMap::values)
+        self.slices.get(name).into_iter().flatten()
     }
 
     pub(crate) fn dirty(&self) -> &HashSet<ServiceName> {
@@ -290,8 +301,7 @@ impl Shadow {
         let denied = self.claim(name, old, &wanted);
         let mut pools = Vec::new();
         if let Some(service) = service.as_ref().filter(|s| s.ours) {
-            let slices = self.slices.get(name);
-            let slices = slices.into_iter().flat_map(BTreeMap::values);
+            let slices = self.slices(name);
             for port in &service.ports {
                 for family in Family::ALL {
                     if !service.cluster_ips.iter().any(|a| Family::of(a) == family) {
@@ -306,7 +316,8 @@ impl Shadow {
                 }
             }
         }
-        Applied { service, pools, denied }
+        let ready_here = plan::ready_here(self.slices(name));
+        Applied { service, pools, denied, ready_here }
     }
 
     /// Takes the wanted frontends, lets go the old ones, and returns those another service holds.
@@ -400,7 +411,7 @@ pub(crate) fn cancel_out(delta: &mut Delta) {
 fn leftovers(old: &Applied, new: &Applied, delta: &mut Delta) {
     let was_sticky = old.service.as_ref().is_some_and(|s| s.affinity.is_some());
     let is_sticky = new.service.as_ref().is_some_and(|s| s.affinity.is_some());
-    for frontend in old.frontends() {
+    for frontend in old.frontends().filter(|f| was_sticky || f.protocol() == Protocol::Udp) {
         let before = old.backends(&frontend);
         let after = if new.frontends().any(|f| f == frontend) { new.backends(&frontend) } else { HashSet::new() };
         let gone = before.difference(&after);
@@ -431,15 +442,19 @@ pub(crate) struct Needed {
 
 impl Needed {
     pub(crate) fn see(&mut self, element: &Element) {
-        match element.value {
-            Value::Goto(
-                Chain::Pick(n)
-                | Chain::MasqueradePick(n)
-                | Chain::LocalPick(n)
-                | Chain::NodePortPick(n)
-                | Chain::NodePortLocalPick(n),
-            ) => self.picks = self.picks.max(n),
-            Value::Goto(Chain::Remember(t)) if !self.timeouts.contains(&t) => self.timeouts.push(t),
+        if let Value::Goto(chain) = element.value {
+            self.see_chain(&chain);
+        }
+    }
+
+    pub(crate) fn see_chain(&mut self, chain: &Chain) {
+        match chain {
+            Chain::Pick(n)
+            | Chain::MasqueradePick(n)
+            | Chain::LocalPick(n)
+            | Chain::NodePortPick(n)
+            | Chain::NodePortLocalPick(n) => self.picks = self.picks.max(*n),
+            Chain::Remember(t) if !self.timeouts.contains(t) => self.timeouts.push(*t),
             _ => {}
         }
     }

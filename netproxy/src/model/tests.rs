@@ -42,10 +42,8 @@ pub(crate) fn slice(service: &ServiceName, port_name: &str, port: u16, endpoints
                 ready: true,
                 serving: true,
                 terminating: false,
-                hostname: None,
-                node: Some((*node).into()),
-                for_zones: None,
-                for_nodes: None,
+                here: *node == "me",
+                rare: None,
             })
             .collect(),
     }

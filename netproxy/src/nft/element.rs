@@ -1,11 +1,13 @@
 //! Map elements as the kernel sees them: keys padded to four bytes per field, values as bytes or as a chain to go to.
 //!
 //! Example: the service element for 10.96.0.1:443/tcp with three endpoints is key `0a600001 06000000 01bb0000` in map
-//! `services`, value "goto pick_3".
+//! `services`, value 0x01000003, the number of chain `pick_3`; map `nat_chains` leads from that number to the chain. The
+//! kernel checks all chains of a table again when an element that goes to one comes in, walking every map of such
+//! elements: the large maps have none.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
-use crate::model::objects::Protocol;
+use crate::model::objects::{Backend, Protocol};
 
 /// IP family; each has its own table.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -60,8 +62,8 @@ macro_rules! maps {
 }
 
 maps! {
-    Services "services" "Address, protocol, port -> where to go.",
-    NodePorts "nodeports" "Protocol, port -> where to go.",
+    Services "services" "Address, protocol, port -> number of the chain to go to.",
+    NodePorts "nodeports" "Protocol, port -> number of the chain to go to.",
     ExternalCluster "ext_cluster" "As services, for addresses with external policy Local: traffic from inside.",
     ExternalLocal "ext_local" "As services, for addresses with external policy Local: traffic from outside.",
     NodePortCluster "np_cluster" "As nodeports with external policy Local: traffic from inside.",
@@ -72,6 +74,9 @@ maps! {
     NodePortUnavailable "np_unavailable" "Protocol, port -> how to refuse.",
     Affine "affine" "Address, protocol, port -> chain that remembers the client's endpoint.",
     NodePortAffine "np_affine" "Protocol, port -> chain that remembers the client's endpoint.",
+    NatChains "nat_chains" "Number -> chain that translates.",
+    PickChains "pick_chains" "The same without those that look further, which go here: the kernel allows no circle.",
+    FilterChains "filter_chains" "Number -> chain that refuses or remembers.",
     Firewall "firewall" "Address, protocol, port open only to some sources.",
     Allowed "fw_allow" "Address, protocol, port, source range let through the firewall.",
     Hairpin "hairpin" "Local endpoint address, twice: talks to itself through a service.",
@@ -93,6 +98,11 @@ impl Map {
     pub(crate) fn is_set(self) -> bool {
         matches!(self, Self::Allowed | Self::Firewall | Self::Hairpin | Self::ClusterIps)
             || self >= Self::IngressIsolated
+    }
+
+    /// Whether its values are numbers of chains.
+    pub(crate) fn is_numbered(self) -> bool {
+        self <= Self::NodePortLocal || (Self::Unavailable..=Self::NodePortAffine).contains(&self)
     }
 }
 
@@ -121,6 +131,57 @@ pub(crate) enum Chain {
     DropExternal,
     /// Remember the client's endpoint for so many seconds.
     Remember(u32),
+}
+
+impl Chain {
+    /// As it stands in maps: the kind in the upper byte, what it counts in the others.
+    pub(crate) fn number(self) -> u32 {
+        let (kind, count) = match self {
+            Self::Pick(n) => (1, n),
+            Self::MasqueradePick(n) => (2, n),
+            Self::LocalPick(n) => (3, n),
+            Self::NodePortPick(n) => (4, n),
+            Self::NodePortLocalPick(n) => (5, n),
+            Self::ExternalLocal => (6, 0),
+            Self::NodePortLocal => (7, 0),
+            Self::Reject => (8, 0),
+            Self::Drop => (9, 0),
+            Self::DropExternal => (10, 0),
+            Self::Remember(t) => (11, t),
+        };
+        kind << 24 | count
+    }
+
+    /// The chain with a number; `None` for numbers we never write.
+    pub(crate) fn numbered(number: u32) -> Option<Self> {
+        let count = number & 0xff_ffff;
+        let chain = match number >> 24 {
+            1 => Self::Pick(count),
+            2 => Self::MasqueradePick(count),
+            3 => Self::LocalPick(count),
+            4 => Self::NodePortPick(count),
+            5 => Self::NodePortLocalPick(count),
+            6 => Self::ExternalLocal,
+            7 => Self::NodePortLocal,
+            8 => Self::Reject,
+            9 => Self::Drop,
+            10 => Self::DropExternal,
+            11 => Self::Remember(count),
+            _ => return None,
+        };
+        (chain.number() == number).then_some(chain)
+    }
+
+    /// The elements that lead from its number to it.
+    pub(crate) fn entries(self, family: Family) -> impl Iterator<Item = Element> {
+        let maps: &[Map] = match self {
+            _ if self < Self::ExternalLocal => &[Map::NatChains, Map::PickChains],
+            Self::ExternalLocal | Self::NodePortLocal => &[Map::NatChains],
+            _ => &[Map::FilterChains],
+        };
+        let key = Key::EMPTY.index(self.number());
+        maps.iter().map(move |map| Element { family, map: *map, key, value: Value::Goto(self) })
+    }
 }
 
 impl std::fmt::Display for Chain {
@@ -217,13 +278,13 @@ impl Key {
         self.raw(&[a, b, 0, 0])
     }
 
-    /// `numgen` writes its number in host order.
+    /// A number in host order, as `numgen` and marks have it.
     pub(crate) fn index(self, index: u32) -> Self {
         self.raw(&index.to_ne_bytes())
     }
 
-    pub(crate) fn socket(self, socket: &SocketAddr) -> Self {
-        self.address(&socket.ip()).port(socket.port())
+    pub(crate) fn backend(self, backend: &Backend) -> Self {
+        self.address(&backend.ip()).port(backend.port())
     }
 }
 
@@ -243,10 +304,12 @@ pub(crate) enum Value {
     Member,
     /// Member of a set of ranges: the key is the first, this the last of each field.
     Until(Key),
-    /// Goes to a chain.
+    /// Goes to a chain, by its number where the map is one of numbers.
     Goto(Chain),
     /// Address and port.
     Backend(Key),
+    /// Something we never write.
+    Foreign,
 }
 
 /// One element of one map.
@@ -291,7 +354,9 @@ mod tests {
             Chain::Remember(10_800),
         ] {
             assert_eq!(chain.to_string().parse(), Ok(chain));
+            assert_eq!(Chain::numbered(chain.number()), Some(chain));
         }
+        assert_eq!(Chain::numbered(Chain::Reject.number() + 1), None);
         assert_eq!("pick_x".parse::<Chain>(), Err(()));
     }
 

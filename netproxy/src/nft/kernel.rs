@@ -16,8 +16,8 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::{
-    element::{Chain, Element, ElementKey, Family, Map},
-    remember,
+    element::{Element, ElementKey, Family, Map},
+    raw,
     skeleton::{self, Chains, Settings},
     wire::{self, Batch},
 };
@@ -32,7 +32,8 @@ use crate::{
 const TRANSACTION_MAX: usize = 4 << 20;
 /// Elements from which on a change is quicker when nobody listens.
 const MANY: usize = 1000;
-const AFFINITY: &str = "affinity";
+/// The map of clients and their endpoints, which rules write.
+pub(super) const AFFINITY: &str = "affinity";
 
 /// Why the kernel's tables could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -141,32 +142,33 @@ impl Kernel {
     fn make(&mut self, wanted: &Wanted<'_>) -> Result<Difference, Error> {
         let mut needed = Needed::default();
         wanted(&mut |element| needed.see(&element));
+        let existing = self.families.iter().map(|f| self.existing_chains(*f)).collect::<Result<Vec<_>, _>>()?;
+        for chain in existing.iter().flatten().filter_map(|name| name.parse().ok()) {
+            needed.see_chain(&chain);
+        }
         self.chains.grow(needed.picks, &needed.timeouts);
-        let existing = self.existing_chains()?;
-        let (picks, timeouts) = existing.iter().fold((0, Vec::new()), |(mut most, mut times), chain| {
-            match chain {
-                Chain::Pick(n) => most = most.max(*n),
-                Chain::Remember(t) => times.push(*t),
-                _ => {}
-            }
-            (most, times)
-        });
-        self.chains.grow(picks, &timeouts);
-        let text: String = self.families.iter().map(|f| skeleton::render(*f, &self.settings, &self.chains)).collect();
+        let render = |(f, names): (&Family, &Vec<_>)| skeleton::render(*f, &self.settings, &self.chains, names);
+        let text: String = self.families.iter().zip(&existing).map(render).collect();
         match self.run(&text) {
-            Err(Error::Ruleset(why)) if !existing.is_empty() => {
+            Err(Error::Ruleset(why)) if existing.iter().any(|names| !names.is_empty()) => {
                 tracing::info!(why, "replacing the whole nftables table: its maps have another shape");
                 let mut elements = Vec::new();
-                wanted(&mut |element| elements.push(element));
+                self.with_entries(wanted, &mut |element| elements.push(element));
                 let replace = |f: &Family| skeleton::render_replacement(*f, &self.settings, &self.chains, &elements);
                 self.run(&self.families.iter().map(replace).collect::<String>())?;
             }
             other => other?,
         }
-        self.add_remembering(&self.chains.timeouts)?;
+        self.write_raw(&self.chains.timeouts)?;
         self.digest = self.rules_digest()?;
         let present = self.dump()?;
         self.correct(present, wanted)
+    }
+
+    /// Everything that should be in the maps: what leads from numbers to chains, then what the model wants.
+    pub(crate) fn with_entries(&self, wanted: &Wanted<'_>, emit: &mut dyn FnMut(Element)) {
+        self.families.iter().flat_map(|f| self.chains.entries(&Chains::NONE, *f)).for_each(&mut *emit);
+        wanted(emit);
     }
 
     /// Compares the kernel's table with what it should be and repairs it.
@@ -184,7 +186,7 @@ impl Kernel {
             return Ok(Difference { removed: 0, added: self.load(wanted)? });
         }
         let (mut removed, mut added) = (Vec::new(), Vec::new());
-        wanted(&mut |element| match present.remove(&element.id()) {
+        self.with_entries(wanted, &mut |element| match present.remove(&element.id()) {
             _ if !self.families.contains(&element.family) => {}
             Some(same) if same == element => {}
             Some(other) => {
@@ -202,7 +204,7 @@ impl Kernel {
     /// Fills empty maps; returns with how many elements.
     fn load(&self, wanted: &Wanted<'_>) -> Result<usize, Error> {
         let (mut batch, mut count, mut outcome) = (Batch::default(), 0, Ok(()));
-        wanted(&mut |element| {
+        self.with_entries(wanted, &mut |element| {
             if outcome.is_ok() && self.families.contains(&element.family) {
                 count += 1;
                 batch.add(&element);
@@ -272,19 +274,21 @@ impl Kernel {
         }
         let more = |f: &Family| skeleton::render_more(*f, &self.settings, &self.chains, &chains);
         let text: String = self.families.iter().map(more).collect();
-        let fresh: Vec<u32> = chains.timeouts.iter().filter(|t| !self.chains.timeouts.contains(t)).copied().collect();
-        self.quietly(|kernel| kernel.run(&text).and_then(|()| kernel.add_remembering(&fresh)))?;
+        let entries: Vec<Element> = self.families.iter().flat_map(|f| chains.entries(&self.chains, *f)).collect();
+        self.quietly(|kernel| {
+            kernel.run(&text)?;
+            kernel.write_raw(&chains.timeouts)?;
+            kernel.change_all(&[], &entries)
+        })?;
         self.chains = chains;
         self.digest = self.rules_digest()?;
         Ok(())
     }
 
-    /// Adds the rules that nft cannot write; their chains are empty.
-    fn add_remembering(&self, timeouts: &[u32]) -> Result<(), Error> {
-        if !self.families.contains(&Family::V6) {
-            return Ok(());
-        }
-        timeouts.iter().try_for_each(|t| self.transact(&remember::rule(&self.settings.table, AFFINITY, *t), 1))
+    /// Writes the rules that nft cannot write.
+    fn write_raw(&self, timeouts: &[u32]) -> Result<(), Error> {
+        let (bytes, last) = raw::rules(&self.settings.table, &self.families, timeouts);
+        self.transact(&bytes, last)
     }
 
     /// One transaction, unless there is so much to add that it is a first load.
@@ -387,33 +391,29 @@ impl Kernel {
         Ok(all)
     }
 
-    fn list(&self, kind: u16) -> Result<Vec<Vec<u8>>, Error> {
-        let mut all = Vec::new();
-        for family in &self.families {
-            let mut request = Vec::new();
-            let head = (wire::nft(kind), wire::NLM_F_REQUEST | wire::NLM_F_DUMP, 1);
-            wire::message(&mut request, head, (family.number(), 0), |m| {
-                wire::put_string(m, 1, &self.settings.table);
-            });
-            let own = self.settings.table.as_str();
-            let found: Vec<Vec<u8>> = self.read_consistent(&request, |list: &mut Vec<Vec<u8>>, m| {
-                if wire::attribute(m.body, 1).map(wire::text) == Some(own) {
-                    list.push(m.body.to_vec());
-                }
-            })?;
-            all.extend(found);
-        }
-        Ok(all)
+    /// Bodies of the messages about our table's chains or rules.
+    fn list(&self, kind: u16, family: Family) -> Result<Vec<Vec<u8>>, Error> {
+        let mut request = Vec::new();
+        let head = (wire::nft(kind), wire::NLM_F_REQUEST | wire::NLM_F_DUMP, 1);
+        let own = self.settings.table.as_str();
+        wire::message(&mut request, head, (family.number(), 0), |m| wire::put_string(m, 1, own));
+        self.read_consistent(&request, |list: &mut Vec<Vec<u8>>, m| {
+            if wire::attribute(m.body, 1).map(wire::text) == Some(own) {
+                list.push(m.body.to_vec());
+            }
+        })
     }
 
-    fn existing_chains(&self) -> Result<Vec<Chain>, Error> {
-        let bodies = self.list(wire::MSG_GETCHAIN)?;
-        Ok(bodies.iter().filter_map(|b| wire::text(wire::attribute(b, 3)?).parse().ok()).collect())
+    fn existing_chains(&self, family: Family) -> Result<Vec<String>, Error> {
+        let bodies = self.list(wire::MSG_GETCHAIN, family)?;
+        Ok(bodies.iter().filter_map(|b| Some(wire::text(wire::attribute(b, 3)?).to_owned())).collect())
     }
 
     fn rules_digest(&self) -> Result<u64, Error> {
         let mut hasher = DefaultHasher::new();
-        self.list(wire::MSG_GETRULE)?.hash(&mut hasher);
+        for family in &self.families {
+            self.list(wire::MSG_GETRULE, *family)?.hash(&mut hasher);
+        }
         Ok(hasher.finish())
     }
 

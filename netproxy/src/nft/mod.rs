@@ -4,7 +4,7 @@ pub(crate) mod element;
 pub(crate) mod kernel;
 #[cfg(test)]
 mod packets;
-mod remember;
+mod raw;
 pub(crate) mod skeleton;
 #[cfg(test)]
 pub(crate) mod tests;

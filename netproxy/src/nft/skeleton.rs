@@ -3,13 +3,17 @@
 //! A new connection meets, in this order: `filter` (source ranges, services without endpoints; before translation),
 //! `nat` (one lookup in `services` or `nodeports`, then a chain that picks an endpoint), `sticky` (writes down the
 //! client's endpoint where ClientIP affinity is on), `strays` (ports nobody serves on a cluster address), `policy` (what
-//! NetworkPolicies let through; after translation, so that it sees both pods). No rule names a service or a policy. Loading the text over an existing table replaces all rules in one transaction and leaves the elements alone.
+//! NetworkPolicies let through; after translation, so that it sees both pods). No rule names a service or a policy. Loading
+//! the text over an existing table replaces all rules but those of [`raw`] in one transaction and leaves the elements alone.
 
 use std::fmt::Write;
 
 use ipnet::IpNet;
 
-use super::element::{Element, Family, Key, Map, Value};
+use super::{
+    element::{Chain, Element, Family, Key, Map, Value},
+    raw,
+};
 
 /// What the rules depend on besides the family.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +59,19 @@ impl Chains {
         self.timeouts.dedup();
         *self != before
     }
+
+    /// Elements that lead from numbers to chains: those that `other` has not.
+    pub(crate) fn entries(&self, other: &Self, family: Family) -> Vec<Element> {
+        let kinds =
+            [Chain::Pick, Chain::MasqueradePick, Chain::LocalPick, Chain::NodePortPick, Chain::NodePortLocalPick];
+        let picks = (other.picks + 1..=self.picks).flat_map(|n| kinds.map(|kind| kind(n)));
+        let timeouts = self.timeouts.iter().filter(|t| !other.timeouts.contains(t)).map(|t| Chain::Remember(*t));
+        let fixed = [Chain::ExternalLocal, Chain::NodePortLocal, Chain::Reject, Chain::Drop, Chain::DropExternal];
+        let fixed = fixed.into_iter().filter(|_| other.picks == 0);
+        picks.chain(timeouts).chain(fixed).flat_map(|chain| chain.entries(family)).collect()
+    }
+
+    pub(crate) const NONE: Self = Self { picks: 0, timeouts: Vec::new() };
 }
 
 impl Default for Chains {
@@ -69,22 +86,25 @@ struct Text<'a> {
     settings: &'a Settings,
 }
 
-/// The whole text for one family.
-pub(crate) fn render(family: Family, settings: &Settings, chains: &Chains) -> String {
+/// The whole text for one family, in place of the rules of the chains that exist.
+pub(crate) fn render(family: Family, settings: &Settings, chains: &Chains, existing: &[String]) -> String {
     let mut text = Text { out: String::new(), family, settings };
     let table = format!("table {} {}", family.nft(), settings.table);
     text.line(0, &format!("{table} {{"));
     text.maps();
     text.line(0, "}");
-    text.line(0, &format!("flush {table}"));
+    for chain in existing.iter().filter(|c| !raw::owns(c)) {
+        text.line(0, &format!("flush chain {} {} {chain}", family.nft(), settings.table));
+    }
     text.line(0, &format!("{table} {{"));
     text.primer();
+    raw::finders().for_each(|chain| text.chain(chain, &[]));
     text.refusals();
     for n in 1..=chains.picks {
         text.picks(n);
     }
     for seconds in &chains.timeouts {
-        text.remember(*seconds);
+        text.chain(&Chain::Remember(*seconds).to_string(), &[]);
     }
     text.policies();
     text.dispatch();
@@ -104,7 +124,7 @@ pub(crate) fn render_more(family: Family, settings: &Settings, old: &Chains, new
         text.picks(n);
     }
     for seconds in new.timeouts.iter().filter(|t| !old.timeouts.contains(t)) {
-        text.remember(*seconds);
+        text.chain(&Chain::Remember(*seconds).to_string(), &[]);
     }
     text.line(0, "}");
     text.out
@@ -114,7 +134,7 @@ pub(crate) fn render_more(family: Family, settings: &Settings, old: &Chains, new
 pub(crate) fn render_replacement(family: Family, settings: &Settings, chains: &Chains, elements: &[Element]) -> String {
     let name = format!("{} {}", family.nft(), settings.table);
     let mut out = format!("table {name} {{\n}}\ndelete table {name}\n");
-    out.push_str(&render(family, settings, chains));
+    out.push_str(&render(family, settings, chains, &[]));
     for element in elements.iter().filter(|e| e.family == family) {
         let _ = writeln!(out, "add element {name} {} {{ {} }}", element.map.name(), spell(element));
     }
@@ -133,13 +153,14 @@ fn spell(element: &Element) -> String {
         _ => spell_fields(element.family, shape, &element.key).join(" . "),
     };
     match element.value {
+        Value::Goto(chain) if element.map.is_numbered() => format!("{key} : {}", chain.number()),
         Value::Goto(chain) => format!("{key} : goto {chain}"),
         Value::Backend(to) => format!("{key} : {}", spell_fields(element.family, "ap", &to).join(" . ")),
-        Value::Member | Value::Until(_) => key,
+        Value::Member | Value::Until(_) | Value::Foreign => key,
     }
 }
 
-/// Fields of a map's key: address, transport protocol, port, index.
+/// Fields of a map's key: address, transport protocol, port, index, mark.
 pub(crate) fn shape(map: Map) -> &'static str {
     match map {
         Map::Services | Map::ExternalCluster | Map::ExternalLocal | Map::Unavailable | Map::Affine | Map::Firewall => {
@@ -148,6 +169,7 @@ pub(crate) fn shape(map: Map) -> &'static str {
         Map::NodePorts | Map::NodePortCluster | Map::NodePortLocal | Map::NodePortUnavailable | Map::NodePortAffine => {
             "tp"
         }
+        Map::NatChains | Map::PickChains | Map::FilterChains => "m",
         Map::Endpoints => "atpi",
         Map::NodePortEndpoints => "tpi",
         Map::Allowed => "atpa",
@@ -229,9 +251,9 @@ impl Text<'_> {
         // The index has no type name: these maps are declared by example. `th dport` would do for a first load, but
         // nft 1.0.6 cannot read such a declaration back from the kernel.
         let example = [daddr.as_str(), "meta l4proto", "tcp dport", "numgen random mod 2"];
-        let named = [address, "inet_proto", "inet_service", ""];
+        let named = [address, "inet_proto", "inet_service", "mark"];
         let spell = |map: &Map, words: [&str; 4]| -> String {
-            let word = |kind: char| words["atpi".find(kind).unwrap_or(0)];
+            let word = |kind: char| words["atp".find(kind).unwrap_or(3)];
             shape(*map).chars().map(word).collect::<Vec<_>>().join(" . ")
         };
         let mut lines = Vec::new();
@@ -245,6 +267,7 @@ impl Text<'_> {
                     format!("map {name} {{ typeof {} : {daddr} . tcp dport; }}", spell(map, example))
                 }
                 _ if map.is_set() => format!("set {name} {{ type {}; }}", spell(map, named)),
+                _ if map.is_numbered() => format!("map {name} {{ type {} : mark; }}", spell(map, named)),
                 _ => format!("map {name} {{ type {} : verdict; }}", spell(map, named)),
             });
         }
@@ -297,31 +320,15 @@ impl Text<'_> {
         self.chain(&format!("np_lpick_{n}"), &[sticky, dnat(node_key, &local, "np_endpoints")]);
     }
 
-    fn remember(&mut self, seconds: u32) {
-        let ip = self.family.nft();
-        // nft 1.0.6 runs out of registers on this statement with IPv6 addresses: `remember` adds it by netlink.
-        let protocols: &[&str] = if self.family == Family::V4 { &["tcp", "udp", "sctp"] } else { &[] };
-        let rules: Vec<String> = protocols
-            .iter()
-            .map(|proto| {
-                format!(
-                    "meta l4proto {proto} update @affinity {{ ct original {ip} saddr . ct original {ip} daddr . meta l4proto \
-                     . ct original proto-dst timeout {seconds}s : {ip} daddr . th dport }}"
-                )
-            })
-            .collect();
-        self.chain(&format!("remember_{seconds}"), &rules);
-    }
-
     fn policies(&mut self) {
         let pods = self.pods("");
-        for (name, key, inside, outside) in [
-            ("ext_local_policy", self.key(), "ext_cluster", "ext_local"),
-            ("np_local_policy", "meta l4proto . th dport".to_owned(), "np_cluster", "np_local"),
+        for (name, inside, outside) in [
+            ("ext_local_policy", "to_ext_cluster", "to_ext_local"),
+            ("np_local_policy", "to_np_cluster", "to_np_local"),
         ] {
-            let mut rules: Vec<String> = pods.iter().map(|pods| format!("{pods} {key} vmap @{inside}")).collect();
-            rules.push(format!("fib saddr type local {key} vmap @{inside}"));
-            rules.push(format!("{key} vmap @{outside}"));
+            let mut rules: Vec<String> = pods.iter().map(|pods| format!("{pods} goto {inside}")).collect();
+            rules.push(format!("fib saddr type local goto {inside}"));
+            rules.push(format!("goto {outside}"));
             self.chain(name, &rules);
         }
     }
@@ -338,7 +345,7 @@ impl Text<'_> {
             (Family::V6, _) => format!("{daddr} != ::1 "),
         };
         let chosen = chosen.map(|c| format!("{daddr} {c} ")).unwrap_or_default();
-        format!("{loopback}{chosen}fib daddr type local meta l4proto . th dport")
+        format!("{loopback}{chosen}fib daddr type local")
     }
 
     fn own_dns(&self, verdict: &str) -> Vec<String> {
@@ -351,21 +358,16 @@ impl Text<'_> {
         let (key, to_node) = (self.key(), self.to_node());
         let mut filter = self.own_dns("return");
         filter.push(format!("{key} @firewall jump firewall_check"));
-        filter.push(format!("{key} vmap @unavailable"));
-        filter.push(format!("{to_node} vmap @np_unavailable"));
+        filter.push("jump refuse_service".into());
+        filter.push(format!("{to_node} goto refuse_nodeport"));
         self.chain("filter", &filter);
         let mut nat = self.own_dns("return");
-        nat.push(format!("{key} vmap @services"));
-        nat.push(format!("{to_node} vmap @nodeports"));
+        nat.push("jump to_service".into());
+        nat.push(format!("{to_node} goto to_nodeport"));
         self.chain("nat", &nat);
         let ip = self.family.nft();
-        let mut sticky = Vec::new();
-        for proto in ["tcp", "udp", "sctp"] {
-            let port = "meta l4proto . ct original proto-dst";
-            sticky.push(format!("meta l4proto {proto} ct original {ip} daddr . {port} vmap @affine"));
-            sticky.push(format!("meta l4proto {proto} ct original {ip} daddr != @cluster_ips {port} vmap @np_affine"));
-        }
-        self.chain("sticky", &sticky);
+        let elsewhere = format!("ct original {ip} daddr != @cluster_ips goto remember_nodeport");
+        self.chain("sticky", &["jump remember_service".into(), elsewhere]);
         let mut strays = self.own_dns("return");
         strays.push(format!("{} @cluster_ips goto refuse", self.ip("daddr")));
         self.chain("strays", &strays);

@@ -11,7 +11,7 @@ use proptest::{prelude::*, test_runner::Config as Runs};
 
 use super::{
     element::{Element, ElementKey, Family},
-    kernel::{Difference, Kernel},
+    kernel::{Difference, Kernel, Wanted},
     skeleton::{self, Chains, Settings},
 };
 use crate::{
@@ -50,14 +50,17 @@ pub(crate) fn in_own_network<T: Send + 'static>(body: impl FnOnce() -> T + Send 
 #[test]
 fn golden_skeleton() {
     let chains = Chains { picks: 2, timeouts: vec![60, 10_800] };
-    for (family, golden) in [
+    let both = [
         (Family::V4, include_str!("../../testdata/skeleton-ip.nft")),
         (Family::V6, include_str!("../../testdata/skeleton-ip6.nft")),
-    ] {
-        let text = skeleton::render(family, &settings(), &chains);
-        if let Ok(dir) = std::env::var("WRITE_GOLDEN") {
-            std::fs::write(format!("{dir}/skeleton-{}.nft", family.nft()), &text).unwrap();
+    ]
+    .map(|(family, golden)| (family, golden, skeleton::render(family, &settings(), &chains, &[])));
+    if let Ok(dir) = std::env::var("WRITE_GOLDEN") {
+        for (family, _, text) in &both {
+            std::fs::write(format!("{dir}/skeleton-{}.nft", family.nft()), text).unwrap();
         }
+    }
+    for (family, golden, text) in both {
         assert!(text == golden, "{family:?}: the text differs; WRITE_GOLDEN=testdata writes it anew:\n{text}");
     }
 }
@@ -74,11 +77,19 @@ fn by_id(elements: impl Fn(&mut dyn FnMut(Element))) -> HashMap<ElementKey, Elem
     all
 }
 
-fn same(shadow: &Shadow, kernel: &Kernel) {
-    let (want, have) = (by_id(wanted(shadow)), kernel.dump().unwrap());
+/// The kernel has what is wanted, and what leads from numbers to chains, and nothing else.
+#[track_caller]
+pub(crate) fn kernel_has(kernel: &Kernel, wanted: &Wanted<'_>) {
+    let want = by_id(|emit| kernel.with_entries(wanted, emit));
+    let have = kernel.dump().unwrap();
     let missing: Vec<_> = want.values().filter(|e| have.get(&e.id()) != Some(e)).collect();
     let extra: Vec<_> = have.values().filter(|e| !want.contains_key(&e.id())).collect();
     assert!(missing.is_empty() && extra.is_empty(), "missing {missing:#?}\nextra {extra:#?}");
+}
+
+#[track_caller]
+fn same(shadow: &Shadow, kernel: &Kernel) {
+    kernel_has(kernel, &wanted(shadow));
 }
 
 /// A change out of few names and addresses, so that services collide, shrink and change kind often.
@@ -260,17 +271,60 @@ fn edits_by_others_are_repaired() {
             "flush map ip isopod-test endpoints",
             "flush chain ip isopod-test nat",
             "flush ruleset",
-            "add element ip isopod-test services { 1.2.3.4 . tcp . 5 : goto pick_1 }",
+            "add element ip isopod-test services { 1.2.3.4 . tcp . 5 : 0x01000001 }",
+            "flush map ip isopod-test nat_chains",
+            "flush chain ip isopod-test to_service",
+            "delete element ip isopod-test services { 10.96.1.1 . tcp . 80 }",
         ] {
             let status = std::process::Command::new("nft").arg(edit).status().unwrap();
             assert!(status.success(), "{edit}");
             kernel.verify(&all).unwrap();
             same(&shadow, &kernel);
+            // nft reads back what it did not write.
             let rules =
-                std::process::Command::new("nft").args(["list", "chain", "ip", "isopod-test", "nat"]).output().unwrap();
-            assert!(String::from_utf8_lossy(&rules.stdout).contains("@nodeports"), "{edit}");
+                std::process::Command::new("nft").args(["list", "table", "ip", "isopod-test"]).output().unwrap();
+            let key = "ip daddr . meta l4proto . th dport";
+            let find = format!("meta mark set {key} map @services meta mark set meta mark meta mark vmap @nat_chains");
+            for line in ["jump to_service", &find] {
+                assert!(String::from_utf8_lossy(&rules.stdout).contains(line), "{edit}: {line}: {rules:?}");
+            }
         }
         assert_eq!(kernel.verify(&all).unwrap(), Difference { removed: 0, added: 0 });
+    });
+}
+
+/// nft reads back the rules it cannot write, as what they do.
+#[test]
+fn raw_rules_read_back() {
+    in_own_network(|| {
+        Kernel::open(settings(), None).unwrap().reconcile(&|_| {}).unwrap();
+        for family in Family::ALL {
+            let ip = family.nft();
+            let list = ["list", "table", ip, "isopod-test"];
+            let output = std::process::Command::new("nft").args(list).output().unwrap();
+            let text = String::from_utf8(output.stdout).unwrap();
+            let port = "meta l4proto . th dport";
+            let (daddr, original) = (format!("{ip} daddr . "), format!("ct original {ip} daddr . "));
+            let then = "meta mark set meta mark meta mark vmap";
+            for (chain, address, port, map, chains) in [
+                ("to_service", &*daddr, port, "services", "nat_chains"),
+                ("to_nodeport", "", port, "nodeports", "nat_chains"),
+                ("to_ext_cluster", &daddr, port, "ext_cluster", "pick_chains"),
+                ("to_ext_local", &daddr, port, "ext_local", "pick_chains"),
+                ("to_np_cluster", "", port, "np_cluster", "pick_chains"),
+                ("to_np_local", "", port, "np_local", "pick_chains"),
+                ("refuse_service", &daddr, port, "unavailable", "filter_chains"),
+                ("refuse_nodeport", "", port, "np_unavailable", "filter_chains"),
+                ("remember_service", &original, "meta l4proto . ct original proto-dst", "affine", "filter_chains"),
+                ("remember_nodeport", "", "meta l4proto . ct original proto-dst", "np_affine", "filter_chains"),
+            ] {
+                let rule = format!("meta mark set {address}{port} map @{map} {then} @{chains}");
+                assert!(text.contains(&format!("\tchain {chain} {{\n\t\t{rule}\n\t}}\n")), "{chain}: {text}");
+            }
+            let client = format!("ct original {ip} saddr . ct original {ip} daddr");
+            let key = format!("{client} . meta l4proto . ct original proto-dst timeout 3h : {ip} daddr . th dport");
+            assert!(text.contains(&format!("update @affinity {{ {key} }}")), "{text}");
+        }
     });
 }
 

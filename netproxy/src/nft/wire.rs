@@ -156,6 +156,9 @@ fn put_element(out: &mut Vec<u8>, element: &Element, with_value: bool) {
         nest(e, attr::KEY, |k| put(k, attr::VALUE, element.key.bytes()));
         match element.value {
             Value::Until(end) => nest(e, attr::KEY_END, |k| put(k, attr::VALUE, end.bytes())),
+            Value::Goto(chain) if with_value && element.map.is_numbered() => {
+                nest(e, attr::DATA, |d| put(d, attr::VALUE, &chain.number().to_ne_bytes()));
+            }
             Value::Goto(chain) if with_value => nest(e, attr::DATA, |d| {
                 nest(d, attr::VERDICT, |v| {
                     put(v, attr::VERDICT_CODE, &NFT_GOTO.to_be_bytes());
@@ -242,16 +245,35 @@ impl Batch {
 
 /// A transaction of one message.
 pub(crate) fn single(kind: u16, family: Family, fill: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
-    single_with(kind, 0, family, fill)
+    let mut transaction = Transaction::begin();
+    transaction.add(kind, 0, family, fill);
+    transaction.end().0
 }
 
-/// A transaction of one message with flags of its own.
-pub(crate) fn single_with(kind: u16, flags: u16, family: Family, fill: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
-    let mut out = Vec::new();
-    message(&mut out, (BATCH_BEGIN, NLM_F_REQUEST, 0), (0, SUBSYS_NFTABLES), |_| {});
-    message(&mut out, (nft(kind), NLM_F_REQUEST | NLM_F_ACK | flags, 1), (family.number(), 0), fill);
-    message(&mut out, (BATCH_END, NLM_F_REQUEST, 2), (0, SUBSYS_NFTABLES), |_| {});
-    out
+/// A transaction of messages of any kind; each is answered.
+pub(crate) struct Transaction {
+    out: Vec<u8>,
+    last: u32,
+}
+
+impl Transaction {
+    pub(crate) fn begin() -> Self {
+        let mut out = Vec::new();
+        message(&mut out, (BATCH_BEGIN, NLM_F_REQUEST, 0), (0, SUBSYS_NFTABLES), |_| {});
+        Self { out, last: 0 }
+    }
+
+    pub(crate) fn add(&mut self, kind: u16, flags: u16, family: Family, fill: impl FnOnce(&mut Vec<u8>)) {
+        self.last += 1;
+        let head = (nft(kind), NLM_F_REQUEST | NLM_F_ACK | flags, self.last);
+        message(&mut self.out, head, (family.number(), 0), fill);
+    }
+
+    /// Its bytes, and the number of its last message.
+    pub(crate) fn end(mut self) -> (Vec<u8>, u32) {
+        message(&mut self.out, (BATCH_END, NLM_F_REQUEST, self.last + 1), (0, SUBSYS_NFTABLES), |_| {});
+        (self.out, self.last)
+    }
 }
 
 /// A request for all elements of a set or map.
@@ -287,7 +309,7 @@ pub(crate) fn raw_elements(body: &[u8]) -> impl Iterator<Item = (&[u8], Option<&
     })
 }
 
-/// The elements in a dump's message. One with a value we never write reads as going to `Drop`, so that it is no match.
+/// The elements in a dump's message.
 pub(crate) fn elements(family: Family, map: Map, body: &[u8]) -> Vec<Element> {
     let list = attribute(body, attr::LIST_ELEMENTS).unwrap_or_default();
     let read = |element: &[u8]| {
@@ -298,7 +320,10 @@ pub(crate) fn elements(family: Family, map: Map, body: &[u8]) -> Vec<Element> {
         let value = if let Some(verdict) = verdict {
             let goto = attribute(verdict, attr::VERDICT_CODE) == Some(&NFT_GOTO.to_be_bytes());
             let chain = attribute(verdict, attr::VERDICT_CHAIN).and_then(|c| text(c).parse().ok());
-            Value::Goto(chain.filter(|_| goto).unwrap_or(Chain::Drop))
+            chain.filter(|_| goto).map_or(Value::Foreign, Value::Goto)
+        } else if map.is_numbered() {
+            let number = data.and_then(|d| attribute(d, attr::VALUE)?.first_chunk().copied()).map(u32::from_ne_bytes);
+            number.and_then(Chain::numbered).map_or(Value::Foreign, Value::Goto)
         } else if let Some(to) = data.and_then(|d| attribute(d, attr::VALUE)) {
             Value::Backend(Key::from_bytes(to))
         } else if let Some(end) = end {

@@ -1,7 +1,7 @@
 //! Policies against a plain reading of the specification, and against the kernel.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     net::{IpAddr, SocketAddr},
 };
 
@@ -403,12 +403,9 @@ fn the_kernel_follows_random_policies() {
     });
 }
 
+#[track_caller]
 fn same(all: &Policies, kernel: &Kernel) {
-    let want: HashMap<_, _> = elements(all).into_iter().map(|e| (e.id(), e)).collect();
-    let have = kernel.dump().unwrap();
-    let missing: Vec<_> = want.values().filter(|e| have.get(&e.id()) != Some(e)).collect();
-    let extra: Vec<_> = have.values().filter(|e| !want.contains_key(&e.id())).collect();
-    assert!(missing.is_empty() && extra.is_empty(), "missing {missing:#?}\nextra {extra:#?}");
+    crate::nft::tests::kernel_has(kernel, &|emit| all.elements(emit));
 }
 
 #[test]

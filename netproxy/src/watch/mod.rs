@@ -147,7 +147,7 @@ fn service_name(object: &ServiceObject) -> Option<ServiceName> {
 }
 
 /// Watches endpoint slices until the receiver is gone.
-pub(crate) async fn slices(client: Client, inputs: mpsc::Sender<Input>) {
+pub(crate) async fn slices(client: Client, own: String, inputs: mpsc::Sender<Input>) {
     let mut events = events(Api::<EndpointSlice>::all(client), watcher::Config::default());
     while let Some(event) = events.next().await {
         let gone = |object: &EndpointSlice| {
@@ -160,7 +160,7 @@ pub(crate) async fn slices(client: Client, inputs: mpsc::Sender<Input>) {
             Ok(watcher::Event::InitDone) => Some(Input::SlicesEnd),
             Ok(watcher::Event::Delete(object)) => gone(&object),
             Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => {
-                Slice::parse(&object).map(|s| Input::Slice(Box::new(s))).or_else(|| gone(&object))
+                Slice::parse(&object, &own).map(|s| Input::Slice(Box::new(s))).or_else(|| gone(&object))
             }
         };
         let Some(input) = input else { continue };

@@ -2,6 +2,12 @@
 
 use super::*;
 
+/// Hints of a zone and of a node.
+fn hints(zone: Option<&str>, node: Option<&str>) -> Option<Box<Rare>> {
+    let list = |name: Option<&str>| name.map(|n| [n.into()].into());
+    Some(Box::new(Rare { hostname: None, for_zones: list(zone), for_nodes: list(node) }))
+}
+
 /// Which endpoints a service has for its clients: those that terminate when there is nobody else, hints, none at all.
 #[test]
 fn endpoints_are_chosen_by_their_conditions_and_hints() {
@@ -50,7 +56,7 @@ fn endpoints_are_chosen_by_their_conditions_and_hints() {
         (
             "hints of zones",
             false,
-            |n, e| e.for_zones = Some([if n == "b" { "z1" } else { "z2" }.into()].into()),
+            |n, e| e.rare = hints(Some(if n == "b" { "z1" } else { "z2" }), None),
             Ok(&["b"]),
             Ok(&["b"]),
         ),
@@ -59,7 +65,7 @@ fn endpoints_are_chosen_by_their_conditions_and_hints() {
             false,
             |n, e| {
                 if n != "b" {
-                    e.for_zones = Some(["z1".into()].into())
+                    e.rare = hints(Some("z1"), None)
                 }
             },
             Ok(&["a", "b", "c"]),
@@ -69,8 +75,7 @@ fn endpoints_are_chosen_by_their_conditions_and_hints() {
             "hints of nodes before those of zones",
             false,
             |n, e| {
-                e.for_zones = Some(["z1".into()].into());
-                e.for_nodes = Some([if n == "a" { "me" } else { "other" }.into()].into());
+                e.rare = hints(Some("z1"), Some(if n == "a" { "me" } else { "other" }));
             },
             Ok(&["a"]),
             Ok(&["a"]),
@@ -104,6 +109,76 @@ fn endpoints_are_chosen_by_their_conditions_and_hints() {
                 }
             }
         }
+    };
+    std::thread::spawn(test).join().unwrap();
+}
+
+/// What a load balancer outside hears at a service's health check port: how many endpoints this node has, in the words of
+/// the fact table.
+#[test]
+fn health_check_ports_tell_what_is_here() {
+    use crate::{health, sync::Report};
+    const PORT: u16 = 32_100;
+    let facts: serde_json::Value = serde_json::from_str(include_str!("../../../testdata/kube-proxy.json")).unwrap();
+    let test = move || {
+        let mut world = World::new();
+        let (report, watched) = tokio::sync::watch::channel(Report::default());
+        let (_nodes, nodes) = tokio::sync::watch::channel(Default::default());
+        let metrics = std::sync::Arc::new(crate::metrics::Metrics::new());
+        let config = serde_json::Value::Null;
+        let checks = health::Health { node: "me".into(), report: watched, nodes, metrics, config };
+        let stop = tokio_util::sync::CancellationToken::new();
+        let ended = stop.clone();
+        let server = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(health::run(checks, Vec::new(), ended));
+        });
+        let mut made = service("ns", "checked", &[], &[("p", 80, 30_002)]);
+        made.cluster_ips = Family::ALL.map(|f| at_cluster(f, 1).parse().unwrap()).into();
+        (made.external_policy, made.health_check_node_port) = (Policy::Local, PORT);
+        // Endpoints, and how many ready ones are here: one that terminates has traffic still, but is not to get more.
+        let cases: [(&[&str], bool, usize); 5] =
+            [(&["c"], false, 0), (&["a", "c"], false, 1), (&["a", "b"], false, 2), (&["b"], true, 0), (&[], false, 0)];
+        for (endpoints, leaving, count) in cases {
+            let shape = |_: &str, e: &mut Endpoint| (e.ready, e.terminating) = (false, true);
+            world.put_shaped(made.clone(), endpoints, if leaving { shape } else { |_, _| {} });
+            world.apply();
+            report.send_replace(Report { health_checks: world.shadow.health_checks(), ..Report::default() });
+            for family in Family::ALL {
+                let to = socket(NODE[3 * family.index()], PORT);
+                let heard = || {
+                    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(1)).ok()?;
+                    stream.write_all(b"GET /any HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+                    std::io::read_to_string(stream).ok()
+                };
+                // The server hears of a change a moment later.
+                let weight = format!("x-load-balancing-endpoint-weight: {count}\r\n");
+                let deadline = std::time::Instant::now() + Duration::from_secs(5);
+                let text = loop {
+                    let text = at("client", heard).unwrap_or_default();
+                    if text.contains(&weight) || std::time::Instant::now() > deadline {
+                        break text;
+                    }
+                };
+                assert!(text.contains(&weight), "{endpoints:?} {family:?}: {text}");
+                let code = if count > 0 { "HTTP/1.1 200 OK" } else { "HTTP/1.1 503 Service Unavailable" };
+                assert!(text.starts_with(code), "{endpoints:?} {family:?}: {text}");
+                let body: serde_json::Value = serde_json::from_str(text.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+                let mut shape = facts["serviceHealthCheckNodePort"]["response"].clone();
+                shape["service"] = serde_json::json!({ "namespace": "ns", "name": "checked" });
+                shape["localEndpoints"] = count.into();
+                assert_eq!(body, shape);
+            }
+        }
+        // The service goes, and its port.
+        report.send_replace(Report::default());
+        let to = socket(NODE[0], PORT);
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        while at("client", || TcpStream::connect_timeout(&to, Duration::from_millis(250)).is_ok()) {
+            assert!(std::time::Instant::now() < deadline, "still served");
+        }
+        stop.cancel();
+        server.join().unwrap();
     };
     std::thread::spawn(test).join().unwrap();
 }
@@ -282,6 +357,43 @@ fn udp_flows_move_when_their_endpoint_goes() {
         world.shadow.set_slice(members(&name, &["b"], Protocol::Udp));
         world.apply();
         assert_eq!(who(udp(&socket, to)), "b", "a flow to a dead endpoint moves");
+    };
+    std::thread::spawn(test).join().unwrap();
+}
+
+/// The flows of a host port: a client that goes on asking follows it to its next pod, and away from the time before.
+#[test]
+fn udp_flows_of_host_ports_follow_their_pods() {
+    let test = || {
+        build();
+        let family = Family::V4;
+        let nft = |text: &str| assert!(Command::new("nft").arg(text).status().unwrap().success(), "{text}");
+        nft("add table ip hp; add chain ip hp pre { type nat hook prerouting priority -101; }");
+        let lead_to = |name: &str| {
+            nft(&format!(
+                "flush chain ip hp pre; add rule ip hp pre udp dport 9000 dnat to {}:8080",
+                pod(name, family)
+            ));
+        };
+        let socket = at("client", || UdpSocket::bind("0.0.0.0:0").unwrap());
+        let to: SocketAddr = "192.0.2.1:9000".parse().unwrap();
+        let who = || match udp(&socket, to) {
+            Seen::Answer(name, _) => name,
+            other => format!("{other:?}"),
+        };
+        let address = |name| pod(name, family).parse::<IpAddr>().unwrap();
+        // The kernel tracks nothing before there is a rule that needs it.
+        nft("add rule ip hp pre udp dport 9001 dnat to 10.244.0.2:8080");
+        assert_eq!(who(), "Refused", "nobody has the port");
+        lead_to("a");
+        assert_eq!(who(), "Refused", "the kernel goes on as it began");
+        assert_eq!(crate::forget_host_ports(&[address("a")], &[9000]).unwrap(), 1);
+        assert_eq!(who(), "a");
+        lead_to("b");
+        assert_eq!(who(), "a", "the kernel goes on as it began");
+        assert_eq!(crate::forget_host_ports(&[address("b")], &[9000]).unwrap(), 0, "another pod's flow");
+        assert_eq!(crate::forget_host_ports(&[address("a")], &[9000]).unwrap(), 1);
+        assert_eq!(who(), "b");
     };
     std::thread::spawn(test).join().unwrap();
 }

@@ -66,10 +66,13 @@ fn one(services: usize, endpoints: usize, isopod: &std::path::Path) {
         ),
     );
     let ticks = cpu(proxy.pid());
+    row(&format!("{what}: CPU of reading and loading"), &format!("{} ms", ticks * 10));
     let one = changes(&feed, services);
     row(&format!("{what}: one change, API event to first connection"), &times(one));
-    row(&format!("{what}: one change, by the proxy's own metric"), &partial_syncs());
-    row(&format!("{what}: CPU of 50 changes"), &format!("{} ms", (cpu(proxy.pid()) - ticks) * 10));
+    row(&format!("{what}: CPU of these 50 changes"), &format!("{} ms", (cpu(proxy.pid()) - ticks) * 10));
+    for (kind, took) in kinds_of_changes(&feed, services) {
+        row(&format!("{what}: {kind}, by the proxy's own metric"), &fine(took));
+    }
     row(&format!("{what}: memory (PSS)"), &format!("{:.1} MiB", pss(proxy.pid()) as f64 / 1024.0));
     let to = |address: &str, port| format!("{address}:{port}").parse().unwrap();
     row(&format!("{what}: connections through service 0"), &connections(to(&vip(0), 80)));
@@ -97,8 +100,8 @@ fn changes(feed: &Feed, services: usize) -> Vec<Duration> {
     (0..50).map(one).collect()
 }
 
-/// The mean of the syncs of single changes, from the proxy's metrics.
-fn partial_syncs() -> String {
+/// Seconds and number of the syncs of single changes, from the proxy's metrics.
+fn partial_syncs() -> (f64, f64) {
     let mut stream = TcpStream::connect("127.0.0.1:10249").unwrap();
     std::io::Write::write_all(&mut stream, b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
     let text = std::io::read_to_string(stream).unwrap();
@@ -106,7 +109,43 @@ fn partial_syncs() -> String {
         let name = format!("kubeproxy_sync_partial_proxy_rules_duration_seconds_{end}{{ip_family=\"IPv4\"}} ");
         text.lines().find_map(|l| l.strip_prefix(&name)?.parse::<f64>().ok()).unwrap_or(f64::NAN)
     };
-    format!("mean {:.2} ms ({} syncs)", value("sum") / value("count") * 1000.0, value("count"))
+    (value("sum"), value("count"))
+}
+
+fn fine(mut all: Vec<Duration>) -> String {
+    all.sort();
+    let ms = |at: usize| all[at].as_secs_f64() * 1000.0;
+    format!("p50 {:.2} ms, max {:.2} ms ({} runs)", ms(all.len() / 2), ms(all.len() - 1), all.len())
+}
+
+/// How long the proxy takes for each of 50 changes of a kind, one by one.
+fn timed(mut change: impl FnMut(usize)) -> Vec<Duration> {
+    let one = |n| {
+        let before = partial_syncs();
+        change(n);
+        let started = Instant::now();
+        loop {
+            let after = partial_syncs();
+            if after.1 > before.1 {
+                return Duration::from_secs_f64((after.0 - before.0) / (after.1 - before.1));
+            }
+            assert!(started.elapsed() < Duration::from_secs(20), "change {n} was never synced");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    (0..50).map(one).collect()
+}
+
+fn kinds_of_changes(feed: &Feed, services: usize) -> [(&'static str, Vec<Duration>); 4] {
+    let name = |n: usize| format!("kind-{n}");
+    let ends = |n, count: u8| slice(&name(n), (1..=count).map(|e| (format!("10.244.0.{e}"), true)));
+    timed(|n| feed.set(SLICES, ends(n, 1)));
+    [
+        ("a service more", timed(|n| feed.set(SERVICES, service(&name(n), &vip(services + 50 + n))))),
+        ("an endpoint more", timed(|n| feed.set(SLICES, ends(n, 2)))),
+        ("an endpoint less", timed(|n| feed.set(SLICES, ends(n, 1)))),
+        ("a service less", timed(|n| feed.remove(SERVICES, "load", &name(n)))),
+    ]
 }
 
 /// Connections one after the other: rate and latency.
