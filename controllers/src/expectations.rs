@@ -2,6 +2,9 @@
 //! must not be planned from. Outstanding work older than five minutes is given up, as upstream does.
 
 use crate::context::Key;
+use isopod_client::Change;
+use isopod_client::objects::HasMeta;
+use k8s_openapi::api::core::v1::Pod;
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -47,6 +50,16 @@ impl Expectations {
     pub(crate) fn deleted(&self, key: &Key, uid: &str) {
         if let Some(outstanding) = self.state.lock().get_mut(key) {
             outstanding.deletions.remove(uid);
+        }
+    }
+
+    /// A pod of the owner came, changed or went.
+    pub(crate) fn seen(&self, key: &Key, change: &Change<'_, Pod>) {
+        let pod = change.object();
+        match change {
+            Change::Added(pod) if !pod.deleting() => self.created(key),
+            _ if pod.deleting() || change.is_deleted() => self.deleted(key, pod.uid()),
+            _ => {}
         }
     }
 

@@ -194,38 +194,20 @@ impl<K: ReplicaKind> Controller<K> {
     }
 
     fn pod_changed(&self, change: &Change<'_, Pod>) {
-        match change {
-            Change::Added(pod) => {
-                let Some(owner) = self.owner(pod) else { return self.orphan(pod) };
-                if pod.deleting() {
-                    self.expectations.deleted(&owner, pod.uid());
-                } else {
-                    self.expectations.created(&owner);
-                }
+        let pod = change.object();
+        let mut adoptable = !change.is_deleted();
+        if let Change::Updated(old, new) = change {
+            let moved = controller_of(&old.metadata) != controller_of(&new.metadata);
+            adoptable = moved || old.metadata.labels != new.metadata.labels;
+            self.owner(old).filter(|_| moved).into_iter().for_each(|owner| self.queue.add(owner));
+        }
+        match self.owner(pod) {
+            Some(owner) => {
+                self.expectations.seen(&owner, change);
                 self.queue.add(owner);
             }
-            Change::Updated(old, new) => {
-                let moved = controller_of(&old.metadata) != controller_of(&new.metadata);
-                if moved && let Some(owner) = self.owner(old) {
-                    self.queue.add(owner);
-                }
-                let Some(owner) = self.owner(new) else {
-                    if moved || old.metadata.labels != new.metadata.labels {
-                        self.orphan(new);
-                    }
-                    return;
-                };
-                if new.deleting() {
-                    self.expectations.deleted(&owner, new.uid());
-                }
-                self.queue.add(owner);
-            }
-            Change::Deleted(pod) => {
-                if let Some(owner) = self.owner(pod) {
-                    self.expectations.deleted(&owner, pod.uid());
-                    self.queue.add(owner);
-                }
-            }
+            None if adoptable => self.orphan(pod),
+            None => {}
         }
     }
 

@@ -69,11 +69,7 @@ impl Controller {
             return;
         };
         let key = key(&*owner);
-        match change {
-            Change::Added(pod) if !pod.deleting() => self.expectations.created(&key),
-            _ if pod.deleting() || change.is_deleted() => self.expectations.deleted(&key, pod.uid()),
-            _ => {}
-        }
+        self.expectations.seen(&key, change);
         self.queue.add(key);
     }
 
