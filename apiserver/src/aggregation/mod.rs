@@ -2,9 +2,10 @@
 //!
 //! A request for such a group version is authenticated and authorized here, then passed on with the user in
 //! `X-Remote-*` headers over TLS with our front-proxy certificate. [`availability`] keeps the `Available` conditions and
-//! what discovery shows of these groups.
+//! what discovery shows of these groups, [`documents`] brings their OpenAPI into ours.
 
 mod availability;
+mod documents;
 mod extensions;
 
 use std::{
@@ -162,7 +163,10 @@ fn escape(key: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::webhook::testing::WebhookServer;
 
     #[test]
     fn users_are_told_and_cannot_be_forged() {
@@ -181,50 +185,47 @@ mod tests {
         assert_eq!(all("x-remote-extra-example.com%2fkey"), "v");
     }
 
-    /// A TLS server for `m.n.svc` that answers every request with one list; the second value is its CA, which with
-    /// `alone` is the server's own certificate.
-    async fn extension_server(alone: bool) -> (u16, String) {
-        use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-        let ca_key = KeyPair::generate().unwrap();
-        let names = if alone { vec!["m.n.svc".to_owned()] } else { Vec::new() };
-        let mut ca = CertificateParams::new(names).unwrap();
-        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let ca_cert = ca.self_signed(&ca_key).unwrap();
-        let ca_pem = ca_cert.pem();
-        let key = KeyPair::generate().unwrap();
-        let leaf = CertificateParams::new(vec!["m.n.svc".to_owned()]).unwrap();
-        let (leaf, key) = if alone {
-            (ca_cert, ca_key.serialize_der())
-        } else {
-            (leaf.signed_by(&key, &Issuer::new(ca, ca_key)).unwrap(), key.serialize_der())
-        };
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-        let private = rustls::pki_types::PrivateKeyDer::try_from(key).unwrap();
-        let tls = tls.with_no_client_auth().with_single_cert(vec![leaf.der().clone()], private).unwrap();
-        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls));
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        tokio::spawn(async move {
-            while let Ok((tcp, _)) = listener.accept().await {
-                let Ok(stream) = acceptor.accept(tcp).await else { continue };
-                let list = br#"{"kind":"APIResourceList","resources":[{"name":"pods","kind":"P","verbs":["list"]}]}"#;
-                let answer = hyper::service::service_fn(|_| async {
-                    let body = http_body_util::Full::new(bytes::Bytes::from_static(list));
-                    Ok::<_, std::convert::Infallible>(Response::new(body))
-                });
-                let stream = hyper_util::rt::TokioIo::new(stream);
-                tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(stream, answer));
+    /// What the extension server has at a path.
+    fn answer(asked: &Value) -> (u16, Value) {
+        let answer = match asked["@path"].as_str().unwrap() {
+            "/openapi/v2" => {
+                let operation = json!({"get": {"schema": {"$ref": "#/definitions/P"}}});
+                json!({"paths": {"/apis/x.example.com/v1/pods": operation, "/other": {}}, "definitions": {"P": {"type": "object"}}})
             }
-        });
-        (port, ca_pem)
+            "/openapi/v3" => {
+                let entry = json!({"serverRelativeURL": "/openapi/v3/apis/x.example.com/v1?hash=7"});
+                json!({"paths": {"apis/x.example.com/v1": entry, "version": {}}})
+            }
+            "/openapi/v3/apis/x.example.com/v1" => json!({"openapi": "3.0.0"}),
+            _ => json!({"kind": "APIResourceList", "resources": [{"name": "pods", "kind": "P", "verbs": ["list"]}]}),
+        };
+        (200, answer)
+    }
+
+    /// The server's documents are in ours as long as it is available.
+    async fn documents(aggregator: &Aggregator, there: bool) {
+        let mut index = json!({"paths": {"api/v1": {}}});
+        aggregator.extend_v3_index(&mut index).await;
+        let shown: Vec<&str> = index["paths"].as_object().unwrap().keys().map(String::as_str).collect();
+        let own = br#"{"paths":{},"definitions":{}}"#.to_vec();
+        let whole: Value = serde_json::from_slice(&aggregator.extend_v2(own).await).unwrap();
+        let v3 = aggregator.v3("x.example.com", "v1").await;
+        if there {
+            assert_eq!(shown, ["api/v1", "apis/x.example.com/v1"]);
+            assert_eq!(whole["paths"].as_object().unwrap().len(), 1);
+            assert_eq!(whole["definitions"], json!({"P": {"type": "object"}}));
+            assert_eq!(v3.unwrap(), json!({"openapi": "3.0.0"}).to_string());
+        } else {
+            assert_eq!((shown, v3), (vec!["api/v1"], None));
+            assert_eq!(whole, json!({"paths": {}, "definitions": {}}));
+        }
     }
 
     #[tokio::test]
     async fn servers_are_available_when_their_certificate_is_right() {
-        use serde_json::json;
-        let (port, ca) = extension_server(false).await;
-        let (own_port, own) = extension_server(true).await;
+        let server = WebhookServer::start(&["m.n.svc"], |asked| answer(&asked)).await;
+        let alone = WebhookServer::self_signed("m.n.svc", |asked| answer(&asked)).await;
+        let (port, ca, own_port, own) = (server.address.port(), &server.ca, alone.address.port(), &alone.ca);
         let objects = Arc::new(crate::kinds::fake::FakeObjects::default());
         objects.put(
             "services",
@@ -240,11 +241,11 @@ mod tests {
         let condition =
             || objects.get(&gvr(), "", "v1.x.example.com").unwrap().value()["status"]["conditions"][0].clone();
         for (bundle, port, service, reason) in [
-            (&ca, port, "m", "Passed"),
-            (&own, port, "m", "FailedDiscoveryCheck"),
-            (&own, own_port, "m", "Passed"),
-            (&ca, own_port, "m", "FailedDiscoveryCheck"),
-            (&ca, port, "gone", "ServiceNotFound"),
+            (ca, port, "m", "Passed"),
+            (own, port, "m", "FailedDiscoveryCheck"),
+            (own, own_port, "m", "Passed"),
+            (ca, own_port, "m", "FailedDiscoveryCheck"),
+            (ca, port, "gone", "ServiceNotFound"),
         ] {
             objects.put("endpointslices", slice(port));
             objects.put(
@@ -257,6 +258,7 @@ mod tests {
             assert_eq!(condition()["reason"], reason, "{}", condition());
             let known = aggregator.extensions().in_version("x.example.com", "v1").count();
             assert_eq!(known, usize::from(reason == "Passed"));
+            documents(&aggregator, reason == "Passed").await;
         }
         assert!(aggregator.service("/apis/x.example.com/v1/namespaces/n/pods").is_some());
         assert!(aggregator.service("/apis/apps/v1/deployments").is_none());

@@ -185,7 +185,7 @@ async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
             Some(respond::with_type(200, "application/jwk-set+json", keys))
         }
         path if path.starts_with("openapi/") => {
-            openapi::answer(path, &call.query, accept, call.style, app.registry.custom()).await
+            openapi::answer(path, &call.query, accept, call.style, app.registry.custom(), &app.aggregator).await
         }
         _ => discovery::answer(&request, call.style, known),
     };

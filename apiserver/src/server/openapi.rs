@@ -1,7 +1,9 @@
-//! /openapi/v2 and /openapi/v3: documents are built when asked for, off the async threads, and not kept.
+//! /openapi/v2 and /openapi/v3: documents are built when asked for, off the async threads, and not kept. Those of extension
+//! servers come from there.
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use http::{HeaderValue, Response, header};
 use isopod_api::openapi;
 
@@ -11,6 +13,7 @@ use super::{
     respond::{self, Style},
 };
 use crate::{
+    aggregation::Aggregator,
     custom::{self, Served},
     endpoints::Body,
 };
@@ -32,6 +35,7 @@ pub(super) async fn answer(
     accept: Option<&str>,
     style: Style,
     served: Arc<Served>,
+    extensions: &Aggregator,
 ) -> Option<Response<Body>> {
     if path == "openapi/v2" && accept.is_some_and(|accept| accept.starts_with(V2_BINARY)) {
         let document = tokio::task::spawn_blocking(|| {
@@ -46,12 +50,13 @@ pub(super) async fn answer(
             let texts = Descriptions::load();
             custom::v2(&served, &|definition, field| texts.of(definition, field))
         });
-        let document = document.await.ok()?;
+        let document = extensions.extend_v2(document.await.ok()?).await;
         return Some(respond::json(style, 200, document.into()));
     }
     if path == "openapi/v3" {
-        let index = serde_json::to_vec(&openapi::v3_index(&custom::v3_index(&served))).unwrap_or_default();
-        return Some(respond::text(200, index));
+        let mut index = openapi::v3_index(&custom::v3_index(&served));
+        extensions.extend_v3_index(&mut index).await;
+        return Some(respond::text(200, serde_json::to_vec(&index).unwrap_or_default()));
     }
     let name = path.strip_prefix("openapi/v3/")?.to_owned();
     let parts: Vec<String> = name.split('/').map(str::to_owned).collect();
@@ -68,8 +73,14 @@ pub(super) async fn answer(
             _ => None,
         }
     });
-    let Some(document) = built.await.ok()? else { return Some(not_found()) };
-    let mut response = respond::json(style, 200, document.into());
+    let mut document = built.await.ok()?.map(Bytes::from);
+    if document.is_none()
+        && let Some((group, version)) = name.strip_prefix("apis/").and_then(|gv| gv.split_once('/'))
+    {
+        document = extensions.v3(group, version).await;
+    }
+    let Some(document) = document else { return Some(not_found()) };
+    let mut response = respond::json(style, 200, document);
     let hash = query.text("hash");
     if !hash.is_empty() {
         // The hash names the content: it never changes.

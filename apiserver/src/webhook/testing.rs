@@ -30,7 +30,8 @@ type Answer = Arc<dyn Fn(Value) -> (u16, Value) + Send + Sync>;
 pub(crate) struct WebhookServer {
     /// Where it listens.
     pub(crate) address: SocketAddr,
-    ca: String,
+    /// What its certificate is checked with.
+    pub(crate) ca: String,
     connections: Arc<AtomicUsize>,
     accepting: AbortHandle,
 }
