@@ -30,6 +30,7 @@ mod replica;
 mod revisions;
 mod root_ca;
 mod service_account;
+mod service_cidrs;
 mod stateful_set;
 mod volumes;
 mod written;
@@ -133,6 +134,7 @@ fn start(ctx: &Arc<Context>, root_ca: String) {
     endpoints::mirror::start(ctx);
     load_balancer::start(ctx);
     service_account::start(ctx);
+    service_cidrs::start(ctx);
     root_ca::start(ctx, root_ca);
     namespace::start(ctx);
     let collector = gc::start(ctx);

@@ -13,7 +13,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use isopod_api::gvk::Gvr;
+use isopod_api::{gvk::Gvr, meta};
 use parking_lot::Mutex;
 use serde_json::Value;
 
@@ -43,7 +43,8 @@ pub enum Error {
 
 /// Allocates for the Services of one API server.
 pub struct ServiceAllocator {
-    addresses: IpRange,
+    /// The configured range, tried first.
+    addresses: Arc<IpRange>,
     ports: PortRange,
     state: Mutex<State>,
 }
@@ -53,6 +54,8 @@ struct State {
     generation: Option<u64>,
     /// Addresses that have an object of their own, and the generation they were read at.
     claimed: (Option<u64>, HashSet<IpAddr>),
+    /// Ranges of ServiceCIDR objects, and the generation they were read at.
+    ranges: (Option<u64>, Vec<Arc<IpRange>>),
     stored: HashMap<(Box<str>, Box<str>), (u64, Taken)>,
     addresses: HashMap<IpAddr, u32>,
     /// A port may be used once per protocol.
@@ -97,7 +100,7 @@ pub struct Session<'a> {
 impl ServiceAllocator {
     /// An allocator for a service CIDR and a node port range (inclusive).
     pub fn new(cidr: IpNet, node_ports: (u16, u16)) -> Self {
-        Self { addresses: IpRange::new(cidr), ports: PortRange::new(node_ports), state: Mutex::default() }
+        Self { addresses: Arc::new(IpRange::new(cidr)), ports: PortRange::new(node_ports), state: Mutex::default() }
     }
 
     /// The family of the service CIDR, `IPv4` or `IPv6`.
@@ -135,7 +138,29 @@ impl ServiceAllocator {
         self.state.lock().claimed = (Some(generation), claimed);
     }
 
+    /// Reads which ranges there are besides the configured one.
+    fn refresh_ranges(&self, objects: &dyn Objects) {
+        let gvr = Gvr::new("networking.k8s.io", "v1", "servicecidrs");
+        let generation = objects.generation(&gvr);
+        if self.state.lock().ranges.0 == Some(generation) {
+            return;
+        }
+        let usable = objects.list(&gvr, "").into_iter().map(|object| object.value()).filter(usable);
+        let cidrs = usable.flat_map(|cidr| cidr["spec"]["cidrs"].as_array().cloned().unwrap_or_default());
+        let ranges = cidrs.filter_map(|cidr| cidr.as_str()?.parse().ok()).map(|cidr| Arc::new(IpRange::new(cidr)));
+        let extra = ranges.filter(|range| range.family() == self.family() && *range != self.addresses).collect();
+        self.state.lock().ranges = (Some(generation), extra);
+    }
+
+    /// Every range, the configured one first.
+    fn ranges(&self) -> Vec<Arc<IpRange>> {
+        let mut all = vec![Arc::clone(&self.addresses)];
+        all.extend(self.state.lock().ranges.1.iter().cloned());
+        all
+    }
+
     fn refresh(&self, objects: &dyn Objects) {
+        self.refresh_ranges(objects);
         self.refresh_claims(objects);
         let gvr = Gvr { group: String::new(), version: "v1".to_owned(), resource: "services".to_owned() };
         let generation = objects.generation(&gvr);
@@ -157,6 +182,12 @@ impl ServiceAllocator {
         }
         for key in gone {
             state.forget(&key);
+        }
+        // Most of a large cluster's Services may be gone.
+        if state.stored.capacity() > 4 * state.stored.len() + 64 {
+            state.stored.shrink_to_fit();
+            state.addresses.shrink_to_fit();
+            state.ports.shrink_to_fit();
         }
         state.generation = Some(generation);
     }
@@ -182,6 +213,13 @@ impl State {
         }
         self.stored.insert(key, (revision, taken));
     }
+}
+
+/// Whether a ServiceCIDR may be allocated from. One that nobody has judged yet may.
+fn usable(cidr: &Value) -> bool {
+    let mut conditions = cidr["status"]["conditions"].as_array().into_iter().flatten();
+    let ready = conditions.find(|condition| condition["type"] == "Ready");
+    meta::deletion_timestamp(cidr).is_none() && ready.is_none_or(|condition| condition["status"] == "True")
 }
 
 fn decrement<K: std::hash::Hash + Eq>(map: &mut HashMap<K, u32>, key: &K) {
@@ -216,7 +254,7 @@ impl Session<'_> {
         if self.own.addresses.contains(&ip) {
             return Ok(());
         }
-        if !self.allocator.addresses.contains(ip) {
+        if !self.allocator.ranges().iter().any(|range| range.contains(ip)) {
             return Err(Error::AddressOutside);
         }
         self.take(Item::Address(ip)).then_some(()).ok_or(Error::AddressTaken)
@@ -224,8 +262,9 @@ impl Session<'_> {
 
     /// Takes any address.
     pub fn any_address(&mut self) -> Result<IpAddr, Error> {
-        let range = &self.allocator.addresses;
-        range.candidates().find(|ip| self.take(Item::Address(*ip))).ok_or(Error::Full)
+        let ranges = self.allocator.ranges();
+        let mut free = ranges.iter().flat_map(|range| range.candidates());
+        free.find(|ip| self.take(Item::Address(*ip))).ok_or(Error::Full)
     }
 
     /// Takes a given node port.
@@ -293,6 +332,37 @@ mod tests {
     fn service(name: &str, ip: &str, node_port: u16) -> Value {
         json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "d"},
             "spec": {"clusterIPs": [ip], "ports": [{"port": 80, "protocol": "TCP", "nodePort": node_port}]}})
+    }
+
+    #[test]
+    fn more_ranges_are_used_when_the_first_is_full() {
+        let (allocator, objects) = (allocator(), FakeObjects::default());
+        let cidr = |name: &str, cidr: &str, ready: &str, ends: bool| {
+            let mut object = json!({"metadata": {"name": name}, "spec": {"cidrs": [cidr]},
+                "status": {"conditions": [{"type": "Ready", "status": ready}]}});
+            if ends {
+                object["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+            }
+            objects.put("servicecidrs", object);
+        };
+        cidr("more", "10.97.0.0/30", "True", false);
+        cidr("unready", "10.98.0.0/30", "False", false);
+        cidr("ending", "10.99.0.0/30", "True", true);
+        cidr("six", "fd00::/120", "True", false);
+        let mut session = allocator.begin(&objects, None);
+        let all: Vec<String> = std::iter::from_fn(|| session.any_address().ok()).map(|ip| ip.to_string()).collect();
+        assert_eq!(all.len(), 8, "six of the first, then two: {all:?}");
+        assert!(
+            all[..6].iter().all(|ip| ip.starts_with("10.96.")) && all[6..].iter().all(|ip| ip.starts_with("10.97."))
+        );
+        drop(session.finish());
+        let mut session = allocator.begin(&objects, None);
+        assert_eq!(session.address("10.97.0.1".parse().expect("ip")), Ok(()));
+        assert_eq!(session.address("10.98.0.1".parse().expect("ip")), Err(Error::AddressOutside));
+        drop(session.finish());
+        cidr("more", "10.97.0.0/30", "True", true);
+        let mut session = allocator.begin(&objects, None);
+        assert_eq!(session.address("10.97.0.1".parse().expect("ip")), Err(Error::AddressOutside));
     }
 
     #[test]

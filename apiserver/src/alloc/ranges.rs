@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use super::Item;
 
 /// Addresses of a service CIDR, without the network's and (IPv4) the broadcast address.
+#[derive(PartialEq, Eq)]
 pub struct IpRange {
     net: IpNet,
     size: u64,
@@ -24,6 +25,7 @@ pub struct IpRange {
 impl IpRange {
     /// The range of a CIDR; at most 2^20 addresses of a large one are used.
     pub fn new(net: IpNet) -> Self {
+        let net = net.trunc();
         let bits = u32::from(net.max_prefix_len() - net.prefix_len());
         let all = 1u64 << bits.min(20);
         let reserved = if net.addr().is_ipv4() && bits <= 20 { 2 } else { 1 };
