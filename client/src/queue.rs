@@ -16,6 +16,9 @@ use tokio_util::sync::CancellationToken;
 pub trait QueueKey: Clone + Eq + Hash + Send + Sync + std::fmt::Debug + 'static {}
 impl<K: Clone + Eq + Hash + Send + Sync + std::fmt::Debug + 'static> QueueKey for K {}
 
+/// Keys a queue may keep room for while there are none.
+const BURST: usize = 256;
+
 struct State<K> {
     ready: VecDeque<K>,
     /// Keys that need work: in `ready`, or added again while being processed.
@@ -139,6 +142,7 @@ impl<K: QueueKey> Queue<K> {
                     }
                     return key;
                 }
+                state.rest();
                 state.later.keys().next().map(|(at, _)| *at)
             };
             match earliest {
@@ -173,6 +177,16 @@ impl<K: QueueKey> State<K> {
         }
         self.ready.push_back(key);
         true
+    }
+
+    /// Gives back the room a burst of keys needed.
+    fn rest(&mut self) {
+        if self.ready.capacity() > BURST {
+            self.ready.shrink_to_fit();
+            self.dirty.shrink_to_fit();
+            self.due.shrink_to_fit();
+            self.failures.shrink_to_fit();
+        }
     }
 
     fn promote(&mut self, now: Instant) {
@@ -249,6 +263,21 @@ mod tests {
             assert_eq!(queue.next().await, "a");
             queue.done(&"a");
             assert_eq!(queue.len(), 0);
+        });
+    }
+
+    #[test]
+    fn room_for_a_burst_is_given_back() {
+        runtime().block_on(async {
+            let queue = Queue::new();
+            (0..10 * BURST).for_each(|key| queue.add(key));
+            for _ in 0..10 * BURST {
+                let key = queue.next().await;
+                queue.done(&key);
+            }
+            assert!(tokio::time::timeout(Duration::from_millis(1), queue.next()).await.is_err(), "nothing is left");
+            let state = queue.state.lock();
+            assert_eq!((state.ready.capacity(), state.dirty.capacity()), (0, 0));
         });
     }
 

@@ -101,10 +101,11 @@ impl Registry {
         self.admit(Pass::Mutating, &admission, &mut obj, writer).await?;
         let generated = meta::name(&obj).is_empty() && !meta::generate_name(&obj).is_empty();
         let attempts = if generated { GENERATE_ATTEMPTS } else { 1 };
+        let again = generated || self.cache.allocation().is_some();
         let mut attempt = 0;
         while attempt < attempts {
             attempt += 1;
-            let mut obj = obj.clone();
+            let mut obj = if again { obj.clone() } else { std::mem::take(&mut obj) };
             if generated {
                 let name = metadata::generate(meta::generate_name(&obj));
                 meta::set_name(&mut obj, &name);
