@@ -8,6 +8,7 @@ pub(crate) mod atomic;
 pub(crate) mod content;
 mod image;
 pub(crate) mod mounts;
+mod nfs;
 pub(crate) mod plain;
 
 use std::{
@@ -25,6 +26,7 @@ use crate::{
     context::Context,
     csi::volume as csi,
     objects::{Held, ObjectRef},
+    pods::sandbox,
     spec::{BindMount, expand::expand, field::Addresses},
 };
 
@@ -101,7 +103,7 @@ pub(crate) async fn mount(
     for v in &volumes {
         match content::sources(&namespace, v) {
             Some(sources) => contents.push(Content::new(ctx, &uid, v, sources)),
-            None => jobs.push(plain_volume(ctx, &pod, &namespace, &uid, v)),
+            None => jobs.push(plain_volume(ctx, &pod, &uid, v)),
         }
     }
     let plain = join_all(jobs);
@@ -127,7 +129,6 @@ pub(crate) async fn mount(
 async fn plain_volume(
     ctx: &Arc<Context>,
     pod: &Arc<Pod>,
-    namespace: &str,
     uid: &str,
     v: &Volume,
 ) -> Result<(String, Ready), VolumeError> {
@@ -143,16 +144,38 @@ async fn plain_volume(
     } else if let Some(h) = &v.host_path {
         writable(plain::host_path(h).map_err(error)?)
     } else if let Some(c) = &v.persistent_volume_claim {
-        claim(ctx, pod, namespace, &c.claim_name, c.read_only == Some(true)).await.map_err(error)?
+        claim(ctx, pod, v, &c.claim_name, c.read_only == Some(true)).await.map_err(error)?
     } else if v.ephemeral.is_some() {
         let name = format!("{}-{}", pod.metadata.name.as_deref().unwrap_or_default(), v.name);
-        claim(ctx, pod, namespace, &name, false).await.map_err(error)?
+        claim(ctx, pod, v, &name, false).await.map_err(error)?
     } else if let Some(c) = &v.csi {
         mounted(csi::Wanted::inline(ctx, pod, &v.name, c.clone()), c.read_only == Some(true)).await.map_err(error)?
+    } else if let Some(n) = &v.nfs {
+        let target = directory(ctx, uid, "kubernetes.io~nfs", &v.name);
+        nfs::mount(&target, n, &[]).await.map_err(error)?;
+        Ready::new(target, n.read_only == Some(true))
     } else {
-        return Err(error("no volume plugin matched: this kind of volume is not supported".into()));
+        return Err(error(format!("no volume plugin matched: isopod has no {} volumes", kind_of(v))));
     };
     Ok((v.name.clone(), ready))
+}
+
+/// What a volume is, as its manifest says it: the field beside those that every one has.
+fn kind_of(volume: &impl serde::Serialize) -> String {
+    const EVERY: [&str; 9] = [
+        "name",
+        "accessModes",
+        "capacity",
+        "claimRef",
+        "mountOptions",
+        "nodeAffinity",
+        "persistentVolumeReclaimPolicy",
+        "storageClassName",
+        "volumeMode",
+    ];
+    let fields = serde_json::to_value(volume).unwrap_or_default();
+    let mut names = fields.as_object().into_iter().flatten().map(|(name, _)| name);
+    names.find(|name| !EVERY.contains(&name.as_str())).cloned().unwrap_or_else(|| "such".into())
 }
 
 async fn mounted(volume: csi::Wanted, read_only: bool) -> Result<Ready, String> {
@@ -161,16 +184,10 @@ async fn mounted(volume: csi::Wanted, read_only: bool) -> Result<Ready, String> 
     Ok(Ready { path, read_only, block, keeper })
 }
 
-/// The volume of a bound claim: local, hostPath and CSI ones.
-async fn claim(
-    ctx: &Arc<Context>,
-    pod: &Arc<Pod>,
-    namespace: &str,
-    name: &str,
-    read_only: bool,
-) -> Result<Ready, String> {
+/// The volume of a bound claim: local, hostPath, NFS and CSI ones.
+async fn claim(ctx: &Arc<Context>, pod: &Arc<Pod>, v: &Volume, name: &str, read_only: bool) -> Result<Ready, String> {
     let client = ctx.api.wait().await.ok_or("there is no API server")?;
-    let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client.clone(), namespace);
+    let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client.clone(), sandbox::namespace(pod));
     let claim = claims.get(name).await.map_err(|e| e.to_string())?;
     let bound = claim.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Bound");
     let volume = claim.spec.as_ref().and_then(|s| s.volume_name.clone()).filter(|_| bound);
@@ -183,10 +200,16 @@ async fn claim(
     if let Some(h) = &spec.host_path {
         return Ok(Ready::new(plain::host_path(h)?, read_only));
     }
+    if let Some(n) = &spec.nfs {
+        let target = directory(ctx, sandbox::uid(pod), "kubernetes.io~nfs", &v.name);
+        nfs::mount(&target, n, spec.mount_options.as_deref().unwrap_or_default()).await?;
+        return Ok(Ready::new(target, read_only || n.read_only == Some(true)));
+    }
     if let Some(wanted) = csi::Wanted::persistent(ctx, pod, claim, object, read_only) {
         return mounted(wanted, read_only).await;
     }
-    let local = spec.local.ok_or_else(|| format!("PersistentVolume {volume} is of a kind that is not supported"))?;
+    let kind = kind_of(&spec);
+    let local = spec.local.ok_or_else(|| format!("PersistentVolume {volume}: isopod has no {kind} volumes"))?;
     if spec.volume_mode.as_deref() == Some("Block") {
         return Ok(Ready { block: true, ..Ready::new(plain::block_device(&local.path)?, read_only) });
     }
