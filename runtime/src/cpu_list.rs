@@ -6,7 +6,10 @@ use crate::error::{Error, Result};
 const MAX: usize = 8191;
 
 /// Parses a list.
-pub(crate) fn parse(list: &str) -> Result<Vec<usize>> {
+///
+/// # Errors
+/// When it is none.
+pub fn parse(list: &str) -> Result<Vec<usize>> {
     let bad = || Error::invalid(format!("malformed list of processors or memory nodes {list:?}"));
     let mut out = vec![];
     for range in list.trim().split(',') {

@@ -7,7 +7,7 @@
 pub mod cgroups;
 pub mod cli;
 mod config;
-mod cpu_list;
+pub mod cpu_list;
 mod devices;
 pub mod error;
 #[cfg(test)]
@@ -15,6 +15,7 @@ mod fuzz;
 mod hooks;
 mod init;
 mod launch;
+pub mod logind;
 mod lsm;
 mod masks;
 mod memory_policy;

@@ -1,15 +1,22 @@
-//! As much of D-Bus as it takes to ask systemd for a scope: authentication, method calls, replies and signals.
+//! As much of D-Bus as it takes to ask systemd for a scope and logind for a delay: authentication, method calls, replies with
+//! descriptors, and signals.
 //!
-//! Little-endian only, no descriptors, no introspection. What comes in is checked: a short or malformed message is an
+//! Little-endian only, no introspection. What comes in is checked: a short or malformed message is an
 //! error, never a panic. Values are written in the order of their signature; the marshalling rules (natural alignment,
 //! length-prefixed strings and arrays) are those of the D-Bus specification, "Marshaling".
 
 use std::{
-    io::{Read, Write},
-    os::unix::net::UnixStream,
+    io::{self, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::Path,
     time::Duration,
 };
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use crate::error::{Context, Error, Kind, Result};
 
@@ -17,6 +24,9 @@ use crate::error::{Context, Error, Kind, Result};
 const MAX_MESSAGE: usize = 1 << 20;
 /// How long the bus may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Most descriptors of one message.
+const MAX_FDS: usize = 4;
 
 const METHOD_CALL: u8 = 1;
 const METHOD_RETURN: u8 = 2;
@@ -40,7 +50,7 @@ pub(super) enum Value {
 
 /// Writes values.
 #[derive(Debug, Default)]
-pub(super) struct Body {
+pub(crate) struct Body {
     bytes: Vec<u8>,
     signature: String,
 }
@@ -105,16 +115,24 @@ impl Body {
     }
 
     /// An argument of type `s`.
-    pub(super) fn text(mut self, text: &str) -> Self {
+    pub(crate) fn text(mut self, text: &str) -> Self {
         self.signature.push('s');
         self.string(text);
         self
     }
 
     /// An argument of type `b`.
-    pub(super) fn flag(mut self, flag: bool) -> Self {
+    pub(crate) fn flag(mut self, flag: bool) -> Self {
         self.signature.push('b');
         self.u32(flag.into());
+        self
+    }
+
+    /// An argument of type `i`.
+    pub(crate) fn number(mut self, number: i32) -> Self {
+        self.signature.push('i');
+        self.align(4);
+        self.bytes.extend(number.to_le_bytes());
         self
     }
 
@@ -141,14 +159,16 @@ impl Body {
 
 /// A message that came in.
 #[derive(Debug, Default)]
-pub(super) struct Message {
+pub(crate) struct Message {
     kind: u8,
     reply_to: u32,
     /// Of a signal.
-    pub(super) member: String,
+    pub(crate) member: String,
     error: String,
     signature: String,
     body: Vec<u8>,
+    /// Descriptors that came with it.
+    pub(crate) fds: Vec<OwnedFd>,
 }
 
 /// Reads values in order.
@@ -168,6 +188,25 @@ impl Reader<'_> {
     fn u32(&mut self) -> Option<u32> {
         self.at = self.at.next_multiple_of(4);
         Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?))
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.at = self.at.next_multiple_of(8);
+        Some(u64::from_le_bytes(self.take(8)?.try_into().ok()?))
+    }
+
+    /// A value of a simple type, or of one in a variant, as text.
+    fn value(&mut self, kind: char) -> Option<String> {
+        match kind {
+            'u' | 'b' | 'h' => self.u32().map(|n| n.to_string()),
+            't' => self.u64().map(|n| n.to_string()),
+            's' | 'o' => self.string(),
+            'v' => {
+                let inner = self.signature()?.chars().next().filter(|kind| *kind != 'v')?;
+                self.value(inner)
+            }
+            _ => None,
+        }
     }
 
     fn text(&mut self, length: usize) -> Option<String> {
@@ -211,17 +250,12 @@ impl Message {
         Some(message)
     }
 
-    /// The leading arguments of types `u`, `s` and `o`, as text.
-    pub(super) fn arguments(&self) -> Vec<String> {
+    /// The leading arguments of simple types, as text.
+    pub(crate) fn arguments(&self) -> Vec<String> {
         let mut reader = Reader { bytes: &self.body, at: 0 };
         let mut found = vec![];
         for kind in self.signature.chars() {
-            let next = match kind {
-                'u' => reader.u32().map(|n| n.to_string()),
-                's' | 'o' => reader.string(),
-                _ => None,
-            };
-            match next {
+            match reader.value(kind) {
                 Some(text) => found.push(text),
                 None => break,
             }
@@ -232,8 +266,10 @@ impl Message {
 
 /// A connection to a message bus.
 #[derive(Debug)]
-pub(super) struct Bus {
+pub(crate) struct Bus {
     stream: UnixStream,
+    /// Descriptors that came with what was last read.
+    fds: Vec<OwnedFd>,
     serial: u32,
     /// Signals that came while a reply was awaited.
     signals: Vec<Message>,
@@ -241,27 +277,27 @@ pub(super) struct Bus {
 
 impl Bus {
     /// Connects to the bus whose socket is at `path`.
-    pub(super) fn connect(path: &Path) -> Result<Self> {
+    pub(crate) fn connect(path: &Path) -> Result<Self> {
         let what = || format!("connect to D-Bus at {}", path.display());
         let mut stream = UnixStream::connect(path).context(what)?;
         stream.set_read_timeout(Some(PATIENCE)).context(what)?;
         // Without an identity in it the bus takes the socket's, which also holds in a user namespace.
-        stream.write_all(b"\0AUTH EXTERNAL\r\nDATA\r\nBEGIN\r\n").context(what)?;
+        stream.write_all(b"\0AUTH EXTERNAL\r\nDATA\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n").context(what)?;
         // "DATA" asks for the identity we already gave as empty; "OK guid" follows.
-        for wanted in ["DATA", "OK"] {
+        for wanted in ["DATA", "OK", "AGREE_UNIX_FD"] {
             let line = read_line(&mut stream).context(what)?;
             if !line.starts_with(wanted) {
                 return Err(Error::new(Kind::System, format!("{}: refused: {}", what(), line.trim())));
             }
         }
-        let mut bus = Self { stream, serial: 0, signals: vec![] };
+        let mut bus = Self { stream, fds: vec![], serial: 0, signals: vec![] };
         let hello = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus");
         bus.call(hello, "Hello", Body::default())?;
         Ok(bus)
     }
 
     /// Calls a method of `(destination, path, interface)` and waits for its reply.
-    pub(super) fn call(&mut self, object: (&str, &str, &str), method: &str, body: Body) -> Result<Message> {
+    pub(crate) fn call(&mut self, object: (&str, &str, &str), method: &str, body: Body) -> Result<Message> {
         let what = || format!("D-Bus call {method}");
         self.serial += 1;
         let message = encode(self.serial, object, method, &body);
@@ -282,6 +318,20 @@ impl Bus {
         }
     }
 
+    /// The same for one that may take as long as it likes.
+    pub(crate) fn wait(&mut self) -> Result<Message> {
+        let what = || "wait for D-Bus".to_owned();
+        self.stream.set_read_timeout(None).context(what)?;
+        let signal = self.signal();
+        self.stream.set_read_timeout(Some(PATIENCE)).context(what)?;
+        signal
+    }
+
+    /// What ends a wait when it is shut down.
+    pub(crate) fn closer(&self) -> io::Result<UnixStream> {
+        self.stream.try_clone()
+    }
+
     /// The next signal.
     pub(super) fn signal(&mut self) -> Result<Message> {
         if !self.signals.is_empty() {
@@ -299,7 +349,7 @@ impl Bus {
         let what = || "read from D-Bus".to_owned();
         let bad = || Error::new(Kind::System, "a malformed message came from D-Bus");
         let mut header = vec![0; 16];
-        self.stream.read_exact(&mut header).context(what)?;
+        self.fill(&mut header).context(what)?;
         let word =
             |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]) as usize;
         let (body_length, fields_length) = (word(4), word(12));
@@ -308,11 +358,35 @@ impl Bus {
         }
         let padded = (16 + fields_length).next_multiple_of(8);
         header.resize(padded, 0);
-        self.stream.read_exact(&mut header[16..]).context(what)?;
+        self.fill(&mut header[16..]).context(what)?;
         header.truncate(16 + fields_length);
         let mut body = vec![0; body_length];
-        self.stream.read_exact(&mut body).context(what)?;
-        Message::parse(&header, body).ok_or_else(bad)
+        self.fill(&mut body).context(what)?;
+        let fds = std::mem::take(&mut self.fds);
+        Message::parse(&header, body).map(|message| Message { fds, ..message }).ok_or_else(bad)
+    }
+
+    /// Reads all of a buffer, keeping descriptors that come along.
+    fn fill(&mut self, mut buffer: &mut [u8]) -> io::Result<()> {
+        while !buffer.is_empty() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let slices = &mut [IoSliceMut::new(buffer)];
+            let got = match rustix::net::recvmsg(self.stream.as_fd(), slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => continue,
+                other => other?.bytes,
+            };
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(fds) = message {
+                    self.fds.extend(fds);
+                }
+            }
+            if got == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            buffer = &mut buffer[got..];
+        }
+        Ok(())
     }
 }
 
@@ -348,6 +422,94 @@ fn read_line(stream: &mut UnixStream) -> std::io::Result<String> {
         line.push(byte[0]);
     }
     Ok(String::from_utf8_lossy(&line).into_owned())
+}
+
+/// A bus of one's own, for tests: what it answers and sends.
+#[cfg(test)]
+pub(crate) mod mock {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// One end of a connection; the other is a [`Bus`].
+    pub(crate) struct Server(Bus);
+
+    impl Server {
+        /// Takes one client.
+        pub(crate) fn accept(listener: &UnixListener) -> Self {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+            for answer in ["", "DATA\r\n", "OK 1234\r\n", "AGREE_UNIX_FD\r\n"] {
+                stream.write_all(answer.as_bytes()).unwrap();
+                read_line(&mut stream).unwrap();
+            }
+            Self(Bus { stream, fds: vec![], serial: 0, signals: vec![] })
+        }
+
+        /// The next call: its number, name and arguments.
+        pub(crate) fn call(&mut self) -> Option<(u32, String, Vec<String>)> {
+            let mut header = vec![0; 16];
+            self.0.fill(&mut header).ok()?;
+            let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
+            let (body, serial, fields) = (word(4) as usize, word(8), word(12) as usize);
+            header.resize((16 + fields).next_multiple_of(8), 0);
+            self.0.fill(&mut header[16..]).ok()?;
+            header.truncate(16 + fields);
+            let mut bytes = vec![0; body];
+            self.0.fill(&mut bytes).ok()?;
+            let m = Message::parse(&header, bytes)?;
+            Some((serial, m.member.clone(), m.arguments()))
+        }
+
+        /// Sends a message: an answer to a call, or a signal of this name; perhaps with a descriptor.
+        pub(crate) fn send(&mut self, to: Result<u32, &str>, body: &Body, fd: Option<&OwnedFd>) {
+            let kind = if to.is_ok() { METHOD_RETURN } else { SIGNAL };
+            let mut message = Body { bytes: vec![b'l', kind, 0, 1], signature: String::new() };
+            message.u32(body.bytes.len() as u32);
+            message.u32(1);
+            message.array(8, |m| {
+                let mut field = |code: u8, kind: &str, write: &dyn Fn(&mut Body)| {
+                    m.align(8);
+                    m.bytes.push(code);
+                    m.signature(kind);
+                    write(m);
+                };
+                match to {
+                    Ok(serial) => field(5, "u", &|m| m.u32(serial)),
+                    Err(name) => field(3, "s", &|m| m.string(name)),
+                }
+                field(8, "g", &|m| m.signature(&body.signature));
+                field(9, "u", &|m| m.u32(fd.iter().count() as u32));
+            });
+            message.align(8);
+            message.bytes.extend(&body.bytes);
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+            let fds = fd.map(AsFd::as_fd).into_iter().collect::<Vec<_>>();
+            if !fds.is_empty() {
+                assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
+            }
+            let slices = [io::IoSlice::new(&message.bytes)];
+            rustix::net::sendmsg(self.0.stream.as_fd(), &slices, &mut control, rustix::net::SendFlags::empty())
+                .unwrap();
+        }
+    }
+
+    impl Body {
+        /// An argument of type `h`: the first descriptor.
+        pub(crate) fn first_descriptor(mut self) -> Self {
+            self.signature.push('h');
+            self.u32(0);
+            self
+        }
+
+        /// An argument of type `v`, holding a `t`.
+        pub(crate) fn big(mut self, number: u64) -> Self {
+            self.signature.push('v');
+            self.variant(&Value::Number(number));
+            self
+        }
+    }
 }
 
 #[cfg(test)]
