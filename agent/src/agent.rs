@@ -43,6 +43,7 @@ use crate::{
     services::Services,
     sources,
     stats::Stats,
+    topology::{self, Managers},
     volumes::mounts,
 };
 use isopod_runtime::supervisor::protocol::{ContainerState, Op};
@@ -120,6 +121,9 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
             tracing::warn!(%error, "Failed to update Node Allocatable Limits");
         }
     }
+    let left_out = |resource: &str| node::info::left_out(&config.kubelet, &machine, resource);
+    let topology = Managers::open(&config.kubelet, paths.plugins_root(), Path::new("/sys"), left_out);
+    let topology = topology.map_err(Error::Machine)?;
     let manifests = config.kubelet.static_pod_path.clone().unwrap_or_else(|| paths.manifests());
     load_images(&local, &config).await;
     let k = &config.kubelet;
@@ -138,7 +142,9 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
         cri: cri::Store::new(paths.state().join("cri")),
         devices: Devices::open(devices::directory(&paths.plugins_root())),
         access: Access::new(api.clone(), &node_name, &config.kubelet),
+        topology,
         users: UserRanges::open(paths.pods(), config.kubelet.user_namespaces.ids_per_pod),
+        shutdown: watch::channel(false).0,
         pressure: watch::channel(Default::default()).0,
         node: RwLock::default(),
         burstable: RwLock::default(),
@@ -161,8 +167,10 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     tasks.spawn(plugins::run(ctx.clone(), stop.clone()));
     tasks.spawn(cri::run(ctx.clone(), stop.clone()));
     tasks.spawn(devices::run(ctx.clone(), stop.clone()));
+    tasks.spawn(topology::live::run(ctx.clone(), stop.clone()));
     tasks.spawn(csi::node::run(ctx.clone(), stop.clone()));
     tasks.spawn(node::eviction::run(ctx.clone(), stop.clone()));
+    tasks.spawn(node::shutdown::run(ctx.clone(), stop.clone()));
     let k = &ctx.config.kubelet;
     if k.healthz_port > 0 {
         let address = SocketAddr::new(k.healthz_bind_address, k.healthz_port);
@@ -316,6 +324,10 @@ pub fn cleanup(paths: &Paths) -> Result<(), Error> {
                 errors.push(format!("{}: {e}", mount.display()));
             }
         }
+    }
+    node::shutdown::forget();
+    for file in topology::FILES {
+        fs::remove_file(paths.plugins_root().join(file)).ok();
     }
     let removed = Cgroups::left(&paths.instance()).and_then(|trees| trees.iter().try_for_each(Cgroups::remove_root));
     if let Err(e) = removed {

@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, PodSpec};
 use parking_lot::RwLock;
 use tokio::sync::watch;
 
@@ -21,6 +21,7 @@ use crate::{
     node::pressure::Pressure,
     objects::Objects,
     pods::{table::PodTable, users::UserRanges},
+    qos::{self, Limits},
     services::Services,
     spec::{
         field::Allocatable,
@@ -28,6 +29,7 @@ use crate::{
         resources::{Knobs, Swap, Throttling},
     },
     stats::Stats,
+    topology::Managers,
 };
 
 /// Facts of this machine that do not change while the agent runs.
@@ -62,6 +64,10 @@ pub(crate) struct Context {
     /// What was made over the CRI socket.
     pub(crate) cri: cri::Store,
     pub(crate) devices: Devices,
+    /// Who has which CPUs and whose memory comes from where.
+    pub(crate) topology: Managers,
+    /// Whether the machine is going down.
+    pub(crate) shutdown: watch::Sender<bool>,
     /// What the node is short of.
     pub(crate) pressure: watch::Sender<Pressure>,
     /// This machine's Node as last seen.
@@ -98,6 +104,24 @@ impl Context {
             throttling: Some(throttling).filter(|_| memory_v2 && quality),
             ..Knobs::default()
         }
+    }
+
+    /// The same, for one container: CPUs of its own are not held back by quota.
+    pub(crate) fn knobs_of(&self, uid: &str, container: &str) -> Knobs {
+        let knobs = self.knobs();
+        let own = !self.topology.exclusive(uid, container).is_empty();
+        Knobs {
+            cfs_period: knobs.cfs_period.filter(|_| !own),
+            cpus: self.topology.cpus_of(uid, container),
+            mems: self.topology.nodes_of(uid, container),
+            ..knobs
+        }
+    }
+
+    /// The numbers of a pod's own group.
+    pub(crate) fn pod_limits(&self, uid: &str, spec: &PodSpec) -> Limits {
+        let period = self.cfs_period().filter(|_| !self.topology.pod_is_exclusive(uid));
+        qos::pod_limits(spec, period, self.config.kubelet.pod_pids_limit)
     }
 
     /// Takes a pod's burstable request in or out of the class's weight.

@@ -35,6 +35,7 @@ mod sources;
 mod spec;
 mod stats;
 mod tokens;
+mod topology;
 mod volumes;
 
 pub use agent::{Error, cleanup, run, run_on, stop_all_pods, wait_for_file};

@@ -14,9 +14,18 @@ const BOUNDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 /// Every family: name and help. Those that begin with `prober_` are shown on /metrics/probes.
 const FAMILIES: &[(&str, &str)] = &[
+    ("kubelet_cpu_manager_pinning_errors_total", "The number of cpu core allocations which required pinning failed."),
+    ("kubelet_cpu_manager_pinning_requests_total", "The number of cpu core allocations which required pinning."),
     ("kubelet_evictions", "Cumulative number of pod evictions by eviction signal"),
+    ("kubelet_graceful_shutdown_end_time_seconds", "Last graceful shutdown end time since unix epoch in seconds"),
+    ("kubelet_graceful_shutdown_start_time_seconds", "Last graceful shutdown start time since unix epoch in seconds"),
     ("kubelet_http_requests_total", "Number of the http requests received since the server started"),
     ("kubelet_image_garbage_collected_total", "Total number of images garbage collected by the kubelet"),
+    (
+        "kubelet_memory_manager_pinning_errors_total",
+        "The number of memory pages allocations which required pinning that failed.",
+    ),
+    ("kubelet_memory_manager_pinning_requests_total", "The number of memory pages allocations which required pinning."),
     (
         "kubelet_pod_start_duration_seconds",
         "Duration in seconds from kubelet seeing a pod for the first time to the pod starting to run",
@@ -27,6 +36,15 @@ const FAMILIES: &[(&str, &str)] = &[
     ("kubelet_started_pods_errors_total", "Cumulative number of errors when starting pods"),
     ("kubelet_started_pods_total", "Cumulative number of pods started"),
     ("kubelet_terminated_containers_total", "Cumulative number of containers terminated"),
+    ("kubelet_topology_manager_admission_duration_ms", "Duration in milliseconds to serve a pod admission request."),
+    (
+        "kubelet_topology_manager_admission_errors_total",
+        "The number of admission request failures where resources could not be aligned.",
+    ),
+    (
+        "kubelet_topology_manager_admission_requests_total",
+        "The number of admission requests where resources have to be aligned.",
+    ),
     ("prober_probe_duration_seconds", "Duration in seconds for a probe response."),
     ("prober_probe_total", "Cumulative number of a liveness, readiness or startup probe for a container by result."),
 ];
@@ -37,6 +55,7 @@ type Labels = Vec<(&'static str, String)>;
 #[derive(Debug, Clone)]
 enum Cell {
     Count(u64),
+    Level(f64),
     Spread { counts: [u64; BOUNDS.len()], all: u64, sum: f64 },
 }
 
@@ -58,6 +77,12 @@ impl Metrics {
         if let Cell::Count(n) = cell {
             *n += 1;
         }
+    }
+
+    /// Something happened just now.
+    pub(crate) fn set_now(&self, family: &'static str) {
+        let now = std::time::UNIX_EPOCH.elapsed().map_or(0.0, |d| d.as_secs_f64());
+        self.cells.lock().entry(family).or_default().insert(Labels::new(), Cell::Level(now));
     }
 
     /// Something took so long.
@@ -92,8 +117,12 @@ impl Metrics {
         let cells = self.cells.lock();
         for (name, help) in FAMILIES.iter().filter(|(name, _)| shown(name)) {
             let Some(samples) = cells.get(name) else { continue };
-            let spread = samples.values().any(|c| matches!(c, Cell::Spread { .. }));
-            e.begin(name, if spread { "histogram" } else { "counter" }, help);
+            let kind = match samples.values().next() {
+                Some(Cell::Spread { .. }) => "histogram",
+                Some(Cell::Level(_)) => "gauge",
+                _ => "counter",
+            };
+            e.begin(name, kind, help);
             for (labels, cell) in samples {
                 let labels: Vec<(&str, &str)> = labels.iter().map(|(k, v)| (*k, v.as_str())).collect();
                 sample(e, name, &labels, cell);
@@ -105,6 +134,7 @@ impl Metrics {
 fn sample(e: &mut Exposition, name: &str, labels: &[(&str, &str)], cell: &Cell) {
     match cell {
         Cell::Count(n) => e.sample(name, labels, Some(*n as f64)),
+        Cell::Level(value) => e.sample(name, labels, Some(*value)),
         Cell::Spread { counts, all, sum } => {
             let bucket = format!("{name}_bucket");
             for (count, bound) in counts.iter().zip(BOUNDS) {
@@ -128,10 +158,23 @@ pub(crate) fn probes(ctx: &Context) -> String {
     e.finish()
 }
 
+fn cpus(ctx: &Context, e: &mut Exposition) {
+    let (shared, own) = ctx.topology.counts();
+    let name = "kubelet_cpu_manager_shared_pool_size_millicores";
+    e.begin(name, "gauge", "The size of the shared CPU pool for non-guaranteed QoS pods, in millicores.");
+    e.sample(name, &[], Some(shared as f64 * 1000.0));
+    let name = "kubelet_cpu_manager_exclusive_cpu_allocation_count";
+    e.begin(name, "gauge", "The total number of CPUs exclusively allocated to containers running on this node");
+    e.sample(name, &[], Some(own as f64));
+}
+
 /// /metrics.
 pub(crate) fn render(ctx: &Context) -> String {
     let mut e = Exposition::default();
     pods(ctx, &mut e);
+    if ctx.topology.gives_cpus() {
+        cpus(ctx, &mut e);
+    }
     e.begin("kubelet_node_name", "gauge", "The node's name. The count is always 1.");
     e.sample("kubelet_node_name", &[("node", &ctx.node_name)], Some(1.0));
     let info = info::system_info();

@@ -83,6 +83,27 @@ spec:
     command: [sh, -c, 'sleep 0.5; echo main >> /host/side']
     volumeMounts: [{name: host, mountPath: /host}]
   volumes: [{name: host, hostPath: {path: /var/lib/hooks, type: DirectoryOrCreate}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: again}
+spec:
+  restartPolicy: Never
+  initContainers:
+  - {name: i, image: 'busybox:1', command: [sh, -c, 'echo init >> /kept/again'], volumeMounts: [{name: kept, mountPath: /kept}]}
+  containers:
+  - name: c
+    image: busybox:1
+    command: [sh, -c, 'grep -c init /kept/again > /dev/termination-log; test $(grep -c init /kept/again) = 2 || exit 88']
+    restartPolicy: Never
+    restartPolicyRules: [{action: RestartAllContainers, exitCodes: {operator: In, values: [88]}}]
+    volumeMounts: [{name: kept, mountPath: /kept}]
+  - name: d
+    image: busybox:1
+    command: [sh, -c, 'until test $(grep -c init /kept/again) = 2; do sleep 0.1; done']
+    lifecycle: {preStop: {exec: {command: [sh, -c, 'echo hook >> /kept/again']}}}
+    volumeMounts: [{name: kept, mountPath: /kept}]
+  volumes: [{name: kept, emptyDir: {}}]
 "#;
 
 #[test]
@@ -110,6 +131,16 @@ fn hooks_probes_deadlines_and_last_words() {
 
     c.wait_field("pod side", ".status.phase", |phase| phase == "Succeeded");
     assert_eq!(told("side"), "side\ninit\nmain\nside-end\n");
+
+    // One container's end restarts all of the pod: from the init container, in the same sandbox, with the same volumes.
+    c.wait_field("pod again", ".status.phase", |phase| phase == "Succeeded");
+    let again = c.get("pod again")["status"].clone();
+    for s in ["initContainerStatuses", "containerStatuses"].iter().flat_map(|l| again[l].as_array().unwrap()) {
+        assert_eq!((&s["restartCount"], &s["state"]["terminated"]["exitCode"]), (&1.into(), &0.into()), "{s}");
+    }
+    assert_eq!(again["containerStatuses"][0]["lastState"]["terminated"]["exitCode"], 88);
+    let conditions = again["conditions"].as_array().unwrap();
+    assert!(conditions.iter().any(|c| c["type"] == "AllContainersRestarting" && c["reason"] == "PodCompleted"));
 
     c.wait_field("pod late", ".status.reason", |reason| reason == "DeadlineExceeded");
     let late = c.get("pod late");

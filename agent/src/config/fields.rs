@@ -71,8 +71,11 @@ const FIXED: &[(&str, Accepts, &str)] = &[
 
 /// Gates of features that are here and cannot be turned off.
 const GATES: &[&str] = &[
+    "CPUManagerPolicyBetaOptions",
+    "CPUManagerPolicyOptions",
     "ContainerRestartRules",
     "ContainerStopSignals",
+    "DisableCPUQuotaWithExclusiveCPUs",
     "GracefulNodeShutdown",
     "GracefulNodeShutdownBasedOnPodPriority",
     "HostnameOverride",
@@ -84,6 +87,7 @@ const GATES: &[&str] = &[
     "KubeletFineGrainedAuthz",
     "KubeletPSI",
     "LocalStorageCapacityIsolation",
+    "MemoryManager",
     "NodeLogQuery",
     "NodeSwap",
     "PodLevelResources",
@@ -92,14 +96,17 @@ const GATES: &[&str] = &[
     "ProcMountType",
     "RecursiveReadOnlyMounts",
     "RelaxedEnvironmentVariableValidation",
+    "RestartAllContainersOnContainerExits",
     "SeccompDefault",
     "SidecarContainers",
     "SupplementalGroupsPolicy",
+    "TopologyManagerPolicyBetaOptions",
+    "TopologyManagerPolicyOptions",
     "UserNamespacesSupport",
 ];
 
 /// Gates of features that are here and are off unless asked for.
-const OPTIONAL: &[&str] = &["MemoryQoS"];
+const OPTIONAL: &[&str] = &["CPUManagerPolicyAlphaOptions", "MemoryQoS", "TopologyManagerPolicyAlphaOptions"];
 
 /// Whether the value of a field without a setting can stay; `None` for a field that is not of this kind.
 pub(super) fn fixed(name: &str, value: &Value) -> Option<Result<(), String>> {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::{KubeletConfiguration, isopod_quantity};
+use super::KubeletConfiguration;
 
 /// `memorySwap`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,10 +98,7 @@ impl KubeletConfiguration {
             }
         }
         one_of("tlsMinVersion", self.tls_min_version.as_deref().unwrap_or(""), &["", "VersionTLS12", "VersionTLS13"])?;
-        one_of("cpuManagerPolicy", &self.cpu_manager_policy, &["none"])?;
-        one_of("memoryManagerPolicy", &self.memory_manager_policy, &["None"])?;
-        one_of("topologyManagerPolicy", &self.topology_manager_policy, &["none"])?;
-        one_of("topologyManagerScope", &self.topology_manager_scope, &["container", "pod"])?;
+        crate::topology::settings::Settings::read(self)?;
         one_of("logging.format", &self.logging.format, &["text"])?;
         for group in &self.enforce_node_allocatable {
             one_of("enforceNodeAllocatable", group, &["pods", "none"])?;
@@ -118,8 +115,7 @@ impl KubeletConfiguration {
         {
             return Err(format!("staticPodURL {url:?} is not an http or https URL"));
         }
-        self.check_shutdown()?;
-        self.check_refused_for_now()
+        self.check_shutdown()
     }
 
     fn check_shutdown(&self) -> Result<(), String> {
@@ -138,27 +134,6 @@ impl KubeletConfiguration {
         }
         match by_priority.iter().find(|p| p.shutdown_grace_period_seconds < 0) {
             Some(p) => Err(format!("shutdownGracePeriodByPodPriority: priority {} has a negative time", p.priority)),
-            None => Ok(()),
-        }
-    }
-
-    /// Settings that are read but have nothing behind them yet.
-    fn check_refused_for_now(&self) -> Result<(), String> {
-        let unsupported = [
-            ("cpuManagerPolicyOptions", !self.cpu_manager_policy_options.is_empty()),
-            ("reservedSystemCPUs", !self.reserved_system_cpus.is_empty()),
-            ("shutdownGracePeriod", !self.shutdown_grace_period.is_zero()),
-            ("shutdownGracePeriodByPodPriority", !self.shutdown_grace_period_by_pod_priority.is_empty()),
-            ("reservedMemory", !self.reserved_memory.is_empty()),
-            ("topologyManagerPolicyOptions", !self.topology_manager_policy_options.is_empty()),
-        ];
-        for limits in self.reserved_memory.iter().flat_map(|r| r.limits.values()) {
-            isopod_quantity(limits).ok_or_else(|| format!("reservedMemory: {limits:?} is not a quantity"))?;
-        }
-        match unsupported.iter().find(|(_, set)| *set) {
-            Some((name, _)) => {
-                Err(format!("field {name:?} of KubeletConfiguration is not supported by isopod: remove it"))
-            }
             None => Ok(()),
         }
     }

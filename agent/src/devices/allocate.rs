@@ -1,6 +1,9 @@
 //! Giving devices to the containers of a pod that this node takes.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use k8s_openapi::api::core::v1::{Container, Pod};
 
@@ -17,6 +20,10 @@ use crate::{
     },
     pods::sandbox,
     qos, quantity,
+    topology::{
+        hints::{self, Hints, Mask},
+        machine::Topology,
+    },
 };
 
 /// What a container asks of resources that plugins have.
@@ -53,7 +60,7 @@ fn reusable(state: &State, pod: &Pod, upto: &str, resource: &str) -> BTreeSet<St
 }
 
 /// Whether a pod asks for devices that it has not been given.
-pub(super) fn lacks(state: &State, pod: &Pod) -> bool {
+fn lacks(state: &State, pod: &Pod) -> bool {
     let given = state.pods.get(sandbox::uid(pod));
     let has = |c: &Container, resource: &String| {
         let of = given.and_then(|p| p.get(&c.name)?.get(resource));
@@ -68,8 +75,9 @@ pub(crate) async fn allocate(ctx: &Arc<Context>, pod: &Pod) -> Result<(), String
     let Some(spec) = &pod.spec else { return Ok(()) };
     for c in qos::all_containers(spec) {
         let wishes = wishes(&ctx.devices.state.lock(), c);
+        let mask = ctx.topology.affinity(sandbox::uid(pod), &c.name);
         for (resource, count) in wishes {
-            if let Err(error) = ctx.devices.one(pod, c, &resource, count).await {
+            if let Err(error) = ctx.devices.one(pod, c, &resource, count, mask).await {
                 // It stays pending: nothing of it starts before it is told to fail.
                 ctx.devices.state.lock().pods.remove(sandbox::uid(pod));
                 ctx.devices.save();
@@ -83,6 +91,36 @@ pub(crate) async fn allocate(ctx: &Arc<Context>, pod: &Pod) -> Result<(), String
 }
 
 impl Devices {
+    /// Whether a pod asks for devices that it has not been given.
+    pub(crate) fn lacks(&self, pod: &Pod) -> bool {
+        lacks(&self.state.lock(), pod)
+    }
+
+    /// Which NUMA nodes the devices of a container, or of the whole pod, could come from: one entry per resource.
+    pub(crate) fn hints(&self, pod: &Pod, c: Option<&Container>, t: &Topology) -> Vec<Hints> {
+        let state = self.state.lock();
+        let Some(spec) = &pod.spec else { return Vec::new() };
+        let mut wanted: BTreeMap<String, usize> = BTreeMap::new();
+        for c in qos::all_containers(spec).filter(|one| c.is_none_or(|c| c.name == one.name)) {
+            let init = spec.init_containers.iter().flatten().any(|i| i.name == c.name) && !qos::is_sidecar(c);
+            for (resource, count) in wishes(&state, c) {
+                let sum = wanted.entry(resource).or_default();
+                // Init containers leave theirs to those after them.
+                *sum = if init { (*sum).max(count) } else { *sum + count };
+            }
+        }
+        let given = |resource: &str| {
+            let of = state.pods.get(sandbox::uid(pod))?.get(&c?.name)?.get(resource)?;
+            Some(of.devices.clone())
+        };
+        let hints = wanted.into_iter().map(|(resource, count)| {
+            let again = c.map(|c| reusable(&state, pod, &c.name, &resource)).unwrap_or_default();
+            let free = given(&resource).unwrap_or_else(|| free(&state, &resource));
+            resource_hints(&state, &resource, count, &again, &free, t)
+        });
+        hints.collect()
+    }
+
     /// Whether a pod is to be given devices by [`allocate`]; its containers wait from now on until that is done.
     pub(crate) fn wants(&self, pod: &Pod) -> bool {
         let mut state = self.state.lock();
@@ -120,7 +158,14 @@ impl Devices {
         endpoint.ok_or_else(|| format!("no healthy plugin for resource {resource}"))
     }
 
-    async fn one(&self, pod: &Pod, c: &Container, resource: &str, count: usize) -> Result<(), String> {
+    async fn one(
+        &self,
+        pod: &Pod,
+        c: &Container,
+        resource: &str,
+        count: usize,
+        mask: Option<Mask>,
+    ) -> Result<(), String> {
         let (reserved, preferred) = {
             let state = self.state.lock();
             let own = state.pods.get(sandbox::uid(pod)).and_then(|p| p.get(&c.name)?.get(resource));
@@ -128,10 +173,15 @@ impl Devices {
                 return Ok(());
             }
             let again = reusable(&state, pod, &c.name, resource);
-            let free = free(&state, resource);
+            let mut free = free(&state, resource);
             if again.len().min(count) + free.len() < count {
                 let text = "requested number of devices unavailable for";
                 return Err(format!("{text} {resource}. Requested: {count}, Available: {}", again.len() + free.len()));
+            }
+            let near: BTreeSet<String> =
+                free.iter().filter(|id| is_near(&state, resource, id, mask)).cloned().collect();
+            if again.len().min(count) + near.len() >= count {
+                free = near;
             }
             let preferred = state.resources.get(resource).is_some_and(|r| r.preferred);
             (choice(&again, &free, count), preferred.then_some((again, free)))
@@ -206,6 +256,38 @@ impl Devices {
     }
 }
 
+/// Whether a device is near one of these NUMA nodes; without any said every one is.
+fn is_near(state: &State, resource: &str, id: &str, mask: Option<Mask>) -> bool {
+    let Some(mask) = mask else { return true };
+    let device = state.resources.get(resource).and_then(|r| r.devices.get(id));
+    device.is_some_and(|d| d.nodes.iter().any(|n| u32::try_from(*n).is_ok_and(|n| mask.has(n))))
+}
+
+/// Hints for some devices of a resource; nothing can be said when none tells where it is.
+fn resource_hints(
+    state: &State,
+    resource: &str,
+    count: usize,
+    again: &BTreeSet<String>,
+    free: &BTreeSet<String>,
+    t: &Topology,
+) -> Hints {
+    let devices = &state.resources.get(resource)?.devices;
+    if devices.values().all(|d| d.nodes.is_empty()) {
+        return None;
+    }
+    if again.union(free).count() < count {
+        return Some(Vec::new());
+    }
+    let near = |id: &&String, mask: Mask| is_near(state, resource, id, Some(mask));
+    let whole = |mask: Mask| devices.keys().filter(|id| near(id, mask)).count() as u64;
+    let can = |mask: Mask| {
+        let all_again = again.iter().all(|id| near(&id, mask));
+        all_again.then(|| again.union(free).filter(|id| near(id, mask)).count() as u64)
+    };
+    Some(hints::generate(t, count as u64, whole, can))
+}
+
 /// The first that fit: those of init containers before fresh ones.
 fn choice(again: &BTreeSet<String>, free: &BTreeSet<String>, count: usize) -> BTreeSet<String> {
     again.iter().chain(free.difference(again)).take(count).cloned().collect()
@@ -229,6 +311,32 @@ mod tests {
         let devices = ids.iter().map(|i| (*i).to_string()).collect();
         let given = Given { devices, injection: Some(Injection::default()) };
         state.pods.entry(pod.into()).or_default().entry(container.into()).or_default().insert("x/y".into(), given);
+    }
+
+    #[test]
+    fn devices_tell_which_nodes_they_are_near() {
+        let t = crate::topology::machine::tests::machine(2, 1, 2, 1);
+        let mut s = state();
+        let pod: Pod = serde_json::from_value(json!({"metadata": {"uid": "u"}, "spec": {"containers": [
+            {"name": "c", "resources": {"limits": {"x/y": 2}}}]}}))
+        .unwrap();
+        let hints = |s: &State| {
+            let none = BTreeSet::new();
+            resource_hints(s, "x/y", 2, &none, &free(s, "x/y"), &t)
+        };
+        assert_eq!(hints(&s), None);
+        // a and d on the first node, b on the second.
+        for (id, node) in [("a", 0), ("b", 1), ("d", 0)] {
+            s.resources.get_mut("x/y").unwrap().devices.get_mut(id).unwrap().nodes = vec![node];
+        }
+        let hint = |mask, preferred| hints::Hint { mask: Some(Mask(mask)), preferred };
+        assert_eq!(hints(&s), Some(vec![hint(1, true), hint(3, false)]));
+        give(&mut s, "other", "c", &["d"]);
+        assert_eq!(hints(&s), Some(vec![hint(3, false)]));
+        give(&mut s, "another", "c", &["b"]);
+        assert_eq!(hints(&s), Some(vec![]));
+        assert!(is_near(&s, "x/y", "b", Some(Mask(2))) && !is_near(&s, "x/y", "b", Some(Mask(1))));
+        assert!(lacks(&s, &pod));
     }
 
     #[test]

@@ -8,13 +8,14 @@ use super::{Given, State};
 use crate::{
     context::Context,
     grpc::proto::resources::{
-        AllocatableResourcesRequest, AllocatableResourcesResponse, ContainerDevices, ContainerResources,
-        GetPodResourcesRequest, GetPodResourcesResponse, ListPodResourcesRequest, ListPodResourcesResponse, NumaNode,
-        PodResources, TopologyInfo,
+        AllocatableResourcesRequest, AllocatableResourcesResponse, ContainerDevices, ContainerMemory,
+        ContainerResources, GetPodResourcesRequest, GetPodResourcesResponse, ListPodResourcesRequest,
+        ListPodResourcesResponse, NumaNode, PodResources, TopologyInfo,
         pod_resources_lister_server::{PodResourcesLister, PodResourcesListerServer},
     },
     pods::{sandbox, table::Snapshot},
     qos,
+    topology::Block,
 };
 
 /// The service on `pod-resources/kubelet.sock`.
@@ -42,10 +43,20 @@ fn devices(state: &State, given: Option<&BTreeMap<String, Given>>) -> Vec<Contai
     all.flat_map(|(resource, g)| g.devices.iter().map(move |id| entry(state, resource, id))).collect()
 }
 
+fn table(memory_type: String, size: u64, nodes: impl IntoIterator<Item = u32>) -> ContainerMemory {
+    let nodes = nodes.into_iter().map(|n| NumaNode { id: n.into() }).collect();
+    ContainerMemory { memory_type, size, topology: Some(TopologyInfo { nodes }) }
+}
+
+fn block(b: Block) -> ContainerMemory {
+    table(b.resource, b.size, b.numa_affinity)
+}
+
 impl Lister {
     fn pod(&self, s: &Snapshot) -> PodResources {
         let state = self.ctx.devices.state.lock();
-        let given = state.pods.get(sandbox::uid(&s.pod));
+        let (topology, uid) = (&self.ctx.topology, sandbox::uid(&s.pod));
+        let given = state.pods.get(uid);
         // An init container's devices are its own only while it may run.
         let containers = s.pod.spec.iter().flat_map(|spec| {
             let sidecars = spec.init_containers.iter().flatten().filter(|c| qos::is_sidecar(c));
@@ -58,7 +69,8 @@ impl Lister {
                 .map(|c| ContainerResources {
                     name: c.name.clone(),
                     devices: devices(&state, given.and_then(|g| g.get(&c.name))),
-                    ..ContainerResources::default()
+                    cpu_ids: topology.exclusive(uid, &c.name).into_iter().map(i64::from).collect(),
+                    memory: topology.memory(uid, &c.name).into_iter().map(block).collect(),
                 })
                 .collect(),
         }
@@ -88,8 +100,10 @@ impl PodResourcesLister for Lister {
             ids.map(|id| entry(&state, name, id)).collect::<Vec<_>>()
         });
         let devices = healthy.collect();
-        let cpu_ids = (0..i64::from(self.ctx.machine.cpus)).collect();
-        Ok(Response::new(AllocatableResourcesResponse { devices, cpu_ids, memory: Vec::new() }))
+        let (cpus, memory) = self.ctx.topology.allocatable(self.ctx.machine.cpus);
+        let cpu_ids = cpus.into_iter().map(i64::from).collect();
+        let memory = memory.into_iter().map(|(node, name, size)| table(name, size, [node])).collect();
+        Ok(Response::new(AllocatableResourcesResponse { devices, cpu_ids, memory }))
     }
 
     async fn get(&self, r: Request<GetPodResourcesRequest>) -> Result<Response<GetPodResourcesResponse>, Status> {

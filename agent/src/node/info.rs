@@ -17,6 +17,7 @@ use crate::{
     context::Machine,
     quantity,
     spec::{field::Allocatable, files::Resolver},
+    topology::{machine::huge_pages, settings},
 };
 
 fn text(path: &str) -> String {
@@ -57,7 +58,18 @@ fn threshold(of: &BTreeMap<String, String>, signal: &str, capacity: i64) -> i64 
 /// Thousandths of a resource that daemons and the system have for themselves.
 pub(crate) fn reserved(k: &KubeletConfiguration, resource: &str) -> i64 {
     let of = |m: &BTreeMap<String, String>| m.get(resource).and_then(|q| quantity::milli(q)).unwrap_or(0);
+    let named = settings::reserved_cpus(k).unwrap_or_default().len();
+    if resource == "cpu" && named > 0 {
+        // As upstream: CPUs that are named say how much is reserved, whatever else does.
+        return i64::try_from(named).unwrap_or(0) * 1000;
+    }
     i64::try_from(of(&k.kube_reserved) + of(&k.system_reserved)).unwrap_or(0)
+}
+
+/// Thousandths of a resource that the node has and pods do not get.
+pub(crate) fn left_out(k: &KubeletConfiguration, m: &Machine, resource: &str) -> i64 {
+    let eviction = if resource == "memory" { threshold(&k.eviction_hard, "memory.available", m.memory) } else { 0 };
+    reserved(k, resource) + eviction * 1000
 }
 
 /// The address other nodes reach this one at: the given one, or that of the route to the API server.
@@ -131,11 +143,10 @@ pub(crate) fn resources(config: &Config, m: &Machine) -> (BTreeMap<String, Quant
         let Some(kb) = name.strip_prefix("hugepages-").and_then(|n| n.strip_suffix("kB")?.parse::<u64>().ok()) else {
             continue;
         };
-        let size = if kb >= 1 << 20 { format!("{}Gi", kb >> 20) } else { format!("{}Mi", kb >> 10) };
         let count: u64 = text(&entry.path().join("nr_hugepages").to_string_lossy()).parse().unwrap_or(0);
         let bytes = count * kb * 1024;
         let amount = if bytes == 0 { "0".to_string() } else { format!("{}Ki", bytes / 1024) };
-        put(&format!("hugepages-{size}"), amount.clone(), amount);
+        put(&huge_pages(kb), amount.clone(), amount);
     }
     (capacity, allocatable)
 }

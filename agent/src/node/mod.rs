@@ -9,6 +9,7 @@ pub(crate) mod info;
 pub(crate) mod pressure;
 mod psi;
 mod ranking;
+pub(crate) mod shutdown;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -63,6 +64,7 @@ pub(crate) struct Signals {
     pub(crate) disk_low: bool,
     pub(crate) pids_low: bool,
     pub(crate) network: Option<String>,
+    pub(crate) shutdown: bool,
 }
 
 /// The four conditions, in upstream's order.
@@ -72,6 +74,9 @@ pub(crate) fn conditions(s: &Signals) -> [Wanted; 4] {
         Wanted { kind, status: bad, reason, message: message.into() }
     };
     let ready = match &s.network {
+        _ if s.shutdown => {
+            Wanted { kind: "Ready", status: false, reason: "KubeletNotReady", message: "node is shutting down".into() }
+        }
         None => Wanted {
             kind: "Ready",
             status: true,
@@ -156,6 +161,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
     let (mut wait, mut complaint) = (PAUSE, Complaint::default());
     let mut network = ctx.network.changes();
     let mut pressure = ctx.pressure.subscribe();
+    let mut shutdown = ctx.shutdown.subscribe();
     let mut node = loop {
         match register(ctx, &nodes).await {
             Ok(node) => break node,
@@ -184,6 +190,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
         *ctx.node.write() = Some(Arc::new(node.clone()));
         network.borrow_and_update();
         pressure.borrow_and_update();
+        shutdown.borrow_and_update();
         images.borrow_and_update();
         volumes.borrow_and_update();
         devices.borrow_and_update();
@@ -223,6 +230,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
             Ok(()) = volumes.changed() => {}
             Ok(()) = devices.changed() => {}
             Ok(()) = pressure.changed() => {}
+            Ok(()) = shutdown.changed() => {}
             () = tokio::time::sleep(retry), if failed => retry = (retry * 2).min(Duration::from_secs(7)),
             event = stream.next() => match event {
                 Some(Ok(Some(n))) => node = n,
@@ -332,7 +340,8 @@ async fn register(ctx: &Arc<Context>, nodes: &Api<Node>) -> Result<Node, kube::E
 
 fn signals(ctx: &Context) -> Signals {
     let p = *ctx.pressure.borrow();
-    Signals { memory_low: p.memory, disk_low: p.disk, pids_low: p.pids, network: ctx.network.not_ready() }
+    let shutdown = *ctx.shutdown.borrow();
+    Signals { memory_low: p.memory, disk_low: p.disk, pids_low: p.pids, network: ctx.network.not_ready(), shutdown }
 }
 
 /// What the default handler and those of RuntimeClasses can do.

@@ -50,6 +50,11 @@ impl Worker {
             self.dirty = true;
             self.record.phase("initialized", None);
         }
+        if let Some(name) = &plan.restart_all {
+            self.state.begin_again(name);
+            self.dirty = true;
+            return self.step();
+        }
         self.crash_loops(&plan);
         for (name, reason) in &plan.stop {
             self.stop(name, reason);
@@ -115,6 +120,10 @@ impl Worker {
             StopReason::Changed => {
                 let text = format!("Container {name} definition changed, will be restarted");
                 self.stop_one(name, Some(own), text, Vec::new());
+            }
+            StopReason::All => {
+                let text = format!("Stopping container {name} because a rule restarts all containers of the pod");
+                self.stop_one(name, Some(1), text, Vec::new());
             }
             StopReason::Pod | StopReason::Sidecar => {
                 // Regular containers end first, then sidecars, the last one first.

@@ -14,6 +14,10 @@ const CRITICAL: i32 = 2_000_000_000;
 /// Why this node cannot take an API pod, if so.
 pub(super) fn admit(ctx: &Context, pod: &Pod) -> Option<Refusal> {
     let spec = pod.spec.as_ref()?;
+    if *ctx.shutdown.borrow() {
+        let text = "Pod was rejected: Pod was rejected as the node is shutting down.";
+        return Some(("NodeShutdown".into(), text.into()));
+    }
     if let Some(name) = security::forbidden_sysctl(pod, &ctx.config.kubelet.allowed_unsafe_sysctls) {
         return Some(("SysctlForbidden".into(), format!("forbidden sysctl: {name:?} not allowlisted")));
     }

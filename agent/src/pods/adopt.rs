@@ -16,6 +16,7 @@ impl Worker {
             self.terminate(grace, true);
         }
         if self.state.finished {
+            self.ctx.topology.release(self.uid());
             self.removed = true;
             return;
         }

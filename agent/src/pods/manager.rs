@@ -169,6 +169,11 @@ impl Manager {
         let uid = sandbox::uid(&pod).to_string();
         let notes = self.notes.clone();
         let ending = pod.metadata.deletion_timestamp.is_some();
+        let refused = refused.or_else(|| {
+            let ctx = &self.ctx;
+            let given = || ctx.topology.admit(&pod, &ctx.devices, &ctx.metrics);
+            if ending || !is_active(&pod) { None } else { given().err().map(|(reason, why)| (reason.into(), why)) }
+        });
         let starts = !ending && refused.is_none() && is_active(&pod);
         let first = refused.map(|(reason, message)| Command::Fail { reason, message, grace: 1 });
         let handle = worker::spawn(self.ctx.clone(), pod.clone(), source, first, move |uid| {

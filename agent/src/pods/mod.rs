@@ -34,6 +34,9 @@ use crate::{
     volumes::content,
 };
 
+/// Reason and message of a pod that ended because its node goes down.
+pub(crate) const TERMINATED: (&str, &str) = ("Terminated", "Pod was terminated in response to imminent node shutdown.");
+
 /// A container id: 64 hexadecimal digits.
 pub(crate) fn new_id() -> String {
     let bytes: [u8; 32] = rand::random();
@@ -95,6 +98,7 @@ async fn manager_clean(ctx: &Arc<Context>, known: &[String]) {
     strangers.retain(|uid| !known.contains(uid));
     crate::csi::adopt(ctx, known);
     ctx.devices.retain(known);
+    ctx.topology.retain(known);
     for uid in strangers {
         tracing::info!(uid, "removing what is left of a pod nobody knows");
         let (events, _) = tokio::sync::mpsc::unbounded_channel();

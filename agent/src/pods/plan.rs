@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use k8s_openapi::api::core::v1::{Container, PodSpec};
 
 use super::state::{Backoff, Ended, Nanos, PodState, Record, SECOND};
-use crate::qos::is_sidecar;
+use crate::qos::{self, is_sidecar};
 
 /// First wait between restarts.
 const BACKOFF_INITIAL: Nanos = 10 * SECOND;
@@ -41,6 +41,8 @@ pub(crate) enum StopReason {
     Changed,
     /// Everything else has completed.
     Sidecar,
+    /// A rule restarts all containers; no hook is run.
+    All,
 }
 
 /// What to do.
@@ -58,6 +60,8 @@ pub(crate) struct Plan {
     pub(crate) finish: bool,
     /// The pod is over its active deadline.
     pub(crate) deadline_exceeded: bool,
+    /// All have ended because this one's rule restarts all: from the first init container again.
+    pub(crate) restart_all: Option<String>,
     /// Plan again at this time.
     pub(crate) wake: Option<Nanos>,
 }
@@ -68,20 +72,31 @@ impl Plan {
     }
 }
 
+/// The action of the first rule that a container's end matches.
+fn rule<'a>(c: &'a Container, ended: &Ended) -> Option<&'a str> {
+    let mut rules = c.restart_policy_rules.iter().flatten();
+    let hit = rules.find(|rule| {
+        rule.exit_codes.as_ref().is_some_and(|codes| {
+            let listed = codes.values.iter().flatten().any(|v| *v == ended.code);
+            listed == (codes.operator == "In")
+        })
+    });
+    hit.map(|rule| rule.action.as_str())
+}
+
+/// The container whose end restarts all of the pod, if one has ended so.
+pub(crate) fn restarts_all<'a>(spec: &'a PodSpec, state: &PodState) -> Option<&'a str> {
+    let hit = qos::all_containers(spec).find(|c| {
+        let ended = state.in_sandbox(&c.name).and_then(|i| i.ended.as_ref());
+        ended.is_some_and(|e| rule(c, e) == Some("RestartAllContainers")) && !again(state, c)
+    });
+    hit.map(|c| c.name.as_str())
+}
+
 /// Whether a container that ended so is run again.
 pub(crate) fn restarts(spec: &PodSpec, c: &Container, ended: &Ended) -> bool {
-    for rule in c.restart_policy_rules.iter().flatten() {
-        if let Some(codes) = &rule.exit_codes {
-            let listed = codes.values.iter().flatten().any(|v| *v == ended.code);
-            let hit = match codes.operator.as_str() {
-                "In" => listed,
-                "NotIn" => !listed,
-                _ => false,
-            };
-            if hit && rule.action.starts_with("Restart") {
-                return true;
-            }
-        }
+    if rule(c, ended).is_some() {
+        return true;
     }
     match c.restart_policy.as_deref().or(spec.restart_policy.as_deref()).unwrap_or("Always") {
         "Never" => false,
@@ -120,6 +135,14 @@ pub(crate) fn plan(v: &View<'_>) -> Plan {
         p.finish = !busy && !p.deadline_exceeded;
         return p;
     }
+    if let Some(name) = restarts_all(v.spec, v.state) {
+        for c in qos::all_containers(v.spec).filter(|c| running(v, c) && !v.stopping.contains(&c.name)) {
+            p.stop.push((c.name.clone(), StopReason::All));
+        }
+        let busy = !v.starting.is_empty() || qos::all_containers(v.spec).any(|c| running(v, c));
+        p.restart_all = (!busy).then(|| name.to_owned());
+        return p;
+    }
     if initialize(v, &mut p) {
         regular(v, &mut p);
     }
@@ -144,7 +167,7 @@ fn initialize(v: &View<'_>, p: &mut Plan) -> bool {
     let init = v.spec.init_containers.as_deref().unwrap_or_default();
     let ending = v.state.initialized && all_done(v.spec, v.state);
     for c in init {
-        let instance = v.state.in_sandbox(&c.name);
+        let instance = v.state.in_sandbox(&c.name).filter(|i| i.running() || !again(v.state, c));
         if is_sidecar(c) {
             match instance {
                 _ if ending => {}
@@ -429,6 +452,26 @@ mod tests {
         assert!(w.plan().deadline_exceeded);
         w.now = 3 * SECOND;
         assert_eq!(w.plan().wake, Some(5 * SECOND));
+    }
+
+    #[test]
+    fn a_rule_restarts_all_containers_from_the_first() {
+        let rules = serde_json::json!([{"action":"RestartAllContainers","exitCodes":{"operator":"In","values":[88]}}]);
+        let w = world(serde_json::json!({"restartPolicy":"Never","initContainers":[{"name":"a"}],
+            "containers":[{"name":"c","restartPolicyRules":rules},{"name":"d"}]}));
+        let mut w = w.ended("a", 0).ended("c", 88).runs("d").initialized();
+        let p = w.plan();
+        assert_eq!((p.stop, p.restart_all), (vec![("d".to_string(), StopReason::All)], None));
+        w = w.ended("d", 137);
+        assert_eq!(w.plan().restart_all.as_deref(), Some("c"));
+        w.state.begin_again("c");
+        for step in ["a", "c"] {
+            assert_eq!(w.plan().start[0], step);
+            w = w.ended(step, 0);
+            w.state.initialized = true;
+        }
+        // Another code is no match.
+        assert_eq!(w.ended("c", 1).plan().restart_all, None);
     }
 
     #[test]

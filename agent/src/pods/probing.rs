@@ -3,7 +3,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{
-    exec,
+    exec, plan,
     state::now,
     stop,
     worker::{Input, Worker},
@@ -103,8 +103,12 @@ impl Worker {
         if self.stopping.contains(name) {
             return;
         }
-        let (Some(container), Some(live)) = (self.container(name), self.live.clone()) else { return };
+        let (Some(mut container), Some(live)) = (self.container(name), self.live.clone()) else { return };
         let Some(i) = self.state.current(name).filter(|i| i.running()) else { return };
+        if !self.terminating && self.pod.spec.as_ref().is_some_and(|s| plan::restarts_all(s, &self.state).is_some()) {
+            // As upstream: no hook holds up a restart of all.
+            container.lifecycle = None;
+        }
         let Some(ends) = self.ends.get(name) else { return };
         let deadline = match grace {
             None => self.deadline.subscribe(),

@@ -24,6 +24,7 @@ impl Worker {
         std::fs::remove_dir_all(logs).ok();
         self.ctx.metrics.forget_pod(sandbox::namespace(&self.pod), sandbox::name(&self.pod));
         self.ctx.devices.release(uid);
+        self.ctx.topology.release(uid);
         self.ctx.users.release(uid);
         self.ctx.table.remove(uid);
     }

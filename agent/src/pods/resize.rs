@@ -227,31 +227,45 @@ impl Worker {
         let now = self.pod.spec.clone().unwrap_or_default();
         let of = |r: &str| manager::requested(&self.ctx, r) - qos::pod_amount(&now, r).0;
         let others = (of("cpu").max(0), (of("memory") / 1000).max(0));
-        let pending = match judge(wanted, &now, others, self.ctx.machine.allocatable) {
-            Verdict::Fits => {
-                let pids = self.ctx.config.kubelet.pod_pids_limit;
-                self.limits.get_or_insert_with(|| qos::pod_limits(&now, self.ctx.cfs_period(), pids));
-                self.state.allocated = Some(Allocation::of(wanted));
-                self.take_pod(self.desired.clone());
-                self.save_spec();
-                self.state.resize = Resize { in_progress: true, ..Resize::default() };
-                self.resize_again = None;
-                self.dirty = true;
-                self.tell_resize(Kind::Normal, "ResizeStarted", "Pod resize started: ");
-                return;
-            }
-            Verdict::Deferred(message) => {
-                self.wait_for_room();
-                ("Deferred".to_string(), message)
-            }
-            Verdict::Infeasible(message) => ("Infeasible".to_string(), message),
-        };
+        let pending =
+            match self.pinned(wanted).unwrap_or_else(|| judge(wanted, &now, others, self.ctx.machine.allocatable)) {
+                Verdict::Fits => {
+                    let limits = self.limits.unwrap_or_else(|| self.ctx.pod_limits(self.uid(), &now));
+                    self.limits = Some(limits);
+                    self.state.allocated = Some(Allocation::of(wanted));
+                    self.take_pod(self.desired.clone());
+                    self.save_spec();
+                    self.state.resize = Resize { in_progress: true, ..Resize::default() };
+                    self.resize_again = None;
+                    self.dirty = true;
+                    self.tell_resize(Kind::Normal, "ResizeStarted", "Pod resize started: ");
+                    return;
+                }
+                Verdict::Deferred(message) => {
+                    self.wait_for_room();
+                    ("Deferred".to_string(), message)
+                }
+                Verdict::Infeasible(message) => ("Infeasible".to_string(), message),
+            };
         if self.state.resize.pending.as_ref() != Some(&pending) {
             let text = format!("Pod resize {}: ", pending.0);
             self.tell_resize(Kind::Warning, &format!("Resize{}", pending.0), &text);
             self.state.resize.pending = Some(pending);
             self.dirty = true;
         }
+    }
+
+    /// What is a guaranteed pod's own stays as it is.
+    fn pinned(&self, wanted: &PodSpec) -> Option<Verdict> {
+        let topology = &self.ctx.topology;
+        let who = match () {
+            () if qos::class(wanted) != Qos::Guaranteed => return None,
+            () if topology.gives_cpus() => "CPU",
+            () if topology.gives_memory() => "Memory",
+            () => return None,
+        };
+        let text = format!("Resize is infeasible for Guaranteed Pods alongside {who} Manager static policy");
+        Some(Verdict::Infeasible(text))
     }
 
     fn tell_resize(&self, kind: Kind, reason: &str, text: &str) {
@@ -302,11 +316,16 @@ impl Worker {
                 containers.push((
                     i.id.clone(),
                     written,
-                    spec::resources::resources(&self.pod, c, &self.ctx.knobs(), None),
+                    spec::resources::resources(
+                        &self.pod,
+                        c,
+                        &self.ctx.knobs_of(sandbox::uid(&self.pod), &c.name),
+                        None,
+                    ),
                 ));
             }
         }
-        let after = qos::pod_limits(&spec, self.ctx.cfs_period(), self.ctx.config.kubelet.pod_pids_limit);
+        let after = self.ctx.pod_limits(self.uid(), &spec);
         let before = self.limits.unwrap_or(after);
         if containers.is_empty() && before == after {
             if !waits {

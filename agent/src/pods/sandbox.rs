@@ -92,7 +92,7 @@ pub(crate) fn cgroup(ctx: &Context, pod: &Pod) -> Result<String, String> {
     let spec = pod.spec.as_ref().ok_or("the pod has no spec")?;
     let class = qos::class(spec);
     let group = ctx.cgroups.pod_group(class, uid(pod));
-    let limits = qos::pod_limits(spec, ctx.cfs_period(), ctx.config.kubelet.pod_pids_limit);
+    let limits = ctx.pod_limits(uid(pod), spec);
     ctx.cgroups.create_pod(&group, &limits).map_err(|e| e.to_string())?;
     if class == Qos::Burstable {
         ctx.burstable_request(uid(pod), Some(qos::pod_amount(spec, "cpu").0));

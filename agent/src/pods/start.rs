@@ -316,7 +316,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
             shm: live.shm.clone(),
             cgroup: format!("/{}/{id}", live.sandbox.cgroup),
             memory_capacity: ctx.machine.memory,
-            knobs: ctx.knobs(),
+            knobs: ctx.knobs_of(sandbox::uid(pod), &c.name),
             users,
             seccomp_default: ctx.config.kubelet.seccomp_default,
             seccomp_profiles: ctx.config.paths.state().join("seccomp"),

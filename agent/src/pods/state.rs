@@ -167,6 +167,15 @@ impl PodState {
         write_atomically(path, &serde_json::to_vec(self)?)
     }
 
+    /// Every container is to run again, init containers first; only the one that wanted it keeps its back-off.
+    pub(crate) fn begin_again(&mut self, wanted_by: &str) {
+        self.initialized = false;
+        for (name, record) in self.containers.iter_mut().filter(|(_, r)| r.current.is_some()) {
+            record.again = true;
+            record.backoff = record.backoff.filter(|_| name == wanted_by);
+        }
+    }
+
     /// The newest instance of a container.
     pub(crate) fn current(&self, name: &str) -> Option<&Instance> {
         self.containers.get(name)?.current.as_ref()

@@ -11,7 +11,7 @@ use k8s_openapi::{
 };
 
 use super::{
-    plan::{init_restarts, restarts},
+    plan::{init_restarts, restarts, restarts_all},
     state::{Instance, Nanos, PodState, Record},
 };
 use crate::qos::{self, is_sidecar};
@@ -157,6 +157,7 @@ fn phase(v: &View<'_>) -> &'static str {
             break;
         }
         match current(c).and_then(|i| i.ended.as_ref()) {
+            Some(_) if v.state.containers.get(&c.name).is_some_and(|r| r.again) => return "Pending",
             Some(e) if e.code == 0 => {}
             Some(e) if !init_restarts(spec, c, e) => return "Failed",
             _ => return "Pending",
@@ -178,7 +179,8 @@ fn phase(v: &View<'_>) -> &'static str {
             },
         }
         let ended = current(c).and_then(|i| i.ended.as_ref());
-        if ended.is_some_and(|e| restarts(spec, c, e)) {
+        let again = v.state.containers.get(&c.name).is_some_and(|r| r.again);
+        if ended.is_some_and(|e| again || restarts(spec, c, e)) {
             restarting += 1;
         }
     }
@@ -303,6 +305,14 @@ fn conditions(
     };
     let sandbox = v.state.sandbox.is_some() && !v.state.lost && !over;
     let scheduled = (true, None, None);
+    let restarting = qos::all_containers(spec)
+        .flat_map(|c| c.restart_policy_rules.iter().flatten())
+        .any(|rule| rule.action == "RestartAllContainers")
+        .then(|| match phase {
+            "Succeeded" => (false, Some("PodCompleted"), None),
+            "Failed" => (false, Some("PodFailed"), None),
+            _ => (restarts_all(spec, v.state).is_some(), None, None),
+        });
     let all = [
         ("PodReadyToStartContainers", (sandbox, None, None)),
         ("Initialized", initialized),
@@ -312,6 +322,7 @@ fn conditions(
     ];
     let mut out: Vec<PodCondition> = all
         .into_iter()
+        .chain(restarting.map(|r| ("AllContainersRestarting", r)))
         .map(|(type_, (status, reason, message))| {
             let status = if status { "True" } else { "False" };
             let since = match v.state.transitions.get(type_) {
@@ -334,7 +345,7 @@ fn conditions(
             }
         })
         .collect();
-    if v.state.failure.as_ref().is_some_and(|f| f.reason == "Evicted") {
+    if v.state.failure.as_ref().is_some_and(|f| ["Evicted", super::TERMINATED.0].contains(&f.reason.as_str())) {
         out.push(PodCondition {
             type_: "DisruptionTarget".into(),
             status: "True".into(),

@@ -285,7 +285,10 @@ impl Worker {
         let starts = ctx.config.paths.starts();
         let record = StartRecord::new(&starts, sandbox::namespace(&pod), sandbox::name(&pod), &uid);
         let state_path = ctx.config.paths.pod(&uid).join("state.json");
-        let state = PodState::load(&state_path).unwrap_or_else(|| PodState::new(now()));
+        // A static pod that went down with its machine is run again when that is back.
+        let went_down = |s: &PodState| s.failure.as_ref().is_some_and(|f| f.reason == super::TERMINATED.0);
+        let state = PodState::load(&state_path).filter(|s| source == Source::Api || !went_down(s));
+        let state = state.unwrap_or_else(|| PodState::new(now()));
         let held = super::references(&pod).iter().map(|key| ctx.objects.hold(key)).collect();
         let mut worker = Self {
             ephemeral: super::ephemeral(&pod),
@@ -361,6 +364,7 @@ impl Worker {
                 self.state.lost = false;
                 self.state.finished = true;
                 self.ctx.devices.release(self.uid());
+                self.ctx.topology.release(self.uid());
                 self.dirty = true;
             }
             Input::Removed(Err(error)) => {
