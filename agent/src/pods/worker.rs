@@ -232,6 +232,10 @@ async fn run(
 ) {
     let (events, mut exits) = mpsc::unbounded_channel();
     let (mut w, writer) = Worker::new(ctx, pod, source, inputs, events);
+    if w.state.failure.is_some() && !w.state.finished {
+        // It was on its way out when the last agent ended.
+        w.terminate(Some(1), false);
+    }
     w.adopt().await;
     // What it was made with comes before its first step: a pod that is refused starts nothing.
     while let Ok(input) = receiver.try_recv() {

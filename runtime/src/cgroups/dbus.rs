@@ -531,7 +531,7 @@ mod tests {
         assert_eq!(&message[start..], body.bytes);
         let parsed = Message::parse(&message[..16 + fields], body.bytes.clone()).unwrap();
         assert_eq!((parsed.kind, parsed.member.as_str(), parsed.signature.as_str()), (1, "Do", "sba(sv)"));
-        assert_eq!(parsed.arguments(), ["a.scope"]);
+        assert_eq!(parsed.arguments(), ["a.scope", "1"]);
         // The array begins after string (4 + 8) and boolean: length at 16, elements aligned to 8 at 24.
         assert_eq!(&body.bytes[24..32], b"\x04\0\0\0PIDs");
     }
