@@ -6,7 +6,10 @@ use std::{
 };
 
 use futures::{AsyncBufReadExt, AsyncReadExt, StreamExt, future::join_all, stream::FuturesUnordered};
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::api::{
+    core::v1::{ConfigMap, Pod},
+    discovery::v1::EndpointSlice,
+};
 use kube::{
     Api, Client,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
@@ -17,7 +20,11 @@ use tokio::sync::Mutex;
 use crate::{row, times};
 
 const PODS: &str = "/api/v1/namespaces/default/pods";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
+const JSON: &str = "application/json";
 const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
+/// How many clients ask at once.
+const CLIENTS: [usize; 4] = [1, 16, 64, 128];
 
 /// A client with a connection of its own: what an API server sees of that many programs.
 async fn own_client() -> Client {
@@ -39,11 +46,14 @@ fn resident() -> u64 {
     own.filter_map(size).max().unwrap_or_default()
 }
 
-/// The rows of the API server: all of them, or one part (`creates`, `stored`, `watched`).
+/// The rows of the API server: all of them, or one part (`creates`, `slices`, `stored`, `watched`).
 pub(crate) async fn run(part: Option<&str>) {
     let wanted = |name: &str| part.is_none_or(|part| part == name);
     if wanted("creates") {
         creates().await;
+    }
+    if wanted("slices") {
+        slices().await;
     }
     if wanted("stored") {
         stored().await;
@@ -75,7 +85,7 @@ async fn stored() {
 
 async fn creates() {
     let data = "x".repeat(1024);
-    for clients in [1_usize, 16, 64, 128] {
+    for clients in CLIENTS {
         let each = if clients == 1 { 500 } else { 6_400 / clients };
         let ready = join_all((0..clients).map(|_| own_client())).await;
         let started = Instant::now();
@@ -115,10 +125,18 @@ fn pod(n: usize) -> Pod {
 
 async fn fill(client: &Client, from: usize, to: usize) {
     let pods: Api<Pod> = Api::default_namespaced(client.clone());
-    let mut creating = FuturesUnordered::new();
-    for n in from..to {
+    make((from..to).map(|n| {
         let pods = pods.clone();
-        creating.push(async move { pods.create(&PostParams::default(), &pod(n)).await.map(|_| ()) });
+        async move { pods.create(&PostParams::default(), &pod(n)).await.map(drop) }
+    }))
+    .await;
+}
+
+/// Awaits creations, 64 at a time.
+async fn make(all: impl Iterator<Item = impl Future<Output = kube::Result<()>>>) {
+    let mut creating = FuturesUnordered::new();
+    for one in all {
+        creating.push(one);
         if creating.len() >= 64 {
             creating.next().await.unwrap().unwrap();
         }
@@ -128,40 +146,83 @@ async fn fill(client: &Client, from: usize, to: usize) {
     }
 }
 
+/// One answer, read to its end and dropped; its size.
+async fn read(client: &Client, uri: &str, accept: &str, buffer: &mut [u8]) -> usize {
+    let request = http::Request::get(uri).header("accept", accept).body(Vec::new()).unwrap();
+    let mut stream = std::pin::pin!(client.request_stream(request).await.unwrap());
+    let mut size = 0;
+    loop {
+        match stream.read(buffer).await.unwrap() {
+            0 => return size,
+            n => size += n,
+        }
+    }
+}
+
 async fn lists(total: usize) {
     let client = own_client().await;
-    for (name, accept) in [("JSON", "application/json"), ("protobuf", PROTOBUF)] {
+    let mut buffer = vec![0; 1 << 18];
+    for (name, accept) in [("JSON", JSON), ("protobuf", PROTOBUF)] {
         let (mut all, mut size) = (Vec::new(), 0);
         for _ in 0..5 {
-            let request = http::Request::get(PODS).header("accept", accept).body(Vec::new()).unwrap();
             let started = Instant::now();
-            let mut body = Vec::new();
-            let mut stream = std::pin::pin!(client.request_stream(request).await.unwrap());
-            stream.read_to_end(&mut body).await.unwrap();
+            size = read(&client, PODS, accept, &mut buffer).await;
             all.push(started.elapsed());
-            size = body.len();
         }
         row(&format!("list of {total} pods, {name} ({:.1} MB)", size as f64 / 1e6), &times(all));
     }
 }
 
-async fn gets() {
-    let clients = join_all((0..16).map(|_| own_client())).await;
+/// How many answers a second so many clients get, each on a connection of its own.
+async fn rate(clients: usize, uri: &str, accept: &'static str) -> (f64, usize) {
+    let ready = join_all((0..clients).map(|_| connected())).await;
     let started = Instant::now();
-    let work = clients.into_iter().map(|client| {
+    let work = ready.into_iter().map(|client| {
+        let uri = uri.to_owned();
         tokio::spawn(async move {
-            let mut n = 0;
-            while started.elapsed() < Duration::from_secs(3) {
-                let request = http::Request::get(format!("{PODS}/listed-7")).body(Vec::new()).unwrap();
-                client.request_text(request).await.unwrap();
+            let (mut n, mut size, mut buffer) = (0, 0, vec![0; 1 << 16]);
+            while started.elapsed() < Duration::from_secs(4) {
+                size = read(&client, &uri, accept, &mut buffer).await;
                 n += 1;
             }
-            n
+            (n, size)
         })
     });
-    let n: u32 = join_all(work).await.into_iter().map(Result::unwrap).sum();
-    let rate = f64::from(n) / started.elapsed().as_secs_f64();
-    row("get of one object, 16 clients, 50,000 pods there", &format!("{rate:.0} per second"));
+    let done: Vec<(u32, usize)> = join_all(work).await.into_iter().map(Result::unwrap).collect();
+    let n: u32 = done.iter().map(|(n, _)| n).sum();
+    (f64::from(n) / started.elapsed().as_secs_f64(), done[0].1)
+}
+
+async fn gets() {
+    for clients in CLIENTS {
+        let (rate, _) = rate(clients, &format!("{PODS}/listed-7"), JSON).await;
+        row(&format!("get of one object, {clients} clients, 50,000 pods there"), &format!("{rate:.0} per second"));
+    }
+}
+
+/// Upstream's measure of lists: 5,000 EndpointSlices of 2.6 KB.
+async fn slices() {
+    let api: Api<EndpointSlice> = Api::default_namespaced(own_client().await);
+    make((0..5_000).map(|n| {
+        let endpoint = |i: usize| {
+            json!({"addresses": [format!("10.{}.{}.{i}", n / 250, n % 250)], "nodeName": format!("node-{i}"),
+                "conditions": {"ready": true, "serving": true, "terminating": false},
+                "targetRef": {"kind": "Pod", "namespace": "default", "name": format!("listed-{n}-{i}")}})
+        };
+        let slice = json!({"metadata": {"name": format!("listed-{n}"), "labels": {"bench": "listed"}}, "addressType": "IPv4",
+            "endpoints": (1..=11).map(endpoint).collect::<Vec<_>>(), "ports": [{"name": "http", "port": 80}]});
+        let api = api.clone();
+        async move { api.create(&PostParams::default(), &serde_json::from_value(slice).unwrap()).await.map(drop) }
+    }))
+    .await;
+    for (name, accept) in [("JSON", JSON), ("protobuf", PROTOBUF)] {
+        for clients in CLIENTS {
+            let (rate, size) = rate(clients, SLICES, accept).await;
+            let what = format!("list of 5,000 EndpointSlices, {name} ({:.1} MB), {clients} clients", size as f64 / 1e6);
+            row(&what, &format!("{rate:.1} per second"));
+        }
+    }
+    api.delete_collection(&DeleteParams::default(), &ListParams::default().labels("bench=listed")).await.unwrap();
 }
 
 /// Opens so many watches at once; this client speaks HTTP/1.1, so each has a connection.
