@@ -6,6 +6,7 @@ mod common;
 use std::{
     fs,
     os::{fd::AsFd, unix::fs::symlink},
+    process::Command,
 };
 
 use common::{Bundle, eventually, possible, text};
@@ -221,6 +222,65 @@ fn seccomp_refuses_what_the_profile_does() {
         bundle.config["linux"]["seccomp"] = profile;
         let output = bundle.run();
         assert_eq!(text(&output.stdout), "Seccomp:\t2\nrefused\n", "{}", text(&output.stderr));
+    }
+}
+
+/// A program that makes one system call and exits with minus what it returned.
+fn caller(code: &[u8]) -> Vec<u8> {
+    let negate_and_exit = [0xf7, 0xd8, 0x89, 0xc7, 0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05];
+    let code = [code, &negate_and_exit[..]].concat();
+    let word = |n: u64| n.to_le_bytes();
+    let (base, headers) = (0x40_0000u64, 120);
+    let mut elf = [&b"\x7fELF\x02\x01\x01"[..], &[0; 9], &[2, 0, 62, 0, 1, 0, 0, 0]].concat();
+    elf.extend([word(base + headers), word(64), word(0)].concat());
+    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+    let size = headers + code.len() as u64;
+    elf.extend([word(0), word(base), word(base), word(size), word(size), word(4096)].concat());
+    [elf, code].concat()
+}
+
+/// `mov eax, number; mov ebx, first; int 0x80`: as a 32-bit program calls.
+fn old_call(number: u8, first: u8) -> Vec<u8> {
+    caller(&[0xb8, number, 0, 0, 0, 0xbb, first, 0, 0, 0, 0xcd, 0x80])
+}
+
+#[test]
+fn seccomp_holds_for_calls_of_other_abis() {
+    if !possible() {
+        return;
+    }
+    // x32 has the numbers of x86_64 and a bit: mkdir.
+    let x32 = caller(&[0xb8, 83, 0, 0, 0x40, 0x31, 0xff, 0x0f, 0x05]);
+    let (getpid, mkdir, socket, shmget) = (old_call(20, 0), old_call(39, 0), old_call(102, 1), old_call(117, 23));
+    let (killed, refused) = (128 + libc::SIGSYS, 71);
+    let run = |program: &[u8], architectures: Option<&[&str]>| {
+        let mut bundle = Bundle::new(&["/prog"]);
+        // Copied by another process, so that no child holds it open for writing.
+        let made = bundle.dir.path().join("prog");
+        fs::write(&made, program).unwrap();
+        let script = "cp \"$0\" \"$1\" && chmod 755 \"$1\"";
+        let target = bundle.rootfs().join("prog");
+        assert!(Command::new("sh").args(["-c", script]).arg(made).arg(target).status().unwrap().success());
+        if let Some(architectures) = architectures {
+            let names = ["mkdir", "socket", "shmget"];
+            bundle.config["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": architectures,
+                "syscalls": [{"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": refused}]});
+        }
+        let output = bundle.run();
+        output.status.code().unwrap_or_else(|| panic!("{}", text(&output.stderr)))
+    };
+    assert_eq!(run(&x32, Some(&[])), killed);
+    assert_eq!(run(&x32, Some(&["SCMP_ARCH_X32"])), refused);
+    if run(&getpid, None) != 255 {
+        eprintln!("this kernel runs no 32-bit programs");
+        return;
+    }
+    assert_eq!(run(&getpid, Some(&["SCMP_ARCH_X86_64", "SCMP_ARCH_ARM"])), killed);
+    assert_eq!(run(&getpid, Some(&["SCMP_ARCH_X86"])), 255);
+    for call in [&mkdir, &socket, &shmget] {
+        assert_eq!(run(call, Some(&["SCMP_ARCH_X86"])), refused);
+        assert_ne!(run(call, None), refused);
     }
 }
 

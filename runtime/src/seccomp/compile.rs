@@ -11,7 +11,10 @@ use oci_spec::runtime::{
     LinuxSeccompOperator as Operator,
 };
 
-use super::table::{NONE, SYSCALLS};
+use super::{
+    profile,
+    table::{NONE, SYSCALLS},
+};
 use crate::{
     error::{Error, Result},
     sys::SockFilter,
@@ -70,10 +73,10 @@ enum Abi {
 /// Compiles `profile`.
 ///
 /// # Errors
-/// When it names an architecture of another machine only, an argument that does not exist or too much for one program.
+/// When it names an argument that does not exist or is too much for one program.
 pub fn compile(profile: &LinuxSeccomp) -> Result<Program> {
     let default = action(profile.default_action(), profile.default_errno_ret());
-    let abis = abis(profile)?;
+    let abis = abis(profile);
     let mut notifies = profile.default_action() == Action::ScmpActNotify;
     let mut rules: BTreeMap<&str, Vec<Rule>> = BTreeMap::new();
     for syscall in profile.syscalls().iter().flatten() {
@@ -124,24 +127,13 @@ fn flags(profile: &LinuxSeccomp, notifies: bool) -> u64 {
     flags
 }
 
-fn abis(profile: &LinuxSeccomp) -> Result<Vec<Abi>> {
-    let Some(named) = profile.architectures().as_ref().filter(|a| !a.is_empty()) else { return Ok(vec![Abi::X86_64]) };
-    let mut abis = vec![];
-    for arch in named {
-        let abi = match arch {
-            Arch::ScmpArchNative | Arch::ScmpArchX86_64 => Abi::X86_64,
-            Arch::ScmpArchX86 => Abi::X86,
-            Arch::ScmpArchX32 => Abi::X32,
-            _ => continue,
-        };
-        if !abis.contains(&abi) {
-            abis.push(abi);
-        }
-    }
-    if abis.is_empty() {
-        return Err(Error::invalid("seccomp: none of the profile's architectures is this machine's"));
-    }
-    Ok(abis)
+/// The machine's own always, and those named; of other machines' no call comes.
+fn abis(profile: &LinuxSeccomp) -> Vec<Abi> {
+    let named = |arch| profile.architectures().iter().flatten().any(|a| *a == arch);
+    let mut abis = vec![Abi::X86_64];
+    abis.extend(named(Arch::ScmpArchX86).then_some(Abi::X86));
+    abis.extend(named(Arch::ScmpArchX32).then_some(Abi::X32));
+    abis
 }
 
 fn action(action: Action, errno: Option<u32>) -> u32 {
@@ -181,7 +173,78 @@ enum Treatment {
     Rules(Vec<Rule>),
 }
 
+/// What 32-bit programs may also reach through one call, told by its first argument (what follows is behind a pointer).
+const SOCKETCALL: [&str; 20] = [
+    "socket",
+    "bind",
+    "connect",
+    "listen",
+    "accept",
+    "getsockname",
+    "getpeername",
+    "socketpair",
+    "send",
+    "recv",
+    "sendto",
+    "recvfrom",
+    "shutdown",
+    "setsockopt",
+    "getsockopt",
+    "sendmsg",
+    "recvmsg",
+    "accept4",
+    "recvmmsg",
+    "sendmmsg",
+];
+const IPC: [&str; 24] = [
+    "semop",
+    "semget",
+    "semctl",
+    "semtimedop",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "msgsnd",
+    "msgrcv",
+    "msgget",
+    "msgctl",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "shmat",
+    "shmdt",
+    "shmget",
+    "shmctl",
+];
+
+/// Adds to the rules for `socketcall` and `ipc` those for the calls behind them. A rule with conditions on arguments that no
+/// filter can read there adds none, as with libseccomp.
+fn with_gates<'a>(rules: &BTreeMap<&'a str, Vec<Rule>>) -> BTreeMap<&'a str, Vec<Rule>> {
+    let mut all = rules.clone();
+    for (gate, members) in [("socketcall", &SOCKETCALL[..]), ("ipc", &IPC[..])] {
+        let behind = (1u64..).zip(members).filter_map(|(number, name)| {
+            let action = rules.get(name)?.iter().find(|r| r.args.is_empty())?.action;
+            // The upper half of ipc's first argument is a version.
+            let arg = profile::arg(0, Operator::ScmpCmpMaskedEq, 0xffff, Some(number));
+            Some(Rule { args: vec![arg], action })
+        });
+        let behind: Vec<Rule> = behind.collect();
+        if !behind.is_empty() {
+            all.entry(gate).or_default().extend(behind);
+        }
+    }
+    all
+}
+
 fn search(abi: Abi, rules: &BTreeMap<&str, Vec<Rule>>, default: u32) -> Result<Vec<SockFilter>> {
+    let gated = (abi == Abi::X86).then(|| with_gates(rules));
+    let rules = gated.as_ref().unwrap_or(rules);
     let mut by_number: BTreeMap<u32, Treatment> = BTreeMap::new();
     for (name, rules) in rules {
         // Calls this kernel interface never had are ignored: profiles name those of all machines.
@@ -338,8 +401,67 @@ fn newest(abi: Abi) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::seccomp::default_profile;
+
+    fn profile(value: serde_json::Value) -> LinuxSeccomp {
+        serde_json::from_value(value).unwrap()
+    }
+
+    /// libseccomp adds the machine's own architecture to every filter, and lets those of other machines be.
+    #[test]
+    fn architectures_are_those_named_and_the_machines_own() {
+        for (named, x86, x32) in [
+            (json!(null), RET_KILL_THREAD, RET_KILL_THREAD),
+            (json!([]), RET_KILL_THREAD, RET_KILL_THREAD),
+            (json!(["SCMP_ARCH_X86"]), RET_ERRNO | 1, RET_KILL_THREAD),
+            (json!(["SCMP_ARCH_X32"]), RET_KILL_THREAD, RET_ERRNO | 1),
+            (json!(["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"]), RET_KILL_THREAD, RET_KILL_THREAD),
+            (
+                json!(["SCMP_ARCH_S390X", "SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]),
+                RET_ERRNO | 1,
+                RET_ERRNO | 1,
+            ),
+        ] {
+            let calls = json!([{"names": ["mount", "no_such_call_anywhere"], "action": "SCMP_ACT_ERRNO"}]);
+            let mut value = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": calls});
+            value["architectures"] = named.clone();
+            let program = compile(&profile(value)).unwrap().instructions;
+            let mount = |arch, abi| run(&program, arch, number(abi, "mount").unwrap(), [0; 6]);
+            assert_eq!(mount(AUDIT_ARCH_X86_64, Abi::X86_64), RET_ERRNO | 1, "{named}");
+            assert_eq!(mount(AUDIT_ARCH_I386, Abi::X86), x86, "{named}");
+            assert_eq!(mount(AUDIT_ARCH_X86_64, Abi::X32), x32, "{named}");
+            // No such machine: no call of it is let through either.
+            assert_eq!(mount(0xc000_00b7, Abi::X86_64), RET_KILL_THREAD, "{named}");
+        }
+    }
+
+    #[test]
+    fn a_call_is_refused_behind_socketcall_and_ipc_too() {
+        let program = compile(&profile(json!({
+            "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86"],
+            "syscalls": [
+                {"names": ["socket", "shmget"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7},
+                {"names": ["bind"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 2, "op": "SCMP_CMP_EQ", "value": 1}]},
+            ],
+        })))
+        .unwrap()
+        .instructions;
+        let gate =
+            |name, first| run(&program, AUDIT_ARCH_I386, number(Abi::X86, name).unwrap(), [first, 0, 0, 0, 0, 0]);
+        assert_eq!(
+            (gate("socketcall", 1), gate("socketcall", 2), gate("socketcall", 3)),
+            (RET_ERRNO | 7, RET_ALLOW, RET_ALLOW)
+        );
+        assert_eq!(
+            (gate("ipc", 23), gate("ipc", 23 | 1 << 16), gate("ipc", 24)),
+            (RET_ERRNO | 7, RET_ERRNO | 7, RET_ALLOW)
+        );
+        // 64-bit programs have no such gates.
+        assert_eq!(run(&program, AUDIT_ARCH_X86_64, 41, [0; 6]), RET_ERRNO | 7);
+    }
 
     /// A small interpreter: what the kernel would do with a call.
     fn run(program: &[SockFilter], arch: u32, nr: u32, args: [u64; 6]) -> u32 {
@@ -420,16 +542,16 @@ mod tests {
             (ScmpCmpMaskedEq, 0x1_0000_000f, Some(big), vec![(big, true), (big | 0xf0, true), (5, false)]),
         ];
         for (op, value, two, expectations) in cases {
-            let mut arg = serde_json::json!({"index": 2, "value": value, "op": op});
+            let mut arg = json!({"index": 2, "value": value, "op": op});
             if let Some(two) = two {
                 arg["valueTwo"] = two.into();
             }
-            let profile: LinuxSeccomp = serde_json::from_value(serde_json::json!({
+            let program = compile(&profile(json!({
                 "defaultAction": "SCMP_ACT_ALLOW",
                 "syscalls": [{"names": ["getpid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7, "args": [arg]}],
-            }))
-            .unwrap();
-            let program = compile(&profile).unwrap().instructions;
+            })))
+            .unwrap()
+            .instructions;
             for (given, refused) in expectations {
                 let got = run(&program, AUDIT_ARCH_X86_64, 39, [0, 0, given, 0, 0, 0]);
                 assert_eq!(got == RET_ERRNO | 7, refused, "{op:?} {value:#x} given {given:#x}");

@@ -157,7 +157,8 @@ fn allow(names: &[&str], args: Option<Vec<LinuxSeccompArg>>) -> LinuxSyscall {
     rule
 }
 
-fn arg(index: usize, op: LinuxSeccompOperator, value: u64, second: Option<u64>) -> LinuxSeccompArg {
+/// A condition on an argument.
+pub(super) fn arg(index: usize, op: LinuxSeccompOperator, value: u64, second: Option<u64>) -> LinuxSeccompArg {
     let builder = LinuxSeccompArgBuilder::default().index(index).op(op).value(value);
     let built = match second {
         Some(two) => builder.value_two(two).build(),
