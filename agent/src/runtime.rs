@@ -18,7 +18,7 @@ use std::{
 
 use isopod_runtime::supervisor::{
     client::Connection,
-    protocol::{Answer, ContainerStatus, Event, Exit, Failure, Message, Op, PodConfig, Request, VERSION},
+    protocol::{Answer, ContainerStatus, Event, Exit, Failure, Message, OLDEST, Op, PodConfig, Request, VERSION},
 };
 use tokio::{
     io::unix::AsyncFd,
@@ -34,6 +34,9 @@ pub(crate) enum RuntimeError {
     /// It is gone.
     #[error("the pod's supervisor is gone")]
     Gone,
+    /// It is of another time.
+    #[error("the pod's supervisor speaks version {0} of the protocol, this agent {OLDEST} to {VERSION}")]
+    Version(u32),
     /// It answered something else than asked.
     #[error("the pod's supervisor gave an unexpected answer")]
     Unexpected,
@@ -121,8 +124,13 @@ impl Supervisor {
         }
     }
 
-    /// Asks for events from now on; the containers as they stand at that instant.
+    /// Agrees on a version and asks for events from now on; the containers as they stand at that instant.
     pub(crate) async fn subscribe(&self) -> Result<Vec<ContainerStatus>, RuntimeError> {
+        match self.call(Op::Hello { version: VERSION }, Vec::new()).await?.0 {
+            Answer::Hello { version: OLDEST..=VERSION } => {}
+            Answer::Hello { version } => return Err(RuntimeError::Version(version)),
+            _ => return Err(RuntimeError::Unexpected),
+        }
         match self.call(Op::Subscribe, Vec::new()).await?.0 {
             Answer::List(list) => Ok(list),
             _ => Err(RuntimeError::Unexpected),
@@ -201,13 +209,8 @@ pub(crate) fn connect(dir: &Path, events: mpsc::UnboundedSender<RuntimeEvent>) -
     let connection = AsyncFd::new(Connection::connect(dir)?)?;
     let (calls, receiver) = mpsc::channel(16);
     let handle = Supervisor { calls, execs: Arc::new(AtomicU64::new(now_id())) };
-    let _ = handle.calls.try_send(hello());
     tokio::spawn(serve(connection, receiver, events));
     Ok(handle)
-}
-
-fn hello() -> Call {
-    Call { op: Op::Hello { version: VERSION }, fds: Vec::new(), reply: oneshot::channel().0, exec: None }
 }
 
 fn now_id() -> u64 {
@@ -288,6 +291,81 @@ fn dispatch(waiting: &mut Waiting, message: Message, fds: Vec<OwnedFd>, events: 
             if let Some(ended) = waiting.execs.remove(&exec) {
                 let _ = ended.send(exit);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use isopod_runtime::supervisor::{client::SOCKET, wire};
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// A supervisor that says what `script` does for each operation, by name.
+    fn peer(dir: &Path, script: impl Fn(&str, &Value) -> Vec<Value> + Send + 'static) {
+        let flags = SocketFlags::CLOEXEC;
+        let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(dir.join(SOCKET)).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        std::thread::spawn(move || {
+            let socket = rustix::net::accept_with(&listener, flags).unwrap();
+            while let Ok(Some((bytes, _))) = wire::recv_bytes(socket.as_fd()) {
+                let request: Value = serde_json::from_slice(&bytes).unwrap();
+                let op = request["op"].as_object().and_then(|o| o.keys().next().cloned());
+                let op = op.or_else(|| request["op"].as_str().map(str::to_owned)).unwrap();
+                for message in script(&op, &request["id"]) {
+                    wire::send_bytes(socket.as_fd(), message.to_string().as_bytes(), &[]).unwrap();
+                }
+            }
+        });
+    }
+
+    fn ok(id: &Value, answer: Value) -> Value {
+        json!({"reply": {"id": id, "result": {"Ok": answer}, "mood": "good"}})
+    }
+
+    #[tokio::test]
+    async fn a_younger_supervisor_is_understood_as_far_as_it_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let status =
+            |id: &str| json!({"id": id, "state": "running", "pid": 7, "createdAt": 1, "startedAt": 2, "colour": "red"});
+        peer(dir.path(), move |op, id| match op {
+            "hello" => vec![ok(id, json!({"hello": {"version": VERSION, "features": ["teleport"]}}))],
+            "subscribe" => vec![
+                json!({"event": {"teleported": {"status": status("a")}}}),
+                json!({"rumour": 1}),
+                ok(id, json!({"list": [status("a")]})),
+                json!({"event": {"exited": {"status": status("a"), "witness": "none"}}}),
+            ],
+            "start" => vec![ok(id, json!({"started": {"pid": 8, "startedAt": 9, "lane": 1}}))],
+            _ => vec![ok(id, json!({"levitated": {"metres": 3}}))],
+        });
+        let (events, mut told) = mpsc::unbounded_channel();
+        let supervisor = connect(dir.path(), events).unwrap();
+        assert_eq!(supervisor.subscribe().await.unwrap()[0].pid, Some(7));
+        assert!(matches!(told.recv().await, Some(RuntimeEvent::Exited(status)) if status.id == "a"));
+        let text = supervisor.kill("a", 9, false).await.unwrap_err().to_string();
+        assert!(text.starts_with("an answer of another version"), "{text}");
+        // The connection goes on.
+        assert_eq!(supervisor.start("a").await.unwrap(), (8, 9));
+        assert!(told.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn versions_that_share_nothing_are_told() {
+        for (answer, said) in [
+            (
+                json!({"Ok": {"hello": {"version": 0}}}),
+                "the pod's supervisor speaks version 0 of the protocol, this agent 1 to 1",
+            ),
+            (json!({"Err": {"kind": "invalid", "message": "the oldest is 9"}}), "the oldest is 9"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            peer(dir.path(), move |_, id| vec![json!({"reply": {"id": id, "result": answer}})]);
+            let supervisor = connect(dir.path(), mpsc::unbounded_channel().0).unwrap();
+            assert_eq!(supervisor.subscribe().await.unwrap_err().to_string(), said);
         }
     }
 }

@@ -334,6 +334,7 @@ pub(super) async fn adopt(ctx: &Arc<Context>) {
         if made.note.ready {
             match sandbox::join(ctx, &made.pod, &made.note.sandbox, events).await {
                 Ok((live, list)) => (made.live, statuses) = (Some(live), list),
+                Err(_) if sandbox::was_stopped(ctx, &id) => {}
                 Err(error) => tracing::warn!(sandbox = id, error, "the sandbox's supervisor cannot be joined"),
             }
         }

@@ -39,7 +39,11 @@ impl Worker {
                 }
             }
             Err(error) => {
-                tracing::warn!(pod = sandbox::name(&self.pod), error, "the pod's supervisor cannot be joined");
+                if sandbox::was_stopped(&self.ctx, self.uid()) {
+                    tracing::info!(pod = sandbox::name(&self.pod), "pod was stopped with its node");
+                } else {
+                    tracing::warn!(pod = sandbox::name(&self.pod), error, "the pod's supervisor cannot be joined");
+                }
                 self.lost();
                 // The machine or a person ended it, not its own failure: as after a restart of the kubelet, nothing waits.
                 self.state.containers.values_mut().for_each(|r| r.backoff = None);

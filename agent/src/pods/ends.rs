@@ -1,6 +1,9 @@
 //! How a pod's containers and its supervisor end, taken in by the worker.
 
-use isopod_runtime::supervisor::protocol::{ContainerStatus, Op};
+use isopod_runtime::supervisor::{
+    protocol::{ContainerStatus, Op},
+    status_file,
+};
 
 use super::{
     message, sandbox, start,
@@ -15,19 +18,25 @@ impl Worker {
         match event {
             RuntimeEvent::Exited(status) => self.exited(&status),
             RuntimeEvent::Lost if self.removing || self.removed || self.live.is_none() => {}
-            RuntimeEvent::Lost => self.lost(),
+            RuntimeEvent::Lost => {
+                tracing::warn!(pod = sandbox::name(&self.pod), "the pod's supervisor is gone");
+                self.lost();
+            }
         }
     }
 
     /// The supervisor is gone and with it the pod's containers: everything starts again in a new sandbox.
     pub(super) fn lost(&mut self) {
-        tracing::warn!(pod = sandbox::name(&self.pod), "the pod's supervisor is gone");
         self.live = None;
         self.prepared.send_replace(None);
         let running = self.state.containers.iter().filter(|(_, r)| r.running());
         let running: Vec<(String, u32)> =
             running.filter_map(|(name, r)| Some((name.clone(), r.current.as_ref()?.attempt))).collect();
         for (name, attempt) in running {
+            // What it recorded before it could tell is the truth; of what it had not seen nobody knows.
+            if let Some(status) = self.recorded(&name) {
+                self.exited(&status);
+            }
             self.ended_with(&name, || Ended {
                 code: 137,
                 signal: None,
@@ -55,6 +64,13 @@ impl Worker {
             self.state.initialized && self.pod.spec.as_ref().is_some_and(|s| super::plan::all_done(s, &self.state));
         self.sandbox = Making::Not;
         self.dirty = true;
+    }
+
+    /// The end of a container that runs for all the agent knows, as its supervisor left it on disk.
+    fn recorded(&self, name: &str) -> Option<ContainerStatus> {
+        let id = &self.state.current(name)?.id;
+        let text = std::fs::read(status_file(&self.ctx.config.paths.run_pod(self.uid()), id)).ok()?;
+        serde_json::from_slice(&text).ok().filter(|status: &ContainerStatus| status.exit.is_some())
     }
 
     /// Records an exit.

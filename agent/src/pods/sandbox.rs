@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use isopod_runtime::supervisor::protocol::{ContainerStatus, Op, PidMode, PodConfig, VERSION};
+use isopod_runtime::supervisor::{
+    client::SOCKET,
+    protocol::{ContainerStatus, Op, PidMode, PodConfig, VERSION},
+};
 use k8s_openapi::api::{
     core::v1::{Pod, PodSpec},
     node::v1::RuntimeClass,
@@ -227,6 +230,11 @@ pub(crate) async fn join(
     let shm = Some(shm_path(ctx, pod)).filter(|p| p.exists());
     let live = Live { supervisor, sandbox: sandbox.clone(), ips: sandbox.ips.clone(), hostname, shm };
     Ok((live, containers))
+}
+
+/// Whether a pod's supervisor was shut down (or the machine was): one that died leaves its socket.
+pub(crate) fn was_stopped(ctx: &Context, uid: &str) -> bool {
+    !ctx.config.paths.run_pod(uid).join(SOCKET).exists()
 }
 
 fn shm_path(ctx: &Context, pod: &Pod) -> PathBuf {

@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::{
-    protocol::{Answer, Event, Failure, Message, Op, Reply, Request, VERSION},
+    protocol::{Answer, Event, Failure, FailureKind, Message, Op, Reply, Request, VERSION},
     wire,
 };
 
@@ -92,7 +92,12 @@ impl Connection {
     /// # Errors
     /// `WouldBlock` when nothing waits.
     pub fn recv(&self) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
-        wire::recv(self.fd.as_fd())
+        while let Some((bytes, fds)) = wire::recv_bytes(self.fd.as_fd())? {
+            if let Some(message) = understand(&bytes)? {
+                return Ok(Some((message, fds)));
+            }
+        }
+        Ok(None)
     }
 
     /// Sends [`Op::Hello`] and waits for the agreed version.
@@ -171,4 +176,18 @@ impl Connection {
             Err(e) => Err(Error::Io(e.into())),
         }
     }
+}
+
+/// What a supervisor of any version says. Of a younger one's, an answer is still an answer; an event is passed over.
+fn understand(bytes: &[u8]) -> io::Result<Option<Message>> {
+    let unknown = match serde_json::from_slice(bytes) {
+        Ok(message) => return Ok(Some(message)),
+        Err(unknown) => unknown,
+    };
+    let value: serde_json::Value =
+        serde_json::from_slice(bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e.to_string()))?;
+    Ok(value.pointer("/reply/id").and_then(serde_json::Value::as_u64).map(|id| {
+        let message = format!("an answer of another version: {unknown}");
+        Message::Reply(Reply { id, result: Err(Failure { kind: FailureKind::System, message }) })
+    }))
 }

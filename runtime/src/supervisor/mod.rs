@@ -12,3 +12,4 @@ mod streams;
 pub mod wire;
 
 pub use pod::supervise;
+pub use status::file as status_file;

@@ -14,7 +14,9 @@ use rustix::{
 use super::{
     container::{Attached, Container, Pipes, config_path, ready_output, set_nonblocking},
     log::{LogWriter, Rotation, Stream},
-    protocol::{Answer, ContainerState, ContainerStatus, Failure, FailureKind, Op, PidMode, Rootfs, VERSION, WinSize},
+    protocol::{
+        Answer, ContainerState, ContainerStatus, Failure, FailureKind, OLDEST, Op, PidMode, Rootfs, VERSION, WinSize,
+    },
     server::{ExecProcess, Server, Source},
     status::{self, Durability},
 };
@@ -32,6 +34,11 @@ type Outcome = Result<(Answer, Vec<OwnedFd>), Failure>;
 impl Server {
     pub(super) fn perform(&mut self, client: u64, op: Op, fds: Vec<OwnedFd>) -> Outcome {
         let answer = match op {
+            Op::Hello { version } if version < OLDEST => {
+                let message =
+                    format!("version {version} of the protocol is not spoken any more, the oldest is {OLDEST}");
+                return Err(Failure { kind: FailureKind::Invalid, message });
+            }
             Op::Hello { version } => Answer::Hello { version: version.min(VERSION) },
             Op::Create { container, bundle, rootfs, log_path, stdin, stdin_once, pid_of } => {
                 let log = log_path.as_deref();

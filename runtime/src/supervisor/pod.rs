@@ -10,7 +10,7 @@ use nix::sched::CloneFlags;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::{
-    protocol::{PidMode, PodConfig},
+    protocol::{PidMode, PodConfig, VERSION},
     server::Server,
 };
 use crate::{
@@ -93,6 +93,14 @@ fn set_up(dir: &Path) -> Result<Server> {
     let raw = crate::config::read_limited(&path)?;
     let pod: PodConfig =
         serde_json::from_slice(&raw).map_err(|e| Error::invalid(format!("parse {}: {e}", path.display())))?;
+    if pod.version > VERSION {
+        // What it says beyond our knowledge may be what keeps the pod apart from others.
+        let version = pod.version;
+        return Err(Error::invalid(format!(
+            "{} is of protocol version {version}, isopod-runtime speaks {VERSION}: it is older than the agent",
+            path.display()
+        )));
+    }
     let lock = lock(dir)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context(|| "become a subreaper".into())?;

@@ -13,8 +13,11 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// Version of this protocol; a supervisor answers [`Op::Hello`] with the highest it shares with the caller.
+/// Version of this protocol. A supervisor answers [`Op::Hello`] with the highest it shares with the caller and sends nothing
+/// younger from then on. Fields that one end does not know are passed over, operations it does not know fail alone.
 pub const VERSION: u32 = 1;
+/// The oldest version still spoken. [`Op::Hello`] and [`Op::Shutdown`] are in every version: what is too old can be ended.
+pub const OLDEST: u32 = 1;
 
 /// Whose PID namespace containers get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -20,7 +20,13 @@ pub(crate) enum Durability {
 /// Name of the file with the path of the container's group.
 const CGROUP: &str = "cgroup";
 
-/// Where a container's status lies below the pod's run directory.
+/// Where a container's status is, below the pod's run directory.
+#[must_use]
+pub fn file(pod: &Path, id: &str) -> PathBuf {
+    directory(pod, id).join("status.json")
+}
+
+/// Where what is known of a container lies, below the pod's run directory.
 pub(crate) fn directory(pod: &Path, id: &str) -> PathBuf {
     pod.join("containers").join(id)
 }
