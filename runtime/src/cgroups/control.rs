@@ -73,7 +73,8 @@ pub(super) fn all_keyed(file: &Path) -> HashMap<String, u64> {
 /// Processes of a group and those below.
 pub(super) fn collect(dir: &Path, pids: &mut Vec<i32>, depth: usize) -> io::Result<()> {
     let text = fs::read_to_string(dir.join("cgroup.procs"))?;
-    pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()));
+    // 0 is a process of no namespace of ours; a signal to 0 goes to ourselves.
+    pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 0));
     if depth < 32 {
         for entry in fs::read_dir(dir)?.flatten() {
             if entry.file_type().is_ok_and(|t| t.is_dir()) {

@@ -5,6 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+
 use super::{Cgroup, Hierarchy, control::collect, v1, v2};
 use crate::error::{Context, Error, Result};
 
@@ -50,19 +55,21 @@ impl Cgroup {
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut pause = Duration::from_micros(200);
         loop {
-            match self.processes() {
+            let pids = match self.processes() {
                 Ok(pids) if pids.is_empty() => return Ok(()),
                 Err(e) if e.errno() == Some(libc::ENOENT) || e.errno() == Some(libc::ENODEV) => return Ok(()),
-                Err(e) => return Err(e),
-                Ok(_) => {}
-            }
+                other => other?,
+            };
             self.signal_all(libc::SIGKILL)?;
             self.thaw_quietly();
             if Instant::now() > deadline {
                 return Err(Error::state(format!("processes of cgroup {} survive SIGKILL", self.path)));
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
+            if !await_ends(&pids, deadline) {
+                // They have ended and the group does not know yet.
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(20));
+            }
         }
     }
 
@@ -118,4 +125,21 @@ impl Cgroup {
             }
         })
     }
+}
+
+/// Waits for the ends of processes that were killed; `false` when there was none to wait for.
+fn await_ends(pids: &[i32], deadline: Instant) -> bool {
+    let mut waited = false;
+    for pid in pids.iter().filter_map(|pid| Pid::from_raw(*pid)) {
+        let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
+        let ends = |timeout: Duration| {
+            let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
+            matches!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)), Ok(1..))
+        };
+        if !ends(Duration::ZERO) {
+            waited = true;
+            ends(deadline.saturating_duration_since(Instant::now()));
+        }
+    }
+    waited
 }
