@@ -13,7 +13,7 @@ use nix::sys::{
     wait::waitpid,
 };
 use rustix::{
-    event::epoll,
+    event::{Timespec, epoll},
     net::{AddressFamily, SocketFlags, SocketType},
     process::WaitOptions,
 };
@@ -39,6 +39,8 @@ use crate::{
 /// Most messages kept for a client that does not read; it then reconnects and asks anew.
 const MAX_QUEUED: usize = 4096;
 pub(super) const READ_BUFFER: usize = 64 << 10;
+/// After this long without an event the supervisor rests.
+const REST: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// What an event token stands for.
 #[derive(Debug, Clone)]
@@ -167,10 +169,19 @@ impl Server {
     /// Serves until told to stop; the exit code.
     pub(crate) fn run(&mut self) -> i32 {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
+        let mut rests = false;
         while !self.stopping {
             events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            let patience = if rests { None } else { Some(&REST) };
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), patience) {
+                Ok(0) if !rests => {
+                    // Best effort: it is memory alone.
+                    let _ = sys::release_text();
+                    rests = true;
+                    continue;
+                }
+                Ok(_) => rests = false,
+                Err(rustix::io::Errno::INTR) => {}
                 Err(e) => {
                     eprintln!("epoll: {e}");
                     return 1;
