@@ -64,6 +64,18 @@ impl Cluster {
         Image::web("web:1").save(&images.join("web.tar"));
     }
 
+    /// What `isopod agent` needs to run the pods of `/etc/isopod/manifests` without a control plane.
+    pub fn stand_alone(host: &Host) {
+        fs::create_dir_all(host.path("/etc/isopod/manifests")).unwrap();
+        let config = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\npodCIDR: 10.244.9.0/24\n\
+                      evictionHard: {memory.available: 100Mi}\n";
+        fs::write(host.path("/etc/isopod/config.yaml"), config).unwrap();
+        host.must(
+            "mkdir -p /etc/isopod/pki && cd /etc/isopod/pki && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 \
+             -nodes -keyout kubelet.key -out kubelet.crt -subj /CN=one -days 1 2>/dev/null && cp kubelet.crt ca.crt",
+        );
+    }
+
     /// Runs `isopod up` until the node is Ready.
     pub fn up(&mut self) {
         let started = Instant::now();

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::Host;
+use crate::{Host, eventually};
 
 /// The lines of one look at a host, and how many there are of each.
 pub struct Snapshot(BTreeMap<String, usize>);
@@ -27,6 +27,18 @@ impl Snapshot {
     pub fn take(host: &Host) -> Self {
         let own = ["process sh", "process cat", "process find", "process awk", "process sed", "process ls"];
         Self::count(host.must(SCRIPT).lines().filter(|line| !own.contains(line)).map(str::to_owned))
+    }
+
+    /// The host at rest, with its pool of pod networks filled: two looks in a row see the same.
+    #[track_caller]
+    pub fn settled(host: &Host) -> Self {
+        let mut last = Self::take(host).pooled();
+        eventually("the host is at rest", || {
+            let now = Self::take(host).pooled();
+            let diff = std::mem::replace(&mut last, now).diff(&last);
+            if diff.is_empty() { Ok(()) } else { Err(diff) }
+        });
+        last
     }
 
     /// The same with all pre-made pod networks alike: the pool always holds as many, under ever new names.

@@ -69,17 +69,6 @@ fn converges(c: &Cluster, before: &Snapshot) {
     });
 }
 
-/// The host with its pool of pod networks filled: two looks in a row see the same.
-fn settled(c: &Cluster) -> Snapshot {
-    let mut last = Snapshot::take(&c.host).pooled();
-    eventually("the host is at rest", || {
-        let now = Snapshot::take(&c.host).pooled();
-        let diff = std::mem::replace(&mut last, now).diff(&last);
-        if diff.is_empty() { Ok(()) } else { Err(diff) }
-    });
-    last
-}
-
 #[test]
 fn thirty_pods_come_and_go_and_leave_nothing() {
     let mut net = Net::new();
@@ -88,7 +77,7 @@ fn thirty_pods_come_and_go_and_leave_nothing() {
     c.k("rollout status deployment/first --timeout=60s");
     c.k("delete deployment first");
     c.k("wait --for=delete pod -l app=first --timeout=60s");
-    let before = settled(&c);
+    let before = Snapshot::settled(&c.host);
     c.k("create deployment web --image=web:1 --replicas=30");
     c.k("rollout status deployment/web --timeout=60s");
     c.k("delete deployment web");

@@ -13,14 +13,8 @@ fn a_static_pod_runs_alone_and_ends_with_its_file() {
     let mut net = Net::new();
     let host = net.host("one");
     Cluster::install_images(&host);
-    fs::create_dir_all(host.path("/etc/isopod/manifests")).unwrap();
+    Cluster::stand_alone(&host);
     fs::write(host.path("/etc/isopod/manifests/alone.yaml"), MANIFEST).unwrap();
-    fs::write(
-        host.path("/etc/isopod/config.yaml"),
-        "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\npodCIDR: 10.244.9.0/24\n",
-    )
-    .unwrap();
-    host.must("mkdir -p /etc/isopod/pki && cd /etc/isopod/pki && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout kubelet.key -out kubelet.crt -subj /CN=one -days 1 2>/dev/null && cp kubelet.crt ca.crt");
     let log = fs::File::create(host.disk().join("agent.out")).unwrap();
     let mut agent = host
         .command(binaries().join("isopod").to_str().unwrap())
