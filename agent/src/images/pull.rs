@@ -11,7 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt, TryStreamExt, stream};
+use bytes::Bytes;
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 use oci_client::{
     Client, Reference, RegistryOperation,
     client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
@@ -19,7 +20,7 @@ use oci_client::{
     manifest::{ImageIndexEntry, OciDescriptor, OciImageManifest, OciManifest},
     secrets::RegistryAuth,
 };
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use super::{
     DockerConfig, ImageHandle, Pulled, credentials,
@@ -154,7 +155,7 @@ async fn fetch(
     }
     let config_digest = Digest::try_from(manifest.config.digest.clone()).map_err(broken)?;
     let mut config_bytes = Vec::new();
-    client.pull_blob(there, &manifest.config, &mut config_bytes).await.map_err(|error| classify(name, error))?;
+    download(client, name, there, &manifest.config, &mut config_bytes).await?;
     check(&format!("configuration of {name}"), &config_digest, &Digest::of(&config_bytes))?;
     let config = store::parse_config(&config_bytes).map_err(broken)?;
     let diff_ids = store::diff_ids(&config).map_err(broken)?;
@@ -169,6 +170,36 @@ async fn fetch(
         .try_fold(0, |sum, bytes| async move { Ok(sum + bytes) })
         .await?;
     Ok(Fetched { config_digest, config_bytes, diff_ids, bytes })
+}
+
+/// Fetches a blob; its digest is verified on the way.
+async fn download(
+    client: &Client,
+    name: &str,
+    there: &Reference,
+    blob: &OciDescriptor,
+    out: impl AsyncWrite + Unpin,
+) -> Result<(), Error> {
+    let stream = client.pull_blob_stream(there, blob).await.map_err(|error| classify(name, error))?;
+    let taken = take(stream, blob.size, out).await;
+    taken.map_err(|why| Error::Pull { name: name.to_owned(), why: format!("blob {}: {why}", blob.digest) })
+}
+
+/// Writes what comes, up to the size that was announced: who sends more sends it without end.
+async fn take(
+    mut stream: impl Stream<Item = std::io::Result<Bytes>> + Unpin,
+    size: i64,
+    mut out: impl AsyncWrite + Unpin,
+) -> Result<(), String> {
+    let mut left = usize::try_from(size).map_err(|_| format!("a size of {size} bytes"))?;
+    while let Some(bytes) = stream.next().await {
+        let bytes = bytes.map_err(|error| chain(&error))?;
+        left = left
+            .checked_sub(bytes.len())
+            .ok_or_else(|| format!("is larger than the {size} bytes it has by the manifest"))?;
+        out.write_all(&bytes).await.map_err(|error| format!("write: {error}"))?;
+    }
+    out.flush().await.map_err(|error| format!("write: {error}"))
 }
 
 /// A scratch file that is gone when this is.
@@ -195,8 +226,7 @@ async fn fetch_layer(
     let Ok(_slot) = inner.downloads.acquire().await else { return Ok(0) };
     let scratch = Scratch(inner.store.scratch("blob"));
     let mut file = tokio::fs::File::create(&scratch.0).await.map_err(store_error("create", &scratch.0))?;
-    client.pull_blob(there, &layer, &mut file).await.map_err(|error| classify(name, error))?;
-    file.flush().await.map_err(store_error("write", &scratch.0))?;
+    download(client, name, there, &layer, &mut file).await?;
     drop(file);
     let inner = inner.clone();
     let bytes = u64::try_from(layer.size).unwrap_or_default();
@@ -272,5 +302,21 @@ fn classify(name: &str, error: OciDistributionError) -> Error {
         }
         OciDistributionError::ServerError { code: 404, .. } => Error::NotFound { name },
         _ => Error::Pull { name, why: chain(&error) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_blob_without_end_ends() {
+        let chunks = |n: usize| stream::iter(std::iter::repeat_n(Ok(Bytes::from_static(&[0; 100])), n));
+        let mut out = vec![];
+        take(chunks(3), 300, &mut out).await.unwrap();
+        assert_eq!(out.len(), 300);
+        let why = take(chunks(usize::MAX), 250, &mut tokio::io::sink()).await.unwrap_err();
+        assert_eq!(why, "is larger than the 250 bytes it has by the manifest");
+        assert_eq!(take(chunks(1), -1, &mut tokio::io::sink()).await.unwrap_err(), "a size of -1 bytes");
     }
 }
