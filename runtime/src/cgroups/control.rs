@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use oci_spec::runtime::LinuxCpu;
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Context, Result};
@@ -68,6 +69,17 @@ pub(super) fn all_keyed(file: &Path) -> HashMap<String, u64> {
         .filter_map(|l| l.split_once(' '))
         .filter_map(|(k, v)| Some((k.to_owned(), v.trim().parse().ok()?)))
         .collect()
+}
+
+/// Processors and memory nodes: the same files in both versions.
+pub(super) fn cpuset(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
+    if let Some(cpus) = cpu.cpus().as_ref().filter(|c| !c.is_empty()) {
+        write(&dir.join("cpuset.cpus"), cpus)?;
+    }
+    if let Some(mems) = cpu.mems().as_ref().filter(|m| !m.is_empty()) {
+        write(&dir.join("cpuset.mems"), mems)?;
+    }
+    Ok(())
 }
 
 /// Processes of a group and those below.

@@ -10,7 +10,7 @@ use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
 use super::{
     Usage,
-    control::{all_keyed, keyed, read_number, write},
+    control::{all_keyed, cpuset, keyed, read_number, write},
     v2::{check_before, rdma_line},
 };
 use crate::error::{Error, Result};
@@ -183,16 +183,6 @@ fn cpu(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
     }
     if let Some(runtime) = cpu.realtime_runtime().filter(|&r| r != 0) {
         write(&dir.join("cpu.rt_runtime_us"), &runtime.to_string())?;
-    }
-    Ok(())
-}
-
-fn cpuset(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
-    if let Some(cpus) = cpu.cpus().as_ref().filter(|c| !c.is_empty()) {
-        write(&dir.join("cpuset.cpus"), cpus)?;
-    }
-    if let Some(mems) = cpu.mems().as_ref().filter(|m| !m.is_empty()) {
-        write(&dir.join("cpuset.mems"), mems)?;
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::{
     Usage,
-    control::{all_keyed, keyed, read_number, write},
+    control::{all_keyed, cpuset, keyed, read_number, write},
 };
 use crate::error::{Context, Error, Result};
 
@@ -199,16 +199,6 @@ fn cpu(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
     }
     if let Some(burst) = cpu.burst() {
         write(&dir.join("cpu.max.burst"), &burst.to_string())?;
-    }
-    Ok(())
-}
-
-fn cpuset(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
-    if let Some(cpus) = cpu.cpus().as_ref().filter(|c| !c.is_empty()) {
-        write(&dir.join("cpuset.cpus"), cpus)?;
-    }
-    if let Some(mems) = cpu.mems().as_ref().filter(|m| !m.is_empty()) {
-        write(&dir.join("cpuset.mems"), mems)?;
     }
     Ok(())
 }

@@ -50,12 +50,8 @@ impl Server {
                 Some(Read::Empty) | None => {}
             }
             if ended && let Some((fd, token)) = &container.master {
-                let (fd, token) = (fd.try_clone(), *token);
-                self.sources.remove(&token);
-                drop(fd.map(|fd| epoll::delete(&self.epoll, &fd)));
-                if let Some((fd, _)) = self.containers.get(id).and_then(|c| c.master.as_ref()) {
-                    let _ = epoll::delete(&self.epoll, fd);
-                }
+                self.sources.remove(token);
+                let _ = epoll::delete(&self.epoll, fd);
             }
         }
         (self.buffer, self.batch) = (buffer, batch);
