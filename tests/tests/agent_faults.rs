@@ -83,7 +83,7 @@ struct Agent {
 
 impl Agent {
     fn start(host: &Host) -> Self {
-        let log = File::options().create(true).append(true).open(host.disk().join("agent.out")).unwrap();
+        let log = File::options().create(true).append(true).open(host.path("/var/lib/agent.out")).unwrap();
         let mut command = host.command(binaries().join("isopod").to_str().unwrap());
         let child = command.arg("agent").stdin(Stdio::null()).stderr(log).spawn().unwrap();
         let agent = Self { host: host.clone(), child };
@@ -235,6 +235,10 @@ fn prepared(net: &mut Net) -> (Case, Agent, Vec<Step>, Vec<Step>) {
     Cluster::install_images(&host);
     Cluster::stand_alone(&host);
     let agent = Agent::start(&host);
+    eventually("the images are loaded", || {
+        let ran = host.sh("grep -c 'image archive loaded' /var/lib/agent.out");
+        if ran.out.trim() == "2" { Ok(()) } else { Err(ran) }
+    });
     let empty = Snapshot::settled(&host);
     let case = Case { manifest: host.path("/etc/isopod/manifests/victim.yaml"), host, empty };
     let watch = Watch::on(&agent, Victim::Agent);
