@@ -92,11 +92,13 @@ fn a_full_disk_holds_nobody_up() {
     let small = pod.dir.path().join("small");
     fs::create_dir(&small).unwrap();
     rustix::mount::mount("tmpfs", &small, "tmpfs", rustix::mount::MountFlags::empty(), Some(c"size=1m")).unwrap();
-    let script = "seq 1 200000; read x < /gate; read x < /gate; seq 200001 200010";
-    let bundle = pod.bundle(&["sh", "-c", script]);
-    let gate = bundle.rootfs().join("gate");
-    rustix::fs::mknodat(rustix::fs::CWD, &gate, rustix::fs::FileType::Fifo, rustix::fs::Mode::from_raw_mode(0o666), 0)
-        .unwrap();
+    let bundle = pod.bundle(&["sh", "-c", "seq 1 200000; read x < /first; read x < /second; seq 200001 200010"]);
+    // Two, so that the second is not entered while the first is still open for writing.
+    let gates = ["first", "second"].map(|name| bundle.rootfs().join(name));
+    for gate in &gates {
+        let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::from_raw_mode(0o666));
+        rustix::fs::mknodat(rustix::fs::CWD, gate, kind, mode, 0).unwrap();
+    }
     let log = small.join("log");
     fs::write(&log, "").unwrap();
     // The pod's log lies on the small file system.
@@ -104,13 +106,13 @@ fn a_full_disk_holds_nobody_up() {
     pod.create(&bundle, false, false);
     pod.start(&bundle);
     // 200,000 lines are 9 MB: the container goes on all the same, up to its gate.
-    fs::write(&gate, "go\n").unwrap();
+    fs::write(&gates[0], "go\n").unwrap();
     let full = fs::read_to_string(&log).unwrap();
     assert!(full.len() > 900_000 && full.ends_with('\n'), "{} bytes", full.len());
     assert!(full.lines().all(|l| l.split(' ').count() == 4), "a line is torn");
     // With room again it is written again: the lines after the second gate.
     fs::File::options().write(true).open(&log).unwrap().set_len(0).unwrap();
-    fs::write(&gate, "go\n").unwrap();
+    fs::write(&gates[1], "go\n").unwrap();
     assert_eq!(pod.ended().exit.unwrap().code, 0);
     let last = fs::read_to_string(&log).unwrap();
     assert!(last.ends_with(" 200010\n") && last.trim_start_matches('\0').lines().count() == 10, "{last:?}");
