@@ -1,6 +1,8 @@
 //! What `down` and `reset` leave behind.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::fs;
+
 use isopod_tests::{Cluster, Host, Net, eventually, snapshot::Snapshot};
 
 #[test]
@@ -42,6 +44,9 @@ fn down_keeps_the_data_and_up_goes_on() {
     assert_eq!(c.host.sh("pgrep isopod").code, 1);
     c.up();
     assert_eq!(c.get("configmap kept")["data"]["a"], "b");
+    // What was stopped on purpose is not missed.
+    let log = fs::read_to_string(c.host.path("/var/log/isopod/agent.log")).unwrap();
+    assert!(log.contains("pod was stopped with its node") && !log.contains("cannot be joined"), "{log}");
     // Containers of the same pods start again, in new sandboxes.
     c.wait_field("deployment web", ".status.readyReplicas", |n| n == "2");
     eventually("both serve", || {
