@@ -176,7 +176,7 @@ impl Server {
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), patience) {
                 Ok(0) if !rests => {
                     // Best effort: it is memory alone.
-                    let _ = sys::release_text();
+                    let _ = sys::forget_code();
                     rests = true;
                     continue;
                 }

@@ -6,7 +6,6 @@ mod clone;
 mod code;
 mod mount;
 mod process;
-mod text;
 
 pub(crate) use bpf::{attach_device_program, load_device_program};
 pub(crate) use clone::{Cloned, clone_process, exit_now};
@@ -17,7 +16,6 @@ pub(crate) use process::{
     SchedulerAttributes, close_all_except, close_on_exec_from, dup_to_stream, find_byte, install_seccomp, kill,
     new_session_keyring, pidfd_kill, reset_signals, set_io_priority, set_memory_policy, set_scheduler,
 };
-pub(crate) use text::release_text;
 
 use std::io;
 
