@@ -179,7 +179,8 @@ impl Watch {
     fn end(mut self, host: &Host) {
         drop(self.killer.stdin.take());
         self.killer.wait().unwrap();
-        host.sh("kill $(cat /var/lib/strace.pid)");
+        // Asked to end in a better way it may wait for threads that are dead.
+        host.sh("kill -9 $(cat /var/lib/strace.pid)");
         self.strace.wait().unwrap();
     }
 }
