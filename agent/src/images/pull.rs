@@ -311,7 +311,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_blob_without_end_ends() {
-        let chunks = |n: usize| stream::iter(std::iter::repeat_n(Ok(Bytes::from_static(&[0; 100])), n));
+        let chunks = |n: usize| stream::iter((0..n).map(|_| Ok(Bytes::from_static(&[0; 100]))));
         let mut out = vec![];
         take(chunks(3), 300, &mut out).await.unwrap();
         assert_eq!(out.len(), 300);
