@@ -279,7 +279,7 @@ fn an_agent_killed_at_any_step_goes_on_from_there() {
             agent = Agent::start(&case.host);
             if deleted {
                 case.goes(&format!("up {at:?}"));
-                continue;
+                case.put();
             }
             case.comes_up(&format!("up {at:?}"));
         } else {
