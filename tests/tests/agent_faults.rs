@@ -123,7 +123,7 @@ impl Watch {
         let pid = agent.pid();
         let kill = match victim {
             Victim::Agent => "read x && kill -9 $0",
-            Victim::Supervisor => "read x && kill -9 $(pgrep -x isopod-pod)",
+            Victim::Supervisor => "read x && pkill -9 -x isopod-pod",
         };
         let mut killer = agent.host.command("sh");
         let killer = killer.args(["-c", kill, &pid]).stdin(Stdio::piped()).spawn().unwrap();

@@ -347,11 +347,16 @@ impl Worker {
         }
         record.again = false;
         let early = self.early.remove(&instance.id);
+        let sandbox = instance.sandbox;
         record.current = Some(instance);
         self.begins(name);
         self.dirty = true;
         if let Some(status) = early {
             self.exited(&status);
+        }
+        // Its sandbox was lost while word of the start was on its way.
+        if self.state.sandbox.as_ref().is_some_and(|s| s.attempt != sandbox) {
+            self.vanished(name);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::{
     exec, sandbox,
-    state::{Ended, Instance, now},
+    state::Instance,
     worker::{Making, Worker},
 };
 use crate::{spec::field::Addresses, volumes};
@@ -93,13 +93,7 @@ impl Worker {
                     continue;
                 }
                 _ => {
-                    self.ended_with(&name, || Ended {
-                        code: 137,
-                        signal: None,
-                        reason: "ContainerStatusUnknown".into(),
-                        message: "The container could not be located when the pod was terminated".into(),
-                        finished_at: now(),
-                    });
+                    self.vanished(&name);
                     continue;
                 }
             }

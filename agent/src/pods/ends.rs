@@ -30,25 +30,8 @@ impl Worker {
         self.live = None;
         self.prepared.send_replace(None);
         let running = self.state.containers.iter().filter(|(_, r)| r.running());
-        let running: Vec<(String, u32)> =
-            running.filter_map(|(name, r)| Some((name.clone(), r.current.as_ref()?.attempt))).collect();
-        for (name, attempt) in running {
-            // What it recorded before it could tell is the truth; of what it had not seen nobody knows.
-            if let Some(status) = self.recorded(&name) {
-                self.exited(&status);
-            }
-            self.ended_with(&name, || Ended {
-                code: 137,
-                signal: None,
-                reason: "ContainerStatusUnknown".into(),
-                message: "The container could not be located when the pod was terminated".into(),
-                finished_at: now(),
-            });
-            let bundle = super::exec::bundle(&self.ctx.config.paths, self.uid(), &name, attempt);
-            if let Err(error) = crate::volumes::mounts::remove_tree(&bundle) {
-                tracing::debug!(%error, "container directory");
-            }
-        }
+        let running: Vec<String> = running.map(|(name, _)| name.clone()).collect();
+        running.iter().for_each(|name| self.vanished(name));
         self.early.clear();
         self.state.lost = true;
         if let Some(s) = &mut self.state.sandbox {
@@ -64,6 +47,26 @@ impl Worker {
             self.state.initialized && self.pod.spec.as_ref().is_some_and(|s| super::plan::all_done(s, &self.state));
         self.sandbox = Making::Not;
         self.dirty = true;
+    }
+
+    /// A container that runs for all the agent knows is there no more. What its supervisor recorded before it could tell is
+    /// the truth; of what it had not seen nobody knows.
+    pub(super) fn vanished(&mut self, name: &str) {
+        if let Some(status) = self.recorded(name) {
+            self.exited(&status);
+        }
+        self.ended_with(name, || Ended {
+            code: 137,
+            signal: None,
+            reason: "ContainerStatusUnknown".into(),
+            message: "The container could not be located when the pod was terminated".into(),
+            finished_at: now(),
+        });
+        let Some(attempt) = self.state.current(name).map(|i| i.attempt) else { return };
+        let bundle = super::exec::bundle(&self.ctx.config.paths, self.uid(), name, attempt);
+        if let Err(error) = crate::volumes::mounts::remove_tree(&bundle) {
+            tracing::debug!(%error, "container directory");
+        }
     }
 
     /// The end of a container that runs for all the agent knows, as its supervisor left it on disk.
