@@ -457,7 +457,9 @@ mod tests {
         let mut cursor = [(); 3].map(|()| cache.cursor(10).unwrap());
         let woken = [&a, &b, &there].map(Seat::changed);
         let mut waiting = woken.map(|changed| Box::pin(changed.notified_owned()));
-        waiting.iter_mut().for_each(|waiting| drop(waiting.as_mut().enable()));
+        for waiting in &mut waiting {
+            waiting.as_mut().enable();
+        }
         let last = 11 + RING_EVENTS as u64;
         for revision in 11..=last {
             cache.apply("n/a", revision, Some(object("a", revision)));

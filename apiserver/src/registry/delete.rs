@@ -297,6 +297,10 @@ fn plan_namespace(resource: &Resource, old: &Value, options: &Value) -> Plan {
 
 /// The finalizers the garbage collector looks for, from the options and the object.
 fn set_finalizers(resource: &Resource, new: &mut Value, old: &Value, options: &Value) {
+    // Events have no dependents: there is no garbage to collect.
+    if resource.gvr.resource == "events" && matches!(&*resource.gvr.group, "" | "events.k8s.io") {
+        return;
+    }
     let existing = meta::finalizers(old);
     let policy = options.get("propagationPolicy").and_then(Value::as_str);
     let orphan_dependents = options.get("orphanDependents").and_then(Value::as_bool);

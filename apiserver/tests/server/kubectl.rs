@@ -13,10 +13,10 @@ use serde_json::{Value, json};
 use super::{Server, TOKEN};
 
 /// kubectl with a home of its own.
-struct Kubectl(PathBuf);
+pub(super) struct Kubectl(pub(super) PathBuf);
 
 impl Kubectl {
-    fn new(server: &Server) -> Self {
+    pub(super) fn new(server: &Server) -> Self {
         let dir = server.dir.path();
         let config = json!({"apiVersion": "v1", "kind": "Config", "current-context": "x",
             "clusters": [{"name": "c", "cluster": {"server": server.url(""), "certificate-authority": dir.join("ca.crt")}}],
@@ -38,12 +38,12 @@ impl Kubectl {
         command
     }
 
-    fn output(&self, line: &str) -> Output {
+    pub(super) fn output(&self, line: &str) -> Output {
         self.command(line).output().unwrap()
     }
 
     /// What it prints; it must succeed.
-    fn k(&self, line: &str) -> String {
+    pub(super) fn k(&self, line: &str) -> String {
         let output = self.output(line);
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "kubectl {line}: {error}");
@@ -51,13 +51,13 @@ impl Kubectl {
     }
 
     /// What it complains of; it must fail.
-    fn refused(&self, line: &str) -> String {
+    pub(super) fn refused(&self, line: &str) -> String {
         let output = self.output(line);
         assert!(!output.status.success(), "kubectl {line} succeeds");
         String::from_utf8(output.stderr).unwrap()
     }
 
-    fn file(&self, name: &str, content: &Value) {
+    pub(super) fn file(&self, name: &str, content: &Value) {
         fs::write(self.0.join(name), content.to_string()).unwrap();
     }
 
@@ -157,6 +157,9 @@ fn patched(k: &Kubectl) {
     let mut waiting =
         k.command("wait --for=jsonpath='{.data.state}'=yes configmap/late --timeout=20s").spawn().unwrap();
     k.k(r#"patch configmap late -p '{"data":{"state":"yes"}}'"#);
+    assert!(waiting.wait().unwrap().success());
+    let mut waiting = k.command("wait --for=delete configmap/late --timeout=20s").spawn().unwrap();
+    k.k("delete configmap late");
     assert!(waiting.wait().unwrap().success());
 }
 
@@ -268,6 +271,12 @@ fn asked(k: &Kubectl) {
     assert!(k.k("get csr").contains("Pending"));
     k.k("certificate approve jane");
     assert!(k.k("get csr jane").contains("Approved"));
+    assert!(k.k("wait csr/jane --for=condition=Approved --timeout=10s").contains("condition met"));
+    k.file("csr.json", &json!({"apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest",
+        "metadata": {"name": "john"}, "spec": {"request": request, "signerName": "example.com/none", "usages": ["client auth"]}}));
+    k.k("create -f csr.json");
+    k.k("certificate deny john");
+    assert!(k.k("get csr john").contains("Denied"));
     // The debugged pod needs no node to get its container.
     k.k("debug zeta --image=tools --target=c --container=d --attach=false --profile=general");
     assert_eq!(k.get("pod zeta")["spec"]["ephemeralContainers"][0]["name"], "d");
@@ -301,26 +310,41 @@ fn watched(k: &Kubectl) {
     assert!(first.contains("configmap/seen-"), "{first}");
 }
 
+/// One row of `kubectl api-resources -o wide`: name, short names, version, whether in namespaces, kind, verbs, categories.
+type Row = [String; 7];
+
 fn resources_are_all_there(k: &Kubectl) {
-    let shown = k.k("api-resources --no-headers -o wide");
-    let listed: BTreeSet<(String, String, String)> = shown
-        .lines()
-        .map(|line| {
-            let words: Vec<&str> = line.split_whitespace().collect();
-            let at = words.iter().position(|word| *word == "true" || *word == "false").unwrap();
-            (words[0].to_owned(), words[at - 1].to_owned(), words[at + 1].to_owned())
+    let shown = k.k("api-resources -o wide");
+    let head = shown.lines().next().unwrap();
+    let starts = ["NAME ", "SHORTNAMES", "APIVERSION", "NAMESPACED", "KIND", "VERBS", "CATEGORIES"]
+        .map(|name| head.find(name).unwrap());
+    let row = |line: &str| -> Row {
+        std::array::from_fn(|n| {
+            let end = starts.get(n + 1).copied().unwrap_or(line.len()).min(line.len());
+            line.get(starts[n]..end).unwrap_or_default().trim().to_owned()
         })
-        .collect();
+    };
+    let listed: BTreeSet<Row> = shown.lines().skip(1).map(row).collect();
+    let wanted = |r: &resources::Resource| -> Row {
+        let (mut verbs, mut categories) = (r.verbs.clone(), r.categories.clone());
+        verbs.sort();
+        categories.sort();
+        let namespaced = r.namespaced.to_string();
+        [
+            r.plural.clone(),
+            r.short_names.join(","),
+            r.api_version(),
+            namespaced,
+            r.kind.clone(),
+            verbs.join(","),
+            categories.join(","),
+        ]
+    };
     // kubectl shows the preferred version of each group.
     let preferred = resources::all()
         .iter()
         .filter(|r| resources::preferred(&r.group_resource()).is_some_and(|p| p.version == r.version));
-    for resource in preferred {
-        let found = listed.iter().any(|(name, version, kind)| {
-            (name, version, kind) == (&resource.plural, &resource.api_version(), &resource.kind)
-        });
-        assert!(found, "{} {} is not in\n{shown}", resource.plural, resource.api_version());
-    }
+    assert_eq!(listed, preferred.map(wanted).collect::<BTreeSet<_>>());
 }
 
 fn everything_is_explained(k: &Kubectl) {

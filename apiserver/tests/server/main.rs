@@ -5,6 +5,7 @@
 mod setup;
 
 mod binary;
+mod every_type;
 mod fuzz;
 mod kube_rs;
 mod kubectl;
