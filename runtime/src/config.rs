@@ -11,7 +11,7 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxNetDevice, Process, Spec};
 use crate::{
     cpu_list,
     error::{Context, Error, Result},
-    lsm, memory_policy, net_devices, spec,
+    lsm, memory_policy, net_devices, resctrl, spec,
 };
 
 /// Largest config.json accepted.
@@ -152,18 +152,13 @@ impl Config {
             net_devices::validate(devices)?;
         }
         lsm::validate_mount_label(linux.mount_label().as_deref().unwrap_or_default())?;
-        if linux.intel_rdt().is_some() && !Path::new("/sys/fs/resctrl/schemata").exists() {
-            return Err(Error::invalid("linux.intelRdt: no resctrl file system is mounted on /sys/fs/resctrl"));
+        if let Some(rdt) = linux.intel_rdt() {
+            resctrl::validate(rdt)?;
         }
         // The specification defines no flag.
-        let flags = linux.personality().as_ref().and_then(|p| p.flags().as_ref());
-        let unsupported = [
-            ("linux.personality.flags", flags.is_some_and(|f| !f.is_empty())),
-            ("linux.intelRdt", linux.intel_rdt().is_some()),
-        ];
-        match unsupported.iter().find(|(_, used)| *used) {
-            Some((name, _)) => Err(Error::invalid(format!("{name} is not supported"))),
-            None => Ok(()),
+        match linux.personality().as_ref().and_then(|p| p.flags().as_ref()) {
+            Some(flags) if !flags.is_empty() => Err(Error::invalid("linux.personality.flags is not supported")),
+            _ => Ok(()),
         }
     }
 
@@ -244,6 +239,15 @@ mod tests {
     #[test]
     fn the_template_is_valid() {
         assert_eq!(check(|_| ()), Ok(()));
+    }
+
+    #[test]
+    fn properties_nobody_knows_have_no_effect() {
+        let change = |v: &mut serde_json::Value| {
+            v["nosuch"] = 1.into();
+            v["linux"]["nosuch"] = serde_json::json!({"a": []});
+        };
+        assert_eq!(check(change), Ok(()));
     }
 
     #[test]

@@ -31,6 +31,7 @@ fn rich() -> Value {
     config["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1"});
     config["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1, "nanosecs": 2}});
     config["linux"]["memoryPolicy"] = json!({"mode": "MPOL_BIND", "nodes": "0-1,3", "flags": ["MPOL_F_STATIC_NODES"]});
+    config["linux"]["netDevices"] = json!({"eth7": {"name": "net%d"}, "eth8": {}});
     config["linux"]["devices"] = json!([{"path": "/dev/x", "type": "c", "major": 1, "minor": 3, "fileMode": 438}]);
     config["linux"]["seccomp"] = serde_json::to_value(seccomp::default_profile()).unwrap();
     config["linux"]["seccomp"]["syscalls"].as_array_mut().unwrap().truncate(3);

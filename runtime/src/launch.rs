@@ -153,6 +153,12 @@ pub(crate) struct Launched {
 }
 
 impl Launched {
+    /// Kills and reaps it.
+    pub(crate) fn end(&self) {
+        drop(sys::pidfd_kill(self.pidfd.as_fd(), libc::SIGKILL));
+        drop(wait(self.pid));
+    }
+
     /// Lets the program run and waits until it does.
     pub(crate) fn start(&self) -> Result<()> {
         self.channel.go(&[])?;
@@ -234,31 +240,42 @@ impl<'a> Launch<'a> {
         let config = self.config;
         let state = self.state;
         let (prepared, pid_namespace) = self.prepare()?;
-        let (ours, theirs) = sync::pair()?;
-        let own_pid_namespace = pid_namespace.as_ref().map(|fd| enter_pid_namespace(fd.as_fd())).transpose()?;
-        let into = prepared.join.as_ref().and_then(|j| j.into.as_ref()).map(AsFd::as_fd);
-        let cloned = sys::clone_process(prepared.flags, into);
-        // Only here: the child was born in the other namespace and must stay.
-        if !matches!(cloned, Ok(Cloned::Child)) {
-            return_to(own_pid_namespace)?;
+        let back = pid_namespace.as_ref().map(|fd| enter_pid_namespace(fd.as_fd())).transpose()?;
+        let (flags, join) = (prepared.flags, prepared.join.as_ref());
+        make(flags, join, back, |to| init::main(&prepared, to), |launched| see_through(launched, config, state))
+    }
+}
+
+/// Clones a process of the container, born where `back` leads away from, and sees it to its gate.
+fn make(
+    flags: u64,
+    join: Option<&Join>,
+    back: Option<OwnedFd>,
+    child: impl FnOnce(&Channel),
+    see: impl FnOnce(&mut Launched) -> Result<()>,
+) -> Result<Launched> {
+    let (ours, theirs) = sync::pair()?;
+    let cloned = sys::clone_process(flags, join.and_then(|j| j.into.as_ref()).map(AsFd::as_fd));
+    // Only here: the child was born in the other namespace and must stay.
+    if !matches!(cloned, Ok(Cloned::Child)) {
+        return_to(back)?;
+    }
+    match cloned.context(|| "clone a process".into())? {
+        Cloned::Child => {
+            // The maker's end must not keep the stream open in this process; it is closed with all the rest.
+            std::mem::forget(ours);
+            child(&theirs);
+            // It does not come back.
+            sys::exit_now(1)
         }
-        match cloned.context(|| "clone the container's init".into())? {
-            Cloned::Child => {
-                // The maker's end must not keep the stream open in this process; it is closed with all the rest.
-                std::mem::forget(ours);
-                init::main(&prepared, &theirs)
+        Cloned::Parent { pid, pidfd } => {
+            drop(theirs);
+            let mut launched = Launched { pid, pidfd, master: None, warnings: vec![], channel: ours };
+            let seen = see(&mut launched);
+            if seen.is_err() {
+                launched.end();
             }
-            Cloned::Parent { pid, pidfd } => {
-                drop(theirs);
-                let mut launched = Launched { pid, pidfd, master: None, warnings: vec![], channel: ours };
-                let seen = see_through(&mut launched, config, state);
-                if let Err(error) = seen {
-                    drop(sys::pidfd_kill(launched.pidfd.as_fd(), libc::SIGKILL));
-                    drop(wait(pid));
-                    return Err(error);
-                }
-                Ok(launched)
-            }
+            seen.map(|()| launched)
         }
     }
 }
@@ -497,7 +514,6 @@ impl Exec<'_> {
             userns: namespaces & libc::CLONE_NEWUSER as u64 != 0,
             proc: root::host_proc()?,
         };
-        let (ours, theirs) = sync::pair()?;
         let back = if namespaces & libc::CLONE_NEWPID as u64 != 0 {
             let own = open_namespace(Path::new("/proc/self/ns/pid"))?;
             nix::sched::setns(self.init, nix::sched::CloneFlags::CLONE_NEWPID)
@@ -506,28 +522,7 @@ impl Exec<'_> {
         } else {
             None
         };
-        let into = prepared.join.as_ref().and_then(|j| j.into.as_ref()).map(AsFd::as_fd);
-        let cloned = sys::clone_process(0, into);
-        // Only here: the child was born in the other namespace and must stay.
-        if !matches!(cloned, Ok(Cloned::Child)) {
-            return_to(back)?;
-        }
-        match cloned.context(|| "clone the process".into())? {
-            Cloned::Child => {
-                std::mem::forget(ours);
-                init::exec_main(&prepared, &theirs)
-            }
-            Cloned::Parent { pid, pidfd } => {
-                drop(theirs);
-                let mut launched = Launched { pid, pidfd, master: None, warnings: vec![], channel: ours };
-                if let Err(error) = see_exec_through(&mut launched) {
-                    drop(sys::pidfd_kill(launched.pidfd.as_fd(), libc::SIGKILL));
-                    drop(wait(pid));
-                    return Err(error);
-                }
-                Ok(launched)
-            }
-        }
+        make(0, prepared.join.as_ref(), back, |to| init::exec_main(&prepared, to), see_exec_through)
     }
 }
 

@@ -25,6 +25,7 @@ mod net_devices;
 mod netlink;
 mod passwd;
 mod process;
+mod resctrl;
 mod root;
 mod rootfs;
 mod seal;

@@ -1,5 +1,7 @@
 //! The option words of a mount: flags of the mount, propagation, recursive attributes and data for the file system.
 
+use std::collections::BTreeSet;
+
 use crate::error::{Error, Result};
 
 /// Parsed options.
@@ -70,6 +72,39 @@ const PROPAGATION: &[(&str, u64, bool)] = &[
     ("runbindable", libc::MS_UNBINDABLE, true),
 ];
 
+/// Superblock flags that the kernel takes for every file system.
+const SUPERBLOCK: &[&str] = &["dirsync", "lazytime", "mand", "nolazytime", "sync"];
+
+/// Defaults, and words for mount(8) and fstab only: they mean nothing to a container.
+const MEANINGLESS: &[&str] = &[
+    "defaults",
+    "async",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "_netdev",
+    "nofail",
+    "remount",
+    "loud",
+    "silent",
+    "nomand",
+    "noiversion",
+    "copy",
+    "nocopy",
+];
+
+/// Words that are no attribute and no propagation.
+const OTHERS: &[&str] = &["bind", "rbind", "tmpcopyup", "idmap", "ridmap"];
+
+/// All words known here.
+pub(crate) fn words() -> BTreeSet<String> {
+    let attributes = ATTRIBUTES.iter().flat_map(|(word, ..)| [(*word).to_owned(), format!("r{word}")]);
+    let propagation = PROPAGATION.iter().map(|(word, ..)| (*word).to_owned());
+    let others = [SUPERBLOCK, MEANINGLESS, OTHERS].concat().into_iter().map(str::to_owned);
+    attributes.chain(propagation).chain(others).collect()
+}
+
 /// Parses the option words of one mount.
 pub(crate) fn parse(options: &[String]) -> Result<MountOptions> {
     let mut out = MountOptions::default();
@@ -95,9 +130,7 @@ pub(crate) fn parse(options: &[String]) -> Result<MountOptions> {
             "tmpcopyup" => out.copy_up = true,
             "idmap" => out.idmap = Some(false),
             "ridmap" => out.idmap = Some(true),
-            // Defaults, or words for mount(8) and fstab only.
-            "" | "defaults" | "async" | "auto" | "noauto" | "user" | "nouser" | "_netdev" | "nofail" | "remount"
-            | "loud" | "silent" | "nomand" | "noiversion" | "copy" | "nocopy" => {}
+            _ if word.is_empty() || MEANINGLESS.contains(&word) => {}
             _ if word.contains('\0') => return Err(Error::invalid("mount option with a NUL byte")),
             _ => match word.split_once('=') {
                 Some((key, value)) => out.data.push((key.to_owned(), Some(value.to_owned()))),
@@ -126,6 +159,14 @@ mod tests {
 
     fn words(list: &[&str]) -> MountOptions {
         parse(&list.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn only_the_kernels_words_are_left_to_it() {
+        for word in super::words() {
+            assert_eq!(words(&[&word]).data.is_empty(), !SUPERBLOCK.contains(&word.as_str()), "{word}");
+        }
+        assert!(["rro", "rrelatime", "tmpcopyup", "sync"].iter().all(|word| super::words().contains(*word)));
     }
 
     #[test]

@@ -171,8 +171,10 @@ pub(crate) fn become_user(process: &Process, in_userns: bool, warn: &mut dyn FnM
         ambient.iter().partition(|cap| permitted.contains(cap) && inheritable.contains(cap));
     let asked = [wanted.permitted(), wanted.effective(), wanted.inheritable()].map(|set| set_of(set.as_ref()));
     let missing = asked.iter().flatten().filter(|cap| !current.contains(cap)).chain(out);
-    for cap in missing.map(ToString::to_string).collect::<BTreeSet<_>>() {
-        warn(format!("process.capabilities: {cap} cannot be granted"));
+    let missing: BTreeSet<_> = missing.map(ToString::to_string).collect();
+    if !missing.is_empty() {
+        let names: Vec<_> = missing.into_iter().collect();
+        warn(format!("process.capabilities: {} cannot be granted", names.join(", ")));
     }
     for cap in given {
         caps::raise(None, CapSet::Ambient, *cap).map_err(has("set ambient capabilities"))?;

@@ -15,6 +15,7 @@ use crate::{
     cgroups::Cgroup,
     config::Config,
     error::{Context, Error, Kind, Result},
+    resctrl::Resctrl,
 };
 
 /// What is kept.
@@ -37,6 +38,9 @@ pub struct State {
     pub owner: u32,
     /// Its control group.
     pub cgroup: Option<Cgroup>,
+    /// Its groups in the resctrl file system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resctrl: Option<Resctrl>,
     /// `annotations` of the configuration.
     pub annotations: HashMap<String, String>,
 }

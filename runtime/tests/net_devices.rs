@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::process::{Command, Output};
+use std::process::Output;
 
 use common::{Bundle, possible, text};
 use serde_json::json;
@@ -22,19 +22,9 @@ ip link set v0 up
 ip link set v1 up
 ";
 
-/// Runs a script beside the devices; `$RUN`, `$CREATE` and `$DELETE` are the runtime's commands for the container.
+/// Runs a script beside the devices.
 fn beside(bundle: &Bundle, script: &str) -> Output {
-    bundle.write();
-    let runtime = format!("{} --root {}/state", common::RUNTIME, bundle.dir.path().display());
-    let made = |verb: &str| format!("{runtime} {verb} --bundle {} {}", bundle.dir.path().display(), bundle.id);
-    Command::new("unshare")
-        .args(["--net", "--mount", "sh", "-c", &format!("{SETUP}{script}")])
-        .env("RUN", made("run"))
-        .env("CREATE", made("create"))
-        .env("DELETE", format!("{runtime} delete --force {}", bundle.id))
-        .env("DIR", bundle.dir.path())
-        .output()
-        .unwrap()
+    bundle.apart(&["--net", "--mount"], &format!("{SETUP}{script}"))
 }
 
 #[test]

@@ -127,6 +127,146 @@ fn memory_policy() {
 }
 
 #[test]
+fn classes_of_service() {
+    if !possible() {
+        return;
+    }
+    let none = refusal(|b| b.config["linux"]["intelRdt"] = json!({}));
+    assert!(none.contains("linux.intelRdt: no resctrl file system is mounted on /sys/fs/resctrl"), "{none}");
+    // A stand-in: no machine here has the real one.
+    let stand_in = "set -e; mkdir $DIR/fs; mount -t tmpfs none $DIR/fs; cd $DIR/fs
+        mkdir -p cgroup resctrl/gold/mon_groups; echo 'L3:0=ff' | tee resctrl/schemata >resctrl/gold/schemata
+        mount --rbind /sys/fs/cgroup cgroup; mount --rbind $DIR/fs /sys/fs; cd /sys/fs/resctrl
+        status() { for file in \"$@\"; do echo $file $(cat $file 2>&1); done; }
+        ";
+    let mut bundle = Bundle::new(&["sleep", "1000"]);
+    bundle.config["linux"]["intelRdt"] =
+        json!({"closID": "gold", "enableMonitoring": true, "l3CacheSchema": "L3:0=0ff"});
+    let script = "$CREATE <&- >$DIR/err 2>&1 || cat $DIR/err; PID=$($RUNTIME ps -f json $ID | tr -d '[]')
+        test $(cat gold/tasks) = $PID && test $(cat gold/mon_groups/$ID/tasks) = $PID && echo assigned
+        $RUNTIME start $ID; $RUNTIME exec $ID true; test $(cat gold/tasks) != $PID && echo followed
+        $RUNTIME update --l3-cache-schema L3:0=f $ID; status gold/schemata; $DELETE; status gold/mon_groups/$ID gold/schemata";
+    let output = bundle.apart(&["--mount"], &format!("{stand_in}{script}"));
+    let id = &bundle.id;
+    let gone = format!(
+        "assigned\nfollowed\ngold/schemata L3:0=f\ngold/mon_groups/{id} cat: gold/mon_groups/{id}: No such file or directory\ngold/schemata L3:0=f\n"
+    );
+    assert_eq!(text(&output.stdout), gone, "{}", text(&output.stderr));
+    let mut bundle = Bundle::new(&["true"]);
+    bundle.config["linux"]["intelRdt"] = json!({"closID": "gold", "memBwSchema": "MB:0=10"});
+    let output = bundle.apart(&["--mount"], &format!("{stand_in}$RUN || ls /sys/fs/resctrl/gold"));
+    assert!(text(&output.stderr).contains("gold/schemata does not have the schema"), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "mon_groups\nschemata\n");
+}
+
+/// Every limit as it stands in the control files; what this version of cgroups cannot do is an error.
+#[test]
+fn each_resource_by_itself() {
+    if !possible() {
+        return;
+    }
+    let disk = fs::read_dir("/sys/block").unwrap().find_map(|e| fs::read_to_string(e.unwrap().path().join("dev")).ok());
+    let disk = disk.unwrap_or_default().trim().to_owned();
+    let (major, minor) = disk.split_once(':').map_or((0, 0), |(a, b)| (a.parse().unwrap(), b.parse::<i64>().unwrap()));
+    let throttle = json!([{"major": major, "minor": minor, "rate": 1_048_576}]);
+    let gib = 1u64 << 30;
+    // What is asked; controller, file and words of v1; those of v2, where no controller means an error.
+    let rows = [
+        (
+            json!({"memory": {"limit": gib, "swap": gib + 4096}}),
+            ("memory", "memory.memsw.limit_in_bytes", "1073745920"),
+            ("memory", "memory.swap.max", "4096"),
+        ),
+        (
+            json!({"memory": {"reservation": gib}}),
+            ("memory", "memory.soft_limit_in_bytes", "1073741824"),
+            ("memory", "memory.low", "1073741824"),
+        ),
+        (
+            json!({"memory": {"swappiness": 7}}),
+            ("memory", "memory.swappiness", "7"),
+            ("", "memory.swappiness", "exists in cgroup v1 only"),
+        ),
+        (
+            json!({"memory": {"disableOOMKiller": true}}),
+            ("memory", "memory.oom_control", "oom_kill_disable 1"),
+            ("", "", "memory.disableOOMKiller exists in cgroup v1 only"),
+        ),
+        (
+            json!({"memory": {"kernelTCP": gib}}),
+            ("memory", "memory.kmem.tcp.limit_in_bytes", "1073741824"),
+            ("", "", "memory.kernelTCP exists in cgroup v1 only"),
+        ),
+        (
+            json!({"cpu": {"quota": 20_000, "period": 50_000, "burst": 9000}}),
+            ("cpu", "cpu.cfs_burst_us", "9000"),
+            ("cpu", "cpu.max.burst", "9000"),
+        ),
+        (
+            json!({"cpu": {"quota": -1, "period": 50_000}}),
+            ("cpu", "cpu.cfs_period_us", "50000"),
+            ("cpu", "cpu.max", "max 50000"),
+        ),
+        (json!({"cpu": {"idle": 1}}), ("cpu", "cpu.idle", "1"), ("cpu", "cpu.idle", "1")),
+        (
+            json!({"cpu": {"realtimePeriod": 900_000}}),
+            ("cpu", "cpu.rt_period_us", "900000"),
+            ("", "", "exists in cgroup v1 only"),
+        ),
+        (json!({"cpu": {"cpus": "0", "mems": "0"}}), ("cpuset", "cpuset.cpus", "0"), ("cpuset", "cpuset.mems", "0")),
+        (json!({"pids": {"limit": 33}}), ("pids", "pids.max", "33"), ("pids", "pids.max", "33")),
+        (
+            json!({"blockIO": {"throttleReadBpsDevice": throttle}}),
+            ("blkio", "blkio.throttle.read_bps_device", "1048576"),
+            ("io", "io.max", "rbps=1048576"),
+        ),
+        (
+            json!({"blockIO": {"throttleWriteIOPSDevice": throttle}}),
+            ("blkio", "blkio.throttle.write_iops_device", "1048576"),
+            ("io", "io.max", "wiops=1048576"),
+        ),
+        (
+            json!({"blockIO": {"leafWeight": 100}}),
+            ("", "", "blkio.leaf_weight"),
+            ("", "", "blockIO.leafWeight exists in cgroup v1 only"),
+        ),
+        (
+            json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4_194_304}]}),
+            ("unified", "hugetlb.2MB.max", "4194304"),
+            ("hugetlb", "hugetlb.2MB.max", "4194304"),
+        ),
+        (
+            json!({"network": {"classID": 5}}),
+            ("", "", "network.classID: this machine has no cgroup controller"),
+            ("", "", "network.classID: this machine has no cgroup controller"),
+        ),
+        (
+            json!({"network": {"priorities": [{"name": "lo", "priority": 1}]}}),
+            ("", "", "network.priorities: this machine has no"),
+            ("", "", "network.priorities: this machine has no"),
+        ),
+        (json!({"rdma": {"mlx5_1": {"hcaHandles": 3}}}), ("", "", "rdma"), ("", "", "rdma")),
+    ];
+    for (resources, one, two) in rows {
+        if disk.is_empty() && resources.to_string().contains("throttle") {
+            continue;
+        }
+        let (controller, file, words) = if common::unified() { two } else { one };
+        let mut bundle = Bundle::new(&["sleep", "1000"]);
+        bundle.config["linux"]["resources"] = resources.clone();
+        if controller.is_empty() {
+            let error = text(&bundle.run().stderr);
+            assert!(error.contains(words), "{resources}: {error}");
+        } else {
+            bundle.start();
+            let file = bundle.cgroup(controller).join(file);
+            let text = fs::read_to_string(&file).unwrap_or_else(|e| format!("{}: {e}", file.display()));
+            assert!(text.contains(words), "{resources}: {text}");
+        }
+    }
+}
+
+#[test]
 fn time_offsets() {
     if !possible() {
         return;

@@ -10,6 +10,7 @@ mod devices;
 mod layout;
 mod processes;
 pub mod slice;
+mod stats;
 mod systemd;
 mod v1;
 mod v2;

@@ -10,8 +10,8 @@ use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
 use super::{
     Usage,
-    control::{all_keyed, cpuset, keyed, read_number, write},
-    v2::{check_before, rdma_line},
+    control::{all_keyed, keyed, read_number, write},
+    v2::{apply_alike, check_before},
 };
 use crate::error::{Error, Result};
 
@@ -68,22 +68,11 @@ pub(super) fn apply(dir: &Path, controllers: &[String], resources: &LinuxResourc
         match controller.as_str() {
             "memory" => resources.memory().as_ref().map_or(Ok(()), |m| memory(dir, m))?,
             "cpu" => resources.cpu().as_ref().map_or(Ok(()), |c| cpu(dir, c))?,
-            "cpuset" => resources.cpu().as_ref().map_or(Ok(()), |c| cpuset(dir, c))?,
-            "pids" => {
-                if let Some(pids) = resources.pids() {
-                    write(&dir.join("pids.max"), &limit(pids.limit()))?;
-                }
-            }
             "blkio" => resources.block_io().as_ref().map_or(Ok(()), |b| block_io(dir, b))?,
             "hugetlb" => {
                 for page in resources.hugepage_limits().iter().flatten() {
                     let file = format!("hugetlb.{}.limit_in_bytes", page.page_size());
                     write(&dir.join(file), &page.limit().to_string())?;
-                }
-            }
-            "rdma" => {
-                for (device, limit) in resources.rdma().iter().flatten() {
-                    write(&dir.join("rdma.max"), &rdma_line(device, limit))?;
                 }
             }
             "net_cls" => {
@@ -97,14 +86,10 @@ pub(super) fn apply(dir: &Path, controllers: &[String], resources: &LinuxResourc
                     write(&dir.join("net_prio.ifpriomap"), &line)?;
                 }
             }
-            _ => {}
+            other => apply_alike(dir, other, resources)?,
         }
     }
     Ok(())
-}
-
-fn limit(value: i64) -> String {
-    if value <= 0 { "max".to_owned() } else { value.to_string() }
 }
 
 fn memory(dir: &Path, memory: &LinuxMemory) -> Result<()> {

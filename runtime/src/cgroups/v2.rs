@@ -38,29 +38,32 @@ pub(super) fn apply(dir: &Path, controllers: &[String], resources: &LinuxResourc
         match controller.as_str() {
             "memory" => resources.memory().as_ref().map_or(Ok(()), |m| memory(dir, m))?,
             "cpu" => resources.cpu().as_ref().map_or(Ok(()), |c| cpu(dir, c))?,
-            "cpuset" => resources.cpu().as_ref().map_or(Ok(()), |c| cpuset(dir, c))?,
-            "pids" => {
-                if let Some(pids) = resources.pids() {
-                    let limit = pids.limit();
-                    let value = if limit <= 0 { "max".to_owned() } else { limit.to_string() };
-                    write(&dir.join("pids.max"), &value)?;
-                }
-            }
             "io" => resources.block_io().as_ref().map_or(Ok(()), |b| block_io(dir, b))?,
             "hugetlb" => resources.hugepage_limits().iter().flatten().try_for_each(|page| huge_pages(dir, page))?,
-            "rdma" => {
-                for (device, limit) in resources.rdma().iter().flatten() {
-                    write(&dir.join("rdma.max"), &rdma_line(device, limit))?;
-                }
-            }
-            _ => {}
+            other => apply_alike(dir, other, resources)?,
         }
     }
     Ok(())
 }
 
-/// `rdma.max`, the same in v1 and v2.
-pub(super) fn rdma_line(device: &str, limit: &LinuxRdma) -> String {
+/// Writes the limits of a controller that is the same in v1 and v2.
+pub(super) fn apply_alike(dir: &Path, controller: &str, resources: &LinuxResources) -> Result<()> {
+    match controller {
+        "cpuset" => resources.cpu().as_ref().map_or(Ok(()), |c| cpuset(dir, c)),
+        "pids" => resources.pids().as_ref().map_or(Ok(()), |pids| {
+            let limit = pids.limit();
+            write(&dir.join("pids.max"), &if limit <= 0 { "max".to_owned() } else { limit.to_string() })
+        }),
+        "rdma" => resources
+            .rdma()
+            .iter()
+            .flatten()
+            .try_for_each(|(device, limit)| write(&dir.join("rdma.max"), &rdma_line(device, limit))),
+        _ => Ok(()),
+    }
+}
+
+fn rdma_line(device: &str, limit: &LinuxRdma) -> String {
     let limits = [("hca_handle", limit.hca_handles()), ("hca_object", limit.hca_objects())];
     let words = limits.into_iter().filter_map(|(key, value)| Some(format!(" {key}={}", value?)));
     format!("{device}{}", words.collect::<String>())

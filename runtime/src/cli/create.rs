@@ -12,9 +12,10 @@ use crate::{
     error::{Error, Kind, Result},
     hooks,
     launch::{Console, Gate, Launch, Launched, Wiring},
+    resctrl::{self, Resctrl},
     state::{State, StateDir, process_start_time, replace},
     supervisor::protocol::Rootfs,
-    sys, tty,
+    tty,
 };
 
 /// Arguments of `create`.
@@ -77,8 +78,7 @@ pub(super) fn run(global: &Global, args: &RunArgs) -> Result<i32> {
     let signals = (!args.detach).then(foreground::Signals::block).transpose()?;
     let Made { dir, state, config, launched } = make(global, &args.create, false)?;
     if let Err(error) = launched.start().and_then(|()| started(&config, &state)) {
-        drop(sys::pidfd_kill(launched.pidfd.as_fd(), libc::SIGKILL));
-        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None);
+        launched.end();
         drop(finish(global, dir, &state));
         return Err(error);
     }
@@ -114,7 +114,8 @@ pub(super) fn finish(global: &Global, dir: StateDir, state: &State) -> Result<()
 
 fn remove(dir: StateDir, state: &State) -> Result<()> {
     let group = state.cgroup.as_ref().map_or(Ok(()), |c| c.kill_and_wait().and_then(|()| c.remove()));
-    group.and(dir.remove())
+    let resctrl = state.resctrl.as_ref().map_or(Ok(()), Resctrl::remove);
+    group.and(resctrl).and(dir.remove())
 }
 
 fn make(global: &Global, args: &CreateArgs, wait_for_start: bool) -> Result<Made> {
@@ -144,6 +145,7 @@ fn make(global: &Global, args: &CreateArgs, wait_for_start: bool) -> Result<Made
         created: crate::time::rfc3339_nanos(crate::time::now_nanos()),
         owner: rustix::process::getuid().as_raw(),
         cgroup: None,
+        resctrl: None,
         annotations: config.spec.annotations().clone().unwrap_or_default(),
     };
     match fill(&dir, &mut state, &config, args, global, wiring, wait_for_start) {
@@ -208,11 +210,17 @@ fn fill(
     wait_for_start: bool,
 ) -> Result<Launched> {
     state.cgroup = Some(plan_cgroup(config, &args.id, global.systemd())?);
+    let rdt = config.spec.linux().as_ref().and_then(|l| l.intel_rdt().as_ref());
+    state.resctrl = rdt.map(|rdt| Resctrl::plan(&resctrl::root()?, rdt, &args.id)).transpose()?;
     dir.keep_config(&config.raw)?;
     // From here on a `delete --force` finds what there is, also when this process is killed.
     dir.write(state)?;
     // The placeholder goes when this function ends: the container's init, or nobody, is in the group then.
     let mut warnings = resources(config).map(cgroups::without_effect).unwrap_or_default();
+    if let (Some(groups), Some(rdt)) = (&state.resctrl, rdt) {
+        groups.make(rdt)?;
+        warnings.extend(resctrl::without_effect(&config.raw));
+    }
     let _placeholder = make_cgroup(config, state, &mut warnings)?;
     if wait_for_start {
         let (fifo, errors) = dir.make_gate()?;
@@ -231,13 +239,13 @@ fn fill(
     launched.warnings.extend(warnings);
     state.pid = launched.pid;
     state.start_time = process_start_time(launched.pid).unwrap_or(0);
-    let recorded = dir.write(state).and_then(|()| match &args.pid_file {
+    let entered = state.resctrl.as_ref().map_or(Ok(()), |groups| groups.enter(launched.pid));
+    let recorded = entered.and_then(|()| dir.write(state)).and_then(|()| match &args.pid_file {
         Some(file) => replace(file, launched.pid.to_string().as_bytes()),
         None => Ok(()),
     });
     if let Err(error) = recorded {
-        drop(sys::pidfd_kill(launched.pidfd.as_fd(), libc::SIGKILL));
-        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None);
+        launched.end();
         return Err(error);
     }
     Ok(launched)

@@ -117,11 +117,13 @@ pub(super) fn exec(global: &Global, args: &ExecArgs) -> Result<i32> {
         wiring: Wiring { console, preserve: args.preserve_fds, ..Wiring::default() },
     }
     .run()?;
-    if let Some(file) = &args.pid_file {
-        replace(file, launched.pid.to_string().as_bytes())?;
-    }
-    if let Err(error) = launched.start() {
-        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(launched.pid), None);
+    let entered = state.resctrl.as_ref().map_or(Ok(()), |groups| groups.enter(launched.pid));
+    let recorded = entered.and_then(|()| match &args.pid_file {
+        Some(file) => replace(file, launched.pid.to_string().as_bytes()),
+        None => Ok(()),
+    });
+    if let Err(error) = recorded.and_then(|()| launched.start()) {
+        launched.end();
         return Err(error);
     }
     warnings.extend(launched.warnings.iter().cloned());

@@ -1,4 +1,4 @@
-//! `events`, `features`, `spec`.
+//! `events`, `spec`.
 
 use std::{
     path::{Path, PathBuf},
@@ -9,7 +9,7 @@ use clap::Args;
 use serde_json::json;
 
 use crate::{
-    cgroups::{Cgroup, Usage},
+    cgroups::Cgroup,
     error::{Error, Result},
     state::{StateDir, Status},
 };
@@ -21,8 +21,8 @@ pub(super) struct EventsArgs {
     #[arg(long)]
     stats: bool,
     /// Time between two: 5s, 500ms, 1m
-    #[arg(long, default_value = "5s")]
-    interval: String,
+    #[arg(long, default_value = "5s", value_parser = interval)]
+    interval: Duration,
     /// Container id
     id: String,
 }
@@ -39,7 +39,9 @@ pub(super) struct SpecArgs {
 }
 
 pub(super) fn events(root: &Path, args: &EventsArgs) -> Result<()> {
-    let interval = interval(&args.interval)?;
+    if args.interval.is_zero() {
+        return Err(Error::invalid("the interval must be greater than 0"));
+    }
     let mut oom_kills = None;
     loop {
         let dir = StateDir::open(root, &args.id)?;
@@ -48,40 +50,23 @@ pub(super) fn events(root: &Path, args: &EventsArgs) -> Result<()> {
             return if args.stats { Err(Error::state("container is not running")) } else { Ok(()) };
         }
         drop(dir);
-        let usage = state.cgroup.as_ref().map(Cgroup::usage).unwrap_or_default();
-        if oom_kills.is_some_and(|before| usage.oom_kills > before) {
+        let killed = state.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
+        if oom_kills.is_some_and(|before| killed > before) {
             println!("{}", json!({"type": "oom", "id": args.id}));
         }
-        oom_kills = Some(usage.oom_kills);
-        println!("{}", stats(&args.id, &usage));
+        oom_kills = Some(killed);
+        let data = state.cgroup.as_ref().map(Cgroup::stats);
+        println!("{}", json!({"type": "stats", "id": args.id, "data": data}));
         if args.stats {
             return Ok(());
         }
-        std::thread::sleep(interval);
+        std::thread::sleep(args.interval);
     }
 }
 
-fn stats(id: &str, usage: &Usage) -> serde_json::Value {
-    json!({
-        "type": "stats",
-        "id": id,
-        "data": {
-            "cpu": {
-                "usage": {"total": usage.cpu_ns, "kernel": usage.cpu_system_ns, "user": usage.cpu_user_ns},
-                "throttling": {"throttledPeriods": usage.throttled_periods},
-            },
-            "memory": {
-                "usage": {"limit": usage.memory_limit, "usage": usage.memory_bytes},
-                "raw": usage.memory_stat,
-            },
-            "pids": {"current": usage.pids, "limit": usage.pids_limit},
-        },
-    })
-}
-
 /// A Go duration: `5s`, `500ms`, `1m30s`; a plain number is seconds.
-fn interval(text: &str) -> Result<Duration> {
-    let malformed = || Error::invalid(format!("malformed interval {text:?}"));
+fn interval(text: &str) -> Result<Duration, String> {
+    let malformed = || format!("malformed interval {text:?}");
     let (mut rest, mut total) = (text, 0u64);
     while !rest.is_empty() {
         let unit = rest.trim_start_matches(|c: char| c.is_ascii_digit());
@@ -98,52 +83,7 @@ fn interval(text: &str) -> Result<Duration> {
         total = number.checked_mul(millis).and_then(|n| n.checked_add(total)).ok_or_else(malformed)?;
         rest = next;
     }
-    if total == 0 { Err(malformed()) } else { Ok(Duration::from_millis(total)) }
-}
-
-pub(super) fn features() -> Result<()> {
-    let features = json!({
-        "ociVersionMin": "1.0.0",
-        "ociVersionMax": crate::spec::VERSION,
-        "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
-        "mountOptions": [
-            "async", "atime", "bind", "defaults", "dev", "diratime", "exec", "idmap", "noatime", "nodev", "nodiratime",
-            "noexec", "norelatime", "nostrictatime", "nosuid", "nosymfollow", "private", "ratime", "rbind", "rdev",
-            "rdiratime", "relatime", "rexec", "ridmap", "rnoatime", "rnodev", "rnodiratime", "rnoexec", "rnorelatime",
-            "rnostrictatime", "rnosuid", "rnosymfollow", "ro", "rprivate", "rrelatime", "rro", "rrw", "rshared",
-            "rslave", "rstrictatime", "rsuid", "rsymfollow", "runbindable", "rw", "shared", "slave", "strictatime",
-            "suid", "symfollow", "tmpcopyup", "unbindable",
-        ],
-        "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
-            "capabilities": caps::all().iter().map(ToString::to_string).collect::<std::collections::BTreeSet<_>>(),
-            "cgroup": {"v1": true, "v2": true, "systemd": true, "systemdUser": true, "rdma": true},
-            "seccomp": {
-                "enabled": true,
-                "actions": [
-                    "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS",
-                    "SCMP_ACT_KILL_THREAD", "SCMP_ACT_LOG", "SCMP_ACT_NOTIFY", "SCMP_ACT_TRACE", "SCMP_ACT_TRAP",
-                ],
-                "operators": [
-                    "SCMP_CMP_EQ", "SCMP_CMP_GE", "SCMP_CMP_GT", "SCMP_CMP_LE", "SCMP_CMP_LT", "SCMP_CMP_MASKED_EQ",
-                    "SCMP_CMP_NE",
-                ],
-                "archs": ["SCMP_ARCH_X32", "SCMP_ARCH_X86", "SCMP_ARCH_X86_64"],
-                "knownFlags": [
-                    "SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW", "SECCOMP_FILTER_FLAG_TSYNC",
-                    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
-                ],
-            },
-            "apparmor": {"enabled": true},
-            "selinux": {"enabled": true},
-            "intelRdt": {"enabled": false},
-            "netDevices": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": true}},
-        },
-        "annotations": {},
-    });
-    println!("{}", serde_json::to_string_pretty(&features).map_err(|e| Error::invalid(e.to_string()))?);
-    Ok(())
+    Ok(Duration::from_millis(total))
 }
 
 pub(super) fn spec(args: &SpecArgs) -> Result<()> {

@@ -3,6 +3,7 @@
 mod commands;
 mod create;
 mod exec;
+mod features;
 mod foreground;
 mod info;
 mod lifecycle;
@@ -107,7 +108,7 @@ fn dispatch(command: Command, global: &Global) -> Result<i32> {
         Command::Resume(of) => lifecycle::freeze(root, &of.id, false).map(|()| 0),
         Command::Update(args) => update::update(global, &args).map(|()| 0),
         Command::Events(args) => info::events(root, &args).map(|()| 0),
-        Command::Features(Nothing {}) => info::features().map(|()| 0),
+        Command::Features(Nothing {}) => features::features().map(|()| 0),
         Command::Spec(args) => info::spec(&args).map(|()| 0),
         Command::Checkpoint(args) | Command::Restore(args) => Err(args.refusal()),
         Command::Supervise(args) => {

@@ -61,6 +61,12 @@ pub(super) struct UpdateArgs {
     /// Processes and threads
     #[arg(long, allow_hyphen_values = true)]
     pids_limit: Option<i64>,
+    /// Shares of the L3 cache
+    #[arg(long)]
+    l3_cache_schema: Option<String>,
+    /// Memory bandwidth
+    #[arg(long)]
+    mem_bw_schema: Option<String>,
     /// No effect
     #[arg(long, hide = true)]
     kernel_memory: Option<String>,
@@ -77,6 +83,12 @@ pub(super) fn update(global: &Global, args: &UpdateArgs) -> Result<()> {
     let mut state = dir.read()?;
     if dir.status(&state) == Status::Stopped {
         return Err(Error::state("cannot update a stopped container"));
+    }
+    let schemata: Vec<&str> =
+        [&args.l3_cache_schema, &args.mem_bw_schema].into_iter().flatten().map(|s| s.as_str()).collect();
+    if !schemata.is_empty() {
+        let none = || Error::invalid("--l3-cache-schema and --mem-bw-schema: the container has no linux.intelRdt");
+        state.resctrl.as_ref().ok_or_else(none)?.write(&schemata)?;
     }
     let cgroup = state.cgroup.as_mut().ok_or_else(|| Error::state("the container has no cgroup"))?;
     cgroup.apply(&resources)?;

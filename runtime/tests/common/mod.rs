@@ -107,6 +107,18 @@ impl Bundle {
         assert!(started.status.success(), "{}", text(&started.stderr));
     }
 
+    /// Runs a script in namespaces of its own, with the runtime's commands for the container as variables.
+    pub(crate) fn apart(&self, unshare: &[&str], script: &str) -> Output {
+        self.write();
+        let dir = self.dir.path().display();
+        let runtime = format!("{RUNTIME} --root {dir}/state");
+        let made = |verb: &str| format!("{runtime} {verb} --bundle {dir} {}", self.id);
+        let mut command = Command::new("unshare");
+        command.args(unshare).args(["sh", "-c", script]).env("DIR", self.dir.path()).env("ID", &self.id);
+        command.env("RUNTIME", &runtime).env("RUN", made("run")).env("CREATE", made("create"));
+        command.env("DELETE", format!("{runtime} delete --force {}", self.id)).output().unwrap()
+    }
+
     /// Where a controller has the container's group.
     pub(crate) fn cgroup(&self, controller: &str) -> PathBuf {
         let root = Path::new("/sys/fs/cgroup");
