@@ -6,6 +6,7 @@
 pub(crate) mod legacy;
 pub(crate) mod mirror;
 pub(crate) mod slices;
+mod topology;
 mod trigger;
 
 use crate::context::{Context, Key, key};

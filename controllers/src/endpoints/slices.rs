@@ -1,5 +1,6 @@
 //! EndpointSlices of the Services with a selector.
 
+use super::topology::{self, Zones};
 use super::trigger::{self, Triggers};
 use super::{HEADLESS, Key, Port, TRIGGER_TIME, key};
 use crate::context::Context;
@@ -56,6 +57,15 @@ pub(crate) fn start(ctx: &Arc<Context>) {
         }
         c.queue.add(key);
     });
+    let c = controller.clone();
+    ctx.caches.nodes.subscribe(move |change| {
+        let same =
+            matches!(change, isopod_client::Change::Updated(old, new) if topology::share(old) == topology::share(new));
+        if !same {
+            let services = c.ctx.caches.services.list();
+            services.iter().filter(|s| topology::is_wanted(s)).for_each(|s| c.queue.add(key(&**s)));
+        }
+    });
     let (queue, stop) = (controller.queue.clone(), ctx.stop.clone());
     spawn_workers("endpointslice-controller", &queue, 5, &stop, move |key| {
         let controller = controller.clone();
@@ -91,7 +101,11 @@ impl Controller {
         };
         let time = self.triggers.next(&key, &service, &pods).map(trigger::text);
         let existing: Vec<&EndpointSlice> = existing.iter().map(|s| &**s).collect();
-        let plan = plan(&service, &pods, &existing, &zone, time.as_deref());
+        let zones = topology::is_wanted(&service).then(|| {
+            let nodes = self.ctx.caches.nodes.list();
+            topology::zones(nodes.iter().map(|n| &**n))
+        });
+        let plan = plan(&service, &pods, &existing, (&zone, zones.as_ref()), time.as_deref());
         self.apply(&key, &service, plan).await
     }
 
@@ -181,6 +195,9 @@ fn endpoint(service: &Service, pod: &Pod, addresses: Vec<String>, zone: Option<S
 
 /// Where traffic to an endpoint should come from, as `spec.trafficDistribution` wants it: from its own zone, or its node.
 fn hints(service: &Service, node: &str, zone: Option<&str>) -> Option<EndpointHints> {
+    if topology::is_wanted(service) {
+        return None;
+    }
     let same_node = match service.spec.as_ref()?.traffic_distribution.as_deref()? {
         "PreferSameZone" | "PreferClose" => false,
         "PreferSameNode" => true,
@@ -250,12 +267,15 @@ fn stamp(slice: &mut EndpointSlice, time: Option<&str>) {
     }
 }
 
+/// The zone of a node, and what zones carry where the Service has its endpoints shared out among them.
+type Places<'p> = (&'p dyn Fn(&str) -> Option<String>, Option<&'p Zones>);
+
 /// The changes that bring the slices in line with the pods.
 fn plan<'a>(
     service: &Service,
     pods: &[Arc<Pod>],
     existing: &[&'a EndpointSlice],
-    zone: &dyn Fn(&str) -> Option<String>,
+    places: Places<'_>,
     time: Option<&str>,
 ) -> Plan<'a> {
     let mut plan = Plan::default();
@@ -263,7 +283,7 @@ fn plan<'a>(
     plan.delete.extend(existing.iter().filter(|s| !families.contains(&s.address_type.as_str())));
     for family in families {
         let slices: Vec<&'a EndpointSlice> = existing.iter().copied().filter(|s| s.address_type == family).collect();
-        plan_family(service, pods, family, &slices, zone, &mut plan);
+        plan_family(service, pods, family, &slices, places, &mut plan);
     }
     for slice in plan.create.iter_mut().chain(plan.update.iter_mut().map(|(_, new)| new)) {
         stamp(slice, time);
@@ -276,7 +296,7 @@ fn plan_family<'a>(
     pods: &[Arc<Pod>],
     family: &str,
     existing: &[&'a EndpointSlice],
-    zone: &dyn Fn(&str) -> Option<String>,
+    (zone, zones): Places<'_>,
     plan: &mut Plan<'a>,
 ) {
     let mut desired: BTreeMap<Vec<Port>, Vec<Endpoint>> = BTreeMap::new();
@@ -293,6 +313,9 @@ fn plan_family<'a>(
         let mut ports = super::ports(service, pod);
         ports.sort();
         desired.entry(ports).or_default().push(endpoint(service, pod, addresses, zone(pods::node(pod))));
+    }
+    if let Some(zones) = zones {
+        topology::assign(desired.values_mut().flatten().collect(), zones);
     }
     let mut by_ports: HashMap<Vec<Port>, Vec<&'a EndpointSlice>> = HashMap::new();
     for slice in existing {
@@ -366,7 +389,7 @@ mod tests {
     use serde_json::json;
 
     fn make<'a>(pods: &[Arc<Pod>], existing: &[&'a EndpointSlice]) -> Plan<'a> {
-        plan(&service(json!([{"port": 80, "targetPort": "http"}])), pods, existing, &|_| Some("z".into()), None)
+        plan(&service(json!([{"port": 80, "targetPort": "http"}])), pods, existing, (&|_| Some("z".into()), None), None)
     }
 
     fn sizes(slices: &[EndpointSlice]) -> Vec<usize> {
@@ -413,7 +436,7 @@ mod tests {
         let hints = |distribution: &str, ready: bool| {
             let mut service = service(json!([{"port": 80}]));
             service.spec.get_or_insert_default().traffic_distribution = Some(distribution.to_owned());
-            let plan = plan(&service, &[pod("a", "10.0.0.1", ready)], &[], &|_| Some("z".into()), None);
+            let plan = plan(&service, &[pod("a", "10.0.0.1", ready)], &[], (&|_| Some("z".into()), None), None);
             let hints = plan.create[0].endpoints.as_ref().unwrap()[0].hints.clone();
             serde_json::to_value(hints).unwrap()
         };
@@ -439,5 +462,27 @@ mod tests {
             (Some(false), Some(true), Some(true))
         );
         assert_eq!(endpoints[0].zone.as_deref(), Some("z"));
+    }
+
+    #[test]
+    fn zones_have_their_share_of_the_endpoints() {
+        let mut service = service(json!([{"port": 80}]));
+        let mode = ("service.kubernetes.io/topology-mode".to_owned(), "Auto".to_owned());
+        service.metadata.annotations = Some([mode].into());
+        // It comes before the other way to say it.
+        service.spec.get_or_insert_default().traffic_distribution = Some("PreferSameNode".into());
+        let zones = Zones::from([("y".to_owned(), 2000), ("z".to_owned(), 2000)]);
+        let pods: Vec<_> = (1..=4).map(|n| pod(&format!("p{n}"), &format!("10.0.0.{n}"), true)).collect();
+        let made = plan(&service, &pods, &[], (&|_| Some("z".into()), Some(&zones)), None);
+        let endpoints = made.create[0].endpoints.as_ref().unwrap();
+        let hint = |e: &Endpoint| e.hints.as_ref().unwrap().for_zones.as_ref().unwrap()[0].name.clone();
+        let mut hints: Vec<String> = endpoints.iter().map(hint).collect();
+        hints.sort();
+        assert_eq!(hints, ["y", "y", "z", "z"]);
+        let again =
+            plan(&service, &pods, &made.create.iter().collect::<Vec<_>>(), (&|_| Some("z".into()), Some(&zones)), None);
+        assert!(again.create.is_empty() && again.update.is_empty() && again.delete.is_empty(), "{again:?}");
+        let alone = plan(&service, &pods, &[], (&|_| Some("z".into()), Some(&Zones::new())), None);
+        assert!(alone.create[0].endpoints.iter().flatten().all(|e| e.hints.is_none()));
     }
 }
