@@ -253,6 +253,7 @@ impl Writer<'_> {
         }
     }
 
+    /// Endpoints first, then what leads to them: a load takes several transactions.
     fn route(&mut self, reach: Reach, pools: &Pools) {
         let (cluster, local) = (count(&pools.cluster), count(&pools.local));
         let at_node = matches!(self.frontend, Frontend::NodePort(..));
@@ -260,17 +261,17 @@ impl Writer<'_> {
             _ if cluster == 0 && local == 0 => self.refuse(Chain::Reject),
             Reach::Internal(Policy::Local) if local == 0 => self.refuse(Chain::Drop),
             Reach::Internal(Policy::Local) => {
-                self.verdict(Map::Services, Map::NodePorts, Chain::LocalPick(local));
                 self.backends(LOCAL_BASE, &pools.local);
+                self.verdict(Map::Services, Map::NodePorts, Chain::LocalPick(local));
             }
             Reach::Internal(Policy::Cluster) => {
-                self.verdict(Map::Services, Map::NodePorts, Chain::Pick(cluster));
                 self.backends(0, &pools.cluster);
+                self.verdict(Map::Services, Map::NodePorts, Chain::Pick(cluster));
             }
             Reach::External(Policy::Cluster) => {
                 let pick = if at_node { Chain::NodePortPick(cluster) } else { Chain::MasqueradePick(cluster) };
-                self.verdict(Map::Services, Map::NodePorts, pick);
                 self.backends(0, &pools.cluster);
+                self.verdict(Map::Services, Map::NodePorts, pick);
             }
             Reach::External(Policy::Local) => self.route_external_local(pools, at_node),
         }
@@ -283,17 +284,17 @@ impl Writer<'_> {
         } else {
             (Chain::ExternalLocal, Chain::Pick(cluster), Chain::LocalPick(local))
         };
-        self.verdict(Map::Services, Map::NodePorts, policy);
         if cluster > 0 {
-            self.verdict(Map::ExternalCluster, Map::NodePortCluster, any);
             self.backends(0, &pools.cluster);
+            self.verdict(Map::ExternalCluster, Map::NodePortCluster, any);
         }
         if local > 0 {
-            self.verdict(Map::ExternalLocal, Map::NodePortLocal, own);
             self.backends(LOCAL_BASE, &pools.local);
+            self.verdict(Map::ExternalLocal, Map::NodePortLocal, own);
         } else {
             self.refuse(Chain::DropExternal);
         }
+        self.verdict(Map::Services, Map::NodePorts, policy);
     }
 
     fn firewall(&mut self, ranges: &[IpNet]) {

@@ -16,7 +16,7 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::{
-    element::{Element, ElementKey, Family, Map},
+    element::{Element, ElementKey, Family, Map, Value},
     raw,
     skeleton::{self, Chains, Settings},
     wire::{self, Batch},
@@ -30,6 +30,8 @@ use crate::{
 
 /// Bytes of elements per transaction when everything is loaded; a single change is always one transaction.
 const TRANSACTION_MAX: usize = 4 << 20;
+/// What is read at once: more than the kernel ever sends.
+const ROOM: usize = 64 << 10;
 /// Elements from which on a change is quicker when nobody listens.
 const MANY: usize = 1000;
 /// The map of clients and their endpoints, which rules write.
@@ -239,13 +241,21 @@ impl Kernel {
         Ok(())
     }
 
+    /// The next messages. The kernel makes as many of a dump as there is room for; for each lot it walks the set from its
+    /// beginning.
+    fn receive(&self) -> Result<Vec<u8>, Error> {
+        let mut buffer = Vec::with_capacity(ROOM);
+        self.socket.recv(&mut buffer, 0).map_err(|e| Error::Socket("read", e))?;
+        Ok(buffer)
+    }
+
     /// Number of the ruleset's last change, whoever made it.
     fn generation(&self) -> Result<u32, Error> {
         let mut request = Vec::new();
         let head = (wire::nft(wire::MSG_GETGEN), wire::NLM_F_REQUEST, 1);
         wire::message(&mut request, head, (0, 0), |_| {});
         self.socket.send(&request, 0).map_err(|e| Error::Socket("send on", e))?;
-        let (answer, _) = self.socket.recv_from_full().map_err(|e| Error::Socket("read", e))?;
+        let answer = self.receive()?;
         let id = wire::messages(&answer).find_map(|m| wire::attribute(m.body, 1)?.first_chunk().copied());
         Ok(id.map_or(0, u32::from_be_bytes))
     }
@@ -299,18 +309,34 @@ impl Kernel {
         self.quietly(|kernel| kernel.change_all(removed, added))
     }
 
+    /// Elements that are replaced are so in one transaction, and what nothing leads to any more goes last: however many
+    /// transactions there are, each leaves all Services whole. Only ranges go first, for the kernel lets none overlap.
     fn change_all(&self, removed: &[Element], added: &[Element]) -> Result<(), Error> {
+        let ours = |e: &&Element| self.families.contains(&e.family);
+        let (ranges, others): (Vec<_>, Vec<_>) =
+            removed.iter().filter(ours).partition(|e| matches!(e.value, Value::Until(_)));
         let mut batch = Batch::default();
-        for element in removed.iter().filter(|e| self.families.contains(&e.family)) {
-            batch.remove(element);
+        for range in ranges {
+            batch.remove(range);
+            self.send_full(&mut batch)?;
         }
-        for element in added.iter().filter(|e| self.families.contains(&e.family)) {
-            if batch.size() > TRANSACTION_MAX {
-                self.send(std::mem::take(&mut batch))?;
+        let mut old: HashMap<ElementKey, &Element> = others.into_iter().map(|e| (e.id(), e)).collect();
+        for element in added.iter().filter(ours) {
+            if let Some(before) = old.remove(&element.id()) {
+                batch.remove(before);
             }
             batch.add(element);
+            self.send_full(&mut batch)?;
+        }
+        for element in old.into_values() {
+            batch.remove(element);
+            self.send_full(&mut batch)?;
         }
         if batch.is_empty() { Ok(()) } else { self.send(batch) }
+    }
+
+    fn send_full(&self, batch: &mut Batch) -> Result<(), Error> {
+        if batch.size() > TRANSACTION_MAX { self.send(std::mem::take(batch)) } else { Ok(()) }
     }
 
     fn send(&self, batch: Batch) -> Result<(), Error> {
@@ -324,7 +350,7 @@ impl Kernel {
         self.socket.send(bytes, 0).map_err(|e| Error::Socket("send on", e))?;
         let mut failed = None;
         loop {
-            let (answer, _) = self.socket.recv_from_full().map_err(|e| Error::Socket("read", e))?;
+            let answer = self.receive()?;
             for message in wire::messages(&answer).filter(|m| m.kind == wire::NLMSG_ERROR) {
                 if message.errno() != 0 {
                     failed.get_or_insert(message.errno());
@@ -347,7 +373,7 @@ impl Kernel {
         self.socket.send(request, 0).map_err(|e| Error::Socket("send on", e))?;
         let mut consistency = Consistency::Whole;
         loop {
-            let (answer, _) = self.socket.recv_from_full().map_err(|e| Error::Socket("read", e))?;
+            let answer = self.receive()?;
             for message in wire::messages(&answer) {
                 if message.flags & wire::NLM_F_DUMP_INTR != 0 {
                     consistency = Consistency::Interrupted;
