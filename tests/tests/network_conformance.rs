@@ -136,6 +136,11 @@ fn dashed(address: &str) -> String {
     address.replace('.', "-")
 }
 
+fn reversed(address: &str) -> String {
+    let parts: Vec<&str> = address.rsplit('.').collect();
+    format!("{}.in-addr.arpa", parts.join("."))
+}
+
 #[test]
 fn names_are_those_of_the_sample() {
     let mut net = Net::new();
@@ -158,8 +163,8 @@ fn names_are_those_of_the_sample() {
         ["8080 first.db.default.svc.cluster.local", &format!("8080 {}.db.default.svc.cluster.local", dashed(&second))];
     w.resolves("srv", "_http._tcp.db.default.svc.cluster.local", &hosts);
     w.resolves("srv", "_http._tcp.web.default.svc.cluster.local", &["80 web.default.svc.cluster.local"]);
-    w.resolves("ptr", &web, &["web.default.svc.cluster.local"]);
-    w.resolves("ptr", &first, &["first.db.default.svc.cluster.local"]);
+    w.resolves("ptr", &reversed(&web), &["web.default.svc.cluster.local"]);
+    w.resolves("ptr", &reversed(&first), &["first.db.default.svc.cluster.local"]);
     // DNS, resolve the hostname; DNS, resolve the subdomain.
     w.resolves("a", "first.db.default.svc.cluster.local", &[&first]);
     w.resolves("a", "db.default.svc.cluster.local", &[&first]);
