@@ -25,10 +25,9 @@ use std::{
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Read by the allocator before `main`. Freed pages are given back at once: its own default waits for the next allocation, and
-/// an idle node makes none. A page that is full belongs to nobody, and so it remains when something of it is freed: whoever
+/// an idle node makes none. A page that was full belongs to nobody, and so it remains when something of it is freed: whoever
 /// frees the rest gives it back, while its thread may never look at it again.
-const ALLOCATION: [(&str, &str); 3] =
-    [("MIMALLOC_PURGE_DELAY", "0"), ("MIMALLOC_PAGE_FULL_RETAIN", "0"), ("MIMALLOC_PAGE_RECLAIM_ON_FREE", "-1")];
+const ALLOCATION: [(&str, &str); 2] = [("MIMALLOC_PURGE_DELAY", "0"), ("MIMALLOC_PAGE_RECLAIM_ON_FREE", "-1")];
 
 fn main() -> ExitCode {
     keep_small();
