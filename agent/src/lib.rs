@@ -3,6 +3,7 @@
 //! What comes in: the API server's pods of this node, static manifests, the supervisors' events. What goes out: running
 //! containers, status, events. Every loop observes, plans purely and applies idempotently.
 
+mod accept;
 mod access;
 mod agent;
 mod api;

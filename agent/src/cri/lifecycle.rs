@@ -18,6 +18,7 @@ use crate::{
     pods::{
         exec, new_id,
         sandbox::{self, HANDLERS, Live},
+        start,
         state::now,
     },
     runtime::Supervisor,
@@ -175,28 +176,12 @@ fn prepare(
     let (pod, container) = convert::container(pod, config)?;
     let devices = Injection::from_cri(config).resolved().map_err(Status::invalid_argument)?;
     let mut mounts = convert::mounts(config)?;
-    let etc = sandbox::files_dir(ctx, &pod);
-    for file in ["hosts", "hostname", "resolv.conf"] {
-        let place = format!("/etc/{file}");
-        if !mounts.iter().any(|m| m.destination == place) {
-            mounts.push(spec::BindMount::file(etc.join(file), place));
-        }
-    }
+    start::bind_names(ctx, &pod, &mut mounts);
     mounts.extend(devices.binds());
     let mut document = spec::build(&spec::Inputs {
-        pod: &pod,
-        container: &container,
-        image: &image,
         env: devices.variables().chain(convert::variables(config)).collect(),
-        hostname: &live.hostname,
         mounts,
-        shm: live.shm.clone(),
-        cgroup: format!("/{}/{id}", live.sandbox.cgroup),
-        memory_capacity: ctx.machine.memory,
-        knobs: ctx.knobs(),
-        users: None,
-        seccomp_default: false,
-        seccomp_profiles: ctx.config.paths.state().join("seccomp"),
+        ..start::inputs(ctx, live, &pod, &container, &image, id)
     })
     .map_err(Status::invalid_argument)?;
     if let Some(r) = config.linux.as_ref().and_then(|l| l.resources.as_ref()) {

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::view;
 use crate::{
+    accept,
     context::Context,
     host,
     server::{
@@ -47,27 +48,18 @@ impl Streaming {
         let streaming = Self { address: listener.local_addr()?, tasks: Arc::default() };
         let server = streaming.clone();
         tokio::spawn(async move {
-            loop {
-                // Cancel-safe: a connection that is not taken stays in the queue.
-                let accepted = tokio::select! {
-                    () = stop.cancelled() => return,
-                    accepted = listener.accept() => accepted,
-                };
-                let Ok((stream, _)) = accepted else {
-                    // Out of descriptors, most likely: a pause lets some be closed.
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                };
+            let connection = |stream| {
                 let (server, host) = (server.clone(), Arc::new(CriHost { ctx: ctx.clone() }));
-                tokio::spawn(async move {
+                async move {
                     let service = service_fn(move |r| {
                         let response = server.answer(host.clone(), r);
                         async move { Ok::<_, Infallible>(response) }
                     });
                     let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
                     builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await.ok();
-                });
-            }
+                }
+            };
+            accept::connections(|| listener.accept(), &stop, connection).await;
         });
         Ok(streaming)
     }

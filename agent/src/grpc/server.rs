@@ -1,6 +1,6 @@
 //! The server's side of gRPC on a unix socket.
 
-use std::{convert::Infallible, fs, io, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{convert::Infallible, fs, io, os::unix::fs::PermissionsExt, path::Path};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -15,6 +15,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tower::Service;
+
+use crate::accept;
 
 /// Answers one connection's calls until it ends.
 pub(crate) async fn answer<T, S>(stream: T, service: S)
@@ -51,25 +53,5 @@ where
     S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
-    loop {
-        // Both arms are cancel-safe: a connection that is not taken stays in the listener's queue.
-        let stream = tokio::select! {
-            () = stop.cancelled() => return,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    tracing::warn!(%error, "gRPC socket");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            },
-        };
-        let (service, stop) = (service.clone(), stop.clone());
-        tokio::spawn(async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = answer(stream, service) => {}
-            }
-        });
-    }
+    accept::connections(|| listener.accept(), &stop, |stream| answer(stream, service.clone())).await;
 }

@@ -4,6 +4,8 @@
 //! disk and a bind mount. What comes in: setup and teardown by pod, the node's ranges. What goes out: links,
 //! namespaces, rules. Records on disk are the truth; whatever has no record is removed.
 
+mod slots;
+
 use std::{
     collections::{HashMap, HashSet},
     io,
@@ -11,7 +13,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64},
     },
     time::Instant,
 };
@@ -23,6 +25,7 @@ use rtnetlink::Handle;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
+use self::slots::{SLOT, Slot};
 use super::{
     NetworkError, PodNetwork, PodNetworkRequest, PodNetworkStatus, addresses,
     addresses::Addresses,
@@ -33,10 +36,6 @@ use super::{
 };
 use crate::Paths;
 
-/// Prepared namespaces.
-const POOL: usize = 4;
-/// File names of prepared namespaces; no UID begins so.
-const SLOT: &str = ".slot-";
 const WAITING: &str = "this node has no pod address range yet";
 
 /// What the pod network has to know.
@@ -81,14 +80,6 @@ impl NetworkConfig {
     fn records_dir(&self) -> PathBuf {
         self.paths.state().join("network")
     }
-}
-
-/// A namespace made ahead.
-struct Slot {
-    id: String,
-    path: PathBuf,
-    link: String,
-    ips: Vec<IpAddr>,
 }
 
 #[derive(Default)]
@@ -270,7 +261,7 @@ impl BridgeNetwork {
 impl BridgeNetwork {
     /// Whether the pool is full and nothing is being made.
     pub(super) fn is_idle(&self) -> bool {
-        !self.inner.filling.load(Ordering::Acquire) && self.inner.state.lock().pool.len() >= POOL
+        self.inner.filled()
     }
 }
 
@@ -379,106 +370,6 @@ impl Inner {
         if let Ok(Err(error)) = written.await {
             tracing::warn!(error = %chain(&error), "packets to pods that are gone are not refused");
         }
-    }
-
-    /// Makes one namespace ready for a pod.
-    async fn prepare(self: &Arc<Self>) -> Result<Slot, NetworkError> {
-        let number = self.counter.fetch_add(1, Ordering::Relaxed);
-        let id = format!("{SLOT}{number}");
-        let prefix = self.config.paths.link_prefix();
-        // A name is at most 15 bytes: `isov` and 8 digits, or `isoXXXXXXv` and 5.
-        let digits = 15 - prefix.len() - 1;
-        let random = format!("{:016x}", rand::random::<u64>());
-        let link = format!("{prefix}v{}", &random[..digits.min(8)]);
-        let ips = {
-            let mut state = self.state.lock();
-            state.making.insert(link.clone());
-            state.addresses.allocate(&id)
-        };
-        let slot = Slot { path: self.netns(&id), id, link, ips: ips.clone().unwrap_or_default() };
-        let refused = self.state.lock().gone.remove(&slot.ips);
-        if refused {
-            self.write_gone().await;
-        }
-        let made = match ips {
-            Ok(_) => self.build(&slot).await,
-            Err(error) => Err(error.into()),
-        };
-        match made {
-            Ok(()) => Ok(slot),
-            Err(error) => {
-                self.discard(slot).await;
-                Err(error)
-            }
-        }
-    }
-
-    async fn build(&self, slot: &Slot) -> Result<(), NetworkError> {
-        let inside = namespace::create(slot.path.clone()).await?;
-        let ns =
-            std::fs::File::open(&slot.path).map_err(|e| NetworkError(format!("open {}: {e}", slot.path.display())))?;
-        let fd = std::os::fd::AsFd::as_fd(&ns);
-        links::add_veth(&self.handle, &slot.link, self.bridge, fd, self.config.mtu).await?;
-        let ranges = self.state.lock().addresses.ranges().to_vec();
-        let gateway = |a: &IpAddr| ranges.iter().find(|r| r.contains(a)).map(|r| (*a, addresses::gateway(r)));
-        let pairs: Vec<_> = slot.ips.iter().filter_map(gateway).collect();
-        links::configure_pod(&inside, &pairs).await?;
-        Ok(())
-    }
-
-    /// Removes a prepared namespace; a failure leaves a stray for the next start.
-    async fn discard(&self, slot: Slot) {
-        if let Err(error) = self.remove(&slot.path, &slot.link).await {
-            tracing::warn!(%error, link = slot.link, "prepared pod network not removed");
-        }
-        let mut state = self.state.lock();
-        state.making.remove(&slot.link);
-        state.addresses.release(&slot.id);
-    }
-
-    async fn remove(&self, path: &std::path::Path, link: &str) -> Result<(), NetworkError> {
-        let deleted = links::delete(&self.handle, link).await;
-        namespace::unpin(path)?;
-        Ok(deleted?)
-    }
-
-    /// Puts a prepared namespace into the pool; gives it back when the ranges changed meanwhile.
-    fn shelve(&self, slot: Slot) -> Option<Slot> {
-        let mut state = self.state.lock();
-        state.making.remove(&slot.link);
-        let ranges = state.addresses.ranges();
-        if slot.ips.iter().all(|a| ranges.iter().any(|r| r.contains(a))) {
-            state.pool.push(slot);
-            return None;
-        }
-        Some(slot)
-    }
-
-    /// Fills the pool in the background.
-    fn refill(self: &Arc<Self>) {
-        if *self.ranges.borrow() != Ranges::Ready || self.filling.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let weak = Arc::downgrade(self);
-        tokio::spawn(async move {
-            // Nobody else holds it: the network is not used any more.
-            while let Some(inner) = weak.upgrade().filter(|i| i.state.lock().pool.len() < POOL) {
-                match inner.prepare().await {
-                    Ok(slot) => {
-                        if let Some(outdated) = inner.shelve(slot) {
-                            inner.discard(outdated).await;
-                        }
-                    }
-                    Err(error) => {
-                        tracing::debug!(%error, "no pod network prepared ahead");
-                        break;
-                    }
-                }
-            }
-            if let Some(inner) = weak.upgrade() {
-                inner.filling.store(false, Ordering::Release);
-            }
-        });
     }
 
     async fn setup(self: &Arc<Self>, pod: PodNetworkRequest) -> Result<PodNetworkStatus, NetworkError> {

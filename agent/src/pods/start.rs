@@ -307,19 +307,12 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
         let users = own_users.then(|| ctx.users.of(sandbox::uid(pod))).transpose();
         let users = users.map_err(|e| Failure::config(e.to_string()))?;
         let mut document = spec::build(&spec::Inputs {
-            pod,
-            container: c,
-            image,
             env,
-            hostname: &live.hostname,
             mounts,
-            shm: live.shm.clone(),
-            cgroup: format!("/{}/{id}", live.sandbox.cgroup),
-            memory_capacity: ctx.machine.memory,
             knobs: ctx.knobs_of(sandbox::uid(pod), &c.name),
             users,
             seccomp_default: ctx.config.kubelet.seccomp_default,
-            seccomp_profiles: ctx.config.paths.state().join("seccomp"),
+            ..inputs(ctx, live, pod, c, image, &id)
         })
         .map_err(Failure::config)?;
         devices.apply(&mut document).map_err(Failure::config)?;
@@ -376,6 +369,43 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
     Ok(instance)
 }
 
+/// What a container's document is made of, whoever wants the container; without variables, mounts and users.
+pub(crate) fn inputs<'a>(
+    ctx: &'a Context,
+    live: &'a Live,
+    pod: &'a Pod,
+    container: &'a Container,
+    image: &'a ImageHandle,
+    id: &str,
+) -> spec::Inputs<'a> {
+    spec::Inputs {
+        pod,
+        container,
+        image,
+        env: Vec::new(),
+        hostname: &live.hostname,
+        mounts: Vec::new(),
+        shm: live.shm.clone(),
+        cgroup: format!("/{}/{id}", live.sandbox.cgroup),
+        memory_capacity: ctx.machine.memory,
+        knobs: ctx.knobs(),
+        users: None,
+        seccomp_default: false,
+        seccomp_profiles: ctx.config.paths.state().join("seccomp"),
+    }
+}
+
+/// The pod's hosts, hostname and resolv.conf, where nothing else is mounted there.
+pub(crate) fn bind_names(ctx: &Context, pod: &Pod, mounts: &mut Vec<BindMount>) {
+    let etc = sandbox::files_dir(ctx, pod);
+    for file in ["hosts", "hostname", "resolv.conf"] {
+        let place = format!("/etc/{file}");
+        if !mounts.iter().any(|m| m.destination == place) {
+            mounts.push(BindMount::file(etc.join(file), place));
+        }
+    }
+}
+
 /// A container's log file.
 pub(crate) fn log_path(ctx: &Context, pod: &Pod, container: &str, attempt: u32) -> PathBuf {
     let dir = ctx.config.paths.pod_logs(sandbox::namespace(pod), sandbox::name(pod), sandbox::uid(pod));
@@ -391,13 +421,7 @@ fn mounts(job: &Job, bundle: &Path, prepared: &Prepared, env: &[(String, String)
     let (ctx, pod, c) = (&job.ctx, &job.pod, &job.container);
     let pod_dir = ctx.config.paths.pod(sandbox::uid(pod));
     let mut all = volumes::container_mounts(&pod_dir, c, &prepared.mounted, env).map_err(Failure::config)?;
-    let etc = sandbox::files_dir(ctx, pod);
-    for file in ["hosts", "hostname", "resolv.conf"] {
-        let place = format!("/etc/{file}");
-        if !all.iter().any(|m| m.destination == place) {
-            all.push(BindMount::file(etc.join(file), place));
-        }
-    }
+    bind_names(ctx, pod, &mut all);
     let message = message_path(bundle);
     fs::write(&message, b"").map_err(|e| Failure::config(e.to_string()))?;
     // Any user of the container may write its last words.

@@ -11,6 +11,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::exposition::Exposition;
+use crate::accept;
 
 /// The checks of /healthz.
 const CHECKS: [&str; 3] = ["ping", "log", "syncloop"];
@@ -44,26 +45,15 @@ pub(crate) async fn serve(address: SocketAddr, stop: CancellationToken) {
             return;
         }
     };
-    loop {
-        // Cancel-safe: accept loses no connection.
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = stop.cancelled() => return,
-        };
-        let Ok((stream, _)) = accepted else {
-            // Out of descriptors, most likely: a pause lets some be closed.
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-            continue;
-        };
-        tokio::spawn(async move {
-            let service = service_fn(|r: Request<Incoming>| async move { Ok::<_, Infallible>(answer(r.uri().path())) });
-            let mut builder = hyper::server::conn::http1::Builder::new();
-            builder.timer(TokioTimer::new()).keep_alive(false);
-            if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
-                tracing::debug!(%error, "health connection");
-            }
-        });
-    }
+    let connection = async |stream| {
+        let service = service_fn(|r: Request<Incoming>| async move { Ok::<_, Infallible>(answer(r.uri().path())) });
+        let mut builder = hyper::server::conn::http1::Builder::new();
+        builder.timer(TokioTimer::new()).keep_alive(false);
+        if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
+            tracing::debug!(%error, "health connection");
+        }
+    };
+    accept::connections(|| listener.accept(), &stop, connection).await;
 }
 
 #[cfg(test)]

@@ -33,7 +33,6 @@ use serde_json::Value;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
-    task::JoinSet,
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -45,6 +44,7 @@ pub use self::{
     tls::Error as TlsError,
     tls::Identity,
 };
+use crate::accept;
 
 /// A pod as a client names it. Static pods are found by their name with the node's suffix.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -322,27 +322,9 @@ impl Bound {
     /// Answers until `stop`, then gives connections a moment to finish.
     pub async fn serve(self, host: Arc<dyn Host>, stop: CancellationToken) {
         let server = http::Server { host };
-        let mut connections = JoinSet::new();
-        loop {
-            // Cancel-safe: accept loses no connection, and a join set keeps what is not reaped.
-            let accepted = tokio::select! {
-                accepted = self.listener.accept() => accepted,
-                Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-                () = stop.cancelled() => break,
-            };
-            match accepted {
-                Ok((stream, _)) => {
-                    let connection = connection(server.clone(), self.acceptor.clone(), stream, stop.clone());
-                    connections.spawn(connection);
-                }
-                Err(error) => {
-                    // Out of descriptors, most likely: a pause lets some be closed.
-                    tracing::warn!(%error, "accept");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-        let drained = async { while connections.join_next().await.is_some() {} };
+        let answer = |stream| connection(server.clone(), self.acceptor.clone(), stream, stop.clone());
+        let mut open = accept::connections(|| self.listener.accept(), &stop, answer).await;
+        let drained = async { while open.join_next().await.is_some() {} };
         if tokio::time::timeout(DRAIN, drained).await.is_err() {
             tracing::debug!("connections were still open at the stop");
         }
