@@ -59,7 +59,8 @@ impl Cluster {
         if !config.exists() {
             fs::write(config, CONFIGURATION).unwrap();
         }
-        let images = host.path("/var/lib/isopod/images");
+        // Also where the test has mounted a disk of its own there.
+        let images = host.inside("/var/lib/isopod/images");
         Image::busybox("busybox:1").save(&images.join("busybox.tar"));
         Image::web("web:1").save(&images.join("web.tar"));
     }

@@ -73,6 +73,26 @@ impl Snapshot {
     }
 }
 
+/// Files and records that pods have beside what the kernel knows of them, without those of the control plane.
+pub fn records(host: &Host) -> String {
+    host.must(
+        "ls /var/lib/isopod/network/pods; \
+         for d in /var/lib/isopod/pods/* /run/isopod/pods/*; do \
+             grep -qs '\"kubernetes.io/config.source\":\"file\"' /var/lib/isopod/pods/${d##*/}/pod.json || echo $d; done; \
+         ls /var/log/pods | grep -v ^kube-system_ || true",
+    )
+}
+
+/// Waits until a host is as it was: nothing of the pods since is left.
+#[track_caller]
+pub fn converges(host: &Host, before: &Snapshot) {
+    eventually("nothing of the pods is left", || {
+        let diff = before.diff(&Snapshot::take(host).pooled());
+        let records = records(host);
+        if diff.is_empty() && records.is_empty() { Ok(()) } else { Err((diff, records)) }
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::Snapshot;

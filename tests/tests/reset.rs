@@ -3,7 +3,10 @@
 
 use std::fs;
 
-use isopod_tests::{Cluster, Host, Net, eventually, snapshot::Snapshot};
+use isopod_tests::{
+    Cluster, Net, eventually,
+    snapshot::{Snapshot, converges},
+};
 
 #[test]
 fn reset_leaves_nothing() {
@@ -55,25 +58,6 @@ fn down_keeps_the_data_and_up_goes_on() {
     });
 }
 
-/// Files and records that pods have beside what the kernel knows of them, without those of the control plane.
-fn records(host: &Host) -> String {
-    host.must(
-        "ls /var/lib/isopod/network/pods; \
-         for d in /var/lib/isopod/pods/* /run/isopod/pods/*; do \
-             grep -qs '\"kubernetes.io/config.source\":\"file\"' /var/lib/isopod/pods/${d##*/}/pod.json || echo $d; done; \
-         ls /var/log/pods | grep -v ^kube-system_ || true",
-    )
-}
-
-#[track_caller]
-fn converges(c: &Cluster, before: &Snapshot) {
-    eventually("nothing of the pods is left", || {
-        let diff = before.diff(&Snapshot::take(&c.host).pooled());
-        let records = records(&c.host);
-        if diff.is_empty() && records.is_empty() { Ok(()) } else { Err((diff, records)) }
-    });
-}
-
 #[test]
 fn thirty_pods_come_and_go_and_leave_nothing() {
     let mut net = Net::new();
@@ -87,7 +71,7 @@ fn thirty_pods_come_and_go_and_leave_nothing() {
     c.k("rollout status deployment/web --timeout=60s");
     c.k("delete deployment web");
     c.k("wait --for=delete pod -l app=web --timeout=60s");
-    converges(&c, &before);
+    converges(&c.host, &before);
     // Once more, and the agent dies in the midst of it, again and again.
     c.k("create deployment web --image=web:1 --replicas=30");
     for part in [0, 5, 20] {
@@ -106,5 +90,5 @@ fn thirty_pods_come_and_go_and_leave_nothing() {
     c.kill_agent();
     c.up();
     c.k("wait --for=delete pod -l app=web --timeout=60s");
-    converges(&c, &before);
+    converges(&c.host, &before);
 }

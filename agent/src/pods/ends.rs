@@ -7,7 +7,7 @@ use isopod_runtime::supervisor::{
 
 use super::{
     message, sandbox, start,
-    state::Ended,
+    state::{Ended, now},
     worker::{Ends, Making, Worker},
 };
 use crate::{events::Kind, runtime::RuntimeEvent};
