@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     admission, sandbox,
     worker::{self, Command, Handle, Source},
+    writer::Seen,
 };
 use crate::{
     context::Context,
@@ -180,8 +181,7 @@ impl Manager {
             let _ = notes.send(Note::Gone(uid));
         });
         if source == Source::Static {
-            let uid = self.mirrors.get(&full_name(&pod)).and_then(|m| m.metadata.uid.clone());
-            handle.tell(Command::Mirror(uid));
+            handle.tell(Command::Mirror(self.mirrors.get(&full_name(&pod)).and_then(Seen::of)));
         }
         if starts && self.ctx.devices.wants(&pod) {
             let (ctx, pod, teller) = (self.ctx.clone(), pod.clone(), handle.teller());
@@ -307,10 +307,9 @@ impl Manager {
     fn apply(&mut self, p: Pod) {
         if is_mirror(&p) {
             let name = full_name(&p);
-            let uid = p.metadata.uid.clone();
             self.mirror_work.remove(&name);
-            self.mirrors.insert(name.clone(), p);
-            self.tell_mirror(&name, uid);
+            self.tell_mirror(&name, Seen::of(&p));
+            self.mirrors.insert(name, p);
             return;
         }
         let uid = sandbox::uid(&p).to_string();
@@ -342,9 +341,9 @@ impl Manager {
         (!last).then_some(at)
     }
 
-    fn tell_mirror(&self, name: &FullName, uid: Option<String>) {
+    fn tell_mirror(&self, name: &FullName, mirror: Option<Seen>) {
         for e in self.workers.values().filter(|e| e.source == Source::Static && full_name(&e.pod) == *name) {
-            e.handle.tell(Command::Mirror(uid.clone()));
+            e.handle.tell(Command::Mirror(mirror.clone()));
         }
     }
 

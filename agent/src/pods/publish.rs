@@ -71,6 +71,7 @@ impl Worker {
             }
             if let Err(error) = self.state.save(&dir.join("state.json")) {
                 tracing::warn!(path = %dir.display(), %error, "state not saved");
+                self.dirty = true;
             }
             self.show();
         }

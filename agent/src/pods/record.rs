@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
     time::Instant,
 };
 
@@ -10,6 +11,9 @@ use serde::Serialize;
 
 /// Records kept on a node.
 const KEPT: usize = 500;
+/// After so many more the oldest are dropped.
+const BETWEEN: usize = 64;
+static WRITTEN: AtomicUsize = AtomicUsize::new(0);
 
 /// One record, `var/lib/isopod/starts/NAMESPACE_NAME_UID.json`.
 #[derive(Debug, Clone, Serialize)]
@@ -83,6 +87,11 @@ impl StartRecord {
         self.phase(phase, None);
         self.complete = true;
         self.write();
+        if WRITTEN.fetch_add(1, Ordering::Relaxed) % BETWEEN == BETWEEN - 1
+            && let Some(dir) = self.path.parent()
+        {
+            prune(dir);
+        }
         Some(self.begun.elapsed())
     }
 

@@ -25,7 +25,7 @@ use super::{
     start::{Prepared, Progress},
     state::{Nanos, PodState, SECOND, now},
     status,
-    writer::{self, Wanted},
+    writer::{self, Seen, Wanted},
 };
 use crate::{
     context::Context,
@@ -38,6 +38,9 @@ use crate::{
     volumes::{Mounted, VolumeError},
 };
 use isopod_runtime::supervisor::protocol::ContainerStatus;
+
+/// How long after a state that could not be written it is tried again.
+const SAVE_AGAIN: Duration = Duration::from_secs(5);
 
 /// Where a pod comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,8 +60,8 @@ pub(crate) enum Command {
     Terminate { grace: Option<i64> },
     /// The pod as a whole fails (eviction, admission): it ends but stays visible.
     Fail { reason: String, message: String, grace: i64 },
-    /// UID of a static pod's mirror.
-    Mirror(Option<String>),
+    /// A static pod's mirror.
+    Mirror(Option<Seen>),
 }
 
 /// Everything a worker reacts to.
@@ -186,6 +189,7 @@ pub(super) struct Worker {
     pub(super) removed: bool,
     pub(super) mirror: watch::Sender<Option<String>>,
     pub(super) wanted: watch::Sender<Wanted>,
+    pub(super) seen: watch::Sender<Option<Seen>>,
     pub(super) published: Option<Arc<k8s_openapi::api::core::v1::PodStatus>>,
     pub(super) inputs: mpsc::UnboundedSender<Input>,
     pub(super) events: mpsc::UnboundedSender<RuntimeEvent>,
@@ -242,8 +246,13 @@ async fn run(
         w.take(input);
     }
     loop {
-        let wake = w.step();
+        let mut wake = w.step();
         w.publish();
+        if w.dirty {
+            // It could not be written down: the disk may be full.
+            let again = Instant::now() + SAVE_AGAIN;
+            wake = Some(wake.map_or(again, |w| w.min(again)));
+        }
         if w.deleting && w.removed {
             break;
         }
@@ -279,13 +288,20 @@ impl Worker {
         let uid = sandbox::uid(&pod).to_string();
         let mirror = watch::channel((source == Source::Api).then(|| uid.clone())).0;
         let wanted = watch::channel(Wanted::default()).0;
+        let seen = watch::channel(None).0;
         let target = writer::Target {
             namespace: sandbox::namespace(&pod).into(),
             name: sandbox::name(&pod).into(),
             uid: Some(uid.clone()),
             delete: source == Source::Api,
         };
-        let writer = tokio::spawn(writer::run(ctx.api.clone(), target, mirror.subscribe(), wanted.subscribe()));
+        let writer = tokio::spawn(writer::run(
+            ctx.api.clone(),
+            target,
+            mirror.subscribe(),
+            wanted.subscribe(),
+            seen.subscribe(),
+        ));
         let starts = ctx.config.paths.starts();
         let record = StartRecord::new(&starts, sandbox::namespace(&pod), sandbox::name(&pod), &uid);
         let state_path = ctx.config.paths.pod(&uid).join("state.json");
@@ -325,6 +341,7 @@ impl Worker {
             removed: false,
             mirror,
             wanted,
+            seen,
             published: None,
             inputs,
             events,
@@ -394,6 +411,7 @@ impl Worker {
     fn command(&mut self, c: Command) {
         match c {
             Command::Update(pod) => {
+                self.seen.send_replace(Seen::of(&pod));
                 self.ephemeral = super::ephemeral(&pod);
                 self.configure_again(&pod);
                 self.take_pod(pod);
@@ -412,7 +430,9 @@ impl Worker {
                     self.terminate(Some(grace), false);
                 }
             }
-            Command::Mirror(uid) => {
+            Command::Mirror(mirror) => {
+                let uid = mirror.as_ref().map(|m| m.uid.clone());
+                self.seen.send_replace(mirror);
                 if *self.mirror.borrow() != uid {
                     self.mirror.send_replace(uid);
                     self.published = None;

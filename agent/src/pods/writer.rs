@@ -30,29 +30,82 @@ pub(crate) struct Target {
     pub(crate) delete: bool,
 }
 
+/// An object as the API server has it: what somebody else may have written into its status.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) uid: String,
+    revision: u64,
+    phase: Option<String>,
+    /// Type and status.
+    conditions: Vec<(String, String)>,
+}
+
+impl Seen {
+    /// What of it matters here.
+    pub(crate) fn of(pod: &Pod) -> Option<Self> {
+        let status = pod.status.as_ref();
+        let conditions = status.and_then(|s| s.conditions.as_ref()).into_iter().flatten();
+        Some(Self {
+            uid: pod.metadata.uid.clone()?,
+            revision: revision(pod),
+            phase: status.and_then(|s| s.phase.clone()),
+            conditions: conditions.map(|c| (c.type_.clone(), c.status.clone())).collect(),
+        })
+    }
+
+    /// Whether it is newer than what was sent and says otherwise.
+    fn differs(&self, sent: &Sent) -> bool {
+        let listed = sent.status["conditions"].as_array().into_iter().flatten();
+        let own = listed.filter_map(|c| Some((c["type"].as_str()?, c["status"].as_str()?)));
+        let told = |kind: &str| self.conditions.iter().find(|(k, _)| k == kind).map(|(_, status)| status.as_str());
+        self.uid == sent.uid
+            && self.revision > sent.revision
+            && (self.phase.as_deref() != sent.status["phase"].as_str()
+                || own.into_iter().any(|(kind, status)| told(kind) != Some(status)))
+    }
+}
+
+/// What was written last, to which object, and the revision that made of it.
+struct Sent {
+    uid: String,
+    status: Value,
+    revision: u64,
+}
+
+/// Revisions only grow, and compare as numbers.
+fn revision(pod: &Pod) -> u64 {
+    pod.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0)
+}
+
 /// Runs until the last status is written or the object is gone.
 pub(crate) async fn run(
     api: Api,
     target: Target,
     mut uid: watch::Receiver<Option<String>>,
     mut wanted: watch::Receiver<Wanted>,
+    mut seen: watch::Receiver<Option<Seen>>,
 ) {
-    let mut sent: Option<(String, Value)> = None;
+    let mut sent: Option<Sent> = None;
     let mut pause = Duration::from_millis(200);
     loop {
         let want = wanted.borrow_and_update().clone();
         let now = uid.borrow_and_update().clone();
+        let other = seen.borrow_and_update().clone();
+        if sent.as_ref().is_some_and(|s| other.is_some_and(|o| o.differs(s))) {
+            // Somebody else wrote (the node controller, while this node was silent): ours is said again, whole.
+            sent = None;
+        }
         let mut retry = None;
         if let (Some(status), Some(uid), Some(client)) = (&want.status, now, api.get()) {
             let pods: KubeApi<Pod> = KubeApi::namespaced(client, &target.namespace);
             let full = serde_json::to_value(status.as_ref()).unwrap_or_default();
-            let known = sent.as_ref().filter(|(u, _)| *u == uid).map(|(_, v)| v);
+            let known = sent.as_ref().filter(|s| s.uid == uid).map(|s| &s.status);
             let mut gone = false;
             if known != Some(&full) {
                 let patch = json!({"metadata": {"uid": uid}, "status": patch(known, &full)});
                 match pods.patch_status(&target.name, &PatchParams::default(), &Patch::Strategic(patch)).await {
-                    Ok(_) => {
-                        sent = Some((uid.clone(), full));
+                    Ok(written) => {
+                        sent = Some(Sent { uid: uid.clone(), status: full, revision: revision(&written) });
                         pause = Duration::from_millis(200);
                     }
                     // Another pod of this name, or none: this one's status interests nobody any more.
@@ -99,6 +152,7 @@ pub(crate) async fn run(
         tokio::select! {
             r = wanted.changed() => if r.is_err() { return },
             r = uid.changed() => if r.is_err() { return },
+            r = seen.changed() => if r.is_err() { return },
             () = async { match retry { Some(p) => tokio::time::sleep(p).await, None => std::future::pending().await } } => {}
         }
     }
@@ -162,6 +216,22 @@ fn patch(known: Option<&Value>, full: &Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_others_write_is_noticed_and_an_echo_is_not() {
+        let pod = |revision: &str, ready: &str| -> Pod {
+            serde_json::from_value(json!({"metadata": {"uid": "u", "resourceVersion": revision}, "status": {
+                "phase": "Running", "conditions": [{"type": "Ready", "status": ready}, {"type": "x", "status": "True"}]}}))
+            .unwrap()
+        };
+        let status = json!({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]});
+        let sent = Sent { uid: "u".into(), status, revision: 7 };
+        for (revision, ready, want) in [("8", "False", true), ("8", "True", false), ("6", "False", false)] {
+            assert_eq!(Seen::of(&pod(revision, ready)).unwrap().differs(&sent), want, "{revision} {ready}");
+        }
+        let other = Sent { uid: "v".into(), ..sent };
+        assert!(!Seen::of(&pod("8", "False")).unwrap().differs(&other));
+    }
 
     #[test]
     fn what_is_gone_is_said() {

@@ -59,9 +59,9 @@ pub(crate) fn start(ctx: &Arc<Context>) {
     });
     let (c, q) = (ctx.clone(), controller.queue.clone());
     ctx.caches.pods.subscribe(move |change| {
-        // A pod that says it is ready on a node that is not has to be corrected.
+        // A pod that says it is ready on a node that is lost has to be corrected.
         let node = crate::pods::node(change.object());
-        let lost = c.caches.nodes.get("", node).is_some_and(|n| ready(&n).is_some_and(|r| r.status != "True"));
+        let lost = c.caches.nodes.get("", node).is_some_and(|n| ready(&n).is_some_and(|r| r.status == "Unknown"));
         if lost && !change.is_deleted() && crate::pods::is_ready(change.object()) {
             q.add(node.to_owned());
         }
@@ -151,14 +151,16 @@ impl Controller {
         }
     }
 
-    /// Pods of a node that is not ready are not ready either.
+    /// Pods of a node that stops being ready, or is lost, are not ready either. One that has never been, because it has only
+    /// just come, is left to say itself what its pods are.
     async fn follow_readiness(&self, node: &Node) -> Result<(), kube::Error> {
         let is_ready = ready(node).is_some_and(|r| r.status == "True");
         let was_ready = {
             let mut all = self.heard.lock();
             all.get_mut(node.name()).is_some_and(|heard| std::mem::replace(&mut heard.was_ready, is_ready))
         };
-        if is_ready || ready(node).is_none() {
+        let lost = ready(node).is_some_and(|r| r.status == "Unknown");
+        if is_ready || !(was_ready || lost) {
             return Ok(());
         }
         if was_ready {
