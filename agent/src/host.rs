@@ -267,8 +267,8 @@ impl Host for NodeHost {
         Box::pin(stats::summary(self.ctx.clone(), brief))
     }
 
-    fn metrics(&self) -> String {
-        metrics::render(&self.ctx)
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        Box::pin(async { metrics::render(&self.ctx, &stats::volumes(&self.ctx).await) })
     }
 
     fn answered(&self, method: &str, path: &str) {

@@ -3,9 +3,14 @@
 //! What happens is counted where it happens ([`Metrics::count`], [`Metrics::observe`]); what is, is looked up when somebody
 //! asks ([`render`]).
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
+use serde_json::Value;
 
 use crate::{context::Context, node::info, server::exposition::Exposition};
 
@@ -168,8 +173,8 @@ fn cpus(ctx: &Context, e: &mut Exposition) {
     e.sample(name, &[], Some(own as f64));
 }
 
-/// /metrics.
-pub(crate) fn render(ctx: &Context) -> String {
+/// /metrics; `told` is what drivers say of volumes.
+pub(crate) fn render(ctx: &Context, told: &HashMap<String, Vec<Value>>) -> String {
     let mut e = Exposition::default();
     pods(ctx, &mut e);
     if ctx.topology.gives_cpus() {
@@ -186,8 +191,34 @@ pub(crate) fn render(ctx: &Context) -> String {
         [("git_version", info.kubelet_version.as_str()), ("major", major), ("minor", minor), ("platform", &platform)];
     e.sample("kubernetes_build_info", &labels, Some(1.0));
     ctx.metrics.write(&mut e, |name| !name.starts_with("prober_"));
+    claims(told, &mut e);
     process(&mut e, false);
     e.finish()
+}
+
+/// Families about volumes that claims are bound to: name, field of the Summary, help.
+const CLAIMS: [(&str, &str, &str); 6] = [
+    ("kubelet_volume_stats_available_bytes", "availableBytes", "Number of available bytes in the volume"),
+    ("kubelet_volume_stats_capacity_bytes", "capacityBytes", "Capacity in bytes of the volume"),
+    ("kubelet_volume_stats_inodes", "inodes", "Maximum number of inodes in the volume"),
+    ("kubelet_volume_stats_inodes_free", "inodesFree", "Number of free inodes in the volume"),
+    ("kubelet_volume_stats_inodes_used", "inodesUsed", "Number of used inodes in the volume"),
+    ("kubelet_volume_stats_used_bytes", "usedBytes", "Number of used bytes in the volume"),
+];
+
+/// A claim that several pods use is told once.
+fn claims(told: &HashMap<String, Vec<Value>>, e: &mut Exposition) {
+    let claim = |v: &'_ Value| {
+        let of = |key: &str| v["pvcRef"][key].as_str().map(str::to_owned);
+        Some((of("namespace")?, of("name")?))
+    };
+    let all: BTreeMap<_, &Value> = told.values().flatten().filter_map(|v| Some((claim(v)?, v))).collect();
+    for (family, field, help) in CLAIMS.iter().filter(|_| !all.is_empty()) {
+        e.begin(family, "gauge", help);
+        for ((namespace, name), v) in &all {
+            e.sample(family, &[("namespace", namespace), ("persistentvolumeclaim", name)], v[field].as_f64());
+        }
+    }
 }
 
 fn pods(ctx: &Context, e: &mut Exposition) {

@@ -113,6 +113,7 @@ fn the_agents_own_pods_are_seen_and_not_taken_away() {
     let stats = call!(k, runtime, pod_sandbox_stats, r).unwrap().stats.unwrap().linux.unwrap();
     assert_eq!(stats.containers.len(), 1);
     assert_eq!(stats.network.unwrap().default_interface.unwrap().name, "eth0");
+    listed_one_by_one(&mut k, &list[0].id, &id);
     // The agent runs it: it may be stopped (and comes back), not taken away.
     let r = RemovePodSandboxRequest { pod_sandbox_id: list[0].id.clone() };
     assert_eq!(call!(k, runtime, remove_pod_sandbox, r).unwrap_err().code(), Code::FailedPrecondition);
@@ -122,6 +123,52 @@ fn the_agents_own_pods_are_seen_and_not_taken_away() {
     c.wait_field("pod own", ".status.containerStatuses[0].restartCount", |n| n == "1");
     let r = ContainerStatusRequest { container_id: "0123".into(), verbose: false };
     assert_eq!(call!(k, runtime, container_status, r).unwrap_err().code(), Code::NotFound);
+}
+
+/// The lists as streams (v1.36), and metrics under the names and labels that were announced.
+fn listed_one_by_one(k: &mut Client, sandbox: &str, id: &str) {
+    macro_rules! collected {
+        ($service:ident, $method:ident, $request:expr) => {{
+            let mut stream = call!(*k, $service, $method, $request).unwrap();
+            k.tokio.block_on(async {
+                let mut all = Vec::new();
+                while let Some(item) = stream.message().await.unwrap() {
+                    all.push(item);
+                }
+                all
+            })
+        }};
+    }
+    let all = collected!(runtime, stream_pod_sandboxes, StreamPodSandboxesRequest::default());
+    let whole = call!(*k, runtime, list_pod_sandbox, ListPodSandboxRequest::default()).unwrap().items;
+    assert_eq!((all.len(), whole.len()), (4, 4), "the control plane's three and ours");
+    let filter = Some(ContainerFilter { pod_sandbox_id: sandbox.into(), ..Default::default() });
+    let all = collected!(runtime, stream_containers, StreamContainersRequest { filter });
+    assert_eq!(all.iter().map(|c| c.container.clone().unwrap().id).collect::<Vec<_>>(), [id]);
+    let filter = Some(ContainerStatsFilter { id: id.into(), ..Default::default() });
+    let all = collected!(runtime, stream_container_stats, StreamContainerStatsRequest { filter });
+    assert!(all.len() == 1 && all[0].container_stats.as_ref().unwrap().memory.is_some());
+    let filter = Some(PodSandboxStatsFilter { id: sandbox.into(), ..Default::default() });
+    assert_eq!(collected!(runtime, stream_pod_sandbox_stats, StreamPodSandboxStatsRequest { filter }).len(), 1);
+    let images = collected!(images, stream_images, StreamImagesRequest::default());
+    assert_eq!(images.len(), call!(*k, images, list_images, ListImagesRequest::default()).unwrap().images.len());
+    let announced = call!(*k, runtime, list_metric_descriptors, ListMetricDescriptorsRequest {}).unwrap().descriptors;
+    let told = collected!(runtime, stream_pod_sandbox_metrics, StreamPodSandboxMetricsRequest {});
+    let told: Vec<_> = told.into_iter().filter_map(|m| m.pod_sandbox_metrics).collect();
+    let own = told.iter().find(|m| m.pod_sandbox_id == sandbox).unwrap();
+    for m in own.metrics.iter().chain(&own.container_metrics[0].metrics) {
+        let keys = &announced.iter().find(|d| d.name == m.name).unwrap().label_keys;
+        assert_eq!(keys.len(), m.label_values.len(), "{m:?}");
+    }
+    let rss = own.container_metrics[0].metrics.iter().find(|m| m.name == "container_memory_rss").unwrap();
+    assert!(rss.value.as_ref().unwrap().value > 0 && rss.label_values[0] == "c" && rss.label_values[5] == "own");
+    assert!(own.metrics.iter().any(|m| m.name == "container_network_receive_bytes_total"));
+    let r = CheckpointContainerRequest { container_id: id.into(), ..Default::default() };
+    let refused = call!(*k, runtime, checkpoint_container, r).unwrap_err();
+    assert_eq!(
+        (refused.code(), refused.message()),
+        (Code::Unimplemented, "containers cannot be checkpointed on this node")
+    );
 }
 
 fn sandbox_config(name: &str) -> PodSandboxConfig {

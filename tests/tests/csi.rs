@@ -4,6 +4,7 @@
 use std::{fs, process::Child};
 
 use isopod_tests::{Cluster, Net, eventually, host::binaries};
+use serde_json::Value;
 
 const DRIVER: &str = "mock.csi.test";
 
@@ -62,6 +63,13 @@ fn pod(name: &str, claim: &str) -> String {
     )
 }
 
+/// What a Summary says of a pod's volume.
+fn pod_volume(summary: &Value, pod: &str, volume: &str) -> Value {
+    let pods = summary["pods"].as_array().unwrap();
+    let pod = pods.iter().find(|p| p["podRef"]["name"] == pod).unwrap();
+    pod["volume"].as_array().unwrap().iter().find(|v| v["name"] == volume).cloned().unwrap_or_default()
+}
+
 fn left(c: &Cluster) -> String {
     c.host.must("grep /var/lib/kubelet /proc/self/mountinfo; find /var/lib/kubelet/pods /var/lib/kubelet/plugins/kubernetes.io -name vol_data.json 2>/dev/null; true")
 }
@@ -86,7 +94,7 @@ fn volumes_are_staged_published_grown_and_taken_down_also_across_restarts() {
         let events = c.k("get events --field-selector reason=FailedMount");
         if events.contains("not found in the list of registered CSI drivers") { Ok(()) } else { Err(events) }
     });
-    let driver = Driver::start(&c, DRIVER, &["stage", "expand"]);
+    let driver = Driver::start(&c, DRIVER, &["stage", "expand", "stats"]);
     driver.wait(&["RegistrationStatus", "plugin_registered: true"]);
     c.wait_ready("early");
     let csi_node = c.wait_field("csinode one", ".spec.drivers[0]", |d| d.contains(DRIVER));
@@ -102,6 +110,14 @@ fn volumes_are_staged_published_grown_and_taken_down_also_across_restarts() {
     for part in ["pod.name\": \"early\"", "serviceAccount.tokens", "vault", "ephemeral\": \"false\"", "globalmount"] {
         assert!(published.contains(part), "{part}: {published}");
     }
+    // What it has used is asked of the driver, and told under the claim's name.
+    let summary = serde_json::from_str(&c.k("get --raw /api/v1/nodes/one/proxy/stats/summary")).unwrap();
+    let told = pod_volume(&summary, "early", "v");
+    assert_eq!((&told["usedBytes"], &told["pvcRef"]["name"]), (&300.into(), &"a".into()), "{told}");
+    assert!(driver.wait(&["NodeGetVolumeStatsRequest"]).contains("globalmount"));
+    let metrics = c.k("get --raw /api/v1/nodes/one/proxy/metrics");
+    let line = "kubelet_volume_stats_available_bytes{namespace=\"default\",persistentvolumeclaim=\"a\"} 700";
+    assert!(metrics.lines().any(|l| l == line), "{metrics}");
     // A second pod shares what is staged.
     c.apply(&pod("second", "a"));
     c.wait_ready("second");

@@ -5,13 +5,14 @@ use std::{collections::HashMap, sync::Arc};
 use base64::Engine;
 use tonic::{Request, Response, Status};
 
-use super::{stats, view};
+use super::{Items, one_by_one, stats, view};
 use crate::{
     context::Context,
     grpc::proto::cri::{
-        AuthConfig, ContainerState, Image, ImageFsInfoRequest, ImageFsInfoResponse, ImageSpec, ImageStatusRequest,
-        ImageStatusResponse, Int64Value, ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse,
-        RemoveImageRequest, RemoveImageResponse, image_service_server::ImageService,
+        AuthConfig, ContainerState, Image, ImageFilter, ImageFsInfoRequest, ImageFsInfoResponse, ImageSpec,
+        ImageStatusRequest, ImageStatusResponse, Int64Value, ListImagesRequest, ListImagesResponse, PullImageRequest,
+        PullImageResponse, RemoveImageRequest, RemoveImageResponse, StreamImagesRequest, StreamImagesResponse,
+        image_service_server::ImageService,
     },
     images::{DockerConfig, ImageHandle, ImageInfo, PullPolicy, RegistryAuth},
 };
@@ -49,6 +50,13 @@ impl Images {
         }
     }
 
+    fn listed(&self, filter: Option<ImageFilter>) -> Result<Vec<Image>, Status> {
+        Ok(match filter.and_then(|f| f.image).map(|i| i.image).filter(|i| !i.is_empty()) {
+            Some(name) => self.info(&name)?.into_iter().map(|(i, _)| self.image(&i)).collect(),
+            None => self.ctx.images.list().iter().map(|i| self.image(i)).collect(),
+        })
+    }
+
     fn info(&self, name: &str) -> Result<Option<(ImageInfo, ImageHandle)>, Status> {
         let Some(handle) = self.find(name)? else { return Ok(None) };
         Ok(self.ctx.images.list().into_iter().find(|i| i.id == handle.id).map(|info| (info, handle)))
@@ -81,12 +89,17 @@ fn credentials(image: &str, auth: &AuthConfig) -> Result<Option<DockerConfig>, S
 #[tonic::async_trait]
 impl ImageService for Images {
     async fn list_images(&self, r: Request<ListImagesRequest>) -> Result<Response<ListImagesResponse>, Status> {
-        let filter = r.into_inner().filter.and_then(|f| f.image).map(|i| i.image).filter(|i| !i.is_empty());
-        let images = match filter {
-            Some(name) => self.info(&name)?.into_iter().map(|(i, _)| self.image(&i)).collect(),
-            None => self.ctx.images.list().iter().map(|i| self.image(i)).collect(),
-        };
-        Ok(Response::new(ListImagesResponse { images }))
+        Ok(Response::new(ListImagesResponse { images: self.listed(r.into_inner().filter)? }))
+    }
+
+    type StreamImagesStream = Items<StreamImagesResponse>;
+
+    async fn stream_images(
+        &self,
+        r: Request<StreamImagesRequest>,
+    ) -> Result<Response<Self::StreamImagesStream>, Status> {
+        let all = self.listed(r.into_inner().filter)?.into_iter();
+        one_by_one(all.map(|image| StreamImagesResponse { image: Some(image) }).collect())
     }
 
     async fn image_status(&self, r: Request<ImageStatusRequest>) -> Result<Response<ImageStatusResponse>, Status> {

@@ -8,6 +8,7 @@
 mod convert;
 mod images;
 mod lifecycle;
+mod metrics;
 mod runtime;
 mod stats;
 mod store;
@@ -21,6 +22,7 @@ use std::{
     task::{Context as Cx, Poll},
 };
 
+use futures::{Stream, stream};
 use http::{Request, Response};
 use hyper::body::Incoming;
 use tokio_util::sync::CancellationToken;
@@ -35,6 +37,13 @@ use crate::{
         server,
     },
 };
+
+/// Answers one by one, for lists that may be larger than a message.
+type Items<T> = Pin<Box<dyn Stream<Item = Result<T, tonic::Status>> + Send>>;
+
+fn one_by_one<T: Send + 'static>(all: Vec<T>) -> Result<tonic::Response<Items<T>>, tonic::Status> {
+    Ok(tonic::Response::new(Box::pin(stream::iter(all.into_iter().map(Ok)))))
+}
 
 /// Both services on one socket.
 #[derive(Clone)]

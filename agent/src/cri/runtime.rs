@@ -2,7 +2,6 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    pin::Pin,
     sync::Arc,
     time::Duration,
 };
@@ -12,7 +11,7 @@ use isopod_runtime::supervisor::protocol::Op;
 use tonic::{Request, Response, Status};
 
 use super::{
-    convert, lifecycle, stats,
+    Items, convert, lifecycle, metrics, one_by_one, stats,
     streaming::{Streaming, Task},
     view,
 };
@@ -57,6 +56,41 @@ impl Runtime {
                 && has(&c.labels, &f.label_selector)
         };
         all.filter(fits).collect()
+    }
+
+    fn sandboxes(&self, f: Option<PodSandboxFilter>) -> Vec<PodSandbox> {
+        let f = f.unwrap_or_default();
+        let fits = |s: &view::Sandbox| {
+            s.id.starts_with(&f.id)
+                && f.state.as_ref().is_none_or(|w| w.state() == s.state())
+                && has(&s.labels, &f.label_selector)
+        };
+        let all = view::all(&self.ctx).into_iter().map(|g| g.sandbox);
+        all.filter(fits).map(|s| s.listed()).collect()
+    }
+
+    fn container_usage(&self, f: Option<ContainerStatsFilter>) -> Vec<ContainerStats> {
+        let f = f.unwrap_or_default();
+        let all = self.containers(&ContainerFilter {
+            id: f.id,
+            pod_sandbox_id: f.pod_sandbox_id,
+            label_selector: f.label_selector,
+            state: Some(ContainerStateValue { state: ContainerState::ContainerRunning.into() }),
+        });
+        all.iter().map(|c| stats::container(&self.ctx, c)).collect()
+    }
+
+    fn sandbox_usage(&self, f: Option<PodSandboxStatsFilter>) -> Vec<PodSandboxStats> {
+        let f = f.unwrap_or_default();
+        let fits = |g: &&view::Group| {
+            g.sandbox.ready && g.sandbox.id.starts_with(&f.id) && has(&g.sandbox.labels, &f.label_selector)
+        };
+        view::all(&self.ctx).iter().filter(fits).map(|g| stats::sandbox(&self.ctx, g)).collect()
+    }
+
+    fn metrics(&self) -> Vec<PodSandboxMetrics> {
+        let ready = |g: &&view::Group| g.sandbox.ready;
+        view::all(&self.ctx).iter().filter(ready).map(|g| metrics::sandbox(&self.ctx, g)).collect()
     }
 
     async fn exec_sync_in(&self, r: ExecSyncRequest) -> Result<ExecSyncResponse, Status> {
@@ -247,14 +281,17 @@ impl RuntimeService for Runtime {
     }
 
     async fn list_pod_sandbox(&self, r: Request<ListPodSandboxRequest>) -> Answer<ListPodSandboxResponse> {
-        let f = r.into_inner().filter.unwrap_or_default();
-        let all = view::all(&self.ctx).into_iter().map(|g| g.sandbox);
-        let fits = |s: &view::Sandbox| {
-            s.id.starts_with(&f.id)
-                && f.state.as_ref().is_none_or(|w| w.state() == s.state())
-                && has(&s.labels, &f.label_selector)
-        };
-        Ok(Response::new(ListPodSandboxResponse { items: all.filter(fits).map(|s| s.listed()).collect() }))
+        Ok(Response::new(ListPodSandboxResponse { items: self.sandboxes(r.into_inner().filter) }))
+    }
+
+    type StreamPodSandboxesStream = Items<StreamPodSandboxesResponse>;
+
+    async fn stream_pod_sandboxes(
+        &self,
+        r: Request<StreamPodSandboxesRequest>,
+    ) -> Answer<Self::StreamPodSandboxesStream> {
+        let all = self.sandboxes(r.into_inner().filter).into_iter();
+        one_by_one(all.map(|s| StreamPodSandboxesResponse { pod_sandbox: Some(s) }).collect())
     }
 
     async fn create_container(&self, r: Request<CreateContainerRequest>) -> Answer<CreateContainerResponse> {
@@ -288,6 +325,13 @@ impl RuntimeService for Runtime {
     async fn list_containers(&self, r: Request<ListContainersRequest>) -> Answer<ListContainersResponse> {
         let all = self.containers(&r.into_inner().filter.unwrap_or_default());
         Ok(Response::new(ListContainersResponse { containers: all.iter().map(view::Container::listed).collect() }))
+    }
+
+    type StreamContainersStream = Items<StreamContainersResponse>;
+
+    async fn stream_containers(&self, r: Request<StreamContainersRequest>) -> Answer<Self::StreamContainersStream> {
+        let all = self.containers(&r.into_inner().filter.unwrap_or_default());
+        one_by_one(all.iter().map(|c| StreamContainersResponse { container: Some(c.listed()) }).collect())
     }
 
     async fn container_status(&self, r: Request<ContainerStatusRequest>) -> Answer<ContainerStatusResponse> {
@@ -374,17 +418,17 @@ impl RuntimeService for Runtime {
     }
 
     async fn list_container_stats(&self, r: Request<ListContainerStatsRequest>) -> Answer<ListContainerStatsResponse> {
-        let f = r.into_inner().filter.unwrap_or_default();
-        let filter = ContainerFilter {
-            id: f.id,
-            pod_sandbox_id: f.pod_sandbox_id,
-            label_selector: f.label_selector,
-            state: Some(ContainerStateValue { state: ContainerState::ContainerRunning.into() }),
-        };
-        let all = self.containers(&filter);
-        Ok(Response::new(ListContainerStatsResponse {
-            stats: all.iter().map(|c| stats::container(&self.ctx, c)).collect(),
-        }))
+        Ok(Response::new(ListContainerStatsResponse { stats: self.container_usage(r.into_inner().filter) }))
+    }
+
+    type StreamContainerStatsStream = Items<StreamContainerStatsResponse>;
+
+    async fn stream_container_stats(
+        &self,
+        r: Request<StreamContainerStatsRequest>,
+    ) -> Answer<Self::StreamContainerStatsStream> {
+        let all = self.container_usage(r.into_inner().filter).into_iter();
+        one_by_one(all.map(|s| StreamContainerStatsResponse { container_stats: Some(s) }).collect())
     }
 
     async fn pod_sandbox_stats(&self, r: Request<PodSandboxStatsRequest>) -> Answer<PodSandboxStatsResponse> {
@@ -396,17 +440,52 @@ impl RuntimeService for Runtime {
         &self,
         r: Request<ListPodSandboxStatsRequest>,
     ) -> Answer<ListPodSandboxStatsResponse> {
-        let f = r.into_inner().filter.unwrap_or_default();
-        let all = view::all(&self.ctx);
-        let fits = |g: &&view::Group| {
-            g.sandbox.ready && g.sandbox.id.starts_with(&f.id) && has(&g.sandbox.labels, &f.label_selector)
-        };
-        Ok(Response::new(ListPodSandboxStatsResponse {
-            stats: all.iter().filter(fits).map(|g| stats::sandbox(&self.ctx, g)).collect(),
-        }))
+        Ok(Response::new(ListPodSandboxStatsResponse { stats: self.sandbox_usage(r.into_inner().filter) }))
     }
 
-    type GetContainerEventsStream = Pin<Box<dyn Stream<Item = Result<ContainerEventResponse, Status>> + Send>>;
+    type StreamPodSandboxStatsStream = Items<StreamPodSandboxStatsResponse>;
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        r: Request<StreamPodSandboxStatsRequest>,
+    ) -> Answer<Self::StreamPodSandboxStatsStream> {
+        let all = self.sandbox_usage(r.into_inner().filter).into_iter();
+        one_by_one(all.map(|s| StreamPodSandboxStatsResponse { pod_sandbox_stats: Some(s) }).collect())
+    }
+
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<ListMetricDescriptorsRequest>,
+    ) -> Answer<ListMetricDescriptorsResponse> {
+        Ok(Response::new(ListMetricDescriptorsResponse { descriptors: metrics::descriptors() }))
+    }
+
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<ListPodSandboxMetricsRequest>,
+    ) -> Answer<ListPodSandboxMetricsResponse> {
+        Ok(Response::new(ListPodSandboxMetricsResponse { pod_metrics: self.metrics() }))
+    }
+
+    type StreamPodSandboxMetricsStream = Items<StreamPodSandboxMetricsResponse>;
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<StreamPodSandboxMetricsRequest>,
+    ) -> Answer<Self::StreamPodSandboxMetricsStream> {
+        let all = self.metrics().into_iter();
+        one_by_one(all.map(|m| StreamPodSandboxMetricsResponse { pod_sandbox_metrics: Some(m) }).collect())
+    }
+
+    async fn checkpoint_container(
+        &self,
+        r: Request<CheckpointContainerRequest>,
+    ) -> Answer<CheckpointContainerResponse> {
+        view::container(&self.ctx, &r.into_inner().container_id)?;
+        Err(Status::unimplemented("containers cannot be checkpointed on this node"))
+    }
+
+    type GetContainerEventsStream = Items<ContainerEventResponse>;
 
     async fn get_container_events(&self, _: Request<GetEventsRequest>) -> Answer<Self::GetContainerEventsStream> {
         Ok(Response::new(Box::pin(event_stream(self.ctx.clone()))))

@@ -7,9 +7,9 @@ use crate::{
     cgroups::Usage,
     context::Context,
     grpc::proto::cri::{
-        ContainerAttributes, ContainerStats, CpuUsage, FilesystemIdentifier, FilesystemUsage, LinuxPodSandboxStats,
-        MemoryUsage, NamespaceMode, NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes, PodSandboxStats,
-        ProcessUsage, UInt64Value,
+        ContainerAttributes, ContainerStats, CpuUsage, FilesystemIdentifier, FilesystemUsage, IoUsage,
+        LinuxPodSandboxStats, MemoryUsage, NamespaceMode, NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes,
+        PodSandboxStats, ProcessUsage, PsiData, PsiStats, SwapUsage, UInt64Value,
     },
     pods::state::now,
     stats,
@@ -19,15 +19,27 @@ fn value(value: Option<u64>) -> Option<UInt64Value> {
     value.map(|value| UInt64Value { value })
 }
 
+/// How long a group's tasks waited for a resource.
+fn psi(ctx: &Context, group: &str, resource: &str) -> Option<PsiStats> {
+    let told = stats::psi(ctx.cgroups.pressure(group, resource));
+    let data = |kind: &str| {
+        let d = &told[kind];
+        let of = |key: &str| d[key].as_f64().unwrap_or_default();
+        Some(PsiData { total: d["total"].as_u64()?, avg10: of("avg10"), avg60: of("avg60"), avg300: of("avg300") })
+    };
+    Some(PsiStats { full: data("full"), some: Some(data("some")?) })
+}
+
 fn cpu(ctx: &Context, group: &str, u: &Usage) -> CpuUsage {
     CpuUsage {
         timestamp: now(),
         usage_core_nano_seconds: value(u.cpu_nanos),
         usage_nano_cores: value(u.cpu_nanos.and_then(|n| ctx.stats.rate(group, n))),
+        psi: psi(ctx, group, "cpu"),
     }
 }
 
-fn memory(u: &Usage) -> MemoryUsage {
+fn memory(ctx: &Context, group: &str, u: &Usage) -> MemoryUsage {
     let free = u.memory_limit.zip(u.memory_working_set).map(|(limit, used)| limit.saturating_sub(used));
     MemoryUsage {
         timestamp: now(),
@@ -37,6 +49,7 @@ fn memory(u: &Usage) -> MemoryUsage {
         rss_bytes: value(u.memory_rss),
         page_faults: value(u.page_faults),
         major_page_faults: value(u.major_page_faults),
+        psi: psi(ctx, group, "memory"),
     }
 }
 
@@ -62,8 +75,14 @@ pub(super) fn container(ctx: &Context, c: &Container) -> ContainerStats {
             annotations: c.annotations.clone(),
         }),
         cpu: Some(cpu(ctx, &c.cgroup, &u)),
-        memory: Some(memory(&u)),
+        memory: Some(memory(ctx, &c.cgroup, &u)),
         writable_layer: Some(file_system(ctx.config.paths.pods().display().to_string(), layer.bytes, layer.inodes)),
+        swap: u.swap.map(|used| SwapUsage {
+            timestamp: now(),
+            swap_available_bytes: None,
+            swap_usage_bytes: value(Some(used)),
+        }),
+        io: psi(ctx, &c.cgroup, "io").map(|psi| IoUsage { timestamp: now(), psi: Some(psi) }),
     }
 }
 
@@ -81,7 +100,7 @@ pub(super) fn sandbox(ctx: &Context, g: &Group) -> PodSandboxStats {
         }),
         linux: Some(LinuxPodSandboxStats {
             cpu: Some(cpu(ctx, &s.cgroup, &u)),
-            memory: Some(memory(&u)),
+            memory: Some(memory(ctx, &s.cgroup, &u)),
             network: network(ctx, s),
             process: Some(ProcessUsage { timestamp: now(), process_count: value(u.processes) }),
             containers: running.map(|c| container(ctx, c)).collect(),

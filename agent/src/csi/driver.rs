@@ -12,8 +12,9 @@ use tonic::{Response, Status};
 use crate::grpc::{
     Channel,
     proto::csi::{
-        NodeExpandVolumeRequest, NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodePublishVolumeRequest,
-        NodeStageVolumeRequest, NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest,
+        NodeExpandVolumeRequest, NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodeGetVolumeStatsRequest,
+        NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodeStageVolumeRequest, NodeUnpublishVolumeRequest,
+        NodeUnstageVolumeRequest,
         node_client::NodeClient,
         node_service_capability::{Type, rpc},
     },
@@ -92,6 +93,11 @@ impl Driver {
 
     pub(super) async fn unpublish(&self, r: NodeUnpublishVolumeRequest) -> Result<(), String> {
         self.call(async |mut c| c.node_unpublish_volume(r).await).await.map(|_| ())
+    }
+
+    /// What a volume has used.
+    pub(super) async fn usage(&self, r: NodeGetVolumeStatsRequest) -> Result<NodeGetVolumeStatsResponse, String> {
+        self.call(async |mut c| c.node_get_volume_stats(r).await).await
     }
 
     /// The size it has afterwards; 0 when the driver does not say.

@@ -9,6 +9,7 @@ mod expand;
 pub(crate) mod node;
 mod record;
 mod release;
+pub(crate) mod usage;
 pub(crate) mod volume;
 
 use std::{

@@ -16,6 +16,9 @@ pub(super) struct Record {
     pub(super) volume_handle: String,
     #[serde(rename = "specVolID", skip_serializing_if = "String::is_empty")]
     pub(super) name: String,
+    /// The claim it was asked for by.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) claim: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) node_name: String,
     /// Its VolumeAttachment, when it has one.

@@ -127,6 +127,10 @@ impl Wanted {
             driver_name: self.driver.clone(),
             volume_handle: self.handle.clone(),
             name: self.name.clone(),
+            claim: match &self.from {
+                From::Persistent { claim, .. } => claim.metadata.name.clone().unwrap_or_default(),
+                From::Inline(_) => String::new(),
+            },
             node_name: self.ctx.node_name.to_string(),
             volume_lifecycle_mode: if self.is_inline() { "Ephemeral" } else { "Persistent" }.into(),
             ..Record::default()

@@ -190,7 +190,7 @@ impl Server {
                 self.checkpoint(&pod(namespace, name, None), container)
             }
             ["configz"] if reading => json_response(&json!({ "kubeletconfig": self.host.configuration() })),
-            ["metrics"] if reading => text(StatusCode::OK, self.host.metrics()),
+            ["metrics"] if reading => text(StatusCode::OK, self.host.metrics().await),
             ["metrics", "resource"] if reading => {
                 text(StatusCode::OK, summary::resource_metrics(&self.host.stats(true).await))
             }

@@ -233,8 +233,8 @@ pub trait Host: Send + Sync + 'static {
     }
 
     /// The text of /metrics.
-    fn metrics(&self) -> String {
-        String::new()
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        Box::pin(async { String::new() })
     }
 
     /// Counts an answered request.

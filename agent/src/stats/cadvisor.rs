@@ -13,13 +13,20 @@ use crate::{
 };
 
 /// One group with its labels: container, id, image, name, namespace, pod.
-struct Group {
+pub(crate) struct Group {
     labels: [(&'static str, String); 6],
-    usage: Usage,
+    pub(crate) usage: Usage,
     started: Option<f64>,
     /// Limits and requests as the spec has them: memory limit, cpu quota.
     memory_limit: Option<i64>,
     cpu_quota: Option<i64>,
+}
+
+impl Group {
+    /// One that is only asked for its numbers.
+    pub(crate) fn of(usage: Usage) -> Self {
+        Self { labels: labels("", "/", "", "", "", ""), usage, started: None, memory_limit: None, cpu_quota: None }
+    }
 }
 
 fn labels(
@@ -41,10 +48,7 @@ fn groups(ctx: &Context, s: &Snapshot) -> Vec<Group> {
     let group = ctx.cgroups.pod_group(crate::qos::class(spec), sandbox::uid(pod));
     let one = |container: &str, group: &str, image: &str, id: &str| Group {
         labels: labels(container, &format!("/{group}"), image, id, namespace, name),
-        usage: ctx.cgroups.usage(group),
-        started: None,
-        memory_limit: None,
-        cpu_quota: None,
+        ..Group::of(ctx.cgroups.usage(group))
     };
     let mut all = vec![one("", &group, "", "")];
     let status = pod.status.as_ref();
@@ -63,10 +67,11 @@ fn groups(ctx: &Context, s: &Snapshot) -> Vec<Group> {
     all
 }
 
-type Get = fn(&Group) -> Option<f64>;
+/// Reads one number.
+pub(crate) type Get = fn(&Group) -> Option<f64>;
 
 /// What is said of each group.
-const FAMILIES: &[(&str, &str, &str, Get)] = &[
+pub(crate) const FAMILIES: &[(&str, &str, &str, Get)] = &[
     ("container_cpu_system_seconds_total", "counter", "Cumulative system cpu time consumed in seconds.", |g| {
         seconds(g.usage.cpu_system_nanos)
     }),
@@ -123,7 +128,7 @@ fn seconds(nanos: Option<u64>) -> Option<f64> {
 }
 
 /// Column of /proc/PID/net/dev, name, help.
-const LINKS: &[(usize, &str, &str)] = &[
+pub(crate) const LINKS: [(usize, &str, &str); 8] = [
     (0, "container_network_receive_bytes_total", "Cumulative count of bytes received"),
     (2, "container_network_receive_errors_total", "Cumulative count of errors encountered while receiving"),
     (3, "container_network_receive_packets_dropped_total", "Cumulative count of packets dropped while receiving"),
@@ -164,13 +169,7 @@ fn render(ctx: &Context) -> String {
     let mut e = Exposition::default();
     let mut pods = ctx.table.all();
     pods.retain(|s| s.containers.values().any(|c| c.running));
-    let mut all = vec![Group {
-        labels: labels("", "/", "", "", "", ""),
-        usage: machine_usage(),
-        started: None,
-        memory_limit: None,
-        cpu_quota: None,
-    }];
+    let mut all = vec![Group::of(machine_usage())];
     all.extend(pods.iter().flat_map(|s| groups(ctx, s)));
     let borrowed: Vec<[(&str, &str); 6]> =
         all.iter().map(|g| std::array::from_fn(|i| (g.labels[i].0, g.labels[i].1.as_str()))).collect();
@@ -209,7 +208,7 @@ fn links(ctx: &Context, pods: &[Arc<Snapshot>], e: &mut Exposition) {
             for (interface, numbers) in list {
                 let labels =
                     [("container", ""), ("interface", interface.as_str()), ("namespace", namespace), ("pod", pod)];
-                e.sample(name, &labels, Some(numbers[*column] as f64));
+                e.sample(name, &labels, Some(numbers[column] as f64));
             }
         }
     }

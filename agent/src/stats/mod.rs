@@ -21,6 +21,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     cgroups::Usage,
     context::Context,
+    csi,
     node::info,
     pods::{exec, sandbox, table::Snapshot},
 };
@@ -84,7 +85,7 @@ fn object<const N: usize>(fields: [(&str, Value); N]) -> Value {
 }
 
 /// How long tasks waited, from the text of a PSI file: totals in nanoseconds, shares in percent.
-fn psi(text: Option<String>) -> Value {
+pub(crate) fn psi(text: Option<String>) -> Value {
     let Some(text) = text else { return Value::Null };
     let line = |kind: &str| {
         let words = text.lines().find_map(|l| l.strip_prefix(kind))?;
@@ -308,7 +309,7 @@ fn node(ctx: &Context, time: &str, brief: bool) -> Value {
     node
 }
 
-fn pod(ctx: &Context, s: &Snapshot, time: &str, brief: bool) -> Option<Value> {
+fn pod(ctx: &Context, s: &Snapshot, time: &str, brief: bool, mut volumes: Vec<Value>) -> Option<Value> {
     let (pod, stats) = (&s.pod, &ctx.stats);
     let uid = sandbox::uid(pod);
     let group = ctx.cgroups.pod_group(crate::qos::class(pod.spec.as_ref()?), uid);
@@ -364,7 +365,6 @@ fn pod(ctx: &Context, s: &Snapshot, time: &str, brief: bool) -> Option<Value> {
     if let (false, Some(dev)) = (s.host_network, pod_net_dev(ctx, uid)) {
         out["network"] = network(time, &dev, Some("eth0"));
     }
-    let mut volumes = Vec::new();
     for (name, path) in empty_dirs(ctx, pod) {
         let used = stats.disk(path);
         own += used;
@@ -377,15 +377,28 @@ fn pod(ctx: &Context, s: &Snapshot, time: &str, brief: bool) -> Option<Value> {
     Some(out)
 }
 
+/// Volumes whose drivers tell of them, by the UID of their pod.
+type Told = HashMap<String, Vec<Value>>;
+
+/// What drivers tell of the volumes of pods that run.
+pub(crate) async fn volumes(ctx: &Context) -> Told {
+    let mut all = ctx.table.all();
+    all.retain(|s| s.containers.values().any(|c| c.running));
+    let pods: Vec<&Pod> = all.iter().map(|s| &*s.pod).collect();
+    csi::usage::of_pods(ctx, &pods).await
+}
+
 /// The Summary; `brief` leaves out all that has to do with disks and networks.
 pub(crate) async fn summary(ctx: Arc<Context>, brief: bool) -> Value {
+    let mut told = if brief { Told::new() } else { volumes(&ctx).await };
     let work = move || {
         let time = now();
         ctx.stats.forget_old();
         let mut all = ctx.table.all();
         all.retain(|s| s.containers.values().any(|c| c.running));
         all.sort_by_key(|s| (sandbox::namespace(&s.pod).to_string(), sandbox::name(&s.pod).to_string()));
-        let pods: Vec<Value> = all.iter().filter_map(|s| pod(&ctx, s, &time, brief)).collect();
+        let mut volumes = |s: &Snapshot| told.remove(sandbox::uid(&s.pod)).unwrap_or_default();
+        let pods: Vec<Value> = all.iter().filter_map(|s| pod(&ctx, s, &time, brief, volumes(s))).collect();
         json!({"node": node(&ctx, &time, brief), "pods": pods})
     };
     // Trees may be large and disks slow.

@@ -1,6 +1,6 @@
 //! A CSI driver for tests: volumes are directories below `data`; every request is a line of `data/log`.
 //!
-//! `mock-csi NAME DATA [stage] [expand] [group]`
+//! `mock-csi NAME DATA [stage] [expand] [group] [stats]`
 
 #![allow(clippy::unwrap_used, reason = "a test's peer fails by panicking")]
 
@@ -169,6 +169,15 @@ impl Node for Driver {
         Ok(Response::new(NodeExpandVolumeResponse { capacity_bytes }))
     }
 
+    async fn node_get_volume_stats(
+        &self,
+        r: Request<NodeGetVolumeStatsRequest>,
+    ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
+        self.log(r.get_ref());
+        let bytes = VolumeUsage { available: 700, total: 1000, used: 300, unit: volume_usage::Unit::Bytes.into() };
+        Ok(Response::new(NodeGetVolumeStatsResponse { usage: vec![bytes], volume_condition: None }))
+    }
+
     async fn node_get_capabilities(
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
@@ -177,6 +186,7 @@ impl Node for Driver {
             ("stage", rpc::Type::StageUnstageVolume),
             ("expand", rpc::Type::ExpandVolume),
             ("group", rpc::Type::VolumeMountGroup),
+            ("stats", rpc::Type::GetVolumeStats),
         ];
         let own = all.into_iter().filter(|(word, _)| self.can(word));
         let capabilities =
