@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access::Access,
     api::Api,
+    certificates,
     cgroups::{CgroupError, Cgroups, Driver},
     config::Config,
     context::Context,
@@ -25,7 +26,7 @@ use crate::{
     devices::{self, Devices},
     events::Recorder,
     host::NodeHost,
-    images::{ImageError, ImageService, LocalImages},
+    images::{ImageError, ImageService, LocalImages, Providers},
     machine,
     metrics::Metrics,
     network::{
@@ -105,6 +106,8 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     let cgroups = Cgroups::open(&paths.instance(), driver)?;
     let local =
         LocalImages::open(&paths.image_store(), paths.etc().join("certs.d"), paths.state().join("config.json"))?;
+    let asked = paths.etc().join("credential-providers");
+    local.ask(Providers::load(&asked.with_extension("yaml"), asked)?);
     if let Ok(verification) = config.kubelet.verification() {
         local.verify(verification);
     }
@@ -165,6 +168,7 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     tasks.spawn(manager::run(ctx.clone(), manifests, stop.clone()));
     tasks.spawn(node::run(ctx.clone(), stop.clone()));
     tasks.spawn(plugins::run(ctx.clone(), stop.clone()));
+    tasks.spawn(certificates::run(ctx.clone(), stop.clone()));
     tasks.spawn(cri::run(ctx.clone(), stop.clone()));
     tasks.spawn(devices::run(ctx.clone(), stop.clone()));
     tasks.spawn(topology::live::run(ctx.clone(), stop.clone()));

@@ -63,10 +63,10 @@ async fn follow(path: &Path, sender: &watch::Sender<Option<Client>>) {
     loop {
         let text = std::fs::read(path).ok().filter(|text| *text != seen);
         let client = match &text {
-            Some(_) => load(path).await.inspect_err(|error| {
+            Some(_) => isopod_client::connect_file(path).await.map_err(|error| {
                 tracing::warn!(path = %path.display(), %error, "kubeconfig is not usable");
             }),
-            None => Err(String::new()),
+            None => Err(()),
         };
         // Cancel-safe: asking a server whether it is there can begin anew.
         tokio::select! {
@@ -104,13 +104,6 @@ pub(crate) fn refusal(e: &kube::Error) -> Option<String> {
         kube::Error::Api(s) if s.code < 500 => Some(format!("{} ({} {})", s.message, s.code, s.reason)),
         _ => None,
     }
-}
-
-async fn load(path: &Path) -> Result<Client, String> {
-    let kubeconfig = kube::config::Kubeconfig::read_from(path).map_err(|e| e.to_string())?;
-    let options = kube::config::KubeConfigOptions::default();
-    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|e| e.to_string())?;
-    isopod_client::connect(config).map_err(|e| e.to_string())
 }
 
 /// Pauses between attempts to watch: short, so that pods follow an API server as soon as it is back, and longer only when

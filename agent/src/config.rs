@@ -122,6 +122,11 @@ pub struct KubeletConfiguration {
     pub preloaded_images_verification_allowlist: Vec<String>,
     /// One pull at a time.
     pub serialize_image_pulls: bool,
+    /// Renew the node's client certificate before it ends. Unlike upstream this is so unless it is turned off.
+    pub rotate_certificates: bool,
+    /// Renew its serving certificate, too; the same holds.
+    #[serde(rename = "serverTLSBootstrap")]
+    pub server_tls_bootstrap: bool,
     /// Pulls at one time.
     pub max_parallel_image_pulls: Option<u32>,
     /// Events per second, 0 is no limit.
@@ -304,6 +309,8 @@ impl Default for KubeletConfiguration {
             enforce_node_allocatable: vec!["pods".into()],
             container_log_max_size: "10Mi".into(),
             container_log_max_files: 5,
+            rotate_certificates: true,
+            server_tls_bootstrap: true,
             image_pull_credentials_verification_policy: "NeverVerifyPreloadedImages".into(),
             preloaded_images_verification_allowlist: Vec::new(),
             registry_pull_qps: 5,

@@ -7,6 +7,8 @@ mod accept;
 mod access;
 mod agent;
 mod api;
+/// The node's certificates.
+pub mod certificates;
 mod cgroups;
 pub mod config;
 mod context;

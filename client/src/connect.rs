@@ -43,6 +43,14 @@ pub enum Error {
     /// The configuration does not make a client.
     #[error("client configuration")]
     Config(#[from] kube::Error),
+    /// A kubeconfig.
+    #[error("kubeconfig {}", path.display())]
+    File {
+        /// Which.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        source: kube::config::KubeconfigError,
+    },
     /// No server can be named by this.
     #[error("server URL {0}: want https://HOST[:PORT]")]
     Url(String),
@@ -61,13 +69,18 @@ pub enum Error {
 
 /// A client of the API server, over one shared connection.
 pub fn connect(config: kube::Config) -> Result<Client, Error> {
+    let tls = config.rustls_client_config()?;
+    over(config, tls)
+}
+
+/// The same with a TLS configuration that somebody has seen to.
+pub(crate) fn over(config: kube::Config, mut tls: rustls::ClientConfig) -> Result<Client, Error> {
     let url = &config.cluster_url;
     let wrong = || Error::Url(url.to_string());
     let host = url.host().filter(|_| url.scheme() == Some(&http::uri::Scheme::HTTPS)).ok_or_else(wrong)?;
     // An IPv6 address stands in brackets in a URL and nowhere else.
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let name = config.tls_server_name.clone().unwrap_or_else(|| host.to_owned());
-    let mut tls = config.rustls_client_config()?;
     tls.alpn_protocols = vec![b"h2".to_vec()];
     let channel = Channel(Arc::new(Server {
         host: host.to_owned(),

@@ -8,6 +8,7 @@
 pub mod cache;
 pub mod connect;
 pub mod elect;
+mod identity;
 pub mod merge;
 pub mod objects;
 pub mod placement;
@@ -21,6 +22,7 @@ pub mod testing;
 
 pub use cache::{Cache, Change};
 pub use connect::connect;
+pub use identity::connect_file;
 pub use objects::{DeleteOptions, Objects};
 pub use queue::{Queue, spawn_workers};
 pub use record::Recorder;

@@ -1,9 +1,26 @@
 //! Where images come from, and what is refused.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt};
 
-use isopod_tests::{Cluster, Net, image::Image, registry::Registry};
+use isopod_tests::{Cluster, Host, Net, image::Image, registry::Registry};
+
+/// A credential provider for a registry far away.
+fn provider(host: &Host) {
+    let dir = host.path("/etc/isopod/credential-providers");
+    fs::create_dir_all(&dir).unwrap();
+    fs::write(
+        dir.with_extension("yaml"),
+        "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n- name: far\n  \
+         matchImages: ['*.example']\n  defaultCacheDuration: 10m\n  apiVersion: credentialprovider.kubelet.k8s.io/v1\n",
+    )
+    .unwrap();
+    let script = "#!/bin/sh\ncat > /var/lib/provider.asked\necho '{\"kind\": \"CredentialProviderResponse\", \
+                  \"apiVersion\": \"credentialprovider.kubelet.k8s.io/v1\", \"cacheKeyType\": \"Registry\", \
+                  \"auth\": {\"far.example\": {\"username\": \"user\", \"password\": \"secret\"}}}'\n";
+    fs::write(dir.join("far"), script).unwrap();
+    fs::set_permissions(dir.join("far"), fs::Permissions::from_mode(0o755)).unwrap();
+}
 
 #[test]
 fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
@@ -15,7 +32,9 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
     registry.push(&archive, "team/pulled:1", "user", "secret");
     Image::busybox("broken:1").file("marker", 0o644, b"will be damaged").save(&archive);
     registry.push(&archive, "team/broken:1", "user", "secret");
-    let c = Cluster::start(&net.host("one"));
+    let host = net.host("one");
+    provider(&host);
+    let c = Cluster::start(&host);
     let address = registry.address();
     let hosts = c.host.path(&format!("/etc/isopod/certs.d/{address}"));
     fs::create_dir_all(&hosts).unwrap();
@@ -67,6 +86,20 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
     let events = c.k("get events --field-selector reason=Failed");
     assert!(events.contains(&format!("Expected sha256:{damaged}")), "{events}");
     assert_eq!(c.host.must("ls /var/lib/isopod/image-store/tmp | wc -l").trim(), "0");
+    // A registry that nobody reaches has mirrors: the first is down, the second keeps it below a path of its own and wants
+    // credentials, which a program of this node knows.
+    let hosts = c.host.path("/etc/isopod/certs.d/far.example");
+    fs::create_dir_all(&hosts).unwrap();
+    let mirrors = format!(
+        "[host.\"http://{}:1\"]\n[host.\"http://{address}/v2/team\"]\noverride_path = true\n",
+        registry_host.address
+    );
+    fs::write(hosts.join("hosts.toml"), mirrors).unwrap();
+    c.apply(&pod("mirrored", "X", "none").replace(&format!("{address}/X"), "far.example/pulled:1"));
+    c.wait_field("pod mirrored", ".status.phase", |phase| phase == "Succeeded");
+    assert_eq!(c.k("logs mirrored"), "from the registry");
+    let asked = fs::read_to_string(c.host.path("/var/lib/provider.asked")).unwrap();
+    assert!(asked.contains("\"image\":\"far.example/pulled\""), "{asked}");
     c.apply(&pod("missing", "team/none:1", "good"));
     c.wait_field("pod missing", ".status.containerStatuses[0].state.waiting.reason", |r| {
         r == "ErrImagePull" || r == "ImagePullBackOff"

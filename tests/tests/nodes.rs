@@ -3,7 +3,33 @@
 
 use std::{fs, process::Stdio};
 
-use isopod_tests::{Cluster, Net, eventually, host::binaries};
+use isopod_tests::{Cluster, Host, Net, eventually, host::binaries};
+
+/// Gives the second node certificates whose life is nearly over, signed with the cluster's key; returns those.
+fn aged(one: &Host, two: &Host) -> [String; 2] {
+    for file in ["ca.crt", "ca.key"] {
+        fs::copy(one.path(&format!("/etc/isopod/pki/{file}")), two.path(&format!("/var/lib/{file}"))).unwrap();
+    }
+    two.must(
+        "cd /var/lib; printf 'subjectAltName=DNS:two,IP:10.88.0.2,IP:127.0.0.1\n' > ext; touch index; echo 77 > serial; \
+         printf '[ca]\ndefault_ca=c\n[c]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\n\
+         policy=p\nunique_subject=no\n[p]\norganizationName=supplied\ncommonName=supplied\n' > ca.cnf; \
+         openssl ecparam -genkey -name prime256v1 -noout | openssl pkcs8 -topk8 -nocrypt > k; \
+         openssl req -new -key k -subj '/O=system:nodes/CN=system:node:two' > r; \
+         openssl ca -batch -config ca.cnf -cert ca.crt -keyfile ca.key -in r -notext -extfile ext \
+             -startdate $(date -u -d '-20 days' +%Y%m%d%H%M%SZ) -enddate $(date -u -d '+1 hour' +%Y%m%d%H%M%SZ) > c; \
+         cp k /etc/isopod/pki/kubelet.key; cp c /etc/isopod/pki/kubelet.crt; \
+         sed -i \"s|client-certificate-data:.*|client-certificate-data: $(base64 -w0 c)|; \
+                 s|client-key-data:.*|client-key-data: $(base64 -w0 k)|\" /etc/isopod/agent.conf",
+    );
+    certificates(two)
+}
+
+/// What the node shows and serves with.
+fn certificates(two: &Host) -> [String; 2] {
+    ["sed -n 's/.*client-certificate-data: //p' /etc/isopod/agent.conf", "cat /etc/isopod/pki/kubelet.crt"]
+        .map(|script| two.must(script))
+}
 
 #[test]
 fn two_nodes_share_pods_and_services() {
@@ -15,6 +41,7 @@ fn two_nodes_share_pods_and_services() {
     let token = join.trim().strip_prefix("isopod join ").unwrap();
     let isopod = binaries().join("isopod");
     two.run(isopod.to_str().unwrap(), &["join", token]).ok().unwrap();
+    let first = aged(&one, &two);
     let log = fs::File::create(two.disk().join("agent.out")).unwrap();
     let mut agent =
         two.command(isopod.to_str().unwrap()).arg("agent").stdin(Stdio::null()).stderr(log).spawn().unwrap();
@@ -55,6 +82,14 @@ fn two_nodes_share_pods_and_services() {
         let log = c.k(&format!("logs {pod}"));
         assert!(log.contains(&from.address), "{log}");
     }
+    eventually("both certificates are renewed", || {
+        let now = certificates(&two);
+        if now.iter().zip(&first).all(|(now, first)| now != first) { Ok(()) } else { Err(now) }
+    });
+    let served =
+        two.must("echo | openssl s_client -connect 127.0.0.1:10250 2>/dev/null | openssl x509 -noout -enddate");
+    let year = two.must("openssl x509 -noout -enddate < /etc/isopod/pki/kubelet.crt");
+    assert_eq!(served, year, "the running server has taken the new one");
     assert_eq!(c.k("exec web-two -- hostname").trim(), "web-two");
     assert!(c.k("logs web-two").contains("started web-two"));
     agent.kill().unwrap();

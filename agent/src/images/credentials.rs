@@ -135,7 +135,7 @@ fn bare(key: &str) -> &str {
 }
 
 /// Whether a key of `auths` (`https://host[:port][/path]`, `*.host`) covers a repository.
-fn key_matches(key: &str, host: &str, repository: &str) -> bool {
+pub(super) fn key_matches(key: &str, host: &str, repository: &str) -> bool {
     let key = bare(key);
     let (key_host, path) = key.split_once('/').unwrap_or((key, ""));
     let path = path.trim_matches('/');

@@ -108,7 +108,7 @@ pub(super) fn store_error(what: &'static str, path: &Path) -> impl FnOnce(std::i
 }
 
 /// An error with all its causes on one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -1,6 +1,6 @@
 //! Where a registry's content is fetched from: containerd's `certs.d/HOST/hosts.toml`.
 //!
-//! Supported: `server`, and per `[host."URL"]` `capabilities` (pull/resolve), `ca`, `skip_verify`. Without a file the
+//! Supported: `server`, and per `[host."URL"]` `capabilities` (pull/resolve), `ca`, `skip_verify`, `override_path`. Without a file the
 //! registry itself is asked over HTTPS, and one on a loopback address also over HTTP, as other tools do.
 //! <https://github.com/containerd/containerd/blob/main/docs/hosts.md>
 
@@ -24,6 +24,8 @@ pub(super) struct Endpoint {
     pub(super) skip_verify: bool,
     /// PEM files of authorities to trust for it.
     pub(super) ca: Vec<PathBuf>,
+    /// What its repositories have in front of their names, with a slash at the end, or nothing.
+    pub(super) prefix: String,
 }
 
 #[derive(Deserialize, Default)]
@@ -43,6 +45,13 @@ struct HostTable {
     skip_verify: bool,
     #[serde(default)]
     ca: Option<OneOrMany>,
+    /// The URL's path is the whole path, with its `/v2`.
+    #[serde(default)]
+    override_path: bool,
+    #[serde(default)]
+    client: Option<toml::Value>,
+    #[serde(default)]
+    header: Option<toml::Value>,
 }
 
 #[derive(Deserialize, Clone)]
@@ -63,7 +72,8 @@ pub(super) fn endpoints(dir: &Path, registry: &str) -> Result<Vec<Endpoint>, Err
         }
     }
     let real = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
-    let https = Endpoint { host: real.to_owned(), plain: false, skip_verify: false, ca: Vec::new() };
+    let https =
+        Endpoint { host: real.to_owned(), plain: false, skip_verify: false, ca: Vec::new(), prefix: String::new() };
     let mut all = vec![https.clone()];
     if is_loopback(registry) {
         all.push(Endpoint { plain: true, ..https });
@@ -88,33 +98,48 @@ fn parse(text: &str, path: &Path, registry: &str) -> Result<Vec<Endpoint>, Error
         if table.capabilities.as_ref().is_some_and(|list| !list.iter().any(|c| c == "pull")) {
             continue;
         }
-        all.push(endpoint(&url, &table, dir).ok_or_else(|| fail(format!("host \"{url}\": not an http(s) URL")))?);
+        all.push(endpoint(&url, &table, dir).map_err(|why| fail(format!("host \"{url}\": {why}")))?);
     }
     let default = format!("https://{registry}");
     let server = file.server.as_deref().unwrap_or(&default);
-    all.push(
-        endpoint(server, &file.defaults, dir)
-            .ok_or_else(|| fail(format!("server \"{server}\": not an http(s) URL")))?,
-    );
+    let last = endpoint(server, &file.defaults, dir);
+    all.push(last.map_err(|why| fail(format!("server \"{server}\": {why}")))?);
     let mut seen = BTreeMap::new();
-    all.retain(|endpoint| seen.insert((endpoint.host.clone(), endpoint.plain), ()).is_none());
+    all.retain(|e| seen.insert((e.host.clone(), e.plain, e.prefix.clone()), ()).is_none());
     Ok(all)
 }
 
-fn endpoint(url: &str, table: &HostTable, dir: &Path) -> Option<Endpoint> {
+fn endpoint(url: &str, table: &HostTable, dir: &Path) -> Result<Endpoint, String> {
+    for (name, set) in [("client", table.client.is_some()), ("header", table.header.is_some())] {
+        if set {
+            return Err(format!("{name} cannot be had"));
+        }
+    }
     let (plain, rest) = match url.split_once("://") {
         Some(("http", rest)) => (true, rest),
         Some(("https", rest)) => (false, rest),
         None => (false, url),
-        Some(_) => return None,
+        Some(_) => return Err("not an http(s) URL".to_owned()),
     };
-    let host = rest.split('/').next().filter(|host| !host.is_empty())?;
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    if host.is_empty() {
+        return Err("not an http(s) URL".to_owned());
+    }
+    let prefix = match (path.trim_matches('/'), table.override_path) {
+        ("" | "v2", _) => String::new(),
+        (path, true) => match path.strip_prefix("v2/") {
+            Some(rest) => format!("{rest}/"),
+            None => return Err(format!("the path /{path} does not begin with /v2")),
+        },
+        (path, false) => return Err(format!("the path /{path} can only be had with override_path and a /v2 in front")),
+    };
     let ca = match table.ca.clone() {
         None => Vec::new(),
         Some(OneOrMany::One(path)) => vec![path],
         Some(OneOrMany::Many(paths)) => paths,
     };
-    Some(Endpoint {
+    Ok(Endpoint {
+        prefix,
         host: host.to_owned(),
         plain,
         skip_verify: table.skip_verify,
@@ -134,6 +159,17 @@ mod tests {
         let hosts: Vec<_> = all.iter().map(|e| (e.host.as_str(), e.plain)).collect();
         assert_eq!(hosts, [("10.0.0.1:5000", true), ("m.example", false), ("r.example", false)]);
         assert_eq!(all[1].ca, [Path::new("/c/r.example/ca.pem")]);
+    }
+
+    #[test]
+    fn a_mirror_may_have_a_path_of_its_own() {
+        let of =
+            |more: &str| parse(&format!("[host.\"https://m.example/v2/cache/hub/\"]\n{more}"), Path::new("/c/h"), "h");
+        assert_eq!(of("override_path = true\n").unwrap()[0].prefix, "cache/hub/");
+        for (more, why) in [("", "override_path"), ("header = {a = 'b'}\n", "header cannot be had")] {
+            let error = of(more).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod assemble;
 mod credentials;
 mod error;
 mod hosts;
+mod providers;
 mod pull;
 mod service;
 mod store;
@@ -18,6 +19,8 @@ use std::{collections::BTreeMap, path::Path, path::PathBuf, sync::Arc, time::Dur
 use futures::future::BoxFuture;
 use oci_spec::image::ImageConfiguration;
 
+pub(crate) use error::chain;
+pub(crate) use providers::Providers;
 pub use service::{LocalImages, Verification};
 
 /// When to contact the registry.

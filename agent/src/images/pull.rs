@@ -1,12 +1,12 @@
 //! Pulls one image from a registry.
 //!
 //! Manifest (an index is resolved to this machine's platform), configuration, then the layers that are not here yet:
-//! each is downloaded to a scratch file, its digest verified, unpacked, and its diff id compared with the
+//! each is downloaded to a file that keeps what has come when the connection breaks, its digest verified, unpacked, and its diff id compared with the
 //! configuration's. <https://github.com/opencontainers/distribution-spec/blob/main/spec.md>
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,12 +15,13 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 use oci_client::{
     Client, Reference, RegistryOperation,
-    client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
+    client::{BlobResponse, Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
     errors::{OciDistributionError, OciErrorCode},
     manifest::{ImageIndexEntry, OciDescriptor, OciImageManifest, OciManifest},
     secrets::RegistryAuth,
 };
-use tokio::io::{AsyncWrite, AsyncWriteExt};
+use sha2::{Digest as _, Sha256};
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWrite, AsyncWriteExt};
 
 use super::{
     DockerConfig, ImageHandle, Pulled, credentials,
@@ -42,7 +43,9 @@ pub(super) async fn pull(
     secrets: &[DockerConfig],
 ) -> Result<ImageHandle, Error> {
     let endpoints = hosts::endpoints(&inner.hosts_dir, reference.registry())?;
-    let node = credentials::read(&inner.node_credentials)?;
+    let mut node = credentials::read(&inner.node_credentials)?;
+    let providers = inner.providers.read().clone();
+    node.auths.extend(providers.of(reference).await.auths);
     let credentials = credentials::candidates(reference, secrets, &node);
     let mut failure = None;
     for endpoint in &endpoints {
@@ -65,7 +68,7 @@ pub(super) async fn pull(
 
 /// The same image at an endpoint.
 fn at(endpoint: &Endpoint, reference: &Reference) -> Reference {
-    let (host, repository) = (endpoint.host.clone(), reference.repository().to_owned());
+    let (host, repository) = (endpoint.host.clone(), format!("{}{}", endpoint.prefix, reference.repository()));
     match (reference.digest(), reference.tag()) {
         (Some(digest), _) => Reference::with_digest(host, repository, digest.to_owned()),
         (None, tag) => Reference::with_tag(host, repository, tag.unwrap_or("latest").to_owned()),
@@ -155,7 +158,7 @@ async fn fetch(
     }
     let config_digest = Digest::try_from(manifest.config.digest.clone()).map_err(broken)?;
     let mut config_bytes = Vec::new();
-    download(client, name, there, &manifest.config, &mut config_bytes).await?;
+    fetch_small(client, name, there, &manifest.config, &mut config_bytes).await?;
     check(&format!("configuration of {name}"), &config_digest, &Digest::of(&config_bytes))?;
     let config = store::parse_config(&config_bytes).map_err(broken)?;
     let diff_ids = store::diff_ids(&config).map_err(broken)?;
@@ -172,8 +175,8 @@ async fn fetch(
     Ok(Fetched { config_digest, config_bytes, diff_ids, bytes })
 }
 
-/// Fetches a blob; its digest is verified on the way.
-async fn download(
+/// Fetches a small blob; its digest is verified on the way.
+async fn fetch_small(
     client: &Client,
     name: &str,
     there: &Reference,
@@ -202,16 +205,6 @@ async fn take(
     out.flush().await.map_err(|error| format!("write: {error}"))
 }
 
-/// A scratch file that is gone when this is.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // Gone already when it was moved into place; the next start removes what stays.
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
 async fn fetch_layer(
     inner: &Arc<Inner>,
     name: &str,
@@ -224,18 +217,106 @@ async fn fetch_layer(
         return Ok(0);
     }
     let Ok(_slot) = inner.downloads.acquire().await else { return Ok(0) };
-    let scratch = Scratch(inner.store.scratch("blob"));
-    let mut file = tokio::fs::File::create(&scratch.0).await.map_err(store_error("create", &scratch.0))?;
-    download(client, name, there, &layer, &mut file).await?;
-    drop(file);
+    let blob = Digest::try_from(layer.digest.clone()).map_err(|why| Error::Pull { name: name.to_owned(), why })?;
+    let _turn = inner.turn(&layer.digest).await;
+    // Another image that has it may have brought it meanwhile.
+    if inner.store.has_layer(&diff_id) {
+        return Ok(0);
+    }
+    let path = inner.store.download(&blob);
+    download(name, there, client, &layer, &blob, &path).await?;
     let inner = inner.clone();
     let bytes = u64::try_from(layer.size).unwrap_or_default();
     blocking(move || {
-        let file = std::fs::File::open(&scratch.0).map_err(store_error("open", &scratch.0))?;
-        add_layer(&inner.store, file, &layer.digest, &diff_id)
+        let file = std::fs::File::open(&path).map_err(store_error("open", &path))?;
+        let added = add_layer(&inner.store, file, &layer.digest, &diff_id);
+        // Whole and verified: what cannot be made of it now cannot be made of it later either, unless the disk was full.
+        std::fs::remove_file(&path).map_err(store_error("remove", &path))?;
+        added
     })
     .await?;
     Ok(bytes)
+}
+
+/// Most times that a download goes on after its connection broke, within one pull.
+const CONTINUATIONS: usize = 5;
+
+/// Brings a blob to `path`, going on where an earlier try ended, and verifies it.
+async fn download(
+    name: &str,
+    there: &Reference,
+    client: &Client,
+    layer: &OciDescriptor,
+    blob: &Digest,
+    path: &Path,
+) -> Result<(), Error> {
+    let size = u64::try_from(layer.size).unwrap_or_default();
+    let mut options = tokio::fs::OpenOptions::new();
+    let file = options.read(true).write(true).create(true).truncate(false).open(path).await;
+    let mut file = file.map_err(store_error("create", path))?;
+    let mut hash = Sha256::new();
+    let mut have = 0;
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        let n = file.read(&mut buffer).await.map_err(store_error("read", path))?;
+        if n == 0 {
+            break;
+        }
+        hash.update(&buffer[..n]);
+        have += n as u64;
+    }
+    drop(buffer);
+    for tries in 0.. {
+        if have >= size && have > 0 {
+            break;
+        }
+        let answer = client.pull_blob_stream_partial(there, layer, have, None).await;
+        let mut stream = match answer.map_err(|error| classify(name, error))? {
+            BlobResponse::Partial(rest) => rest.stream,
+            BlobResponse::Full(whole) => {
+                // It does not know ranges: from the beginning, then.
+                (have, hash) = (0, Sha256::new());
+                file.set_len(0).await.map_err(store_error("truncate", path))?;
+                file.rewind().await.map_err(store_error("seek", path))?;
+                whole.stream
+            }
+        };
+        let before = have;
+        let mut broken = None;
+        while let Some(part) = stream.next().await {
+            match part {
+                Ok(bytes) => {
+                    hash.update(&bytes);
+                    have += bytes.len() as u64;
+                    if have > size {
+                        let why = format!("{blob} is larger than the {size} bytes its manifest says");
+                        return Err(Error::Pull { name: name.to_owned(), why });
+                    }
+                    let written = file.write_all(&bytes).await;
+                    // A full disk is not helped by keeping this.
+                    written.inspect_err(|_| drop(std::fs::remove_file(path))).map_err(store_error("write", path))?;
+                }
+                Err(error) => {
+                    broken = Some(error.to_string());
+                    break;
+                }
+            }
+        }
+        file.flush().await.map_err(store_error("write", path))?;
+        match broken {
+            None => break,
+            // What has come is kept: the next pull goes on from there.
+            Some(why) if have == before || tries >= CONTINUATIONS => {
+                return Err(Error::Pull { name: name.to_owned(), why: format!("download of {blob}: {why}") });
+            }
+            Some(why) => tracing::info!(name, %blob, have, size, why, "the download broke off and goes on"),
+        }
+    }
+    let actual = Digest::from_hash(hash.finalize().as_slice());
+    check(&format!("blob of {name}"), blob, &actual).inspect_err(|_| {
+        // Nothing of it is of use.
+        let _ = std::fs::remove_file(path);
+    })
 }
 
 /// Unpacks a verified layer blob and puts it in place, provided that its content is what the configuration says.
@@ -307,7 +388,73 @@ fn classify(name: &str, error: OciDistributionError) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{BufRead, BufReader, Write},
+        net::TcpListener,
+    };
+
     use super::*;
+
+    /// A registry with one blob, which sends only so many bytes on each connection; what it was asked for.
+    fn registry(blob: Vec<u8>, each: usize, ranges: bool) -> (String, std::thread::JoinHandle<Vec<String>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = std::thread::spawn(move || {
+            let mut asked = Vec::new();
+            loop {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+                let head: Vec<String> = lines.by_ref().take_while(|line| !line.is_empty()).collect();
+                if head[0].contains("/stop") {
+                    return asked;
+                }
+                let range = head.iter().find_map(|h| h.to_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
+                let from = range.as_ref().filter(|_| ranges).map_or(0, |r| r.trim_end_matches('-').parse().unwrap());
+                asked.push(range.unwrap_or_default());
+                let status = if ranges { "206 Partial Content" } else { "200 OK" };
+                let rest = &blob[from..];
+                write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", rest.len())
+                    .unwrap();
+                stream.write_all(&rest[..rest.len().min(each)]).unwrap();
+            }
+        });
+        (address, server)
+    }
+
+    async fn pulled(blob: &[u8], each: usize, ranges: bool, begun: &[u8]) -> (Result<Vec<u8>, String>, Vec<String>) {
+        let (address, server) = registry(blob.to_vec(), each, ranges);
+        let there = Reference::with_tag(address.clone(), "team/app".into(), "1".into());
+        let endpoint =
+            Endpoint { host: address.clone(), plain: true, skip_verify: false, ca: Vec::new(), prefix: String::new() };
+        let client = client(&endpoint).unwrap();
+        let digest = Digest::of(b"0123456789");
+        let layer = OciDescriptor { digest: digest.to_string(), size: 10, ..OciDescriptor::default() };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("blob");
+        std::fs::write(&path, begun).unwrap();
+        let done = download("app:1", &there, &client, &layer, &digest, &path).await;
+        let mut stop = std::net::TcpStream::connect(&address).unwrap();
+        stop.write_all(b"GET /stop HTTP/1.1\r\n\r\n").unwrap();
+        (done.map(|()| std::fs::read(&path).unwrap()).map_err(|e| e.to_string()), server.join().unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_download_goes_on_where_it_broke_off() {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let blob = b"0123456789";
+        let (done, asked) = pulled(blob, 4, true, b"").await;
+        assert_eq!((done.unwrap().as_slice(), asked), (&blob[..], vec!["0-".into(), "4-".into(), "8-".into()]));
+        // What an earlier pull, or an earlier agent, left is not fetched again.
+        let (done, asked) = pulled(blob, 10, true, b"01234").await;
+        assert_eq!((done.unwrap().as_slice(), asked), (&blob[..], vec!["5-".into()]));
+        // A registry without ranges begins again; a beginning of something else is found out.
+        let (done, _) = pulled(blob, 10, false, b"01").await;
+        assert_eq!(done.unwrap(), blob);
+        let (done, _) = pulled(blob, 10, true, b"xx").await;
+        assert!(done.unwrap_err().contains("sha256"));
+        let (done, _) = pulled(b"0123456789 and more", 30, true, b"").await;
+        assert!(done.unwrap_err().contains("larger than"), "endless bodies are cut off");
+    }
 
     #[tokio::test]
     async fn a_blob_without_end_ends() {

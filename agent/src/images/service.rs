@@ -16,7 +16,7 @@ use crate::rate::Rate;
 
 use super::{
     DockerConfig, ImageError, ImageHandle, ImageInfo, ImageService, Progress, PullPolicy, PullProgress, archive,
-    assemble, credentials, error::Error, pull, store,
+    assemble, credentials, error::Error, providers::Providers, pull, store,
 };
 
 /// Most layers downloaded at once on a node.
@@ -35,7 +35,7 @@ pub(super) struct Inner {
     /// Docker config.json with the node's own credentials; may be absent.
     pub(super) node_credentials: PathBuf,
     pub(super) downloads: Semaphore,
-    /// One pull per image name at a time; later callers find its result in the store.
+    /// One pull per image name, and one download per blob, at a time; later callers find its result in the store.
     pulls: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     in_use: Mutex<BTreeSet<String>>,
     verification: RwLock<Verification>,
@@ -44,6 +44,19 @@ pub(super) struct Inner {
     rate: RwLock<Option<Rate>>,
     /// The directory of image archives, read by one at a time.
     archives: tokio::sync::Mutex<Option<PathBuf>>,
+    pub(super) providers: RwLock<Arc<Providers>>,
+}
+
+impl Inner {
+    /// Waits for one's turn with an image's name or a blob's digest.
+    pub(super) async fn turn(&self, what: &str) -> tokio::sync::OwnedMutexGuard<()> {
+        let turn = {
+            let mut pulls = self.pulls.lock();
+            pulls.retain(|_, turn| Arc::strong_count(turn) > 1);
+            pulls.entry(what.to_owned()).or_default().clone()
+        };
+        turn.lock_owned().await
+    }
 }
 
 /// Which images that are here already a pod may only use with credentials that their registry has accepted before.
@@ -94,6 +107,7 @@ impl LocalImages {
                 places: RwLock::default(),
                 rate: RwLock::default(),
                 archives: tokio::sync::Mutex::default(),
+                providers: RwLock::default(),
             }),
         })
     }
@@ -103,6 +117,11 @@ impl LocalImages {
         let (inner, name, path) = (self.inner.clone(), name.to_owned(), path.to_owned());
         let file_name = file_name.to_owned();
         Ok(blocking(move || assemble::assemble(&inner.store, &name, &path, &file_name)).await?)
+    }
+
+    /// Programs to ask for credentials.
+    pub(crate) fn ask(&self, providers: Providers) {
+        *self.inner.providers.write() = Arc::new(providers);
     }
 
     /// Whether pods have to show credentials for images that are here already.
@@ -160,12 +179,7 @@ impl LocalImages {
             _ => {}
         }
         progress(PullProgress::Pulling);
-        let turn = {
-            let mut pulls = self.inner.pulls.lock();
-            pulls.retain(|_, turn| Arc::strong_count(turn) > 1);
-            pulls.entry(reference.whole()).or_default().clone()
-        };
-        let _turn = turn.lock().await;
+        let _turn = self.inner.turn(&reference.whole()).await;
         if policy == PullPolicy::IfNotPresent
             && self.may_use(name, &reference, &secrets)?
             && let Some(image) = self.inner.store.lookup(&reference.whole())?

@@ -17,7 +17,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use oci_spec::image::ImageConfiguration;
@@ -132,15 +132,29 @@ pub(super) struct Store {
     changed: watch::Sender<()>,
 }
 
+/// How long the beginning of a download is kept for the rest.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
+
+/// Removes beginnings of downloads that nobody has gone on with for so long.
+fn drop_downloads(root: &Path, idle: Duration) {
+    for entry in fs::read_dir(root.join("downloads")).into_iter().flatten().flatten() {
+        let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|at| at.elapsed().ok());
+        if age.is_some_and(|age| age >= idle) {
+            fs::remove_file(entry.path()).ok();
+        }
+    }
+}
+
 impl Store {
     pub(super) fn open(root: &Path) -> Result<Self, Error> {
         let tmp = root.join("tmp");
         if tmp.exists() {
             fs::remove_dir_all(&tmp).map_err(store_error("remove", &tmp))?;
         }
-        for dir in [&tmp, &root.join("configs/sha256"), &root.join("layers")] {
+        for dir in [&tmp, &root.join("configs/sha256"), &root.join("layers"), &root.join("downloads")] {
             fs::create_dir_all(dir).map_err(store_error("create", dir))?;
         }
+        drop_downloads(root, KEPT);
         let path = root.join("index.json");
         let index = match fs::read(&path) {
             Ok(text) => match serde_json::from_slice(&text) {
@@ -167,6 +181,11 @@ impl Store {
     /// A new empty file or directory name under `tmp/`.
     pub(super) fn scratch(&self, prefix: &str) -> PathBuf {
         self.root.join("tmp").join(format!("{prefix}-{}", uuid::Uuid::new_v4()))
+    }
+
+    /// Where a blob is downloaded to: what is there of it already need not come again.
+    pub(super) fn download(&self, blob: &Digest) -> PathBuf {
+        self.root.join("downloads").join(blob.hex())
     }
 
     pub(super) fn layer_dir(&self, diff_id: &Digest) -> PathBuf {

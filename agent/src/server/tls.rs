@@ -5,12 +5,16 @@ use std::{
     io::BufReader,
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
+use parking_lot::Mutex;
 use rustls::{
     RootCertStore, ServerConfig,
+    crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer},
-    server::WebPkiClientVerifier,
+    server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier},
+    sign::CertifiedKey,
 };
 
 /// Why TLS cannot be set up.
@@ -100,6 +104,52 @@ fn provider(suites: &[String]) -> Result<rustls::crypto::CryptoProvider, Error> 
     Ok(provider)
 }
 
+/// The server's certificate, read again when its file has changed: it is renewed while the server runs.
+struct Serving {
+    cert: PathBuf,
+    key: PathBuf,
+    provider: Arc<CryptoProvider>,
+    current: Mutex<(Option<SystemTime>, Arc<CertifiedKey>)>,
+}
+
+impl std::fmt::Debug for Serving {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Serving({})", self.cert.display())
+    }
+}
+
+impl Serving {
+    fn open(wanted: &super::Config, provider: Arc<CryptoProvider>) -> Result<Self, Error> {
+        let changed = modified(&wanted.cert);
+        let pair = Arc::new(pair(&wanted.cert, &wanted.key, &provider)?);
+        let (cert, key) = (wanted.cert.clone(), wanted.key.clone());
+        Ok(Self { cert, key, provider, current: Mutex::new((changed, pair)) })
+    }
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    std::fs::metadata(path).and_then(|m| m.modified()).ok()
+}
+
+fn pair(cert: &Path, private: &Path, provider: &CryptoProvider) -> Result<CertifiedKey, Error> {
+    CertifiedKey::from_der(certificates(cert)?, key(private)?, provider).map_err(Error::Refused)
+}
+
+impl ResolvesServerCert for Serving {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let mut current = self.current.lock();
+        let changed = modified(&self.cert);
+        if changed != current.0 {
+            match pair(&self.cert, &self.key, &self.provider) {
+                Ok(pair) => *current = (changed, Arc::new(pair)),
+                // One of the two is not there yet; the old pair goes on.
+                Err(error) => tracing::debug!(%error, "serving certificate"),
+            }
+        }
+        Some(current.1.clone())
+    }
+}
+
 /// The server's TLS configuration. Clients without a certificate get in as far as /healthz.
 pub(crate) fn server_config(wanted: &super::Config) -> Result<Arc<ServerConfig>, Error> {
     let mut roots = RootCertStore::empty();
@@ -113,12 +163,11 @@ pub(crate) fn server_config(wanted: &super::Config) -> Result<Arc<ServerConfig>,
         .allow_unauthenticated()
         .build()
         .map_err(Error::ClientCa)?;
-    let mut config = ServerConfig::builder_with_provider(provider)
+    let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(versions)
         .map_err(Error::Refused)?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(certificates(&wanted.cert)?, key(&wanted.key)?)
-        .map_err(Error::Refused)?;
+        .with_cert_resolver(Arc::new(Serving::open(wanted, provider)?));
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }

@@ -7,19 +7,11 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, anyhow, bail};
-use futures::{StreamExt, TryStreamExt};
-use isopod_agent::Paths;
-use k8s_openapi::{
-    ByteString,
-    api::certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec},
+use isopod_agent::{
+    Paths,
+    certificates::{self, Purpose},
 };
-use kube::{
-    Api, Client, Config,
-    api::{ObjectMeta, PostParams},
-    config::AuthInfo,
-    runtime::watcher,
-};
-use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SanType};
+use kube::{Client, Config, config::AuthInfo};
 
 use super::token::Token;
 use crate::{
@@ -68,15 +60,14 @@ async fn join(paths: &Paths, settings: &Settings, token: &Token) -> Result<()> {
     let node = format!("system:node:{}", settings.node_name);
     let auth = AuthInfo { token: Some(token.bearer.clone().into()), ..AuthInfo::default() };
     let bootstrap = client(token, auth).await?;
-    let identity =
-        certificate(bootstrap, "kubernetes.io/kube-apiserver-client-kubelet", &node, &[], "client auth").await?;
+    let identity = certificates::request(bootstrap, &settings.node_name, &Purpose::Client).await?;
+    let identity = Signed { cert: identity.cert, key: identity.key };
     let path = paths.kubeconfig("agent");
     kubeconfig::write(&path, &kubeconfig::render(&token.server, &token.ca, &node, &identity)?)?;
     let own = super::client(&path).await?;
-    let addresses = [settings.node_ip, IpAddr::from([127, 0, 0, 1])];
-    let mut names = vec![SanType::DnsName(settings.node_name.clone().try_into().context("node name")?)];
-    names.extend(addresses.map(SanType::IpAddress));
-    let serving = certificate(own, "kubernetes.io/kubelet-serving", &node, &names, "server auth").await?;
+    let addresses = vec![settings.node_ip, IpAddr::from([127, 0, 0, 1])];
+    let serving = Purpose::Serving(settings.node_name.clone(), addresses);
+    let serving = certificates::request(own, &settings.node_name, &serving).await?;
     pki::write_private(&paths.pki().join("kubelet.key"), serving.key.as_bytes())?;
     pki::write_private(&paths.pki().join("kubelet.crt"), serving.cert.as_bytes())
 }
@@ -88,41 +79,4 @@ async fn client(token: &Token, auth: AuthInfo) -> Result<Client> {
     config.root_cert = Some(vec![pem.contents]);
     config.auth_info = auth;
     isopod_client::connect(config).context("client for the API server")
-}
-
-/// Asks for a certificate and waits until it is signed.
-async fn certificate(client: Client, signer: &str, user: &str, names: &[SanType], usage: &str) -> Result<Signed> {
-    let key = KeyPair::generate().context("generate key")?;
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
-    params.distinguished_name.push(DnType::CommonName, user);
-    params.subject_alt_names = names.to_vec();
-    let request = params.serialize_request(&key).context("make certificate request")?;
-    let requests: Api<CertificateSigningRequest> = Api::all(client);
-    let object = CertificateSigningRequest {
-        metadata: ObjectMeta { generate_name: Some("csr-".to_owned()), ..ObjectMeta::default() },
-        spec: CertificateSigningRequestSpec {
-            request: ByteString(request.pem().context("encode certificate request")?.into_bytes()),
-            signer_name: signer.to_owned(),
-            usages: Some(vec!["digital signature".to_owned(), usage.to_owned()]),
-            ..CertificateSigningRequestSpec::default()
-        },
-        status: None,
-    };
-    let created = requests.create(&PostParams::default(), &object).await.context("create CertificateSigningRequest")?;
-    let name = created.metadata.name.unwrap_or_default();
-    let mut events = watcher::watch_object(requests, &name).boxed();
-    while let Some(event) =
-        events.try_next().await.with_context(|| format!("watch CertificateSigningRequest {name}"))?
-    {
-        let Some(status) = event.and_then(|object| object.status) else { continue };
-        if let Some(denied) = status.conditions.iter().flatten().find(|c| c.type_ == "Denied" || c.type_ == "Failed") {
-            bail!("CertificateSigningRequest {name}: {}: {}", denied.type_, denied.message.clone().unwrap_or_default());
-        }
-        if let Some(ByteString(cert)) = status.certificate {
-            return Ok(Signed { cert: String::from_utf8(cert).context("certificate")?, key: key.serialize_pem() });
-        }
-    }
-    bail!("watch of CertificateSigningRequest {name} ended")
 }

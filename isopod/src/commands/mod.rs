@@ -105,13 +105,7 @@ pub(crate) async fn config(path: &Path) -> Result<kube::Config> {
 
 /// A client for the identity in a kubeconfig file.
 pub(crate) async fn client(path: &Path) -> Result<kube::Client> {
-    let text = || format!("kubeconfig {}", path.display());
-    let config = config(path).await?;
-    if config.cluster_url.scheme_str() == Some("http") {
-        // Somebody else made the way safe: `kubectl proxy`, a tunnel.
-        return kube::Client::try_from(config).with_context(text);
-    }
-    isopod_client::connect(config).with_context(text)
+    Ok(isopod_client::connect_file(path).await?)
 }
 
 /// Waits until the API server answers, so that no watch's back-off grows while it starts; `false` when told to stop.
