@@ -349,6 +349,14 @@ pub(crate) fn container_mounts(
             }
         };
         let read_only = ready.read_only || m.read_only == Some(true);
+        let propagation = match m.mount_propagation.as_deref() {
+            Some("HostToContainer") => "rslave",
+            Some("Bidirectional") => "rshared",
+            _ => "rprivate",
+        };
+        if propagation != "rprivate" {
+            mounts::propagates(&source, propagation)?;
+        }
         out.push(BindMount {
             source,
             destination: if m.mount_path.starts_with('/') {
@@ -359,11 +367,7 @@ pub(crate) fn container_mounts(
             read_only,
             recursive_read_only: read_only
                 && matches!(m.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible")),
-            propagation: match m.mount_propagation.as_deref() {
-                Some("HostToContainer") => "rslave",
-                Some("Bidirectional") => "rshared",
-                _ => "rprivate",
-            },
+            propagation,
         });
     }
     Ok(out)

@@ -88,6 +88,30 @@ pub(crate) fn is_mount(place: &Path) -> bool {
     below(&place).contains(&place)
 }
 
+/// Whether mounts made at a place show elsewhere as `propagation` wants it; what is wrong, if not.
+pub(crate) fn propagates(place: &Path, propagation: &str) -> Result<(), String> {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let real = place.canonicalize().unwrap_or_else(|_| place.to_path_buf());
+    check_propagation(&text, &real, propagation)
+}
+
+fn check_propagation(mountinfo: &str, place: &Path, propagation: &str) -> Result<(), String> {
+    let holds = |line: &&str| line.split(' ').nth(4).is_some_and(|m| place.starts_with(unescape(m)));
+    // The last of the longest is the one on top.
+    let Some(line) = mountinfo.lines().filter(holds).max_by_key(|l| l.split(' ').nth(4).map(str::len)) else {
+        return Ok(());
+    };
+    let tags = line.split(" - ").next().unwrap_or_default();
+    let (shared, slave) = (tags.contains(" shared:"), tags.contains(" master:"));
+    let (fits, want) = match propagation {
+        "rshared" => (shared, "a shared mount"),
+        "rslave" => (shared || slave, "a shared or slave mount"),
+        _ => (true, ""),
+    };
+    let on = unescape(line.split(' ').nth(4).unwrap_or_default());
+    if fits { Ok(()) } else { Err(format!("path {:?} is mounted on {on:?} but it is not {want}", place.display())) }
+}
+
 fn unescape(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let bytes = text.as_bytes();
@@ -114,10 +138,14 @@ pub(crate) fn remove_tree(dir: &Path) -> io::Result<()> {
         return Ok(());
     }
     let real = dir.canonicalize()?;
-    for mount in below(&real) {
-        rustix::mount::unmount(&mount, UnmountFlags::DETACH)?;
+    let mounts = below(&real);
+    for mount in &mounts {
+        rustix::mount::unmount(mount, UnmountFlags::DETACH)?;
     }
-    if let Some(left) = below(&real).first() {
+    // One of several mounts at one place may be left.
+    if !mounts.is_empty()
+        && let Some(left) = below(&real).first()
+    {
         return Err(io::Error::other(format!("{} is still mounted", left.display())));
     }
     match fs::remove_dir_all(dir) {
@@ -146,6 +174,23 @@ mod tests {
         assert!(volume.join("made/deep").is_dir());
         assert!(bind_sub_path(&volume, "../v", &dir.path().join("p"), 0o755).is_err());
         assert!(bind_sub_path(&volume, "/etc", &dir.path().join("p"), 0o755).is_err());
+    }
+
+    #[test]
+    fn mounts_propagate_from_shared_places_only() {
+        let text = "1 0 8:1 / / rw - ext4 d rw\n2 1 8:1 / /s rw shared:3 - ext4 d rw\n3 2 8:1 / /s/m rw master:3 - ext4 d rw\n";
+        let of = |place: &str, how: &str| check_propagation(text, Path::new(place), how);
+        for (place, how, fits) in [
+            ("/a", "rshared", false),
+            ("/a", "rprivate", true),
+            ("/a", "rslave", false),
+            ("/s/x", "rshared", true),
+            ("/s/m/x", "rshared", false),
+            ("/s/m/x", "rslave", true),
+        ] {
+            assert_eq!(of(place, how).is_ok(), fits, "{place} {how}");
+        }
+        assert_eq!(of("/a", "rshared").unwrap_err(), "path \"/a\" is mounted on \"/\" but it is not a shared mount");
     }
 
     #[test]
