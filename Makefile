@@ -49,7 +49,7 @@ check: deps
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
-# Everything, or some parts: `make bench ROWS="runtime"`; there are start, pods, api, services and runtime.
+# Everything, or some parts: `make bench ROWS="runtime"`; there are dns, proxy, start, pods, node, pull, api, services and runtime.
 bench: test-deps bench-deps build
 	cargo run --release -p isopod-tests --bin bench -- $(ROWS)
 

@@ -10,13 +10,21 @@ pub struct Image {
     name: String,
     files: BTreeMap<String, (u32, Vec<u8>)>,
     links: BTreeMap<String, String>,
+    /// Layers that are complete.
+    below: Vec<Vec<u8>>,
     config: Value,
 }
 
 impl Image {
     /// An image with nothing in it.
     pub fn scratch(name: &str) -> Self {
-        Self { name: name.to_owned(), files: BTreeMap::new(), links: BTreeMap::new(), config: json!({}) }
+        Self {
+            name: name.to_owned(),
+            files: BTreeMap::new(),
+            links: BTreeMap::new(),
+            below: Vec::new(),
+            config: json!({}),
+        }
     }
 
     /// busybox with all applets, a root user and `sh` as command.
@@ -45,6 +53,14 @@ impl Image {
     /// Adds a file.
     pub fn file(mut self, path: &str, mode: u32, content: &[u8]) -> Self {
         self.files.insert(path.to_owned(), (mode, content.to_vec()));
+        self
+    }
+
+    /// What is added from here on is in another layer.
+    pub fn next_layer(mut self) -> Self {
+        self.below.push(self.layer());
+        self.files.clear();
+        self.links.clear();
         self
     }
 
@@ -79,21 +95,25 @@ impl Image {
 
     /// Writes the image as a docker archive.
     pub fn save(&self, path: &Path) {
-        let layer = self.layer();
+        let mut layers = self.below.clone();
+        layers.push(self.layer());
+        let diff_ids: Vec<_> = layers.iter().map(|layer| format!("sha256:{}", hex(layer))).collect();
+        let names: Vec<_> = (0..layers.len()).map(|n| format!("layer-{n}.tar")).collect();
+        let history: Vec<_> = layers.iter().map(|_| json!({"created_by": "tests"})).collect();
         let config = json!({
             "architecture": "amd64", "os": "linux", "config": self.config,
-            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex(&layer))]},
-            "history": [{"created_by": "tests"}],
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
+            "history": history,
         })
         .to_string();
-        let manifest = json!([{"Config": "config.json", "RepoTags": [self.name], "Layers": ["layer.tar"]}]).to_string();
+        let manifest = json!([{"Config": "config.json", "RepoTags": [self.name], "Layers": names}]).to_string();
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).unwrap();
         }
         let mut builder = tar::Builder::new(fs::File::create(path).unwrap());
-        let members =
-            [("manifest.json", manifest.as_bytes()), ("config.json", config.as_bytes()), ("layer.tar", &layer[..])];
-        for (name, content) in members {
+        let fixed = [("manifest.json", manifest.as_bytes()), ("config.json", config.as_bytes())];
+        let layers = names.iter().map(String::as_str).zip(layers.iter().map(Vec::as_slice));
+        for (name, content) in fixed.into_iter().chain(layers) {
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
             header.set_mode(0o644);

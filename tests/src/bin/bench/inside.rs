@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
+use futures::{StreamExt, stream::FuturesUnordered};
 use k8s_openapi::api::{
-    core::v1::{Node, Pod, Service},
+    core::v1::{Node, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{
     Api, Client,
-    api::{DeleteParams, ListParams, PostParams, WatchEvent, WatchParams},
+    api::{ListParams, PostParams},
 };
 use serde_json::json;
 use tokio::{
@@ -25,76 +25,14 @@ pub(crate) fn run(args: &[String]) {
     runtime.block_on(async {
         let client = Client::try_default().await.unwrap();
         match args[0].as_str() {
-            "pods-one-by-one" => pods_one_by_one(client).await,
-            "pods-at-once" => pods_at_once(client, 50).await,
+            "pods" => crate::pods::run(client, 100, &[50, 100]).await,
+            "fill" => crate::pods::fill(client, args[1].parse().unwrap(), args[2].parse().unwrap()).await,
+            "pull" => crate::pull::ours(&args[1], args[2].parse().unwrap()).await,
             "api" => crate::api::run(args.get(1).map(String::as_str)).await,
             "services" => services(client, args[1].parse().unwrap()).await,
             other => panic!("unknown benchmark {other}"),
         }
     });
-}
-
-fn pod(name: &str) -> Pod {
-    serde_json::from_value(json!({
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
-        "spec": {"terminationGracePeriodSeconds": 0, "containers": [
-            {"name": "c", "image": "busybox:1", "imagePullPolicy": "IfNotPresent", "command": ["sleep", "100000"]}]},
-    }))
-    .unwrap()
-}
-
-fn ready(pod: &Pod) -> bool {
-    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
-    conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
-}
-
-async fn pods_one_by_one(client: Client) {
-    let pods: Api<Pod> = Api::default_namespaced(client);
-    let mut all = Vec::new();
-    for n in 0..20 {
-        let name = format!("one-{n}");
-        let params = WatchParams::default().fields(&format!("metadata.name={name}"));
-        let version = pods.list_metadata(&ListParams::default().limit(1)).await.unwrap().metadata.resource_version;
-        let mut events = pods.watch(&params, &version.unwrap_or_default()).await.unwrap().boxed();
-        let started = Instant::now();
-        pods.create(&PostParams::default(), &pod(&name)).await.unwrap();
-        while let Some(event) = events.next().await {
-            if let Ok(WatchEvent::Modified(pod)) = event
-                && ready(&pod)
-            {
-                break;
-            }
-        }
-        all.push(started.elapsed());
-        pods.delete(&name, &DeleteParams::default().grace_period(0)).await.unwrap();
-    }
-    row("pod create -> Ready, one by one", &times(all));
-}
-
-async fn pods_at_once(client: Client, n: usize) {
-    let pods: Api<Pod> = Api::default_namespaced(client);
-    let version = pods.list_metadata(&ListParams::default().limit(1)).await.unwrap().metadata.resource_version;
-    let mut events = pods.watch(&WatchParams::default(), &version.unwrap_or_default()).await.unwrap().boxed();
-    let started = Instant::now();
-    let creates = (0..n).map(|i| {
-        let pods = pods.clone();
-        async move { pods.create(&PostParams::default(), &pod(&format!("many-{i}"))).await.map(|_| ()) }
-    });
-    join_all(creates).await.into_iter().collect::<Result<Vec<_>, _>>().unwrap();
-    let mut seen = std::collections::BTreeSet::new();
-    while seen.len() < n {
-        match events.next().await {
-            Some(Ok(WatchEvent::Added(pod) | WatchEvent::Modified(pod))) if ready(&pod) => {
-                let name = pod.metadata.name.unwrap_or_default();
-                if name.starts_with("many-") {
-                    seen.insert(name);
-                }
-            }
-            Some(_) => {}
-            None => panic!("the watch ended with {} of {n} pods ready", seen.len()),
-        }
-    }
-    row(&format!("{n} pods at once -> all Ready"), &format!("{:.2} s", started.elapsed().as_secs_f64()));
 }
 
 /// Brings the cluster to so many Services of ten endpoints each, then adds single ones.

@@ -8,7 +8,10 @@ mod api;
 mod dns;
 mod inside;
 mod memory;
+mod node;
+mod pods;
 mod proxy;
+mod pull;
 mod runtime;
 
 use std::time::Duration;
@@ -16,7 +19,7 @@ use std::time::Duration;
 use isopod_tests::{Cluster, Host, Net};
 
 /// The parts of the result, in their order.
-const PARTS: [&str; 7] = ["dns", "proxy", "start", "pods", "api", "services", "runtime"];
+const PARTS: [&str; 9] = ["dns", "proxy", "start", "pods", "node", "pull", "api", "services", "runtime"];
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -41,7 +44,7 @@ fn main() {
     }
     let mut net = Net::new();
     let host = net.host("bench");
-    if PARTS[2..6].iter().any(|part| wanted(part)) {
+    if PARTS[2..8].iter().any(|part| wanted(part)) {
         of_cluster(&host, &wanted);
     }
     if wanted("runtime") {
@@ -51,6 +54,7 @@ fn main() {
 
 /// What needs a cluster.
 fn of_cluster(host: &Host, wanted: &dyn Fn(&str) -> bool) {
+    std::fs::write(host.path("/etc/isopod/config.yaml"), node::CONFIGURATION).unwrap();
     let mut cluster = Cluster::start_installed(host);
     if wanted("start") {
         ready("start: nothing to Ready", host);
@@ -60,13 +64,16 @@ fn of_cluster(host: &Host, wanted: &dyn Fn(&str) -> bool) {
         cluster.up();
         ready("start: again, with its data", host);
         memory::all(&cluster, "idle");
-        memory::cpu(&cluster, Duration::from_secs(60));
+        memory::cpu(&cluster, "idle", Duration::from_secs(60));
     }
     if wanted("pods") {
-        inside(&cluster, &["pods-one-by-one"]);
-        inside(&cluster, &["pods-at-once"]);
-        memory::per_pod(&cluster);
-        cluster.k("delete pods --all --now --wait=true");
+        inside(&cluster, &["pods"]);
+    }
+    if wanted("node") {
+        node::run(&mut cluster);
+    }
+    if wanted("pull") {
+        pull::run(&cluster);
     }
     if wanted("api") {
         inside(&cluster, &["api"]);
@@ -135,9 +142,10 @@ fn full_sync(cluster: &mut Cluster, total: &str) {
     );
 }
 
-/// The median and the largest of some times, in milliseconds.
+/// The median, the 99th percentile and the largest of some times, in milliseconds.
 fn times(mut all: Vec<Duration>) -> String {
     all.sort();
     let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-    format!("p50 {:.1} ms, max {:.1} ms ({} runs)", ms(all[all.len() / 2]), ms(*all.last().unwrap()), all.len())
+    let at = |part: usize| ms(all[all.len() * part / 100]);
+    format!("p50 {:.1} ms, p99 {:.1} ms, max {:.1} ms ({} runs)", at(50), at(99), ms(*all.last().unwrap()), all.len())
 }

@@ -34,14 +34,17 @@ pub(crate) fn all(cluster: &Cluster, when: &str) {
     row(&format!("memory {when} (PSS): everything"), &mib(all.values().flatten().sum()));
 }
 
-pub(crate) fn per_pod(cluster: &Cluster) {
+/// The agent beside so many pods, and their supervisors.
+pub(crate) fn at(cluster: &Cluster, pods: usize) {
     let all = pss(cluster);
-    let supervisors: Vec<u64> =
-        all.iter().filter(|(name, _)| name.contains("supervise")).flat_map(|(_, sizes)| sizes.clone()).collect();
-    if !supervisors.is_empty() {
-        let each = supervisors.iter().sum::<u64>() / supervisors.len() as u64;
-        row(&format!("memory per pod (PSS of its supervisor, {} pods)", supervisors.len()), &format!("{each} KiB"));
-    }
+    let of = |part: &str| -> Vec<u64> {
+        all.iter().filter(|(name, _)| name.contains(part)).flat_map(|(_, sizes)| sizes.clone()).collect()
+    };
+    row(&format!("memory at {pods} pods (PSS): agent"), &mib(of("isopod-up").iter().sum()));
+    let supervisors = of("supervise");
+    let (sum, count) = (supervisors.iter().sum::<u64>(), supervisors.len());
+    let each = sum / u64::try_from(count).unwrap().max(1);
+    row(&format!("memory at {pods} pods (PSS): {count} supervisors"), &format!("{}, {each} KiB each", mib(sum)));
 }
 
 /// CPU ticks of all isopod processes.
@@ -52,11 +55,12 @@ fn ticks(cluster: &Cluster) -> u64 {
     text.lines().filter_map(|line| line.parse::<u64>().ok()).sum()
 }
 
-pub(crate) fn cpu(cluster: &Cluster, span: Duration) {
+/// CPU of everything of isopod's over a while, when nothing is asked of it.
+pub(crate) fn cpu(cluster: &Cluster, when: &str, span: Duration) {
     let before = ticks(cluster);
     std::thread::sleep(span);
     let used = ticks(cluster) - before;
     // USER_HZ is 100 on every Linux.
     let percent = used as f64 / 100.0 / span.as_secs_f64() * 100.0;
-    row(&format!("CPU idle over {} s, all processes", span.as_secs()), &format!("{percent:.2} % of a core"));
+    row(&format!("CPU {when} over {} s, all processes", span.as_secs()), &format!("{percent:.2} % of a core"));
 }
