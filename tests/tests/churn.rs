@@ -156,6 +156,9 @@ const BLOWS: [Blow; 20] = {
     ]
 };
 
+/// What can happen without an agent; the first two also without an API server.
+const BLIND: [Blow; 4] = [Blow::Container, Blow::Supervisor, Blow::Create, Blow::Delete];
+
 struct Churn {
     c: Cluster,
     rng: Rng,
@@ -286,8 +289,11 @@ impl Churn {
             return false;
         }
         self.c.kill_agent();
+        // An API server that has just been killed comes back with the agent only.
+        let answers = self.system.values().all(|p| p.steady);
+        let possible = if answers { &BLIND[..] } else { &BLIND[..2] };
         for _ in 0..self.rng.next() % 3 {
-            let blow = self.rng.pick(&[Blow::Create, Blow::Delete, Blow::Container, Blow::Supervisor]).unwrap();
+            let blow = self.rng.pick(possible).unwrap();
             self.blow(blow);
         }
         self.c.up();
@@ -380,7 +386,7 @@ fn unwell(name: &str, pod: &Pod, now: &Value) -> Option<String> {
 fn instances(host: &Host, uid: &str) -> BTreeMap<String, String> {
     let script = format!(
         "for d in $(find /sys/fs/cgroup/pids -mindepth 2 -type d -path '*pod{uid}/*'); do \
-         p=$(sort -n $d/cgroup.procs | head -n 1); [ -z \"$p\" ] || echo ${{d##*/}} $p; done"
+         n=${{d##*/}}; [ ${{#n}} = 64 ] || continue; p=$(sort -n $d/cgroup.procs | head -n 1); [ -z \"$p\" ] || echo $n $p; done; true"
     );
     let text = host.must(&script);
     text.lines().filter_map(|line| line.split_once(' ')).map(|(id, pid)| (id.to_owned(), pid.to_owned())).collect()
@@ -461,7 +467,7 @@ fn nothing_leaks_sticks_or_is_miscounted() {
     churn.settle();
     converges(&churn.c.host, &before);
     let kept = churn.c.host.must("ls /var/lib/isopod/starts | wc -l");
-    assert!(kept.trim().parse::<u32>().unwrap() <= 510, "{kept} start records");
+    assert!(kept.trim().parse::<u32>().unwrap() <= 570, "{kept} start records");
     let (fds_now, memory_now) = agent_holds(&churn.c);
     println!("agent: {fds} -> {fds_now} descriptors, {memory} -> {memory_now} KiB of anonymous memory");
     assert!(fds_now <= fds + 8, "{fds} -> {fds_now} descriptors");
