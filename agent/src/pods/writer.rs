@@ -3,7 +3,10 @@
 //! One task per pod. In: the wanted status, and for static pods whether there is a mirror. Out: patches of /status, at
 //! the end the deletion with grace period 0.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::api::{Api as KubeApi, DeleteParams, Patch, PatchParams, Preconditions};
@@ -65,6 +68,9 @@ impl Seen {
     }
 }
 
+/// Least time between two corrections of the same pod: whoever insists on something else is not fought with all might.
+const BETWEEN: Duration = Duration::from_secs(10);
+
 /// What was written last, to which object, and the revision that made of it.
 struct Sent {
     uid: String,
@@ -86,14 +92,19 @@ pub(crate) async fn run(
     mut seen: watch::Receiver<Option<Seen>>,
 ) {
     let mut sent: Option<Sent> = None;
+    let mut corrected: Option<Instant> = None;
     let mut pause = Duration::from_millis(200);
     loop {
         let want = wanted.borrow_and_update().clone();
         let now = uid.borrow_and_update().clone();
         let other = seen.borrow_and_update().clone();
+        let mut hold = None;
         if sent.as_ref().is_some_and(|s| other.is_some_and(|o| o.differs(s))) {
             // Somebody else wrote (the node controller, while this node was silent): ours is said again, whole.
-            sent = None;
+            match corrected.map(|at| at.elapsed()) {
+                Some(since) if since < BETWEEN => hold = Some(BETWEEN - since),
+                _ => (sent, corrected) = (None, Some(Instant::now())),
+            }
         }
         let mut retry = None;
         if let (Some(status), Some(uid), Some(client)) = (&want.status, now, api.get()) {
@@ -153,7 +164,7 @@ pub(crate) async fn run(
             r = wanted.changed() => if r.is_err() { return },
             r = uid.changed() => if r.is_err() { return },
             r = seen.changed() => if r.is_err() { return },
-            () = async { match retry { Some(p) => tokio::time::sleep(p).await, None => std::future::pending().await } } => {}
+            () = async { match retry.or(hold) { Some(p) => tokio::time::sleep(p).await, None => std::future::pending().await } } => {}
         }
     }
 }
