@@ -1,8 +1,8 @@
 //! Pulls one image from a registry.
 //!
 //! Manifest (an index is resolved to this machine's platform), configuration, then the layers that are not here yet:
-//! each is downloaded to a file that keeps what has come when the connection breaks, its digest verified, unpacked, and its diff id compared with the
-//! configuration's. <https://github.com/opencontainers/distribution-spec/blob/main/spec.md>
+//! each is downloaded to a file that keeps what has come when the connection breaks, its digest verified, unpacked, and its
+//! diff id compared with the configuration's. <https://github.com/opencontainers/distribution-spec/blob/main/spec.md>
 
 use std::{
     collections::BTreeSet,
@@ -21,7 +21,7 @@ use oci_client::{
     secrets::RegistryAuth,
 };
 use sha2::{Digest as _, Sha256};
-use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWrite, AsyncWriteExt, BufWriter};
 
 use super::{
     DockerConfig, ImageHandle, Pulled, credentials,
@@ -266,6 +266,8 @@ async fn download(
         have += n as u64;
     }
     drop(buffer);
+    // What comes is in small pieces, and each write is a journey to another thread.
+    let mut file = BufWriter::with_capacity(1 << 20, file);
     for tries in 0.. {
         if have >= size && have > 0 {
             break;
@@ -276,7 +278,7 @@ async fn download(
             BlobResponse::Full(whole) => {
                 // It does not know ranges: from the beginning, then.
                 (have, hash) = (0, Sha256::new());
-                file.set_len(0).await.map_err(store_error("truncate", path))?;
+                file.get_mut().set_len(0).await.map_err(store_error("truncate", path))?;
                 file.rewind().await.map_err(store_error("seek", path))?;
                 whole.stream
             }
@@ -289,6 +291,7 @@ async fn download(
                     hash.update(&bytes);
                     have += bytes.len() as u64;
                     if have > size {
+                        let _ = std::fs::remove_file(path);
                         let why = format!("{blob} is larger than the {size} bytes its manifest says");
                         return Err(Error::Pull { name: name.to_owned(), why });
                     }
