@@ -90,15 +90,20 @@ impl Purpose {
     }
 }
 
-/// Asks for a node's certificate and waits until it is signed.
-pub async fn request(client: Client, node: &str, purpose: &Purpose) -> Result<Signed, Error> {
+/// A new key, and the request for its certificate.
+fn made(node: &str, purpose: &Purpose) -> Result<(String, String), rcgen::Error> {
     let key = KeyPair::generate()?;
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
     params.distinguished_name.push(DnType::CommonName, format!("system:node:{node}"));
     params.subject_alt_names = purpose.names()?;
-    let text = params.serialize_request(&key)?.pem()?;
+    Ok((key.serialize_pem(), params.serialize_request(&key)?.pem()?))
+}
+
+/// Asks for a node's certificate and waits until it is signed.
+pub async fn request(client: Client, node: &str, purpose: &Purpose) -> Result<Signed, Error> {
+    let (key, text) = made(node, purpose)?;
     let usage = if matches!(purpose, Purpose::Client) { "client auth" } else { "server auth" };
     let api = |e: kube::Error| Error::Api(e.into());
     let requests: Api<CertificateSigningRequest> = Api::all(client);
@@ -123,7 +128,7 @@ pub async fn request(client: Client, node: &str, purpose: &Purpose) -> Result<Si
         }
         if let Some(ByteString(cert)) = status.certificate {
             let refused = |e: std::string::FromUtf8Error| Error::Refused { name: name.clone(), why: e.to_string() };
-            return Ok(Signed { cert: String::from_utf8(cert).map_err(refused)?, key: key.serialize_pem() });
+            return Ok(Signed { cert: String::from_utf8(cert).map_err(refused)?, key });
         }
     }
     Err(Error::Refused { name, why: "the watch of it ended".into() })
