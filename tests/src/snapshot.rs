@@ -41,7 +41,8 @@ impl Snapshot {
         last
     }
 
-    /// The same with all pre-made pod networks alike: the pool always holds as many, under ever new names.
+    /// The same with all pre-made pod networks alike, and all containers of a pod: the pool always holds as many, and what is
+    /// started again does so under a new name.
     pub fn pooled(&self) -> Self {
         let alike = |line: &str| {
             let cut = |line: String, mark: &str| match line.split_once(mark) {
@@ -51,7 +52,13 @@ impl Snapshot {
                 }
                 None => line,
             };
-            ["isov", ".slot-", "fe80::"].into_iter().fold(line.to_owned(), cut)
+            let line = match line.rsplit_once('/') {
+                Some((group, id)) if id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit()) => {
+                    format!("{group}/*")
+                }
+                _ => line.to_owned(),
+            };
+            ["isov", ".slot-", "fe80::"].into_iter().fold(line, cut)
         };
         Self::count(self.0.iter().flat_map(|(line, n)| std::iter::repeat_n(alike(line), *n)))
     }

@@ -4,7 +4,8 @@
 
 use std::fs;
 
-use isopod_tests::{Cluster, Net, eventually};
+use isopod_tests::{Cluster, Net, eventually, image::Image};
+use serde_json::json;
 
 const CONFIGURATION: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
                              clusterDNS: [10.96.0.10]\nclusterDomain: cluster.local\n\
@@ -60,7 +61,8 @@ fn volumes_of_the_host_are_what_was_asked_for() {
     yaml += &host_path("all-read-only", "/var/lib/hp/over", "", ", readOnly: true, recursiveReadOnly: Enabled");
     yaml += &host_path("hears", "/var/lib/hp/shared", "", ", mountPropagation: HostToContainer");
     yaml += &host_path("deaf", "/var/lib/hp/shared", "", "");
-    yaml += &host_path("not-shared", "/var/lib/hp/dir", "", ", mountPropagation: Bidirectional");
+    let both = host_path("not-shared", "/var/lib/hp/dir", "", ", mountPropagation: Bidirectional");
+    yaml += &both.replace("    command:", "    securityContext: {privileged: true}\n    command:");
     c.apply(&yaml);
     for (n, (_, _, wrong, why)) in TYPES.iter().enumerate() {
         c.wait_ready(&format!("right-{n}"));
@@ -131,12 +133,10 @@ const PROBED: &str = "
 ";
 
 const STOPPED: &str = "
-  os: {name: linux}
   containers:
   - name: c
-    image: busybox:1
+    image: stops:1
     command: [sh, -c, 'trap \"echo by USR1 > /host/stopped; exit 0\" USR1; while :; do sleep 0.2; done']
-    lifecycle: {stopSignal: SIGUSR1}
     volumeMounts: [{name: host, mountPath: /host}]
   volumes: [{name: host, hostPath: {path: /var/lib/stopped, type: DirectoryOrCreate}}]
 ";
@@ -146,6 +146,9 @@ fn probes_signals_and_logs() {
     let mut net = Net::new();
     let host = net.host("one");
     fs::write(host.path("/etc/isopod/config.yaml"), CONFIGURATION).unwrap();
+    Image::busybox("stops:1")
+        .config("StopSignal", json!("SIGUSR1"))
+        .save(&host.path("/var/lib/isopod/images").join("stops.tar"));
     let c = Cluster::start(&host);
     let talks = "  restartPolicy: Never\n  containers: [{name: c, image: 'busybox:1', \
                  command: [sh, -c, 'i=0; while [ $i -lt 4000 ]; do echo line $i of the log; i=$((i+1)); done']}]\n";
@@ -180,7 +183,7 @@ fn probes_signals_and_logs() {
     restarted("tcp");
     says("tcp", "connection refused");
     assert_eq!(restarts("slow"), 0);
-    // A signal of its own.
+    // The image's own signal.
     c.wait_ready("stopped");
     c.k("delete pod stopped --timeout=30s");
     assert_eq!(fs::read_to_string(c.host.path("/var/lib/stopped/stopped")).unwrap(), "by USR1\n");
