@@ -214,6 +214,8 @@ fn due(pem: &[u8], part: f64) -> Option<SystemTime> {
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs_f64(at.max(0.0)))
 }
 
+/// How long a request may wait for somebody's approval.
+const PATIENCE: Duration = Duration::from_secs(15 * 60);
 /// First pause after a failure, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(3600));
 /// Clocks are set: how long a wait is believed.
@@ -276,7 +278,9 @@ async fn keep(ctx: &Context, place: &Place, purpose: &Purpose) {
 
 async fn renew(ctx: &Context, place: &Place, purpose: &Purpose) -> Result<(), Error> {
     let Some(client) = ctx.api.wait().await else { return Ok(()) };
-    place.write(&request(client, &ctx.node_name, purpose).await?)
+    let asked = tokio::time::timeout(PATIENCE, request(client, &ctx.node_name, purpose)).await;
+    let nobody = |_| Error::Api(format!("nobody has approved it for {} s", PATIENCE.as_secs()).into());
+    place.write(&asked.map_err(nobody)??)
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
         message.contains("digest") || message.contains("Back-off")
     });
     let events = c.k("get events --field-selector reason=Failed");
-    assert!(events.contains(&format!("Expected sha256:{damaged}")), "{events}");
+    assert!(events.contains(&format!("expected sha256:{damaged}")), "{events}");
     assert_eq!(c.host.must("ls /var/lib/isopod/image-store/tmp | wc -l").trim(), "0");
     // A registry that nobody reaches has mirrors: the first is down, the second keeps it below a path of its own and wants
     // credentials, which a program of this node knows.

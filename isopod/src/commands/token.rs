@@ -81,24 +81,15 @@ async fn bearer(client: kube::Client, hours: u32) -> Result<String> {
     let metadata = || ObjectMeta { name: Some(ACCOUNT.to_owned()), ..ObjectMeta::default() };
     let account = ServiceAccount { metadata: metadata(), ..ServiceAccount::default() };
     exists(accounts.create(&PostParams::default(), &account).await).context("create service account")?;
-    let bindings: Api<ClusterRoleBinding> = Api::all(client);
     let roles = ["system:node-bootstrapper", "system:certificates.k8s.io:certificatesigningrequests:nodeclient"];
     for (suffix, role) in ["", "-approve"].into_iter().zip(roles) {
-        let binding = ClusterRoleBinding {
-            metadata: ObjectMeta { name: Some(format!("{ACCOUNT}{suffix}")), ..ObjectMeta::default() },
-            role_ref: RoleRef {
-                api_group: Some("rbac.authorization.k8s.io".to_owned()),
-                kind: "ClusterRole".to_owned(),
-                name: role.to_owned(),
-            },
-            subjects: Some(vec![Subject {
-                kind: "ServiceAccount".to_owned(),
-                name: ACCOUNT.to_owned(),
-                namespace: Some("kube-system".to_owned()),
-                ..Subject::default()
-            }]),
+        let account = Subject {
+            kind: "ServiceAccount".to_owned(),
+            name: ACCOUNT.to_owned(),
+            namespace: Some("kube-system".to_owned()),
+            ..Subject::default()
         };
-        exists(bindings.create(&PostParams::default(), &binding).await).with_context(|| format!("bind role {role}"))?;
+        bind(client.clone(), format!("{ACCOUNT}{suffix}"), role, account).await?;
     }
     let request = TokenRequest {
         spec: Some(TokenRequestSpec {
@@ -110,6 +101,32 @@ async fn bearer(client: kube::Client, hours: u32) -> Result<String> {
     let answer =
         accounts.create_token_request(ACCOUNT, &PostParams::default(), &request).await.context("request token")?;
     answer.status.and_then(|status| status.token).ok_or_else(|| anyhow!("the API server answered without a token"))
+}
+
+/// Nodes may have their own client certificates renewed.
+pub(crate) async fn let_nodes_renew(client: kube::Client) -> Result<()> {
+    let nodes = Subject {
+        kind: "Group".to_owned(),
+        name: "system:nodes".to_owned(),
+        api_group: Some("rbac.authorization.k8s.io".to_owned()),
+        ..Subject::default()
+    };
+    let role = "system:certificates.k8s.io:certificatesigningrequests:selfnodeclient";
+    bind(client, "isopod:node-autoapprove-certificate-rotation".to_owned(), role, nodes).await
+}
+
+async fn bind(client: kube::Client, name: String, role: &str, subject: Subject) -> Result<()> {
+    let bindings: Api<ClusterRoleBinding> = Api::all(client);
+    let binding = ClusterRoleBinding {
+        metadata: ObjectMeta { name: Some(name), ..ObjectMeta::default() },
+        role_ref: RoleRef {
+            api_group: Some("rbac.authorization.k8s.io".to_owned()),
+            kind: "ClusterRole".to_owned(),
+            name: role.to_owned(),
+        },
+        subjects: Some(vec![subject]),
+    };
+    exists(bindings.create(&PostParams::default(), &binding).await).with_context(|| format!("bind role {role}"))
 }
 
 /// Creating what is already there is fine.

@@ -135,7 +135,8 @@ async fn report(
         progress.done("API server answers");
         progress.begin("node");
         wait_for_node(client.clone(), &settings.node_name).await?;
-        label_control_plane(client, &settings.node_name).await?;
+        label_control_plane(client.clone(), &settings.node_name).await?;
+        super::token::let_nodes_renew(client).await?;
         progress.done(&format!("node {} is Ready", settings.node_name));
         let total = progress.finish();
         let isopod = if paths.root() == Path::new("/") {
