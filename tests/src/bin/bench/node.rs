@@ -30,7 +30,7 @@ pub(crate) fn run(cluster: &mut Cluster) {
         }
     }
     let started = Instant::now();
-    cluster.k("delete pods --all --now --wait=true --timeout=300s");
+    cluster.k("delete pods --all --wait=true --timeout=300s");
     row("500 pods deleted at once, kubectl", &format!("{:.1} s", started.elapsed().as_secs_f64()));
 }
 
