@@ -101,7 +101,7 @@ impl Kind {
   - name: c
     image: busybox:1
     command: [sh, -c, 'mkfifo /tmp/eat; read x < /tmp/eat; a=x; while :; do a=$a$a; done']
-    resources: {limits: {memory: 24Mi, cpu: 500m}}"
+    resources: {limits: {memory: 24Mi, cpu: 500m}, requests: {cpu: 5m, memory: 4Mi}}"
             }
             Self::Brief => {
                 "restartPolicy: Never
