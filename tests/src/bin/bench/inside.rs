@@ -27,6 +27,7 @@ pub(crate) fn run(args: &[String]) {
         match args[0].as_str() {
             "pods" => crate::pods::run(client, 100, &[50, 100]).await,
             "fill" => crate::pods::fill(client, args[1].parse().unwrap(), args[2].parse().unwrap()).await,
+            "delete" => crate::pods::delete(client, args[1].parse().unwrap()).await,
             "pull" => crate::pull::ours(&args[1], args[2].parse().unwrap()).await,
             "api" => crate::api::run(args.get(1).map(String::as_str)).await,
             "services" => services(client, args[1].parse().unwrap()).await,

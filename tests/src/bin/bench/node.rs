@@ -1,10 +1,7 @@
 //! A node full of pods: what agent and supervisors take, what it does when nothing is asked, and how long a killed agent needs
 //! to have every pod again.
 
-use std::{
-    fs,
-    time::{Duration, Instant},
-};
+use std::{fs, time::Duration};
 
 use isopod_tests::{Cluster, eventually};
 
@@ -29,9 +26,7 @@ pub(crate) fn run(cluster: &mut Cluster) {
             memory::at(cluster, pods);
         }
     }
-    let started = Instant::now();
-    cluster.k("delete pods --all --wait=true --timeout=300s");
-    row("500 pods deleted at once, kubectl", &format!("{:.1} s", started.elapsed().as_secs_f64()));
+    inside(cluster, &["delete", &there.to_string()]);
 }
 
 /// Gives the node more addresses than a /24 has: a new range for a node that registers anew.

@@ -140,10 +140,21 @@ async fn together(pods: &Api<Pod>, kind: Kind, what: &str, n: usize) {
     create(pods, kind, 0..n).await;
     until(&mut events, n, becomes_ready).await;
     row(&format!("{n} pods at once -> all Ready{what}"), &format!("{:.2} s", started.elapsed().as_secs_f64()));
+    empty(pods, events, n, what).await;
+}
+
+async fn empty(pods: &Api<Pod>, mut events: Events, n: usize, what: &str) {
     let started = Instant::now();
     pods.delete_collection(&DeleteParams::default(), &ListParams::default()).await.unwrap();
     until(&mut events, n, goes).await;
     row(&format!("{n} pods deleted at once -> all gone{what}"), &format!("{:.2} s", started.elapsed().as_secs_f64()));
+}
+
+/// All pods go.
+pub(crate) async fn delete(client: Client, n: usize) {
+    let pods: Api<Pod> = Api::default_namespaced(client);
+    let events = watch(&pods, &WatchParams::default()).await;
+    empty(&pods, events, n, "").await;
 }
 
 async fn create(pods: &Api<Pod>, kind: Kind, numbers: std::ops::Range<usize>) {
