@@ -240,7 +240,8 @@ async fn run(
         // It was on its way out when the last agent ended.
         w.terminate(Some(1), false);
     }
-    w.adopt().await;
+    // On the heap while it takes: this task is there as long as its pod.
+    Box::pin(w.adopt()).await;
     // What it was made with comes before its first step: a pod that is refused starts nothing.
     while let Ok(input) = receiver.try_recv() {
         w.take(input);

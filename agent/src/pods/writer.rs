@@ -114,13 +114,18 @@ pub(crate) async fn run(
             let mut gone = false;
             if known != Some(&full) {
                 let patch = json!({"metadata": {"uid": uid}, "status": patch(known, &full)});
-                match pods.patch_status(&target.name, &PatchParams::default(), &Patch::Strategic(patch)).await {
+                // Requests are large while they are under way, and this task is there as long as its pod.
+                let patch = Patch::Strategic(patch);
+                match Box::pin(pods.patch_status(&target.name, &PatchParams::default(), &patch)).await {
                     Ok(written) => {
                         sent = Some(Sent { uid: uid.clone(), status: full, revision: revision(&written) });
                         pause = Duration::from_millis(200);
                     }
                     // Another pod of this name, or none: this one's status interests nobody any more.
-                    Err(e) if is_code(&e, 404) || (is_code(&e, 409) && replaced(&pods, &target.name, &uid).await) => {
+                    Err(e)
+                        if is_code(&e, 404)
+                            || (is_code(&e, 409) && Box::pin(replaced(&pods, &target.name, &uid)).await) =>
+                    {
                         gone = true;
                     }
                     Err(error) => {
@@ -138,7 +143,7 @@ pub(crate) async fn run(
                     preconditions: Some(Preconditions { uid: Some(uid), resource_version: None }),
                     ..DeleteParams::default()
                 };
-                match pods.delete(&target.name, &parameters).await {
+                match Box::pin(pods.delete(&target.name, &parameters)).await {
                     Ok(_) => return,
                     Err(e) if is_code(&e, 404) || is_code(&e, 409) => return,
                     Err(error) => {
