@@ -3,7 +3,8 @@
 //! In: a client configuration. Out: a `kube::Client`. A connection costs a TLS handshake at the start and some 100 KiB on
 //! both sides for ever, and a control plane keeps eighty watches open: hence one. It is made by the first request that
 //! needs it, and made anew when it has closed; a request that was not sent on a closing one is sent again, once. Nothing is
-//! pooled and nothing outlives its request but the connection's own task, so a request dropped at any point holds up no other.
+//! pooled and nothing outlives its request but the connection's own task and the one that makes it, so a request dropped, or left
+//! alone, at any point holds up no other.
 
 use std::{
     future::Future,
@@ -14,6 +15,10 @@ use std::{
     time::Duration,
 };
 
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Shared},
+};
 use http::{Request, Response};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -21,8 +26,9 @@ use kube::{
     Client,
     client::{Body, ClientBuilder, ConfigExt},
 };
+use parking_lot::Mutex;
 use rustls::pki_types::ServerName;
-use tokio::{net::TcpStream, sync::Mutex};
+use tokio::{net::TcpStream, sync::oneshot};
 use tokio_rustls::TlsConnector;
 use tower::ServiceBuilder;
 
@@ -65,6 +71,9 @@ pub enum Error {
     /// HTTP.
     #[error("request")]
     Http(#[from] hyper::Error),
+    /// One of these, for all who waited for the same connection.
+    #[error(transparent)]
+    Shared(Arc<Error>),
 }
 
 /// A client of the API server, over one shared connection.
@@ -87,7 +96,7 @@ pub(crate) fn over(config: kube::Config, mut tls: rustls::ClientConfig) -> Resul
         port: url.port_u16().unwrap_or(443),
         name: ServerName::try_from(name).map_err(|_| wrong())?,
         tls: TlsConnector::from(Arc::new(tls)),
-        sender: Mutex::new(None),
+        way: Mutex::new(Way::None),
     }));
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
@@ -106,21 +115,51 @@ struct Server {
     port: u16,
     name: ServerName<'static>,
     tls: TlsConnector,
-    sender: Mutex<Option<Sender>>,
+    way: Mutex<Way>,
+}
+
+/// A connection that is being made, for all who wait for it.
+type Making = Shared<BoxFuture<'static, Result<Sender, Arc<Error>>>>;
+
+/// The way to the server.
+enum Way {
+    None,
+    Making(Making),
+    Open(Sender),
 }
 
 impl Server {
-    /// The open connection, or a new one. Who comes while one is being made waits for it; if its maker is dropped, the next
-    /// in line makes it.
-    async fn sender(&self) -> Result<Sender, Error> {
-        let mut current = self.sender.lock().await;
-        if let Some(sender) = current.as_ref().filter(|sender| !sender.is_closed()) {
-            return Ok(sender.clone());
-        }
-        *current = None;
-        let sender = self.open().await?;
-        *current = Some(sender.clone());
-        Ok(sender)
+    /// The open connection, or a new one. Who comes while one is being made waits for it.
+    ///
+    /// A task of its own makes it: a request that waits may be a future that nobody polls for a while (a watch in one arm of a
+    /// `select!` whose other arm is at work), and what it held would be held up with it, that other arm's request first.
+    async fn sender(self: &Arc<Self>) -> Result<Sender, Error> {
+        let making = {
+            let mut way = self.way.lock();
+            match &*way {
+                Way::Open(sender) if !sender.is_closed() => return Ok(sender.clone()),
+                Way::Making(making) => making.clone(),
+                _ => {
+                    let making = self.make();
+                    *way = Way::Making(making.clone());
+                    making
+                }
+            }
+        };
+        making.await.map_err(Error::Shared)
+    }
+
+    fn make(self: &Arc<Self>) -> Making {
+        let (done, made) = oneshot::channel();
+        let server = Arc::clone(self);
+        tokio::spawn(async move {
+            let opened = server.open().await.map_err(Arc::new);
+            *server.way.lock() = opened.as_ref().map_or(Way::None, |sender| Way::Open(sender.clone()));
+            // Nobody may be waiting any more.
+            let _ = done.send(opened);
+        });
+        let ended = || Arc::new(Error::Connect { address: String::new(), source: io::ErrorKind::Interrupted.into() });
+        async move { made.await.unwrap_or_else(|_| Err(ended())) }.boxed().shared()
     }
 
     async fn open(&self) -> Result<Sender, Error> {
@@ -150,7 +189,7 @@ impl Server {
         Ok(sender)
     }
 
-    async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, Error> {
+    async fn send(self: &Arc<Self>, request: Request<Body>) -> Result<Response<Incoming>, Error> {
         let mut request = request;
         let mut again = true;
         loop {
@@ -193,5 +232,34 @@ impl tower::Service<Request<Body>> for Channel {
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let server = Arc::clone(&self.0);
         Box::pin(async move { server.send(request).await })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_that_nobody_polls_holds_up_no_other() {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        // It accepts and never says a word.
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let roots = rustls::RootCertStore::empty();
+        let tls = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        let server = Arc::new(Server {
+            host: "127.0.0.1".into(),
+            port: silent.local_addr().unwrap().port(),
+            name: ServerName::try_from("localhost").unwrap(),
+            tls: TlsConnector::from(Arc::new(tls)),
+            way: Mutex::new(Way::None),
+        });
+        let mut first = std::pin::pin!(server.sender());
+        assert!(first.as_mut().now_or_never().is_none());
+        let (stream, _) = silent.accept().await.unwrap();
+        drop((stream, silent));
+        // The first is still there, and is not polled.
+        let second = tokio::time::timeout(Duration::from_secs(5), server.sender()).await;
+        assert!(matches!(second, Ok(Err(Error::Shared(_)))), "the second waits for the first");
+        assert!(first.await.is_err());
     }
 }
