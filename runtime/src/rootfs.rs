@@ -108,10 +108,14 @@ fn finish_overlay(context: &OwnedFd, upper: &Path, work: &Path) -> io::Result<Ow
 
 /// Makes `root` this namespace's root and drops the host's tree.
 pub(crate) fn enter(root: &Root) -> Result<()> {
+    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    let old = rustix::fs::open("/", flags, rustix::fs::Mode::empty()).context(|| "open the old root".into())?;
     fchdir(root).context(|| "enter the rootfs".into())?;
     // The old root is stacked on the new one at ".", so no directory for it is needed in the image.
     pivot_root(".", ".").context(|| "pivot_root".into())?;
-    // Unmounting must not travel back to the host.
+    // Unmounting must not travel back to the host. "." is the old root only for who is in it: the new one keeps its ties,
+    // which are what a volume with Bidirectional propagation is for.
+    fchdir(&old).context(|| "enter the old root".into())?;
     mount_change(".", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         .context(|| "detach the old root's propagation".into())?;
     unmount(".", UnmountFlags::DETACH).context(|| "unmount the old root".into())?;
