@@ -70,6 +70,18 @@ fn the_agents_own_pods_are_seen_and_not_taken_away() {
     let conditions = status.status.unwrap().conditions;
     assert!(conditions.len() == 2 && conditions.iter().all(|c| c.status), "{conditions:?}");
     assert!(status.info["config"].contains("clusterDomain"));
+    let handlers: Vec<&str> = status.runtime_handlers.iter().map(|h| h.name.as_str()).collect();
+    assert_eq!(handlers, ["", "isopod", "runc"]);
+    assert!(status.features.unwrap().supplemental_groups_policy);
+    let linux = call!(k, runtime, runtime_config, RuntimeConfigRequest {}).unwrap().linux.unwrap();
+    assert_eq!(linux.cgroup_driver(), CgroupDriver::Cgroupfs);
+    // A kubelet tells the range of its pods: here the one they have.
+    let range = |pod_cidr: &str| UpdateRuntimeConfigRequest {
+        runtime_config: Some(RuntimeConfig { network_config: Some(NetworkConfig { pod_cidr: pod_cidr.into() }) }),
+    };
+    call!(k, runtime, update_runtime_config, range("10.244.0.0/24")).unwrap();
+    let refused = call!(k, runtime, update_runtime_config, range("everything")).unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
     // Sandboxes and containers, by label and by the beginning of an id.
     let filter = PodSandboxFilter { label_selector: [("app".into(), "own".into())].into(), ..Default::default() };
     let list = call!(k, runtime, list_pod_sandbox, ListPodSandboxRequest { filter: Some(filter) }).unwrap().items;
