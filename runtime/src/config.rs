@@ -11,7 +11,7 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxNetDevice, Process, Spec};
 use crate::{
     cpu_list,
     error::{Context, Error, Result},
-    lsm, memory_policy, net_devices, resctrl, spec,
+    hooks, lsm, memory_policy, net_devices, resctrl, spec,
 };
 
 /// Largest config.json accepted.
@@ -91,6 +91,12 @@ impl Config {
                 return Err(Error::invalid("a mount's destination may not be the root"));
             }
         }
+        if spec.annotations().as_ref().is_some_and(|all| all.contains_key("")) {
+            return Err(Error::invalid("an annotation has no name"));
+        }
+        if let Some(all) = spec.hooks() {
+            hooks::validate(all)?;
+        }
         self.validate_namespaces()?;
         self.validate_linux()
     }
@@ -101,6 +107,9 @@ impl Config {
         for (i, namespace) in list.iter().enumerate() {
             if list[..i].iter().any(|n| n.typ() == namespace.typ()) {
                 return Err(Error::invalid(format!("namespace {:?} is listed twice", namespace.typ())));
+            }
+            if let Some(path) = self.namespace(namespace.typ()).flatten().filter(|path| !path.is_absolute()) {
+                return Err(Error::invalid(format!("the path {path:?} of a namespace is not absolute")));
             }
         }
         if self.namespace(LinuxNamespaceType::Mount).is_none() {
@@ -203,6 +212,10 @@ pub(crate) fn validate_process(process: &Process) -> Result<()> {
         return Err(Error::invalid("process.args or process.env contains a NUL byte"));
     }
     lsm::validate(process)?;
+    let limits = process.rlimits().as_deref().unwrap_or_default();
+    if let Some(twice) = limits.iter().enumerate().find(|(i, l)| limits[..*i].iter().any(|o| o.typ() == l.typ())) {
+        return Err(Error::invalid(format!("process.rlimits: {} is listed twice", twice.1.typ())));
+    }
     let adj = process.oom_score_adj().unwrap_or(0);
     if !(-1000..=1000).contains(&adj) {
         return Err(Error::invalid(format!("process.oomScoreAdj {adj} is not between -1000 and 1000")));
@@ -253,7 +266,27 @@ mod tests {
     #[test]
     fn wrong_configurations_have_clear_errors() {
         type Change = fn(&mut serde_json::Value);
-        let cases: [(Change, &str); 19] = [
+        let cases: [(Change, &str); 24] = [
+            (
+                |v| v["linux"]["namespaces"][0]["path"] = "ns/pid".into(),
+                "the path \"ns/pid\" of a namespace is not absolute",
+            ),
+            (|v| v["annotations"] = serde_json::json!({"": "x"}), "an annotation has no name"),
+            (
+                |v| v["hooks"] = serde_json::json!({"poststop": [{"path": "bin/true"}]}),
+                "poststop hook #0 bin/true: the path is not absolute",
+            ),
+            (
+                |v| v["hooks"] = serde_json::json!({"prestart": [{"path": "/a"}, {"path": "/b", "timeout": 0}]}),
+                "prestart hook #1 /b: the timeout 0 is not positive",
+            ),
+            (
+                |v| {
+                    let limit = serde_json::json!({"type": "RLIMIT_CORE", "hard": 1, "soft": 1});
+                    v["process"]["rlimits"] = serde_json::json!([limit, limit]);
+                },
+                "RLIMIT_CORE is listed twice",
+            ),
             (|v| v["ociVersion"] = "2.0.0".into(), "ociVersion"),
             (|v| v["process"]["cwd"] = "tmp".into(), "not absolute"),
             (|v| v["process"]["args"] = serde_json::json!([]), "process.args is empty"),

@@ -6,7 +6,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use oci_spec::runtime::Hook;
+use oci_spec::runtime::{Hook, Hooks};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, pidfd_open},
@@ -31,10 +31,32 @@ fn each(name: &str, hooks: Option<&Vec<Hook>>, state: &[u8]) -> impl Iterator<It
     })
 }
 
-fn run_one(hook: &Hook, state: &[u8]) -> Result<()> {
-    if !hook.path().is_absolute() {
-        return Err(Error::invalid("the path is not absolute"));
+/// Refuses hooks the specification does not allow.
+pub(crate) fn validate(hooks: &Hooks) -> Result<()> {
+    #[allow(deprecated, reason = "it is still in configurations")]
+    let prestart = hooks.prestart();
+    let kinds = [
+        ("prestart", prestart),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    for (name, list) in kinds {
+        for (index, hook) in list.iter().flatten().enumerate() {
+            let wrong = match hook.timeout() {
+                _ if !hook.path().is_absolute() => "the path is not absolute".to_owned(),
+                Some(seconds) if seconds <= 0 => format!("the timeout {seconds} is not positive"),
+                _ => continue,
+            };
+            return Err(Error::invalid(wrong).within(format_args!("{name} hook #{index} {}", hook.path().display())));
+        }
     }
+    Ok(())
+}
+
+fn run_one(hook: &Hook, state: &[u8]) -> Result<()> {
     let mut command = Command::new(hook.path());
     if let [first, rest @ ..] = hook.args().as_deref().unwrap_or_default() {
         command.arg0(first).args(rest);
@@ -48,7 +70,7 @@ fn run_one(hook: &Hook, state: &[u8]) -> Result<()> {
         // A hook that does not read its state is no error.
         drop(stdin.write_all(state));
     }
-    if let Some(seconds) = hook.timeout().filter(|&t| t > 0)
+    if let Some(seconds) = hook.timeout()
         && !ends_within(&child, seconds)
     {
         drop(child.kill());

@@ -265,6 +265,8 @@ const CALLS_WITHOUT: &str = "
     --log /nonexistent/log list                | /nonexistent/log
     --rootless true list
     --criu /usr/sbin/criu list
+    checkpoint ID                              |
+    restore ID                                 |
 ";
 
 const MAKING: &str = "
@@ -326,6 +328,7 @@ const RUNNING: &str = "
     update --cpu-quota 20000 --cpu-period 100000 ID
     update --cpu-quota x ID                    | x               | usage
     update --cpu-period -1 ID                  | -1              | usage
+    update --cpu-rt-period 1000000 --cpu-rt-runtime 0 ID
     update --cpuset-cpus 0 --cpuset-mems 0 ID
     update --cpuset-cpus 99 ID                 | cpuset.cpus
     update --cpuset-cpus x ID                  |
@@ -398,6 +401,7 @@ const EXECUTING: &str = "
     exec --cgroup / ID true
     exec --cgroup nosuch ID true               | nosuch no such file or directory
     exec --cgroup ../x ID true                 | ../x
+    exec --cgroup memory:/ ID true             |                 | 255: one path for all controllers
     exec --apparmor nosuch ID true             | apparmor profile
     exec --process-label a:b:c:d ID true       | selinux
     exec --ignore-paused ID true

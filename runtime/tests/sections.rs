@@ -267,6 +267,45 @@ fn each_resource_by_itself() {
 }
 
 #[test]
+fn default_devices_and_those_asked_for() {
+    if !possible() {
+        return;
+    }
+    let script = "cd /dev; stat -c '%n %t:%T %a %u:%g' null zero full random urandom tty mine fifo; \
+                  stat -c '%F' fifo; for link in ptmx fd stdin stdout stderr; do readlink $link; done; test -e console || echo none";
+    let seen = said(&["sh", "-c", script], |b| {
+        b.config["linux"]["devices"] = json!([
+            {"path": "/dev/mine", "type": "c", "major": 10, "minor": 229, "fileMode": 0o640, "uid": 3, "gid": 4},
+            {"path": "/dev/fifo", "type": "p", "fileMode": 0o600},
+        ]);
+    });
+    let expected = "null 1:3 666 0:0\nzero 1:5 666 0:0\nfull 1:7 666 0:0\nrandom 1:8 666 0:0\nurandom 1:9 666 0:0\n\
+                    tty 5:0 666 0:0\nmine a:e5 640 3:4\nfifo 0:0 600 0:0\nfifo\n\
+                    pts/ptmx\n/proc/self/fd\n/proc/self/fd/0\n/proc/self/fd/1\n/proc/self/fd/2\nnone\n";
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn a_path_must_be_of_its_namespaces_type() {
+    if !possible() {
+        return;
+    }
+    for (at, kind) in [(0, "pid"), (1, "network"), (2, "ipc"), (3, "uts"), (5, "cgroup")] {
+        let other = if kind == "uts" { "/proc/self/ns/ipc" } else { "/proc/self/ns/uts" };
+        for (path, words) in
+            [(other, "invalid argument"), ("/proc/self/status", "invalid argument"), ("/nosuch", "/nosuch")]
+        {
+            let wrong = refusal(|b| {
+                assert_eq!(b.config["linux"]["namespaces"][at]["type"], kind);
+                b.config["linux"]["namespaces"][at]["path"] = path.into();
+                b.config.as_object_mut().unwrap().remove("hostname");
+            });
+            assert!(wrong.contains(words), "{kind} {path}: {wrong}");
+        }
+    }
+}
+
+#[test]
 fn time_offsets() {
     if !possible() {
         return;
