@@ -306,7 +306,11 @@ impl Churn {
         let log = self.c.host.path("/var/log/isopod/agent.log");
         let before = fs::read(&log).unwrap().len();
         self.c.host.must(
-            "mount -o remount,size=$(df --output=used -k /var/lib/isopod | tail -n 1 | tr -d ' ')k /var/lib/isopod",
+            // Something may be written between the two.
+            "for i in $(seq 100); do \
+                 mount -o remount,size=$(df --output=used -k /var/lib/isopod | tail -n 1 | tr -d ' ')k /var/lib/isopod \
+                     2> /dev/null && exit; \
+             done; exit 1",
         );
         let alive = instances(&self.c.host, &self.pods[&name].uid);
         let (id, pid) = alive.into_iter().next().unwrap();
