@@ -267,6 +267,19 @@ fn each_resource_by_itself() {
 }
 
 #[test]
+fn a_refused_update_leaves_nothing_behind() {
+    if !possible() {
+        return;
+    }
+    let bundle = Bundle::new(&["sleep", "1000"]);
+    bundle.start();
+    let refused = bundle.call(&["update", "--cpuset-cpus", "999", &bundle.id]);
+    assert!(text(&refused.stderr).contains("cpuset.cpus"), "{}", text(&refused.stderr));
+    assert!(bundle.call(&["delete", "--force", &bundle.id]).status.success());
+    assert!(bundle.cgroups().is_empty(), "{:?}", bundle.cgroups());
+}
+
+#[test]
 fn default_devices_and_those_asked_for() {
     if !possible() {
         return;

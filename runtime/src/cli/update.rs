@@ -91,13 +91,15 @@ pub(super) fn update(global: &Global, args: &UpdateArgs) -> Result<()> {
         state.resctrl.as_ref().ok_or_else(none)?.write(&schemata)?;
     }
     let cgroup = state.cgroup.as_mut().ok_or_else(|| Error::state("the container has no cgroup"))?;
-    cgroup.apply(&resources)?;
-    cgroup.tell_manager(&resources)?;
+    let applied = cgroup.apply(&resources).and_then(|()| cgroup.tell_manager(&resources));
+    // Also when it failed: the group may be in more hierarchies now, and must leave none behind.
+    let written = dir.write(&state);
+    applied?;
     global.warn(&cgroups::without_effect(&resources));
     if args.kernel_memory.is_some() || args.kernel_memory_tcp.is_some() {
         global.warn(&["the kernel has no limits of kernel memory any more: no effect".into()]);
     }
-    dir.write(&state)
+    written
 }
 
 fn resources(args: &UpdateArgs) -> Result<LinuxResources> {
