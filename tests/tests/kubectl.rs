@@ -153,6 +153,17 @@ fn the_api_explains_itself() {
         c.kubectl("create -f - <<'E'\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: bad}\nnonsense: 1\nE");
     assert_ne!(unknown.code, 0);
     assert!(unknown.err.contains("unknown field \"nonsense\""), "{unknown:?}");
+    // Addresses of another range; it stays until the last of them is given back.
+    c.apply(
+        "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: more}\nspec: {cidrs: [10.97.0.0/28]}\n---\n\
+         apiVersion: v1\nkind: Service\nmetadata: {name: more}\nspec: {clusterIP: 10.97.0.5, ports: [{port: 80}]}\n",
+    );
+    c.wait_field("servicecidr more", ".metadata.finalizers[0]", |f| f == "networking.k8s.io/service-cidr-finalizer");
+    c.k("wait --for=create ipaddress/10.97.0.5 --timeout=20s");
+    c.k("delete servicecidr more --wait=false");
+    c.wait_field("servicecidr more", ".status.conditions[0].reason", |reason| reason == "Terminating");
+    c.k("delete service more");
+    c.k("wait --for=delete servicecidr/more --timeout=40s");
     c.k("delete namespace three --timeout=30s");
     assert!(c.kubectl("get namespace three").err.contains("NotFound"));
 }
