@@ -200,8 +200,16 @@ fn docker(e: &mut Errs, data: &At<'_>, key: &str) {
 /// Go's message when bytes are not a JSON object.
 fn json_object(bytes: &[u8]) -> Result<(), String> {
     match serde_json::from_slice::<Value>(bytes) {
-        Ok(Value::Object(_)) => Ok(()),
-        Ok(_) => Err("json: cannot unmarshal value into Go value of type map[string]interface {}".to_owned()),
+        Ok(Value::Object(_) | Value::Null) => Ok(()),
+        Ok(other) => {
+            let kind = match other {
+                Value::String(_) => "string",
+                Value::Number(_) => "number",
+                Value::Bool(_) => "bool",
+                _ => "array",
+            };
+            Err(format!("json: cannot unmarshal {kind} into Go value of type map[string]interface {{}}"))
+        }
         Err(error) if error.is_eof() => Err("unexpected end of JSON input".to_owned()),
         Err(error) => {
             let c = bytes.get(error.column().saturating_sub(1)).map(|b| char::from(*b)).unwrap_or(' ');
@@ -231,5 +239,7 @@ mod tests {
     fn docker_config() {
         assert_eq!(json_object(b"x"), Err("invalid character 'x' looking for beginning of value".to_owned()));
         assert_eq!(json_object(b"{}"), Ok(()));
+        let array = "json: cannot unmarshal array into Go value of type map[string]interface {}";
+        assert_eq!(json_object(b"[1]"), Err(array.to_owned()));
     }
 }

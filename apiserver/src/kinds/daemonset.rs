@@ -81,6 +81,8 @@ impl Strategy for DaemonSet {
             return e.0;
         }
         let at = At::field(new, "spec");
+        // Upstream validates the new spec twice.
+        spec(&mut e, &at);
         spec(&mut e, &at);
         e.immutable(&at.get("selector"), &old["spec"]["selector"]);
         e.0
@@ -126,7 +128,7 @@ fn spec(e: &mut Errs, at: &At<'_>) {
         e.invalid(&selector_at, "empty selector is invalid for daemonset");
     }
     pod_template(e, &template);
-    always(e, &template);
+    always(e, &template, "DaemonSet");
     e.non_negative(&at.get("minReadySeconds"));
     e.non_negative(&at.get("revisionHistoryLimit"));
     let strategy = at.get("updateStrategy");

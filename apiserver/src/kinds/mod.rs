@@ -40,6 +40,7 @@ mod namespace;
 mod networking;
 mod node;
 mod persistentvolume;
+mod persistentvolumeclaim;
 mod pod;
 pub(crate) mod pod_defaults;
 pub(crate) mod pod_qos;
@@ -64,7 +65,7 @@ static TABLE: &[(&str, &str, &dyn Strategy)] = &[
     ("", "limitranges", &quota::LimitRange),
     ("", "namespaces", &namespace::Namespace),
     ("", "nodes", &node::Node),
-    ("", "persistentvolumeclaims", &persistentvolume::PersistentVolumeClaim),
+    ("", "persistentvolumeclaims", &persistentvolumeclaim::PersistentVolumeClaim),
     ("", "persistentvolumes", &persistentvolume::PersistentVolume),
     ("", "pods", &pod::Pod),
     ("", "podtemplates", &podtemplate::PodTemplate),

@@ -55,8 +55,10 @@ impl Strategy for Namespace {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        for finalizer in At::field(obj, "spec").get("finalizers").items() {
-            finalizer_name(&mut e, &finalizer);
+        let list = At::field(obj, "spec").get("finalizers");
+        for finalizer in list.items() {
+            // Upstream leaves the index out here.
+            finalizer_name(&mut e, &At::new(list.path.clone(), finalizer.v));
         }
         e.0
     }
@@ -64,19 +66,21 @@ impl Strategy for Namespace {
     fn validate_update(&self, cx: &Context<'_>, new: &Value, _old: &Value) -> ErrorList {
         let mut e = Errs::new();
         match cx.subresource {
+            "" => e.0 = self.validate(cx, new),
             "finalize" => {
                 for finalizer in At::field(new, "spec").get("finalizers").items() {
                     finalizer_name(&mut e, &finalizer);
                 }
             }
             "status" => {
-                let phase = At::field(new, "status").get("phase");
+                let status = At::field(new, "status");
+                let phase = At::new(status.path.child("Phase"), status.get("phase").v);
                 if At::field(new, "metadata").get("deletionTimestamp").is_set() {
                     if phase.s() != "Terminating" {
-                        e.invalid(&phase, "may only be 'Terminating' if `deletionTimestamp` is not empty");
+                        e.invalid_str(&phase, "may only be 'Terminating' if `deletionTimestamp` is not empty");
                     }
                 } else if phase.s() != "Active" {
-                    e.invalid(&phase, "may only be 'Active' if `deletionTimestamp` is empty");
+                    e.invalid_str(&phase, "may only be 'Active' if `deletionTimestamp` is empty");
                 }
             }
             _ => {}

@@ -1,6 +1,6 @@
 //! Nodes.
 
-use isopod_api::field::ErrorList;
+use isopod_api::field::{ErrorList, Path};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -75,8 +75,6 @@ impl Strategy for Node {
         if cx.subresource.is_empty() {
             // Upstream validates the whole new node first.
             node(&mut e, new);
-        } else {
-            quantities(&mut e, new);
         }
         update(&mut e, new, old);
         e.0
@@ -144,9 +142,7 @@ fn roles(obj: &Value) -> String {
 
 fn node(e: &mut Errs, obj: &Value) {
     let spec = At::field(obj, "spec");
-    let taints = spec.get("taints");
-    // Upstream reports taints under metadata.
-    scheduling::taints(e, &At::new(isopod_api::field::Path::new("metadata").child("taints"), taints.v));
+    taints(e, &spec);
     quantities(e, obj);
     let cidrs = spec.get("podCIDRs");
     let mut valid = true;
@@ -158,7 +154,19 @@ fn node(e: &mut Errs, obj: &Value) {
         if cidrs.len() > 2 || families[0] == families[1] {
             e.invalid(&cidrs, "may specify no more than one CIDR for each IP family");
         }
+        let mut seen = Vec::new();
+        for cidr in cidrs.items() {
+            if seen.contains(&cidr.s()) {
+                e.duplicate(&cidr, cidr.s());
+            }
+            seen.push(cidr.s());
+        }
     }
+}
+
+/// Upstream reports taints under metadata.
+fn taints(e: &mut Errs, spec: &At<'_>) {
+    scheduling::taints(e, &At::new(Path::new("metadata").child("taints"), spec.get("taints").v));
 }
 
 fn quantities(e: &mut Errs, obj: &Value) {
@@ -173,6 +181,14 @@ fn quantities(e: &mut Errs, obj: &Value) {
 
 fn update(e: &mut Errs, new: &Value, old: &Value) {
     let (spec, before) = (At::field(new, "spec"), At::field(old, "spec"));
+    quantities(e, new);
+    let mut seen: Vec<&Value> = Vec::new();
+    for address in At::field(new, "status").get("addresses").items() {
+        if seen.contains(&address.v) {
+            e.duplicate(&address, json!({"Type": address.get("type").s(), "Address": address.get("address").s()}));
+        }
+        seen.push(address.v);
+    }
     let frozen = |what: &str| format!("node updates may not change {what} except from \"\" to valid");
     if !before.get("podCIDRs").strings().is_empty() && !same(spec.get("podCIDRs").v, before.get("podCIDRs").v) {
         e.forbidden(&spec.get("podCIDRs"), &frozen("podCIDR"));
@@ -180,4 +196,5 @@ fn update(e: &mut Errs, new: &Value, old: &Value) {
     if !before.get("providerID").s().is_empty() && spec.get("providerID").s() != before.get("providerID").s() {
         e.forbidden(&spec.get("providerID"), &frozen("providerID"));
     }
+    taints(e, &spec);
 }

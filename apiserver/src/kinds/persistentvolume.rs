@@ -1,6 +1,4 @@
-//! PersistentVolumes and PersistentVolumeClaims.
-
-use std::cmp::Ordering;
+//! PersistentVolumes.
 
 use isopod_api::{
     field::{ErrorList, Path},
@@ -20,8 +18,6 @@ use crate::{
 
 /// `persistentvolumes`.
 pub(crate) struct PersistentVolume;
-/// `persistentvolumeclaims`.
-pub(crate) struct PersistentVolumeClaim;
 
 /// Sources of a volume, in the order they are checked.
 const SOURCES: &[&str] = &[
@@ -49,7 +45,7 @@ const SOURCES: &[&str] = &[
     "csi",
 ];
 
-fn modes(v: &Value) -> String {
+pub(super) fn modes(v: &Value) -> String {
     let short = |mode: &str| match mode {
         "ReadWriteOnce" => "RWO".to_owned(),
         "ReadOnlyMany" => "ROX".to_owned(),
@@ -66,7 +62,7 @@ fn modes(v: &Value) -> String {
     seen.join(",")
 }
 
-fn phase(obj: &Value) -> Value {
+pub(super) fn phase(obj: &Value) -> Value {
     match meta::deletion_timestamp(obj) {
         Some(_) => json!("Terminating"),
         None => table::or(&obj["status"]["phase"], ""),
@@ -74,7 +70,7 @@ fn phase(obj: &Value) -> Value {
 }
 
 /// The class: the old annotation counts first.
-fn class(obj: &Value) -> Value {
+pub(super) fn class(obj: &Value) -> Value {
     match meta::annotation(obj, "volume.beta.kubernetes.io/storage-class") {
         Some(class) => json!(class),
         None => table::or(&obj["spec"]["storageClassName"], ""),
@@ -108,7 +104,8 @@ impl Strategy for PersistentVolume {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        volume_spec(&mut e, &At::field(obj, "spec"));
+        volume_spec(&mut e, &At::field(obj, "spec"), Some(meta::name(obj)));
+        mount_options(&mut e, obj);
         e.0
     }
 
@@ -118,10 +115,17 @@ impl Strategy for PersistentVolume {
         }
         let mut e = Errs(self.validate(cx, new));
         let spec = At::field(new, "spec");
-        let source = |v: &Value| SOURCES.iter().map(|s| v["spec"][*s].clone()).collect::<Vec<_>>();
-        if !same(&json!(source(new)), &json!(source(old))) {
-            let shown = |v: &Value| internal::named("VolumeSource", &v["spec"]);
-            let diff = internal::diff(&shown(old), &shown(new));
+        // Upstream validates the new spec twice, its mount options once.
+        volume_spec(&mut e, &spec, Some(meta::name(new)));
+        let expansion = "controllerExpandSecretRef";
+        let mut sources = new["spec"].clone();
+        if sources["csi"].is_object() && old["spec"]["csi"].is_object() && old["spec"]["csi"][expansion].is_null() {
+            sources["csi"][expansion] = Value::Null;
+        }
+        let source = |spec: &Value| SOURCES.iter().map(|s| spec[*s].clone()).collect::<Vec<_>>();
+        if !same(&json!(source(&sources)), &json!(source(&old["spec"]))) {
+            let shown = |spec: &Value| internal::named("VolumeSource", spec);
+            let diff = internal::diff(&shown(&old["spec"]), &shown(&sources));
             let detail = format!("spec.persistentvolumesource is immutable after creation\n{diff}");
             e.forbidden(&spec.get("persistentvolumesource"), &detail);
         }
@@ -130,7 +134,12 @@ impl Strategy for PersistentVolume {
         let affinity = &new["spec"]["nodeAffinity"];
         if !old["spec"]["nodeAffinity"].is_null() && !same(affinity, &old["spec"]["nodeAffinity"]) {
             let shown = if affinity.is_null() { Value::Null } else { internal::named("VolumeAffinity", affinity) };
-            e.invalid_as(&At::new(Path::new("nodeAffinity"), affinity), shown, IMMUTABLE);
+            let detail = format!("{IMMUTABLE}, except for updating from beta label to GA");
+            e.invalid_as(&At::new(Path::new("nodeAffinity"), affinity), shown, &detail);
+        }
+        let class = spec.get("volumeAttributesClassName");
+        if !class.is_set() && !old["spec"]["volumeAttributesClassName"].is_null() {
+            e.forbidden(&class, "update from non-nil value to nil is forbidden");
         }
         e.0
     }
@@ -161,48 +170,57 @@ impl Strategy for PersistentVolume {
     }
 }
 
-fn volume_spec(e: &mut Errs, spec: &At<'_>) {
+/// The spec of a PersistentVolume of that name, or (without) of a volume inside an attachment.
+pub(crate) fn volume_spec(e: &mut Errs, spec: &At<'_>, name: Option<&str>) {
     let (access, capacity) = (spec.get("accessModes"), spec.get("capacity"));
+    let inline = name.is_none();
+    const CONTEXT: &str = "may not be specified in the context of inline volumes";
+    let unwanted = |e: &mut Errs, at: &At<'_>| {
+        if inline && (at.len() > 0 || !at.s().is_empty()) {
+            e.forbidden(at, CONTEXT);
+        }
+    };
+    unwanted(e, &spec.get("claimRef"));
+    unwanted(e, &capacity);
+    if inline && !spec.get("csi").is_set() {
+        e.required(&spec.get("csi"), "has to be specified in the context of inline volumes");
+    }
     if access.len() == 0 {
         e.required(&access, "");
     }
     volume_source::access_modes(e, &access);
-    if capacity.len() == 0 {
-        e.required(&capacity, "");
-    }
-    if capacity.len() > 1 || capacity.v.get("storage").is_none() {
-        let shown = if capacity.len() == 0 { Value::Null } else { sorted(capacity.v) };
-        e.unsupported_as(&capacity, shown, &["storage"]);
-    }
-    for (_, value) in capacity.entries() {
-        if let Some(quantity) = resources::quantity(value.v)
-            && quantity.milli_value() <= 0
-        {
-            e.invalid_as(&value, quantity.to_string(), "must be greater than zero");
-        }
+    if !inline {
+        capacities(e, &capacity);
     }
     let reclaim = spec.get("persistentVolumeReclaimPolicy");
-    if !reclaim.s().is_empty() {
+    if inline && !matches!(reclaim.s(), "" | "Retain") {
+        e.forbidden(&reclaim, "may only be Retain in the context of inline volumes");
+    } else if !inline && !reclaim.s().is_empty() {
         e.one_of(&reclaim, &["Delete", "Recycle", "Retain"]);
     }
     let affinity = spec.get("nodeAffinity");
-    if affinity.is_set() {
-        if affinity.get("required").is_set() {
-            scheduling::node_selector(e, &affinity.get("required"));
-        } else {
-            e.required(&affinity.get("required"), "must specify required node constraints");
-        }
+    if inline && affinity.is_set() {
+        e.forbidden(&affinity, CONTEXT);
+    } else if affinity.get("required").is_set() {
+        scheduling::node_selector(e, &affinity.get("required"));
+    } else if affinity.is_set() {
+        e.required(&affinity.get("required"), "must specify required node constraints");
     }
-    sources(e, spec);
+    sources(e, spec, name);
     let root = |path: &str| path.starts_with('/') && path.split('/').all(|part| matches!(part, "" | "."));
     if root(spec.get("hostPath.path").s()) && reclaim.s() == "Recycle" {
         e.forbidden(&reclaim, "may not be 'recycle' for a hostPath mount of '/'");
     }
-    let class = spec.get("storageClassName");
-    if !class.s().is_empty() {
+    let (class, mode) = (spec.get("storageClassName"), spec.get("volumeMode"));
+    unwanted(e, &class);
+    if !inline && !class.s().is_empty() {
         e.dns_subdomain(&class);
     }
-    e.one_of_if_set(&spec.get("volumeMode"), &["Block", "Filesystem"]);
+    if inline && !matches!(mode.s(), "" | "Filesystem") {
+        e.forbidden(&mode, "may not specify volumeMode other than Filesystem in the context of inline volumes");
+    } else if !inline {
+        e.one_of_if_set(&mode, &["Block", "Filesystem"]);
+    }
     let attributes = spec.get("volumeAttributesClassName");
     if attributes.is_set() {
         if attributes.s().is_empty() {
@@ -216,7 +234,53 @@ fn volume_spec(e: &mut Errs, spec: &At<'_>) {
     }
 }
 
-fn sources(e: &mut Errs, spec: &At<'_>) {
+fn capacities(e: &mut Errs, capacity: &At<'_>) {
+    if capacity.len() == 0 {
+        e.required(capacity, "");
+    }
+    if capacity.len() > 1 || capacity.v.get("storage").is_none() {
+        let shown = if capacity.len() == 0 { Value::Null } else { sorted(capacity.v) };
+        e.unsupported_as(capacity, shown, &["storage"]);
+    }
+    for (_, value) in capacity.entries() {
+        resources::basic(e, &value);
+        if let Some(quantity) = resources::quantity(value.v)
+            && quantity.milli_value() <= 0
+        {
+            e.invalid_as(&value, quantity.to_string(), "must be greater than zero");
+        }
+    }
+}
+
+/// Sources whose mounts take options.
+const MOUNTED: [&str; 13] = [
+    "gcePersistentDisk",
+    "awsElasticBlockStore",
+    "glusterfs",
+    "nfs",
+    "rbd",
+    "quobyte",
+    "iscsi",
+    "cinder",
+    "cephfs",
+    "azureFile",
+    "vsphereVolume",
+    "azureDisk",
+    "storageos",
+];
+
+fn mount_options(e: &mut Errs, obj: &Value) {
+    let option = At::field(obj, "metadata").get("annotations");
+    let name = "volume.beta.kubernetes.io/mount-options";
+    let spec = At::field(obj, "spec");
+    let mounted = MOUNTED.iter().any(|kind| spec.get(kind).is_set()) || spec.get("csi").is_set();
+    if option.key(name).is_set() && !mounted {
+        let at = At::new(option.path.child(name), option.v);
+        e.forbidden(&at, "may not specify mount options for this volume type");
+    }
+}
+
+fn sources(e: &mut Errs, spec: &At<'_>, name: Option<&str>) {
     let mut count = 0;
     for kind in SOURCES {
         let at = spec.get(kind);
@@ -224,15 +288,16 @@ fn sources(e: &mut Errs, spec: &At<'_>) {
             continue;
         }
         count += 1;
-        if count > 1 {
-            e.forbidden(&at, "may not specify more than 1 volume type");
+        // Upstream lets a flexVolume stand beside others.
+        if count > 1 && *kind != "flexVolume" {
+            volume::second_source(e, spec, kind);
             continue;
         }
         match *kind {
             "hostPath" => volume::host_path(e, &at),
             "local" => {
-                volume_source::plugin(e, "local", &at);
-                if !spec.get("nodeAffinity").is_set() {
+                volume_source::plugin(e, "local", &at, name);
+                if !spec.get("nodeAffinity").is_set() || name.is_none() {
                     e.required(&spec.get("nodeAffinity"), "Local volume requires node affinity");
                 }
             }
@@ -246,7 +311,7 @@ fn sources(e: &mut Errs, spec: &At<'_>) {
                 }
             }
             other => {
-                volume_source::plugin(e, other, &at);
+                volume_source::plugin(e, other, &at, Some(name.unwrap_or_default()));
                 namespace_of(e, other, &at);
             }
         }
@@ -263,161 +328,42 @@ fn namespace_of(e: &mut Errs, kind: &str, at: &At<'_>) {
         e.required(&secrets, "");
     }
     if kind == "glusterfs" && endpoints.is_set() {
-        e.dns_label(&endpoints);
+        if endpoints.s().is_empty() {
+            e.invalid(&endpoints, "if the endpointnamespace is set, it must be a valid namespace name");
+        } else {
+            e.dns_label(&endpoints);
+        }
     }
 }
 
 /// Secrets a CSI volume may name.
-const CSI_SECRETS: [&str; 5] = [
-    "controllerPublishSecretRef",
-    "controllerExpandSecretRef",
-    "nodePublishSecretRef",
-    "nodeExpandSecretRef",
-    "nodeStageSecretRef",
-];
+const CSI_SECRETS: [&str; 4] =
+    ["controllerPublishSecretRef", "controllerExpandSecretRef", "nodePublishSecretRef", "nodeExpandSecretRef"];
 
-/// Unknown data sources are dropped; the two fields say the same when one is missing.
-fn data_sources(spec: &mut Value) {
-    let known = |source: &Value| {
-        let pair = (source["apiGroup"].as_str().unwrap_or_default(), source["kind"].as_str().unwrap_or_default());
-        matches!(pair, ("", "PersistentVolumeClaim") | ("snapshot.storage.k8s.io", "VolumeSnapshot"))
-    };
-    if spec["dataSource"].is_object() && !known(&spec["dataSource"]) {
-        spec["dataSource"] = Value::Null;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fields(e: &Errs) -> String {
+        e.0.iter().map(|x| x.field.as_str()).collect::<Vec<_>>().join(" ")
     }
-    // The two data source fields say the same when one is missing.
-    let plain = |v: &Value| {
-        let mut v = v.clone();
-        pod_defaults::set(&mut v, "apiGroup", Value::Null);
-        v
-    };
-    match (spec["dataSource"].is_object(), spec["dataSourceRef"].is_object()) {
-        (true, false) => spec["dataSourceRef"] = plain(&spec["dataSource"]),
-        (false, true) if spec["dataSourceRef"]["namespace"].as_str().unwrap_or_default().is_empty() => {
-            spec["dataSource"] = plain(&spec["dataSourceRef"]);
+
+    #[test]
+    fn volumes_inside_attachments() {
+        let csi = json!({"driver": "d.x", "volumeHandle": "h"});
+        for (spec, want) in [
+            (json!({"accessModes": ["ReadWriteOnce"], "csi": csi}), ""),
+            (
+                json!({"accessModes": ["ReadWriteOnce"], "csi": csi, "capacity": {"storage": "1"}, "storageClassName": "c",
+                    "persistentVolumeReclaimPolicy": "Delete", "volumeMode": "Block"}),
+                "s.capacity s.persistentVolumeReclaimPolicy s.storageClassName s.volumeMode",
+            ),
+            (json!({"accessModes": ["ReadWriteOnce"], "nfs": {"server": "s", "path": "/x"}}), "s.csi"),
+        ] {
+            let obj = json!({ "s": spec });
+            let mut e = Errs::new();
+            volume_spec(&mut e, &At::field(&obj, "s"), None);
+            assert_eq!(fields(&e), want, "{obj}");
         }
-        _ => {}
-    }
-    for field in ["dataSource", "dataSourceRef"] {
-        if spec[field].is_object() && spec[field].get("apiGroup").is_none() {
-            spec[field]["apiGroup"] = Value::Null;
-        }
-    }
-    pod_defaults::drop_nulls(spec);
-}
-
-impl Strategy for PersistentVolumeClaim {
-    fn default(&self, obj: &mut Value) {
-        if obj["status"]["phase"].as_str().unwrap_or_default().is_empty() {
-            obj["status"]["phase"] = json!("Pending");
-        }
-        super::clean(obj, &["/spec", ""]);
-    }
-
-    fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
-        obj["status"] = json!({"phase": "Pending"});
-        data_sources(&mut obj["spec"]);
-    }
-
-    fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {
-        if cx.subresource.is_empty() {
-            new["status"] = old["status"].clone();
-        }
-    }
-
-    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
-        let mut e = Errs::new();
-        volume_source::claim_spec(&mut e, &At::field(obj, "spec"));
-        e.0
-    }
-
-    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        let mut e = Errs::new();
-        if cx.subresource == "status" {
-            for (name, value) in At::field(new, "status").get("capacity").entries() {
-                resources::quantity_value(&mut e, &value, name);
-            }
-            return e.0;
-        }
-        e.0 = self.validate(cx, new);
-        claim_update(&mut e, &At::field(new, "spec"), &At::field(old, "spec"), old);
-        e.0
-    }
-
-    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
-        let spec = &obj["spec"];
-        let bound = spec["volumeName"].as_str().is_some_and(|v| !v.is_empty());
-        let (access, capacity) = if bound {
-            (modes(&obj["status"]["accessModes"]), table::or(&obj["status"]["capacity"]["storage"], ""))
-        } else {
-            (String::new(), json!(""))
-        };
-        vec![
-            table::name(obj),
-            phase(obj),
-            table::or(&spec["volumeName"], ""),
-            capacity,
-            json!(access),
-            class(obj),
-            table::or(&spec["volumeAttributesClassName"], "<unset>"),
-            table::age(obj, now),
-            table::or(&spec["volumeMode"], "<unset>"),
-        ]
-    }
-}
-
-/// The spec is immutable but for the bound volume's name (once), the requested size of a bound claim and the attributes
-/// class.
-fn claim_update(e: &mut Errs, spec: &At<'_>, old: &At<'_>, old_obj: &Value) {
-    let bound = old_obj["status"]["phase"] == "Bound";
-    let mut munged = spec.v.clone();
-    if old.get("volumeName").s().is_empty()
-        && let Some(map) = munged.as_object_mut()
-    {
-        map.remove("volumeName");
-    }
-    let (size, was) = (spec.get("resources.requests").key("storage"), old.get("resources.requests").key("storage"));
-    if bound && !old.get("volumeName").s().is_empty() {
-        munged["resources"]["requests"]["storage"] = was.v.clone();
-    }
-    for field in ["volumeAttributesClassName"] {
-        if let Some(map) = munged.as_object_mut() {
-            map.remove(field);
-            if old.get(field).is_set() {
-                map.insert(field.to_owned(), old.get(field).v.clone());
-            }
-        }
-    }
-    // Set once from nothing by the default class controller.
-    if !old.get("storageClassName").is_set()
-        && let Some(map) = munged.as_object_mut()
-    {
-        map.remove("storageClassName");
-    }
-    if !same(&munged, old.v) {
-        // What may be set once is the same on both sides of the diff.
-        let mut before = old.v.clone();
-        for field in ["volumeName", "storageClassName"] {
-            if !old.get(field).is_set() && spec.get(field).is_set() {
-                before[field] = spec.get(field).v.clone();
-                munged[field] = spec.get(field).v.clone();
-            }
-        }
-        let diff = internal::diff(&internal::claim_spec(&before), &internal::claim_spec(&munged));
-        let message =
-            "spec is immutable after creation except resources.requests and volumeAttributesClassName for bound claims";
-        e.forbidden(spec, &format!("{message}\n{diff}"));
-    }
-    if let (Some(now), Some(then)) = (resources::quantity(size.v), resources::quantity(was.v))
-        && now.cmp(&then) == Ordering::Less
-        && resources::quantity(&old_obj["status"]["capacity"]["storage"])
-            .is_none_or(|held| now.cmp(&held) != Ordering::Greater)
-    {
-        e.forbidden(&spec.get("resources.requests.storage"), "field can not be less than status.capacity");
-    }
-    e.immutable(&At::new(Path::new("volumeMode"), spec.get("volumeMode").v), old.get("volumeMode").v);
-    let (class, before) = (spec.get("volumeAttributesClassName"), old.get("volumeAttributesClassName"));
-    if before.is_set() && !class.is_set() {
-        e.forbidden(&class, "update from non-nil value to nil is forbidden");
     }
 }

@@ -75,6 +75,7 @@ impl Strategy for Pod {
         if spec.get("schedulingGates").len() > 0 && !spec.get("nodeName").s().is_empty() {
             e.forbidden(&spec.get("nodeName"), "cannot be set until all schedulingGates have been cleared");
         }
+        pod_annotations::agree(&mut e, &At::field(obj, "metadata").get("annotations"), &spec);
         e.0
     }
 
@@ -87,11 +88,16 @@ impl Strategy for Pod {
             "binding" => {}
             "ephemeralcontainers" => {
                 metadata_and_spec(&mut e, new, &spec);
+                if pod_update::is_mirror(old) {
+                    return pod_update::refused("static pods do not support ephemeral containers");
+                }
                 pod_update::ephemeral(&mut e, &spec.get("ephemeralContainers"), &old_spec.get("ephemeralContainers"));
             }
             "resize" => {
                 metadata_and_spec(&mut e, new, &spec);
-                pod_update::resize(&mut e, &spec, &old_spec, old);
+                if let Some(why) = pod_update::resize(&mut e, &spec, &old_spec, old) {
+                    return pod_update::refused(why);
+                }
             }
             _ => {
                 metadata_and_spec(&mut e, new, &spec);
@@ -168,7 +174,7 @@ impl Strategy for Pod {
 
 fn metadata_and_spec(e: &mut Errs, obj: &Value, spec: &At<'_>) {
     pod_annotations::annotations(e, &At::field(obj, "metadata").get("annotations"), spec);
-    pod_spec(e, spec, true);
+    pod_spec(e, spec, Some(isopod_api::meta::name(obj)));
     let nobody = spec.get("serviceAccountName").s().is_empty();
     for source in spec.get("volumes").items().iter().flat_map(|v| v.get("projected.sources").items()) {
         let token = source.get("serviceAccountToken");

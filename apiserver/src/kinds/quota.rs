@@ -11,7 +11,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, resources},
+    validation::{At, Errs, internal, resources},
 };
 
 /// `resourcequotas`.
@@ -97,18 +97,16 @@ fn hard(e: &mut Errs, list: &At<'_>) {
     }
 }
 
-fn is_pod_resource(name: &str) -> bool {
-    let compute = ["cpu", "memory", "ephemeral-storage"];
-    let base = name.strip_prefix("requests.").or_else(|| name.strip_prefix("limits.")).unwrap_or(name);
-    compute.contains(&base) || name == "pods" || base.starts_with("hugepages-")
-}
+/// What a quota can say of pods.
+const OF_PODS: [&str; 7] = ["pods", "cpu", "memory", "limits.cpu", "limits.memory", "requests.cpu", "requests.memory"];
 
-/// Which resources a scope can limit.
+/// Which standard resources a scope can limit; of others nothing is known.
 fn applies(scope: &str, resource: &str) -> bool {
     match scope {
-        "BestEffort" | "CrossNamespacePodAffinity" => resource == "pods" || scope != "BestEffort",
-        "VolumeAttributesClass" => resource.contains("storage") || resource == "persistentvolumeclaims",
-        _ => is_pod_resource(resource),
+        _ if !resources::is_quota_resource(resource) => true,
+        "BestEffort" => resource == "pods",
+        "VolumeAttributesClass" => ["persistentvolumeclaims", "requests.storage"].contains(&resource),
+        _ => OF_PODS.contains(&resource),
     }
 }
 
@@ -125,9 +123,13 @@ fn scopes(e: &mut Errs, spec: &At<'_>) {
             }
         }
     }
+    conflicts(e, &scopes, &at);
+}
+
+fn conflicts(e: &mut Errs, scopes: &[&str], at: &At<'_>) {
     for pair in [["BestEffort", "NotBestEffort"], ["Terminating", "NotTerminating"]] {
         if pair.iter().all(|s| scopes.contains(s)) {
-            e.invalid(&at, "conflicting scopes");
+            e.invalid(at, "conflicting scopes");
         }
     }
 }
@@ -143,11 +145,8 @@ fn scope_selector(e: &mut Errs, spec: &At<'_>) {
         }
         for (resource, _) in spec.get("hard").entries() {
             if SCOPES.contains(&scope.s()) && !applies(scope.s(), resource) {
-                e.invalid_as(
-                    &spec.get("scopeSelector"),
-                    spec.get("scopeSelector").v.clone(),
-                    "unsupported scope applied to resource",
-                );
+                let shown = internal::named("ScopeSelector", spec.get("scopeSelector").v);
+                e.invalid_as(&expressions, shown, "unsupported scope applied to resource");
             }
         }
         let existence = ["Terminating", "NotTerminating", "BestEffort", "NotBestEffort", "CrossNamespacePodAffinity"];
@@ -174,6 +173,8 @@ fn scope_selector(e: &mut Errs, spec: &At<'_>) {
             _ => e.invalid_str(&operator, "not a valid selector operator"),
         }
     }
+    let named: Vec<&str> = expressions.items().iter().map(|at| at.get("scopeName").s()).collect();
+    conflicts(e, &named, &At::new(expressions.path, spec.get("scopes").v));
 }
 
 impl Strategy for LimitRange {
@@ -229,20 +230,27 @@ fn limit_type(e: &mut Errs, at: &At<'_>) {
 fn limit(e: &mut Errs, at: &At<'_>) {
     let kind = at.get("type").s();
     let list = |field: &str| at.get(field);
+    let name_check = if ["Pod", "Container"].contains(&kind) {
+        resources::container_resource_name
+    } else {
+        resources::resource_name
+    };
     let mut names: Vec<&str> = Vec::new();
-    for field in ["max", "min", "default", "defaultRequest", "maxLimitRequestRatio"] {
+    let mut known = |e: &mut Errs, field: &str| {
         for (name, value) in list(field).entries() {
-            resources::resource_name(e, &value, name);
+            name_check(e, &value, name);
             if !names.contains(&name) {
                 names.push(name);
             }
         }
-    }
-    if kind == "Pod" {
-        for field in ["default", "defaultRequest"] {
-            if list(field).len() > 0 {
-                e.forbidden(&list(field), "may not be specified when `type` is 'Pod'");
-            }
+    };
+    known(e, "max");
+    known(e, "min");
+    for field in ["default", "defaultRequest"] {
+        if kind != "Pod" {
+            known(e, field);
+        } else if list(field).len() > 0 {
+            e.forbidden(&list(field), "may not be specified when `type` is 'Pod'");
         }
     }
     if kind == "PersistentVolumeClaim"
@@ -251,6 +259,7 @@ fn limit(e: &mut Errs, at: &At<'_>) {
     {
         e.required(&at.get("limits"), "either minimum or maximum storage value is required, but neither was provided");
     }
+    known(e, "maxLimitRequestRatio");
     names.sort_unstable();
     for name in names {
         limits_of(e, at, name);
@@ -303,6 +312,12 @@ fn limits_of(e: &mut Errs, at: &At<'_>, name: &str) {
         && ratio_value.milli_value() < 1000
     {
         report("maxLimitRequestRatio", &ratio, format!("ratio {ratio_value} is less than 1"));
+    }
+    if let (Some(own), Some(min), Some(max)) = (&ratio, &min, &max) {
+        let bound = max.as_f64() / min.as_f64();
+        if own.as_f64() > bound {
+            report("maxLimitRequestRatio", &ratio, format!("ratio {own} is greater than max/min = {bound:.6}"));
+        }
     }
     if !resources::overcommit_allowed(name) && default.is_some() && request.is_some() && default != request {
         report(

@@ -46,6 +46,11 @@ impl Strategy for Role {
         e.0
     }
 
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, _old: &Value) -> ErrorList {
+        // Upstream validates the new role twice.
+        [self.validate(cx, new), self.validate(cx, new)].concat()
+    }
+
     fn allow_create_on_update(&self) -> bool {
         true
     }
@@ -118,7 +123,7 @@ impl Strategy for RoleBinding {
     }
 
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        let mut e = Errs(self.validate(cx, new));
+        let mut e = Errs([self.validate(cx, new), self.validate(cx, new)].concat());
         if !same(&new["roleRef"], &old["roleRef"]) {
             let internal = json!({"APIGroup": new["roleRef"]["apiGroup"], "Kind": new["roleRef"]["kind"], "Name": new["roleRef"]["name"]});
             e.invalid_as(&At::field(new, "roleRef"), internal, "cannot change roleRef");

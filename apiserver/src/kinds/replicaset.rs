@@ -144,7 +144,7 @@ impl Strategy for ReplicationController {
             labels_match(&mut e, &template, false);
         }
         pod_template(&mut e, &template);
-        always(&mut e, &template);
+        always(&mut e, &template, "ReplicationController");
         e.0
     }
 
@@ -154,7 +154,8 @@ impl Strategy for ReplicationController {
             status(&mut e, &At::field(new, "status"));
             return e.0;
         }
-        self.validate(cx, new)
+        // Upstream validates the new spec twice.
+        [self.validate(cx, new), self.validate(cx, new)].concat()
     }
 
     fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {

@@ -58,11 +58,6 @@ fn by_type(e: &mut Errs, spec: &At<'_>) {
     let first = spec.get("clusterIPs").items().into_iter().next();
     match kind {
         "LoadBalancer" | "NodePort" => {
-            for port in
-                spec.get("ports").items().iter().filter(|p| kind == "LoadBalancer" && p.get("port").int0() == 10250)
-            {
-                e.invalid_as(port, 10250, "may not expose port 10250 externally since it is used by kubelet");
-            }
             if let Some(first) = first.filter(|f| f.s() == "None") {
                 e.invalid(&first, &format!("may not be set to 'None' for {kind} services"));
             }
@@ -295,7 +290,7 @@ fn traffic_policies(e: &mut Errs, spec: &At<'_>) {
         matches!(kind, "NodePort" | "LoadBalancer") || (kind == "ClusterIP" && spec.get("externalIPs").len() > 0);
     if needs_external {
         if external.s().is_empty() {
-            e.required(&external, "ExternalTrafficPolicy must be set for NodePort and LoadBalancer services");
+            e.required(&external, "");
         } else {
             e.one_of(&external, &["Cluster", "Local"]);
         }

@@ -304,6 +304,7 @@ impl Strategy for VolumeAttachment {
                 e.forbidden(&source, "must specify exactly one of inlineVolumeSpec and persistentVolumeName")
             }
             (true, false) if name.s().is_empty() => e.required(&name, "must specify non empty persistentVolumeName"),
+            (false, true) => super::persistentvolume::volume_spec(&mut e, &inline, None),
             _ => {}
         }
         let node = spec.get("nodeName");

@@ -182,7 +182,7 @@ impl Registry {
         let allocation = self.cache.allocation();
         let reservation = resource.strategy.reserve(&cx, &mut new, Some(&old))?;
         let allocation = allocation.filter(|_| reservation.is_some());
-        let mut errors = validation::meta::update(&resource.gvr, &new, &old);
+        let mut errors = validation::meta::update(&resource.gvr, resource.info.namespaced, subresource, &new, &old);
         errors.extend(resource.strategy.validate_update(&cx, &new, &old));
         if !errors.is_empty() {
             return Err(match subresource {

@@ -70,6 +70,7 @@ pub(crate) fn init_containers(e: &mut Errs, list: &At<'_>, regular: &At<'_>, pod
     let mut seen: BTreeSet<&str> = regular.items().iter().map(|c| c.get("name").s()).collect();
     for at in list.items() {
         common(e, &at, pod);
+        restart_rules(e, &at);
         let name = at.get("name");
         if !name.s().is_empty() && !seen.insert(name.s()) {
             e.duplicate(&name, name.s());
@@ -84,8 +85,6 @@ pub(crate) fn init_containers(e: &mut Errs, list: &At<'_>, regular: &At<'_>, pod
             }
             probe::probes(e, &at, pod.grace);
         } else {
-            let policy = at.get("restartPolicy");
-            e.one_of_if_set(&policy, &["Always", "Never", "OnFailure"]);
             for field in ["lifecycle", "livenessProbe", "readinessProbe", "startupProbe"] {
                 let field = at.get(field);
                 if field.is_set() {
@@ -114,14 +113,14 @@ pub(crate) fn ephemeral_containers(e: &mut Errs, list: &At<'_>, spec: &At<'_>, p
         }
         for field in [
             "ports",
-            "livenessProbe",
-            "readinessProbe",
-            "startupProbe",
-            "lifecycle",
             "resources",
             "resizePolicy",
             "restartPolicy",
             "restartPolicyRules",
+            "livenessProbe",
+            "readinessProbe",
+            "startupProbe",
+            "lifecycle",
         ] {
             let field_at = at.get(field);
             let empty =
@@ -254,7 +253,7 @@ fn volume_mounts(e: &mut Errs, container: &At<'_>, pod: &Pod<'_>) {
 }
 
 fn mount_options(e: &mut Errs, list: &At<'_>, at: &At<'_>, container: &At<'_>) {
-    // Upstream leaves the index out of these three paths.
+    // Upstream leaves the index out of these four paths.
     let whole = |field: &str| At::new(Path::child(&list.path, field), at.get(field).v);
     let (sub, expr) = (at.get("subPath"), at.get("subPathExpr"));
     if !sub.s().is_empty() {
@@ -273,7 +272,7 @@ fn mount_options(e: &mut Errs, list: &At<'_>, at: &At<'_>, container: &At<'_>) {
             e.forbidden(&propagation, "Bidirectional mount propagation is available only to privileged containers");
         }
     }
-    let recursive = at.get("recursiveReadOnly");
+    let recursive = whole("recursiveReadOnly");
     if recursive.is_set() && recursive.s() != "Disabled" {
         if !["Enabled", "IfPossible"].contains(&recursive.s()) {
             return e.unsupported(&recursive, &["Disabled", "Enabled", "IfPossible"]);
@@ -296,7 +295,7 @@ fn volume_devices(e: &mut Errs, container: &At<'_>, pod: &Pod<'_>) {
         if name.s().is_empty() {
             e.required(&name, "");
         }
-        if !seen.insert(name.s()) {
+        if !name.s().is_empty() && !seen.insert(name.s()) {
             e.invalid(&name, "must be unique");
         }
         let claim = volume.is_some_and(|(_, v)| v.get("persistentVolumeClaim").is_set() || v.get("ephemeral").is_set());
@@ -309,11 +308,13 @@ fn volume_devices(e: &mut Errs, container: &At<'_>, pod: &Pod<'_>) {
         if path.s().is_empty() {
             e.required(&path, "");
         }
-        if !path.s().is_empty() && !paths.insert(path.s()) {
-            e.invalid(&path, "must be unique");
+        if paths.contains(path.s()) {
+            e.invalid_str(&path, "must be unique");
         }
         if path.s().split('/').any(|p| p == "..") {
             e.invalid(&path, "can not contain backsteps ('..')");
+        } else {
+            paths.insert(path.s());
         }
         if mounts.iter().any(|m| m.get("name").s() == name.s()) {
             e.invalid(&name, "must not already exist in volumeMounts");

@@ -155,18 +155,16 @@ fn divisor(e: &mut Errs, at: &At<'_>, resource: &str) {
     if shown.is_empty() || shown == "0" {
         return;
     }
-    const BYTES: &[&str] = &["1", "1k", "1M", "1G", "1T", "1P", "1E", "1Ki", "1Mi", "1Gi", "1Ti", "1Pi", "1Ei"];
-    let (allowed, what): (&[&str], &str) = match resource.split_once('.').map(|r| r.1) {
-        Some("cpu") => (&["1m", "1"], "cpu"),
+    const BYTES: &str = "1, 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei";
+    let (allowed, what) = match resource.split_once('.').map(|r| r.1) {
+        Some("cpu") => ("1m and 1", "cpu"),
         Some("memory") => (BYTES, "memory"),
         Some("ephemeral-storage") => (BYTES, "local ephemeral storage"),
         Some(page) if page.starts_with("hugepages-") => (BYTES, "hugepages"),
         _ => return,
     };
-    if !allowed.contains(&shown) {
-        let mut sorted = allowed.to_vec();
-        sorted.sort_unstable();
-        let detail = format!("only divisor's values [{}] are supported with the {what} resource", sorted.join(" "));
+    if !allowed.split([',', ' ']).any(|known| known == shown && known != "and") {
+        let detail = format!("only divisor's values {allowed} are supported with the {what} resource");
         e.invalid_as(&value, resource, &detail);
     }
 }
@@ -259,7 +257,7 @@ mod tests {
             ),
             (
                 json!({"resourceFieldRef": {"resource": "limits.ephemeral-storage", "divisor": "2"}}),
-                "env[0].valueFrom.resourceFieldRef.divisor: Invalid value: \"limits.ephemeral-storage\": only divisor's values [1 1E 1Ei 1G 1Gi 1Ki 1M 1Mi 1P 1Pi 1T 1Ti 1k] are supported with the local ephemeral storage resource",
+                "env[0].valueFrom.resourceFieldRef.divisor: Invalid value: \"limits.ephemeral-storage\": only divisor's values 1, 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei are supported with the local ephemeral storage resource",
             ),
             (
                 json!({"fileKeyRef": {"volumeName": "A", "path": "/x", "key": "K"}}),

@@ -107,6 +107,8 @@ LevelSpec: Type=type:s Limited=limited:P(Limited) Exempt=exempt:P(ExemptLevel)
 Limited: NominalConcurrencyShares=nominalConcurrencyShares:i LimitResponse=limitResponse:S(LimitResponse) LendablePercent=lendablePercent:* BorrowingLimitPercent=borrowingLimitPercent:*
 LimitResponse: Type=type:s Queuing=queuing:P(Queuing)
 Queuing: Queues=queues:i HandSize=handSize:i QueueLengthLimit=queueLengthLimit:i
+ScopeSelector: MatchExpressions=matchExpressions:L(ScopeRequirement)
+ScopeRequirement: ScopeName=scopeName:s Operator=operator:s Values=values:*
 DeviceAttribute: IntValue=int:* BoolValue=bool:* StringValue=string:* VersionValue=version:* IntValues=ints:* BoolValues=bools:* StringValues=strings:* VersionValues=versions:*
 DeviceClaimSpec: Devices=devices:S(Devices)
 Devices: Requests=requests:L(DeviceRequest) Constraints=constraints:L(DeviceConstraint) Config=config:L(DeviceConfig)

@@ -3,7 +3,7 @@
 use isopod_api::{
     field::{ErrorList, Path},
     gvk::Gvr,
-    names,
+    names, resources,
 };
 use serde_json::{Value, json};
 
@@ -94,6 +94,7 @@ fn object_meta(e: &mut Errs, gvr: &Gvr, namespaced: bool, meta: &At<'_>) {
         e.forbidden(&namespace, "not allowed on this type");
     }
     accessors(e, meta);
+    standard_finalizers(e, gvr, &meta.get("finalizers"));
 }
 
 fn accessors(e: &mut Errs, meta: &At<'_>) {
@@ -105,31 +106,71 @@ fn accessors(e: &mut Errs, meta: &At<'_>) {
     managed_fields(e, &meta.get("managedFields"));
 }
 
-/// Errors in the metadata of an update. Upstream's generic code and each kind both check, so each error comes twice.
-pub fn update(_gvr: &Gvr, new: &Value, old: &Value) -> ErrorList {
+/// How a kind's own code checks the metadata of an update, after the generic code has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Round {
+    /// As an update.
+    Update,
+    /// As if the object were new.
+    New,
+}
+
+/// What upstream's strategies call, in order: each error comes once for the generic code and once for each of these.
+fn rounds(gvr: &Gvr, subresource: &str) -> &'static [Round] {
+    use Round::{New, Update};
+    match (gvr.group.as_str(), gvr.resource.as_str()) {
+        _ if !subresource.is_empty() && subresource != "ephemeralcontainers" && subresource != "resize" => &[Update],
+        ("", "configmaps" | "secrets" | "serviceaccounts" | "pods" | "services" | "endpoints") => &[Update, New],
+        ("", "nodes" | "namespaces" | "replicationcontrollers") => &[New, Update],
+        ("apps", "daemonsets") | ("batch", "jobs") | ("storage.k8s.io", "storageclasses") => &[New, Update],
+        ("", "persistentvolumes") => &[New, New],
+        ("", "persistentvolumeclaims") => &[New, Update, New],
+        ("", "limitranges") | ("policy", "poddisruptionbudgets") => &[New],
+        ("networking.k8s.io", "ingresses" | "ingressclasses") => &[Update, New],
+        ("rbac.authorization.k8s.io", _) => &[New, New, Update],
+        _ => &[Update],
+    }
+}
+
+/// Errors in the metadata of an update.
+pub fn update(gvr: &Gvr, namespaced: bool, subresource: &str, new: &Value, old: &Value) -> ErrorList {
     let mut e = Errs::new();
+    changed(&mut e, new, old);
+    if e.is_empty() && standard(&At::field(new, "metadata").get("finalizers")) {
+        return e.0;
+    }
+    for round in rounds(gvr, subresource) {
+        match round {
+            Round::Update => {
+                changed(&mut e, new, old);
+                standard_finalizers(&mut e, gvr, &At::field(new, "metadata").get("finalizers"));
+            }
+            Round::New => e.0.extend(create(gvr, namespaced, new)),
+        }
+    }
+    e.0
+}
+
+fn changed(e: &mut Errs, new: &Value, old: &Value) {
     let meta = At::field(new, "metadata");
     let old = At::field(old, "metadata");
+    if old.get("deletionTimestamp").is_set() {
+        no_new_finalizers(e, &meta.get("finalizers"), &old.get("finalizers").strings());
+    }
+    let generation = meta.get("generation");
+    if generation.int0() < old.get("generation").int0() {
+        e.invalid_as(&generation, generation.int0(), "must not be decremented");
+    }
     for field in ["name", "namespace", "uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds"] {
         let at = meta.get(field);
         if !same(at.v, old.get(field).v) {
             e.invalid(&at, IMMUTABLE);
         }
     }
-    let generation = meta.get("generation");
-    if generation.int0() < old.get("generation").int0() {
-        e.invalid_as(&generation, generation.int0(), "must not be decremented");
-    }
-    if old.get("deletionTimestamp").is_set() {
-        no_new_finalizers(&mut e, &meta.get("finalizers"), &old.get("finalizers").strings());
-    }
-    labels(&mut e, &meta.get("labels"));
-    annotations(&mut e, &meta.get("annotations"));
-    owner_references(&mut e, &meta.get("ownerReferences"));
-    managed_fields(&mut e, &meta.get("managedFields"));
-    let once = e.0.clone();
-    e.0.extend(once);
-    e.0
+    labels(e, &meta.get("labels"));
+    annotations(e, &meta.get("annotations"));
+    owner_references(e, &meta.get("ownerReferences"));
+    managed_fields(e, &meta.get("managedFields"));
 }
 
 fn no_new_finalizers(e: &mut Errs, at: &At<'_>, old: &[&str]) {
@@ -214,13 +255,8 @@ fn finalizers(e: &mut Errs, at: &At<'_>) {
     let mut foreground = false;
     let mut orphan = false;
     for item in at.items() {
-        let messages = names::qualified_name(item.s());
-        let broken = !messages.is_empty();
-        for message in messages {
+        for message in names::qualified_name(item.s()) {
             e.invalid_as(at, item.s(), &message);
-        }
-        if !broken && !item.s().contains('/') && !["kubernetes", "orphan", "foregroundDeletion"].contains(&item.s()) {
-            e.invalid(&item, "name is neither a standard finalizer name nor is it fully qualified");
         }
         foreground |= item.s() == "foregroundDeletion";
         orphan |= item.s() == "orphan";
@@ -230,14 +266,34 @@ fn finalizers(e: &mut Errs, at: &At<'_>) {
     }
 }
 
+/// Whether finalizers without a domain are those that every kind may have.
+fn standard(list: &At<'_>) -> bool {
+    list.strings().iter().all(|name| name.contains('/') || FINALIZERS.contains(name))
+}
+
+const FINALIZERS: [&str; 3] = ["kubernetes", "orphan", "foregroundDeletion"];
+
+fn standard_finalizer(e: &mut Errs, at: &At<'_>) {
+    if !at.s().contains('/') && !FINALIZERS.contains(&at.s()) {
+        e.invalid_str(at, "name is neither a standard finalizer name nor is it fully qualified");
+    }
+}
+
+/// Checked for the kinds of the core project, not for custom resources and what defines them.
+fn standard_finalizers(e: &mut Errs, gvr: &Gvr, list: &At<'_>) {
+    let of_core = || {
+        let extension = ["apiextensions.k8s.io", "apiregistration.k8s.io"].contains(&gvr.group.as_str());
+        !extension && resources::all().iter().any(|r| r.group == gvr.group && r.plural == gvr.resource)
+    };
+    for item in list.items().iter().filter(|_| !standard(list) && of_core()) {
+        standard_finalizer(e, item);
+    }
+}
+
 /// Finalizers of a namespace's spec.
 pub(crate) fn finalizer_name(e: &mut Errs, at: &At<'_>) {
-    let messages = names::qualified_name(at.s());
-    if messages.is_empty() && !at.s().contains('/') && !["kubernetes", "orphan", "foregroundDeletion"].contains(&at.s())
-    {
-        e.invalid(at, "name is neither a standard finalizer name nor is it fully qualified");
-    }
-    e.messages(at, messages);
+    e.messages(at, names::qualified_name(at.s()));
+    standard_finalizer(e, at);
 }
 
 fn managed_fields(e: &mut Errs, at: &At<'_>) {
@@ -307,9 +363,17 @@ mod tests {
     }
 
     #[test]
-    fn updates_report_twice() {
-        let old = json!({"metadata": {"name": "a", "uid": "1"}});
-        let new = json!({"metadata": {"name": "a", "uid": "2"}});
-        assert_eq!(update(&gvr("", "pods"), &new, &old).len(), 2);
+    fn updates_report_more_than_once() {
+        let old = json!({"metadata": {"name": "a", "namespace": "n", "uid": "1"}});
+        let mut new = old.clone();
+        new["metadata"]["uid"] = json!("2");
+        new["metadata"]["labels"] = json!({"a": "b c"});
+        for (group, resource, uids, labels) in
+            [("", "pods", 2, 3), ("apps", "deployments", 2, 2), ("", "persistentvolumeclaims", 2, 4)]
+        {
+            let errors = update(&gvr(group, resource), true, "", &new, &old);
+            let count = |field: &str| errors.iter().filter(|error| error.field == field).count();
+            assert_eq!((count("metadata.uid"), count("metadata.labels")), (uids, labels), "{resource}");
+        }
     }
 }

@@ -41,7 +41,8 @@ pub(crate) fn os(e: &mut Errs, spec: &At<'_>) {
         "" => e.required(&name, "cannot be empty"),
         "linux" => linux(e, spec),
         "windows" => windows(e, spec),
-        _ => e.unsupported(&name, &["linux", "windows"]),
+        // Upstream leaves the field out.
+        _ => e.unsupported(&At::new(spec.get("os").path, name.v), &["linux", "windows"]),
     }
 }
 

@@ -4,9 +4,9 @@ use isopod_api::names;
 
 use super::{At, Errs, container, resources, scheduling, security, volume};
 
-/// `spec` of a pod (`is_pod`) or of a template.
-pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
-    let volumes = volume::volumes(e, &spec.get("volumes"));
+/// `spec` of a pod (whose name is given) or of a template.
+pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, name: Option<&str>) {
+    let volumes = volume::volumes(e, &spec.get("volumes"), name);
     let claims = scheduling::claims(e, &spec.get("resourceClaims"));
     let pod = container::Pod {
         volumes,
@@ -21,10 +21,10 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
     container::ephemeral_containers(e, &spec.get("ephemeralContainers"), spec, &pod);
     resources::pod_level(e, spec);
     if spec.get("hostNetwork").is_true() {
-        container::host_network_ports(e, &regular, is_pod);
+        container::host_network_ports(e, &regular, name.is_some());
     }
-    e.required_one_of(&spec.get("restartPolicy"), &["Always", "Never", "OnFailure"]);
-    e.required_one_of(&spec.get("dnsPolicy"), &["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"]);
+    e.required_one_of(&spec.get("restartPolicy"), &["Always", "OnFailure", "Never"]);
+    e.required_one_of(&spec.get("dnsPolicy"), &["ClusterFirstWithHostNet", "ClusterFirst", "Default", "None"]);
     super::meta::labels(e, &spec.get("nodeSelector"));
     security::pod(e, spec);
     scheduling::affinity(e, &spec.get("affinity"));
@@ -33,7 +33,7 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
         e.qualified_name(&gate.get("conditionType"));
     }
     scheduling::gates(e, &spec.get("schedulingGates"));
-    scheduling::topology_spread(e, &spec.get("topologySpreadConstraints"));
+    scheduling::topology_spread(e, &spec.get("topologySpreadConstraints"), name.is_some());
     super::pod_os::host_process(e, spec);
     host_users(e, spec);
     names_and_limits(e, spec);
@@ -41,7 +41,9 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, is_pod: bool) {
     scheduling::tolerations(e, &tolerations);
     host_aliases(e, &spec.get("hostAliases"));
     class_names(e, spec);
-    e.one_of_if_set(&spec.get("preemptionPolicy"), &["PreemptLowerPriority", "Never"]);
+    if spec.get("preemptionPolicy").is_set() {
+        e.required_one_of(&spec.get("preemptionPolicy"), &["PreemptLowerPriority", "Never"]);
+    }
     resources::overhead(e, &spec.get("overhead"), spec.get("overhead").v);
     if spec.get("os").is_set() {
         super::pod_os::os(e, spec);
@@ -161,7 +163,7 @@ mod tests {
     fn errors(spec: Value) -> Vec<String> {
         let obj = json!({ "spec": spec });
         let mut e = Errs::new();
-        pod_spec(&mut e, &At::field(&obj, "spec"), true);
+        pod_spec(&mut e, &At::field(&obj, "spec"), Some("p"));
         e.0.iter().map(ToString::to_string).collect()
     }
 
@@ -185,7 +187,7 @@ mod tests {
             (json!({"containers": []}), "spec.containers: Required value"),
             (
                 json!({"restartPolicy": "X"}),
-                "spec.restartPolicy: Unsupported value: \"X\": supported values: \"Always\", \"Never\", \"OnFailure\"",
+                "spec.restartPolicy: Unsupported value: \"X\": supported values: \"Always\", \"OnFailure\", \"Never\"",
             ),
             (
                 json!({"dnsPolicy": "None"}),
@@ -207,7 +209,7 @@ mod tests {
             (
                 json!({"topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "z", "whenUnsatisfiable": "DoNotSchedule"},
                     {"maxSkew": 1, "topologyKey": "z", "whenUnsatisfiable": "DoNotSchedule", "matchLabelKeys": ["-"]}]}),
-                "spec.topologySpreadConstraints[0].{topologyKey, whenUnsatisfiable}: Duplicate value: \"{z, DoNotSchedule}\"|spec.topologySpreadConstraints[1].matchLabelKeys: Forbidden: must not be specified when labelSelector is not set",
+                "spec.topologySpreadConstraints[0].{topologyKey, whenUnsatisfiable}: Duplicate value: \"{z, DoNotSchedule}\"|spec.topologySpreadConstraints[1].matchLabelKeys: Forbidden: must not be specified when labelSelector is not set|spec.topologySpreadConstraints[1].matchLabelKeys[0]: Invalid value: \"-\": name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')",
             ),
             (
                 json!({"dnsConfig": {"options": [{"name": "a"}, {}]}}),
@@ -233,6 +235,26 @@ mod tests {
             (
                 json!({"topologySpreadConstraints": [{"maxSkew": 0, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]}),
                 "spec.topologySpreadConstraints[0].maxSkew: Invalid value: 0: must be greater than zero",
+            ),
+            (
+                json!({"affinity": {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [{"topologyKey": "z",
+                    "labelSelector": {"matchLabels": {"a": "b"}, "matchExpressions": [{"key": "a", "operator": "Exists"}]},
+                    "matchLabelKeys": ["a"]}]}}}),
+                "spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0][0]: Invalid value: \"a\": exists in both matchLabelKeys and labelSelector",
+            ),
+            (
+                json!({"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 101,
+                    "preference": {"matchExpressions": [{"key": "a", "operator": "In", "values": ["a b"]}]}}]}}}),
+                "spec.affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].weight: Invalid value: 101: must be in the range 1-100",
+            ),
+            (
+                json!({"os": {"name": "bsd"}}),
+                "spec.os: Unsupported value: \"bsd\": supported values: \"linux\", \"windows\"",
+            ),
+            (
+                json!({"containers": [{"name": "c", "image": "i", "terminationMessagePolicy": "File", "imagePullPolicy": "Always",
+                    "resources": {"requests": {"hugepages-2Mi": "1Mi", "cpu": "1"}, "limits": {"hugepages-2Mi": "1Mi"}}}]}),
+                "spec.containers[0].resources.limits[hugepages-2Mi]: Invalid value: \"1Mi\": 1Mi is not positive integer multiple of hugepages-2Mi|spec.containers[0].resources.requests[hugepages-2Mi]: Invalid value: \"1Mi\": 1Mi is not positive integer multiple of hugepages-2Mi",
             ),
             (json!({"initContainers": [container()]}), "spec.initContainers[0].name: Duplicate value: \"c\""),
         ] {

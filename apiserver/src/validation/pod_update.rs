@@ -1,9 +1,10 @@
 //! What an update of a pod may change: by the main resource, `resize`, `ephemeralcontainers` and `status`.
 
-use isopod_api::field::Error;
+use isopod_api::field::{Error, ErrorList, Path};
 use serde_json::{Map, Value, json};
 
-use super::{At, Errs, internal, resources, same, scheduling};
+use super::{At, Errs, internal, same, scheduling};
+use crate::kinds::pod_qos;
 
 const UPDATABLE: &str = "pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
 
@@ -161,57 +162,80 @@ fn put(map: &mut Map<String, Value>, field: &str, value: &Value) {
     }
 }
 
+/// Whether a pod stands for one of a node's own.
+pub(crate) fn is_mirror(pod: &Value) -> bool {
+    pod["metadata"]["annotations"].get("kubernetes.io/config.mirror").is_some()
+}
+
+/// The only error of a pod that cannot be changed this way at all.
+pub(crate) fn refused(why: &str) -> ErrorList {
+    vec![Error::forbidden(&Path::new("[]"), why)]
+}
+
 /// `pods/resize`: only cpu and memory of containers (and of the pod) and their resize policy.
-pub(crate) fn resize(e: &mut Errs, new: &At<'_>, old: &At<'_>, old_pod: &Value) {
-    if old_pod["metadata"]["annotations"].get("kubernetes.io/config.mirror").is_some() {
-        e.forbidden(&At::new(isopod_api::field::Path::nil(), new.v), "static pods cannot be resized");
+pub(crate) fn resize(e: &mut Errs, new: &At<'_>, old: &At<'_>, old_pod: &Value) -> Option<&'static str> {
+    if is_mirror(old_pod) {
+        return Some("static pods cannot be resized");
+    }
+    if old.get("os.name").s() == "windows" {
+        return Some("windows pods cannot be resized");
+    }
+    if pod_qos::qos_class(old.v) != pod_qos::qos_class(new.v) {
+        // Upstream shows the class that the status has.
+        let shown = old_pod["status"]["qosClass"].clone();
+        e.invalid_as(new, shown, "Pod QOS Class may not change as a result of resizing");
     }
     let mut munged = new.v.clone();
-    for list in ["containers", "initContainers"] {
-        if new.get(list).len() != old.get(list).len() {
-            let at = new.get(list);
-            return e.forbidden(&at, "containers may not be added or removed on resize");
-        }
-        for (i, (after, before)) in new.get(list).items().iter().zip(old.get(list).items()).enumerate() {
-            resized_resources(e, &after.get("resources"), &before.get("resources"));
-            for field in ["resources", "resizePolicy"] {
-                if let Some(map) = munged[list][i].as_object_mut() {
-                    put(map, field, &before.v[field]);
-                }
+    for (list, sidecars) in [("initContainers", true), ("containers", false)] {
+        for (after, before) in new.get(list).items().iter().zip(old.get(list).items()) {
+            if !sidecars || before.get("restartPolicy").s() == "Always" {
+                kept_resources(e, &after.get("resources"), &before.get("resources"));
             }
         }
     }
-    resized_resources(e, &new.get("resources"), &old.get("resources"));
-    if let Some(map) = munged.as_object_mut() {
-        put(map, "resources", &old.v["resources"]);
+    for (list, sidecars) in [("containers", false), ("initContainers", true)] {
+        for (i, (after, before)) in new.get(list).items().iter().zip(old.get(list).items()).enumerate() {
+            let own = &mut munged[list][i];
+            let resizable = !sidecars || after.get("restartPolicy").s() == "Always";
+            if resizable {
+                without_sizes(own, before.v);
+            }
+            let detail = match (resizable, sidecars) {
+                _ if same(own, before.v) => continue,
+                (false, _) => "resources for non-sidecar init containers are immutable",
+                (_, true) => "only cpu and memory resources for sidecar containers are mutable",
+                (_, false) => "only cpu and memory resources are mutable",
+            };
+            e.forbidden(new, detail);
+        }
     }
-    if !same(&munged, old.v) {
+    kept_resources(e, &new.get("resources"), &old.get("resources"));
+    without_sizes(&mut munged, old.v);
+    if e.is_empty() && !same(&munged, old.v) {
         e.forbidden(new, "only cpu and memory resources are mutable");
     }
-    let (before, after) =
-        (super::super::kinds::pod_qos::qos_class(old.v), super::super::kinds::pod_qos::qos_class(new.v));
-    if before != after {
-        let shown = At::new(isopod_api::field::Path::new("metadata"), new.v);
-        e.invalid_as(&shown, after, "Pod QOS Class may not change as a result of resizing");
+    None
+}
+
+/// What was requested or limited stays so, with whatever amount.
+fn kept_resources(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
+    for kind in ["requests", "limits"] {
+        let (after, before) = (new.get(kind), old.get(kind));
+        if before.entries().iter().any(|(name, _)| !after.key(name).is_set()) {
+            e.forbidden(&after, &format!("resource {kind} cannot be removed"));
+        }
     }
 }
 
-fn resized_resources(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
+/// Takes cpu and memory of the resources at `new` from `old`.
+fn without_sizes(new: &mut Value, old: &Value) {
     for kind in ["limits", "requests"] {
-        let (after, before) = (new.get(kind), old.get(kind));
-        for (name, value) in before.entries() {
-            let now = after.key(name);
-            if ["cpu", "memory"].contains(&name) {
-                if !now.is_set() {
-                    e.forbidden(&after, &format!("resource {kind} cannot be removed"));
-                }
-            } else if resources::quantity(now.v) != resources::quantity(value.v) {
-                e.forbidden(&after, "only cpu and memory resources are mutable");
-            }
-        }
-        for (name, _) in after.entries() {
-            if !["cpu", "memory"].contains(&name) && !before.key(name).is_set() {
-                e.forbidden(&after, "only cpu and memory resources are mutable");
+        for name in ["cpu", "memory"] {
+            let before = &old["resources"][kind][name];
+            if !before.is_null() {
+                new["resources"][kind][name] = before.clone();
+            } else if let Some(map) = new.pointer_mut(&format!("/resources/{kind}")).and_then(Value::as_object_mut) {
+                map.remove(name);
             }
         }
     }
@@ -251,9 +275,14 @@ pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
     }
     e.immutable(&after.get("qosClass"), before.get("qosClass").v);
     let policy = old["spec"]["restartPolicy"].as_str().unwrap_or_default();
-    for (list, policy) in [("containerStatuses", policy), ("ephemeralContainerStatuses", "Never")] {
-        no_restart(e, &after.get(list), &before.get(list), policy, &old["spec"]["containers"]);
+    for (list, policy, specs) in [
+        ("containerStatuses", policy, "containers"),
+        ("initContainerStatuses", policy, "initContainers"),
+        ("ephemeralContainerStatuses", "Never", "ephemeralContainers"),
+    ] {
+        no_restart(e, &after.get(list), &before.get(list), policy, &old["spec"][specs]);
     }
+    claim_statuses(e, &after.get("resourceClaimStatuses"), &new["spec"]["resourceClaims"]);
     pod_ips(e, &after.get("podIPs"));
     let hosts = after.get("hostIPs");
     if let Some(first) = hosts.items().first().map(|first| first.get("ip"))
@@ -262,12 +291,24 @@ pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
         e.invalid_str(&first, "must be equal to `hostIP`");
     }
     pod_ips(e, &hosts);
-    let names: Vec<&str> =
-        new["spec"]["resourceClaims"].as_array().into_iter().flatten().filter_map(|c| c["name"].as_str()).collect();
-    for status in after.get("resourceClaimStatuses").items() {
-        let name = status.get("name");
+}
+
+fn claim_statuses(e: &mut Errs, list: &At<'_>, claims: &Value) {
+    let names: Vec<&str> = claims.as_array().into_iter().flatten().filter_map(|c| c["name"].as_str()).collect();
+    let mut seen = Vec::new();
+    for status in list.items() {
+        let (name, claim) = (status.get("name"), status.get("resourceClaimName"));
         if !names.contains(&name.s()) {
             e.invalid(&name, "must match the name of an entry in `spec.resourceClaims`");
+        }
+        if seen.contains(&name.s()) {
+            e.duplicate(&name, name.s());
+        }
+        seen.push(name.s());
+        if claim.is_set() {
+            for message in isopod_api::names::dns1123_subdomain(claim.s()) {
+                e.invalid_as(&name, claim.s(), &message);
+            }
         }
     }
 }
@@ -373,6 +414,37 @@ mod tests {
                 errors(new, old.clone()).iter().map(|x| x.split(": ").next().unwrap_or("").to_owned()).collect();
             assert_eq!(fields.join(" "), want, "{field} {value}");
         }
+    }
+
+    #[test]
+    fn what_a_resize_may_change() {
+        let old = json!({"containers": [{"name": "c", "resources": {"requests": {"cpu": "1", "x.io/g": "1"}}}],
+            "initContainers": [{"name": "i", "resources": {"requests": {"cpu": "1"}}}]});
+        for (pointer, value, want) in [
+            ("/containers/0/resources/requests/cpu", json!("2"), ""),
+            ("/containers/0/resources/requests", json!({"x.io/g": "1"}), "resource requests cannot be removed"),
+            ("/containers/0/resources/requests/x.io~1g", json!("2"), "only cpu and memory resources are mutable"),
+            (
+                "/initContainers/0/resources/requests/cpu",
+                json!("2"),
+                "resources for non-sidecar init containers are immutable",
+            ),
+            (
+                "/containers/0/resources",
+                json!({"requests": {"cpu": "1", "memory": "1", "x.io/g": "1"}, "limits": {"cpu": "1", "memory": "1"}}),
+                "only cpu and memory resources are mutable",
+            ),
+        ] {
+            let mut new = old.clone();
+            *new.pointer_mut(pointer).unwrap() = value;
+            let (new, old) = (json!({ "spec": new }), json!({ "spec": old }));
+            let mut e = Errs::new();
+            assert_eq!(resize(&mut e, &At::field(&new, "spec"), &At::field(&old, "spec"), &json!({})), None);
+            assert_eq!(e.0.iter().map(|x| x.detail.as_str()).collect::<Vec<_>>().join("; "), want, "{pointer}");
+        }
+        let mirror = json!({"metadata": {"annotations": {"kubernetes.io/config.mirror": "x"}}});
+        let at = At::field(&old, "spec");
+        assert_eq!(resize(&mut Errs::new(), &at, &at, &mirror), Some("static pods cannot be resized"));
     }
 
     #[test]

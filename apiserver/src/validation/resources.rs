@@ -109,10 +109,14 @@ pub(crate) fn resource_name(e: &mut Errs, at: &At<'_>, name: &str) {
 /// A resource name in a quota.
 pub(crate) fn quota_resource_name(e: &mut Errs, at: &At<'_>, name: &str) {
     resource_name(e, at, name);
-    let huge = is_huge_page(name) || name.starts_with("requests.hugepages-");
-    if !name.contains('/') && !QUOTA.contains(&name) && !huge {
+    if !name.contains('/') && !is_quota_resource(name) {
         e.invalid_as(at, name, "must be a standard resource for quota");
     }
+}
+
+/// What every cluster can limit.
+pub(crate) fn is_quota_resource(name: &str) -> bool {
+    QUOTA.contains(&name) || is_huge_page(name) || name.starts_with("requests.hugepages-")
 }
 
 /// A resource name of a container.
@@ -136,6 +140,13 @@ pub(crate) fn quantity_value(e: &mut Errs, at: &At<'_>, name: &str) {
     }
 }
 
+/// A quantity that is not negative when rounded up to a whole number, which is what is shown.
+pub(crate) fn basic(e: &mut Errs, at: &At<'_>) {
+    if let Some(value) = quantity(at.v).filter(|value| value.value() < 0) {
+        e.invalid_as(at, value.value(), "must be a valid resource quantity");
+    }
+}
+
 /// A quantity of at least zero.
 pub(crate) fn non_negative_quantity(e: &mut Errs, at: &At<'_>) {
     if let Some(value) = quantity(at.v)
@@ -153,18 +164,28 @@ pub(crate) fn requirements(e: &mut Errs, at: &At<'_>, claims: &[&str]) {
 
 /// `claims` of a container; `known` are those of its pod.
 fn claim_names(e: &mut Errs, list: &At<'_>, known: &[&str]) {
-    let mut seen = Vec::new();
+    let mut seen: Vec<String> = Vec::new();
     for claim in list.items() {
-        let (name, request) = (claim.get("name").s(), claim.get("request").s());
+        let (name, request) = (claim.get("name").s(), claim.get("request"));
         if name.is_empty() {
             e.required(&claim, "");
             continue;
         }
-        let shown = if request.is_empty() { name.to_owned() } else { format!("{name}/{request}") };
-        if seen.contains(&shown) {
-            e.duplicate(&claim, shown.clone());
+        if seen.iter().any(|own| own == name) {
+            e.duplicate(&claim, name);
+        } else if request.s().is_empty() {
+            for _ in seen.iter().filter(|own| own.split_once('/').is_some_and(|(claim, _)| claim == name)) {
+                e.duplicate(&claim, name);
+            }
+            seen.push(name.to_owned());
+        } else {
+            e.dns_label(&request);
+            let shown = format!("{name}/{}", request.s());
+            if seen.contains(&shown) {
+                e.duplicate(&claim, shown.clone());
+            }
+            seen.push(shown);
         }
-        seen.push(shown);
         if !known.contains(&name) {
             let mut sorted = known.to_vec();
             sorted.sort_unstable();
@@ -239,8 +260,8 @@ fn huge_page(e: &mut Errs, at: &At<'_>, name: &str) {
     else {
         return;
     };
-    if size.value() > 0 && value.value() % size.value() != 0 {
-        let detail = format!("{value} is not positive integer multiple of {}", name.trim_start_matches("hugepages-"));
+    if size.value() > 0 && (value.value() <= 0 || value.value() % size.value() != 0) {
+        let detail = format!("{value} is not positive integer multiple of {name}");
         e.invalid_as(at, value.to_string(), &detail);
     }
 }
@@ -252,11 +273,12 @@ pub(crate) fn pod_level(e: &mut Errs, spec: &At<'_>) {
         return;
     }
     if at.get("claims").len() > 0 {
-        e.forbidden(&at.get("claims"), "claims may not be set for Resources at pod-level");
+        e.forbidden(&at.get("claims"), "claims cannot be set for Resources at pod-level");
     }
     pair(e, &at, |e, at, name| {
+        let before = e.0.len();
         resource_name(e, at, name);
-        if !["cpu", "memory"].contains(&name) && !is_huge_page(name) {
+        if e.0.len() == before && !["cpu", "memory"].contains(&name) && !is_huge_page(name) {
             e.unsupported_as(at, name, &["cpu", "hugepages-", "memory"]);
         }
     });

@@ -14,7 +14,7 @@ pub(crate) fn affinity(e: &mut Errs, at: &At<'_>) {
         node_selector(e, &node.get("requiredDuringSchedulingIgnoredDuringExecution"));
         for preferred in node.get("preferredDuringSchedulingIgnoredDuringExecution").items() {
             weight(e, &preferred);
-            node_selector_term(e, &preferred.get("preference"));
+            node_selector_term(e, &preferred.get("preference"), false);
         }
     }
     for kind in ["podAffinity", "podAntiAffinity"] {
@@ -46,21 +46,21 @@ pub(crate) fn node_selector(e: &mut Errs, at: &At<'_>) {
         return e.required(&terms, "must have at least one node selector term");
     }
     for term in terms.items() {
-        node_selector_term(e, &term);
+        node_selector_term(e, &term, true);
     }
 }
 
-/// A term of a node selector.
-pub(crate) fn node_selector_term(e: &mut Errs, at: &At<'_>) {
+/// A term of a node selector; what is only preferred may name values no label can have.
+fn node_selector_term(e: &mut Errs, at: &At<'_>, required: bool) {
     for expression in at.get("matchExpressions").items() {
-        node_requirement(e, &expression);
+        node_requirement(e, &expression, required);
     }
     for field in at.get("matchFields").items() {
         node_field(e, &field);
     }
 }
 
-fn node_requirement(e: &mut Errs, at: &At<'_>) {
+fn node_requirement(e: &mut Errs, at: &At<'_>, required: bool) {
     let (operator, values) = (at.get("operator"), at.get("values"));
     match operator.s() {
         "In" | "NotIn" if values.len() == 0 => {
@@ -77,8 +77,8 @@ fn node_requirement(e: &mut Errs, at: &At<'_>) {
     }
     let key = at.get("key");
     meta::label_key(e, &key, key.s());
-    for value in values.items() {
-        e.messages(&value, names::label_value(value.s()));
+    for value in values.items().iter().filter(|_| required) {
+        e.messages(value, names::label_value(value.s()));
     }
 }
 
@@ -115,15 +115,26 @@ fn pod_affinity_term(e: &mut Errs, at: &At<'_>) {
     let (matching, other) = (at.get("matchLabelKeys"), at.get("mismatchLabelKeys"));
     label_keys(e, &matching, at);
     label_keys(e, &other, at);
-    for key in other.items().iter().filter(|key| matching.strings().contains(&key.s())) {
+    for (i, key) in matching.strings().iter().enumerate().filter(|(_, key)| selected_by(at, key).1 > 1) {
+        // Upstream leaves the list's name out.
+        e.invalid_as(&At::new(at.path.index(i), matching.v), *key, "exists in both matchLabelKeys and labelSelector");
+    }
+    for key in matching.items().iter().filter(|key| other.strings().contains(&key.s())) {
         e.invalid(key, "exists in both matchLabelKeys and mismatchLabelKeys");
     }
     let topology = at.get("topologyKey");
     if topology.s().is_empty() {
         e.required(&topology, "can not be empty");
-    } else {
-        meta::label_key(e, &topology, topology.s());
     }
+    meta::label_key(e, &topology, topology.s());
+}
+
+/// How often the label selector at `at` names a key, and the same when at least one of them is an expression.
+fn selected_by(at: &At<'_>, key: &str) -> (usize, usize) {
+    let selector = at.get("labelSelector");
+    let expressions = selector.get("matchExpressions").items().iter().filter(|own| own.get("key").s() == key).count();
+    let all = expressions + usize::from(selector.get("matchLabels").v.get(key).is_some());
+    (all, if expressions > 0 { all } else { 0 })
 }
 
 /// Keys of labels that go with the selector at `at`.
@@ -172,8 +183,8 @@ pub(crate) fn tolerations(e: &mut Errs, list: &At<'_>) {
     }
 }
 
-/// `topologySpreadConstraints`.
-pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>) {
+/// `topologySpreadConstraints` of a pod or a template. A pod's own values of the matchLabelKeys are in its selectors.
+pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>, is_pod: bool) {
     let pair = |at: &At<'_>| (at.v["topologyKey"].clone(), at.v["whenUnsatisfiable"].clone());
     let all = list.items();
     for (i, at) in all.iter().enumerate() {
@@ -184,8 +195,6 @@ pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>) {
         let topology = at.get("topologyKey");
         if topology.s().is_empty() {
             e.required(&topology, "can not be empty");
-        } else {
-            meta::label_key(e, &topology, topology.s());
         }
         let when = at.get("whenUnsatisfiable");
         e.one_of(&when, &["DoNotSchedule", "ScheduleAnyway"]);
@@ -210,7 +219,16 @@ pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>) {
         for policy in ["nodeAffinityPolicy", "nodeTaintsPolicy"] {
             e.one_of_if_set(&at.get(policy), &["Honor", "Ignore"]);
         }
-        label_keys(e, &at.get("matchLabelKeys"), at);
+        let keys = at.get("matchLabelKeys");
+        if keys.len() > 0 && !at.get("labelSelector").is_set() {
+            e.forbidden(&keys, "must not be specified when labelSelector is not set");
+        }
+        for key in keys.items() {
+            meta::label_key(e, &key, key.s());
+            if selected_by(at, key.s()).0 > usize::from(is_pod) {
+                e.invalid(&key, "exists in both matchLabelKeys and labelSelector");
+            }
+        }
         selector::label_selector(e, &at.get("labelSelector"));
     }
 }
@@ -264,7 +282,10 @@ pub(crate) fn taints(e: &mut Errs, list: &At<'_>) {
     for at in list.items() {
         let (key, value, effect) = (at.get("key"), at.get("value"), at.get("effect"));
         e.qualified_name(&key);
-        e.messages(&value, names::label_value(value.s()));
+        let messages = names::label_value(value.s());
+        if !messages.is_empty() {
+            e.invalid_str(&value, &messages.join(";"));
+        }
         e.required_one_of(&effect, &["NoSchedule", "PreferNoSchedule", "NoExecute"]);
         if !seen.insert((key.s(), effect.s())) {
             let shown =

@@ -73,7 +73,7 @@ fn sysctls(e: &mut Errs, list: &At<'_>, spec: &At<'_>) {
         if name.s().is_empty() {
             e.required(&name, "");
         } else if !is_sysctl(name.s()) {
-            e.invalid(&name, "must have at most 253 characters and match regex ^([a-z0-9][-_a-z0-9]*[a-z0-9]?[\\./])*[a-z0-9][-_a-z0-9]*[a-z0-9]?$");
+            e.invalid(&name, "must have at most 253 characters and match regex ^([a-z0-9]([-_a-z0-9]*[a-z0-9])?[\\./])*[a-z0-9]([-_a-z0-9]*[a-z0-9])?$");
         } else if !seen.insert(name.s()) {
             e.duplicate(&name, name.s());
         }
@@ -93,7 +93,7 @@ fn is_sysctl(name: &str) -> bool {
         && name.split(['.', '/']).all(|part| {
             let b = part.as_bytes();
             !b.is_empty()
-                && (b[0].is_ascii_lowercase() || b[0].is_ascii_digit())
+                && [b.first(), b.last()].iter().flatten().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit())
                 && b.iter().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'-' | b'_'))
         })
 }
@@ -172,14 +172,17 @@ fn windows_user(e: &mut Errs, at: &At<'_>) {
         return e.invalid(at, "runAsUserName cannot be an empty string");
     }
     if at.s().chars().any(|c| (c as u32) < 0x20 || c as u32 == 0x7f) {
-        e.invalid(at, "runAsUserName cannot contain control characters");
+        return e.invalid(at, "runAsUserName cannot contain control characters");
     }
     let parts: Vec<&str> = at.s().split('\\').collect();
     let user = match parts[..] {
         [user] => user,
         [domain, user] => {
-            if domain.is_empty() {
-                e.invalid(at, "runAsUserName's Domain doesn't match the NetBIOS nor the DNS format");
+            if domain.len() >= 256 {
+                e.invalid(at, "runAsUserName's Domain length must be under 256 characters");
+            }
+            if !is_windows_domain(domain) {
+                e.invalid(at, "runAsUserName's Domain doesn't match the NetBios nor the DNS format");
             }
             user
         }
@@ -196,6 +199,14 @@ fn windows_user(e: &mut Errs, at: &At<'_>) {
     if user.chars().any(|c| "\"/\\:;|=,+*?<>@[]".contains(c)) {
         e.invalid(at, "runAsUserName's User cannot contain the following characters: \"/\\:;|=,+*?<>@[]");
     }
+}
+
+/// A NetBIOS name, or a DNS name of any case.
+fn is_windows_domain(name: &str) -> bool {
+    let short = (1..=15).contains(&name.len())
+        && !name.starts_with('.')
+        && !name.contains(['\\', '/', ':', '*', '?', '"', '<', '>', '|']);
+    short || name.split('.').all(|label| names::dns1123_label(&label.to_lowercase()).is_empty())
 }
 
 #[cfg(test)]

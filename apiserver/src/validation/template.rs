@@ -9,7 +9,8 @@ pub(crate) fn pod_template(e: &mut Errs, at: &At<'_>) {
     meta::template_meta(e, at);
     let spec = at.get("spec");
     pod_annotations::annotations(e, &at.get("metadata.annotations"), &spec);
-    pod_spec(e, &spec, false);
+    pod_spec(e, &spec, None);
+    pod_annotations::agree(e, &at.get("metadata.annotations"), &spec);
     let ephemeral = spec.get("ephemeralContainers");
     if ephemeral.len() > 0 {
         e.forbidden(&ephemeral, "ephemeral containers not allowed in pod template");
@@ -63,17 +64,17 @@ pub(crate) fn for_replicas(e: &mut Errs, spec: &At<'_>) {
         labels_match(e, &template, false);
     }
     pod_template(e, &template);
-    always(e, &template);
+    always(e, &template, "ReplicaSet");
 }
 
 /// restartPolicy must be Always and there must be no activeDeadlineSeconds.
-pub(crate) fn always(e: &mut Errs, template: &At<'_>) {
+pub(crate) fn always(e: &mut Errs, template: &At<'_>, kind: &str) {
     let policy = template.get("spec.restartPolicy");
     if !policy.s().is_empty() && policy.s() != "Always" {
         e.unsupported(&policy, &["Always"]);
     }
     let deadline = template.get("spec.activeDeadlineSeconds");
     if deadline.is_set() {
-        e.forbidden(&deadline, "activeDeadlineSeconds in ReplicaSet is not Supported");
+        e.forbidden(&deadline, &format!("activeDeadlineSeconds in {kind} is not Supported"));
     }
 }

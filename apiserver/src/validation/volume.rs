@@ -17,12 +17,12 @@ pub(crate) const SOURCES: &[&str] = &[
     "nfs",
     "iscsi",
     "glusterfs",
+    "flocker",
     "persistentVolumeClaim",
     "rbd",
     "cinder",
     "cephfs",
     "quobyte",
-    "flocker",
     "downwardAPI",
     "fc",
     "flexVolume",
@@ -40,13 +40,21 @@ pub(crate) const SOURCES: &[&str] = &[
     "image",
 ];
 
-/// `volumes`; returns the valid ones by name.
-pub(crate) fn volumes<'a>(e: &mut Errs, list: &At<'a>) -> Vec<(&'a str, At<'a>)> {
+/// `volumes`; returns the valid ones by name. `pod` is the name of the pod, when it is one (and not a template).
+pub(crate) fn volumes<'a>(e: &mut Errs, list: &At<'a>, pod: Option<&str>) -> Vec<(&'a str, At<'a>)> {
     let mut valid: Vec<(&str, At<'a>)> = Vec::new();
+    let claim_of = |at: &At<'_>| pod.filter(|pod| !pod.is_empty()).map(|pod| format!("{pod}-{}", at.get("name").s()));
+    let made: Vec<String> =
+        list.items().iter().filter(|at| at.get("ephemeral").is_set()).filter_map(claim_of).collect();
     for at in list.items() {
         let mut own = Errs::new();
-        source(&mut own, &at);
+        source(&mut own, &at, pod.is_some());
         let name = at.get("name");
+        if let Some(claim) = claim_of(&at).filter(|_| at.get("ephemeral").is_set() && !name.s().is_empty()) {
+            for message in isopod_api::names::dns1123_subdomain(&claim) {
+                own.invalid_str(&name, &format!("PVC name {claim:?}: {message}"));
+            }
+        }
         if name.s().is_empty() {
             own.required(&name, "");
         } else {
@@ -55,16 +63,30 @@ pub(crate) fn volumes<'a>(e: &mut Errs, list: &At<'a>) -> Vec<(&'a str, At<'a>)>
         if valid.iter().any(|(n, _)| *n == name.s()) {
             own.duplicate(&name, name.s());
         }
+        let claim = at.get("persistentVolumeClaim.claimName");
         if own.is_empty() {
             valid.push((name.s(), at));
         } else {
             e.0.extend(own.0);
         }
+        if made.iter().any(|made| made == claim.s()) {
+            e.invalid(&claim, "must not reference a PVC that gets created for an ephemeral volume");
+        }
     }
     valid
 }
 
-fn source(e: &mut Errs, volume: &At<'_>) {
+/// A source beside another one; upstream misspells two of the fields.
+pub(crate) fn second_source(e: &mut Errs, volume: &At<'_>, kind: &str) {
+    let shown = match kind {
+        "cephfs" => "cephFS",
+        "downwardAPI" => "downwarAPI",
+        kind => kind,
+    };
+    e.forbidden(&volume.get(shown), "may not specify more than 1 volume type");
+}
+
+fn source(e: &mut Errs, volume: &At<'_>, is_pod: bool) {
     let mut count = 0;
     for kind in SOURCES {
         let at = volume.get(kind);
@@ -73,7 +95,7 @@ fn source(e: &mut Errs, volume: &At<'_>) {
         }
         count += 1;
         if count > 1 {
-            e.forbidden(&at, "may not specify more than 1 volume type");
+            second_source(e, volume, kind);
             continue;
         }
         match *kind {
@@ -106,7 +128,19 @@ fn source(e: &mut Errs, volume: &At<'_>) {
                 }
             }
             "ephemeral" => volume_source::ephemeral(e, &at),
-            other => volume_source::plugin(e, other, &at),
+            "image" => {
+                if is_pod && at.get("reference").s().is_empty() {
+                    e.required(&at.get("reference"), "");
+                }
+                e.required_one_of(&at.get("pullPolicy"), &["Always", "IfNotPresent", "Never"]);
+            }
+            other => {
+                volume_source::plugin(e, other, &at, None);
+                if at.get("initiatorName").is_set() {
+                    let name = volume.get("name");
+                    volume_source::long_portal(e, &name, name.s(), at.get("targetPortal").s());
+                }
+            }
         }
     }
     if count == 0 {
@@ -183,77 +217,39 @@ fn projected(e: &mut Errs, at: &At<'_>) {
     mode(e, &at.get("defaultMode"));
     let mut seen = BTreeSet::new();
     for source in at.get("sources").items() {
-        let mut count = 0;
-        for kind in
-            ["secret", "configMap", "downwardAPI", "serviceAccountToken", "clusterTrustBundle", "podCertificate"]
-        {
-            let own = source.get(kind);
-            if !own.is_set() {
-                continue;
-            }
-            count += 1;
-            if count > 1 {
-                e.forbidden(&own, "may not specify more than 1 volume type per source");
-                continue;
-            }
-            match kind {
-                "secret" | "configMap" => {
-                    let name = own.get("name");
-                    if name.s().is_empty() {
-                        e.required(&name, "");
-                    }
-                    for item in own.get("items").items() {
-                        key_to_path(e, &item);
-                        unique(e, at, item.get("path").s(), name.s(), &mut seen);
-                    }
-                }
-                "downwardAPI" => {
-                    for file in own.get("items").items() {
-                        downward_file(e, &file, &own);
-                        let path = file.get("path").s();
-                        unique(e, at, path, path, &mut seen);
-                    }
-                }
-                "serviceAccountToken" => token(e, at, &own),
-                "clusterTrustBundle" => trust_bundle(e, &own),
-                _ => pod_certificate(e, &own),
-            }
+        let kinds = ["secret", "configMap", "downwardAPI", "serviceAccountToken"];
+        let set: Vec<At<'_>> = kinds.iter().map(|kind| source.get(kind)).filter(At::is_set).collect();
+        for own in &set {
+            projection(e, at, own, &mut seen);
+        }
+        if set.len() > 1 {
+            e.forbidden(&source, "may not specify more than 1 volume type per source");
         }
     }
 }
 
-fn trust_bundle(e: &mut Errs, at: &At<'_>) {
-    let (name, signer, path) = (at.get("name"), at.get("signerName"), at.get("path"));
-    match (name.is_set(), signer.is_set()) {
-        (true, true) => e.invalid(at, "only one of name and signerName may be used"),
-        (true, false) => {
+/// One source of a projected volume; `seen` are the paths so far.
+fn projection<'a>(e: &mut Errs, volume: &At<'_>, at: &At<'a>, seen: &mut BTreeSet<&'a str>) {
+    let name = at.get("name");
+    match at.path.to_string().rsplit('.').next() {
+        Some("serviceAccountToken") => token(e, volume, at),
+        Some("downwardAPI") => {
+            for file in at.get("items").items() {
+                downward_file(e, &file, at);
+                let path = file.get("path").s();
+                unique(e, volume, path, path, seen);
+            }
+        }
+        _ => {
             if name.s().is_empty() {
-                e.required(&name, "must be a valid object name");
+                e.required(&name, "");
             }
-            let labels = at.get("labelSelector");
-            if labels.is_set() {
-                e.invalid(&labels, "labelSelector must be unset if name is specified");
+            for item in at.get("items").items() {
+                key_to_path(e, &item);
+                unique(e, volume, item.get("path").s(), name.s(), seen);
             }
         }
-        (false, true) => {
-            if signer.s().is_empty() {
-                e.required(&signer, "must be a valid signer name");
-            }
-            super::net::signer_name(e, &signer);
-        }
-        (false, false) => e.required(at, "either name or signerName must be specified"),
     }
-    if path.s().is_empty() {
-        e.required(&path, "");
-    }
-    local_path(e, &path);
-}
-
-fn pod_certificate(e: &mut Errs, at: &At<'_>) {
-    if at.get("signerName").s().is_empty() {
-        e.required(&at.get("signerName"), "");
-    }
-    e.one_of(&at.get("keyType"), &["ECDSAP256", "ECDSAP384", "ECDSAP521", "ED25519", "RSA3072", "RSA4096"]);
 }
 
 /// No two files of a projected volume have the same path; the error shows whose they are.
@@ -311,13 +307,50 @@ mod tests {
     fn only_valid_volumes_can_be_mounted() {
         let obj = json!({"v": [{"name": "a", "emptyDir": {}}, {"name": "a", "emptyDir": {}}, {"name": "b", "emptyDir": {}, "hostPath": {"path": "/x"}}]});
         let mut e = Errs::new();
-        let valid = volumes(&mut e, &At::field(&obj, "v"));
+        let valid = volumes(&mut e, &At::field(&obj, "v"), None);
         assert_eq!(valid.len(), 1);
         let text: Vec<String> = e.0.iter().map(ToString::to_string).collect();
         assert_eq!(
             text,
             ["v[1].name: Duplicate value: \"a\"", "v[2].hostPath: Forbidden: may not specify more than 1 volume type"]
         );
+    }
+
+    #[test]
+    fn sources_together() {
+        let claim = json!({"spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1"}}}});
+        let table = [
+            (json!({"name": "a", "emptyDir": {}, "cephfs": {"monitors": ["m"]}}), "v[0].cephFS"),
+            (
+                json!({"name": "a", "gcePersistentDisk": {"partition": 300}}),
+                "v[0].persistentDisk.pdName v[0].persistentDisk.partition",
+            ),
+            (json!({"name": "a", "image": {"pullPolicy": "Never"}}), "v[0].image.reference"),
+            (json!({"name": "a", "ephemeral": {"volumeClaimTemplate": claim}}), ""),
+            (
+                json!({"name": "a", "ephemeral": {"volumeClaimTemplate": {"metadata": {"uid": "x", "name": "y"}, "spec": claim["spec"]}}}),
+                "v[0].ephemeral.volumeClaimTemplate.metadata.name v[0].ephemeral.volumeClaimTemplate.metadata.uID",
+            ),
+            (
+                json!({"name": "a", "projected": {"sources": [{"secret": {"name": "s"}, "configMap": {}}]}}),
+                "v[0].projected.sources[0].configMap.name v[0].projected.sources[0]",
+            ),
+            (
+                json!({"name": "a", "iscsi": {"targetPortal": "x".repeat(70), "iqn": "iqn.2001-04.com.example:d", "initiatorName": "eui.0123456789abcdef"}}),
+                "v[0].name",
+            ),
+        ];
+        for (volume, want) in table {
+            let obj = json!({"v": [volume]});
+            let mut e = Errs::new();
+            volumes(&mut e, &At::field(&obj, "v"), Some("p"));
+            assert_eq!(e.0.iter().map(|x| x.field.as_str()).collect::<Vec<_>>().join(" "), want, "{obj}");
+        }
+        let obj = json!({"v": [{"name": "a", "ephemeral": {"volumeClaimTemplate": claim}},
+            {"name": "b", "persistentVolumeClaim": {"claimName": "p-a"}}]});
+        let mut e = Errs::new();
+        volumes(&mut e, &At::field(&obj, "v"), Some("p"));
+        assert_eq!(e.0.len(), 1, "{:?}", e.0);
     }
 
     #[test]

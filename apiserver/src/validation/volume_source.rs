@@ -1,5 +1,9 @@
 //! Volume sources that a plugin or a driver serves, shared by pods and PersistentVolumes, and the checks of claims.
 
+use std::sync::LazyLock;
+
+use isopod_api::field::Path;
+use regex::Regex;
 use serde_json::json;
 
 use super::{At, Errs, resources, selector};
@@ -23,8 +27,14 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("local", &["path"]),
 ];
 
-/// A source by name.
-pub(crate) fn plugin(e: &mut Errs, kind: &str, at: &At<'_>) {
+/// A source by name, of a pod or of a PersistentVolume (whose name is given).
+pub(crate) fn plugin(e: &mut Errs, kind: &str, at: &At<'_>, volume: Option<&str>) {
+    // Upstream has an older name for this one.
+    let renamed = (kind == "gcePersistentDisk").then(|| {
+        let path = at.path.to_string();
+        At::new(Path::new(&path.replace("gcePersistentDisk", "persistentDisk")), at.v)
+    });
+    let at = renamed.as_ref().unwrap_or(at);
     let required = REQUIRED.iter().find(|(name, _)| *name == kind).map(|(_, fields)| *fields).unwrap_or_default();
     for field in required {
         let field = at.get(field);
@@ -34,7 +44,12 @@ pub(crate) fn plugin(e: &mut Errs, kind: &str, at: &At<'_>) {
     }
     match kind {
         "gitRepo" => super::volume::descending_path(e, &at.get("directory")),
-        "gcePersistentDisk" | "awsElasticBlockStore" => unit_number(e, &at.get("partition")),
+        "gcePersistentDisk" | "awsElasticBlockStore" => {
+            let partition = at.get("partition");
+            if !(0..=255).contains(&partition.int0()) {
+                e.invalid(&partition, "must be between 1 and 255, inclusive");
+            }
+        }
         "nfs" => {
             let path = at.get("path");
             if !path.s().starts_with('/') {
@@ -73,7 +88,9 @@ pub(crate) fn plugin(e: &mut Errs, kind: &str, at: &At<'_>) {
                     e.required(&name, "");
                 }
             }
+            named_secret(e, at, volume.is_some());
         }
+        "cinder" => named_secret(e, at, volume.is_some()),
         "flexVolume" => {
             for (key, option) in at.get("options").entries() {
                 let domain = format!(".{}", key.split_once('/').map_or(key, |k| k.0).to_lowercase());
@@ -95,9 +112,18 @@ pub(crate) fn plugin(e: &mut Errs, kind: &str, at: &At<'_>) {
                 unit_number(e, &lun);
             }
         }
-        "iscsi" => iscsi(e, at),
-        "image" => e.one_of_if_set(&at.get("pullPolicy"), &["Always", "IfNotPresent", "Never"]),
+        "iscsi" => iscsi(e, at, volume),
         _ => {}
+    }
+}
+
+/// `secretRef` with a name, and a namespace when the volume is not a pod's own.
+fn named_secret(e: &mut Errs, at: &At<'_>, namespaced: bool) {
+    let secret = at.get("secretRef");
+    for field in ["name", "namespace"].into_iter().take(if namespaced { 2 } else { 1 }) {
+        if secret.is_set() && secret.get(field).s().is_empty() {
+            e.required(&secret.get(field), "");
+        }
     }
 }
 
@@ -146,47 +172,62 @@ fn azure_disk(e: &mut Errs, at: &At<'_>) {
     let (kind, uri) = (at.get("kind"), at.get("diskURI"));
     e.one_of_if_set(&kind, &["Dedicated", "Managed", "Shared"]);
     let managed = kind.s() == "Managed";
-    if managed && !uri.s().to_lowercase().starts_with("/subscriptions/") {
+    if managed && !uri.s().starts_with("/subscriptions/") {
         let form = "/subscriptions/{sub-id}/resourcegroups/{group-name}/providers/microsoft.compute/disks/{disk-id}";
         e.unsupported(&uri, &[form]);
-    } else if kind.is_set() && !managed && !uri.s().to_lowercase().starts_with("https://") {
+    } else if kind.is_set() && !managed && !uri.s().starts_with("https://") {
         e.unsupported(&uri, &["https://{account-name}.blob.core.windows.net/{container-name}/{disk-name}.vhd"]);
     }
 }
 
-fn iscsi(e: &mut Errs, at: &At<'_>) {
-    iscsi_name(e, &at.get("iqn"));
+fn iscsi(e: &mut Errs, at: &At<'_>, volume: Option<&str>) {
+    let (portal, initiator) = (at.get("targetPortal"), at.get("initiatorName"));
+    if let Some(name) = volume.filter(|_| initiator.is_set()) {
+        // Upstream's field begins with a small letter only here.
+        long_portal(e, &At::new(at.path.child("targetportal"), portal.v), name, portal.s());
+    }
+    if !at.get("iqn").s().is_empty() {
+        iscsi_name(e, &at.get("iqn"), volume.is_some());
+    }
     unit_number(e, &at.get("lun"));
     let chap = at.get("chapAuthDiscovery").is_true() || at.get("chapAuthSession").is_true();
     if chap && !at.get("secretRef").is_set() {
         e.required(&at.get("secretRef"), "");
     }
-    let initiator = at.get("initiatorName");
-    iscsi_name(e, &At::new(at.path.child("initiatorname"), initiator.v));
-}
-
-fn iscsi_name(e: &mut Errs, at: &At<'_>) {
-    let known = ["iqn", "eui", "naa"].iter().any(|prefix| at.s().starts_with(prefix));
-    if !at.s().is_empty() && !known {
-        e.invalid(at, "must be valid format starting with iqn, eui, or naa");
-    } else if !at.s().is_empty() && !is_iscsi_name(at.s()) {
-        e.invalid(at, "must be valid format");
+    if volume.is_some() {
+        let secret = at.get("secretRef");
+        if secret.is_set() && secret.get("name").s().is_empty() {
+            e.required(&secret.get("name"), "");
+        }
+    }
+    if initiator.is_set() {
+        iscsi_name(e, &At::new(at.path.child("initiatorname"), initiator.v), volume.is_some());
     }
 }
 
-/// `iqn.2001-04.com.example[:disk]`, `eui.` and 16 hexadecimal digits, `naa.` and 32 of them.
-fn is_iscsi_name(name: &str) -> bool {
-    let hex = |text: &str, digits: usize| text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit());
-    if let Some(id) = name.strip_prefix("eui.") {
-        return hex(id, 16);
+/// An initiator's name is made of both; `at` is what is reported.
+pub(crate) fn long_portal(e: &mut Errs, at: &At<'_>, volume: &str, portal: &str) {
+    if volume.len() + 1 + portal.len() > 64 {
+        e.invalid_str(at, "Total length of <volume name>:<iscsi.targetPortal> must be under 64 characters if iscsi.initiatorName is specified.");
     }
-    if let Some(id) = name.strip_prefix("naa.") {
-        return hex(id, 32);
+}
+
+#[expect(clippy::expect_used, reason = "constants")]
+static ISCSI_NAMES: LazyLock<[(&str, Regex); 3]> = LazyLock::new(|| {
+    let pattern = |text: &str| Regex::new(text).expect("a pattern");
+    [
+        ("iqn", pattern(r"iqn\.[0-9]{4}-[0-9]{2}\.([[:alnum:].-]+)(:[^,;*&$|\s]+)$")),
+        ("eui", pattern("^eui.[[:alnum:]]{16}$")),
+        ("naa", pattern("^naa.[[:alnum:]]{32}$")),
+    ]
+});
+
+fn iscsi_name(e: &mut Errs, at: &At<'_>, of_cluster: bool) {
+    match ISCSI_NAMES.iter().find(|(prefix, _)| at.s().starts_with(prefix)) {
+        Some((_, pattern)) if pattern.is_match(at.s()) => {}
+        None if !of_cluster => e.invalid_str(at, "must be valid format starting with iqn, eui, or naa"),
+        _ => e.invalid_str(at, "must be valid format"),
     }
-    let Some((date, authority)) = name.strip_prefix("iqn.").and_then(|rest| rest.split_once('.')) else { return false };
-    let b = date.as_bytes();
-    let dated = b.len() == 7 && b[4] == b'-' && b.iter().enumerate().all(|(i, c)| i == 4 || c.is_ascii_digit());
-    dated && !authority.is_empty() && !authority.starts_with([':', '.'])
 }
 
 /// A reference of a volume to a secret of any namespace.
@@ -229,10 +270,22 @@ pub(crate) fn ephemeral(e: &mut Errs, at: &At<'_>) {
     let metadata = template.get("metadata");
     super::meta::annotations(e, &metadata.get("annotations"));
     super::meta::labels(e, &metadata.get("labels"));
-    for field in ["name", "generateName", "namespace", "uid", "ownerReferences", "finalizers"] {
+    // Upstream makes the fields' names of those of its struct.
+    for (field, shown) in [
+        ("name", "name"),
+        ("generateName", "generateName"),
+        ("namespace", "namespace"),
+        ("uid", "uID"),
+        ("resourceVersion", "resourceVersion"),
+        ("generation", "generation"),
+        ("creationTimestamp", "creationTimestamp"),
+        ("deletionTimestamp", "deletionTimestamp"),
+        ("ownerReferences", "ownerReferences"),
+        ("finalizers", "finalizers"),
+    ] {
         let own = metadata.get(field);
-        if !own.s().is_empty() || own.len() > 0 {
-            e.forbidden(&own, "cannot be set for an ephemeral volume");
+        if !own.s().is_empty() || own.len() > 0 || own.int0() != 0 {
+            e.forbidden(&metadata.get(shown), "cannot be set");
         }
     }
     claim_spec(e, &template.get("spec"));
@@ -351,7 +404,7 @@ mod tests {
         ] {
             let obj = json!({ "s": source });
             let mut e = Errs::new();
-            plugin(&mut e, kind, &At::field(&obj, "s"));
+            plugin(&mut e, kind, &At::field(&obj, "s"), None);
             assert_eq!(e.0.iter().map(|x| x.field.as_str()).collect::<Vec<_>>().join(" "), want, "{kind}");
         }
     }
