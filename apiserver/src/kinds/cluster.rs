@@ -9,7 +9,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, resources, same, scheduling},
+    validation::{At, Errs, pod_warnings, resources, same, scheduling},
 };
 
 /// `leases`.
@@ -138,6 +138,12 @@ impl Strategy for RuntimeClass {
             e.immutable(&At::field(new, "handler"), &old["handler"]);
         }
         e.0
+    }
+
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        let selector = At::field(obj, "scheduling").get("nodeSelector");
+        let known = selector.entries().into_iter().filter_map(|(key, _)| pod_warnings::deprecated_label(key));
+        known.map(|text| format!("{}: {text}", selector.path)).collect()
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {

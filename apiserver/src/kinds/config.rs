@@ -219,6 +219,17 @@ fn json_object(bytes: &[u8]) -> Result<(), String> {
 }
 
 impl Strategy for ServiceAccount {
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        let key = "kubernetes.io/enforce-mountable-secrets";
+        let set = |obj: &Value| obj["metadata"]["annotations"].get(key).is_some();
+        if set(obj) && !old.is_some_and(set) {
+            return vec![format!(
+                "metadata.annotations[{key}]: deprecated in v1.32+; prefer separate namespaces to isolate access to mounted secrets"
+            )];
+        }
+        Vec::new()
+    }
+
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         vec![table::name(obj), table::age(obj, now)]
     }

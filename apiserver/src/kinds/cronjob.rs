@@ -43,12 +43,16 @@ impl Strategy for CronJob {
         e.0
     }
 
-    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
-        if cx.subresource == "status" {
-            return Vec::new();
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        let mut out =
+            pod_warnings::workload(cx, obj, old, &At::field(obj, "spec").get("jobTemplate.spec.template"), true);
+        if old.is_some()
+            && cx.subresource.is_empty()
+            && obj["spec"]["schedule"].as_str().is_some_and(|s| s.contains("TZ"))
+        {
+            out.push("cannot use TZ or CRON_TZ in schedule, use timeZone field instead, see https://kubernetes.io/docs/concepts/workloads/controllers/cron-jobs/#time-zones for more details".to_owned());
         }
-        let template = &obj["spec"]["jobTemplate"]["spec"]["template"];
-        pod_warnings::warnings(&At::field(obj, "spec").get("jobTemplate.spec.template.spec"), &template["metadata"])
+        out
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {

@@ -59,11 +59,8 @@ impl Strategy for Deployment {
         e.0
     }
 
-    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
-        if cx.subresource == "status" {
-            return Vec::new();
-        }
-        pod_warnings::warnings(&At::field(obj, "spec").get("template.spec"), &obj["spec"]["template"]["metadata"])
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        pod_warnings::workload(cx, obj, old, &At::field(obj, "spec").get("template"), true)
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {

@@ -59,14 +59,11 @@ impl Strategy for Job {
         e.0
     }
 
-    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
-        if cx.subresource == "status" {
-            return Vec::new();
-        }
-        let mut out =
-            pod_warnings::warnings(&At::field(obj, "spec").get("template.spec"), &obj["spec"]["template"]["metadata"]);
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        let mut out = pod_warnings::workload(cx, obj, old, &At::field(obj, "spec").get("template"), true);
         let spec = &obj["spec"];
-        if spec["completionMode"] == "Indexed"
+        if cx.subresource.is_empty()
+            && spec["completionMode"] == "Indexed"
             && spec["completions"].as_i64().unwrap_or_default() > 100_000
             && spec["parallelism"].as_i64().unwrap_or_default() > 10_000
         {

@@ -13,7 +13,10 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, IMMUTABLE, internal, resources, same, scheduling, template::sorted, volume, volume_source},
+    validation::{
+        At, Errs, IMMUTABLE, internal, pod_warnings, resources, same, scheduling, template::sorted, volume,
+        volume_source,
+    },
 };
 
 /// `persistentvolumes`.
@@ -144,6 +147,14 @@ impl Strategy for PersistentVolume {
         e.0
     }
 
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        let mut out = Vec::new();
+        if cx.subresource.is_empty() {
+            volume_warnings(&mut out, obj);
+        }
+        out
+    }
+
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         let spec = &obj["spec"];
         let claim = match &spec["claimRef"] {
@@ -167,6 +178,37 @@ impl Strategy for PersistentVolume {
             table::age(obj, now),
             table::or(&spec["volumeMode"], "<unset>"),
         ]
+    }
+}
+
+/// Fields and annotations that something newer has come for.
+fn volume_warnings(out: &mut Vec<String>, obj: &Value) {
+    let (spec, annotations) = (At::field(obj, "spec"), At::field(obj, "metadata").get("annotations"));
+    for (key, text) in [
+        (
+            "volume.beta.kubernetes.io/storage-class",
+            "deprecated since v1.8; use \"storageClassName\" attribute instead",
+        ),
+        (MOUNT_OPTIONS, "deprecated since v1.31; use \"mountOptions\" attribute instead"),
+    ] {
+        let at = annotations.key(key);
+        if at.is_set() {
+            out.push(format!("{}: {text}", at.path));
+        }
+    }
+    let reclaim = spec.get("persistentVolumeReclaimPolicy");
+    if reclaim.s() == "Recycle" {
+        let instead = "Instead, the recommended approach is to use dynamic provisioning.";
+        out.push(format!("{}: The Recycle reclaim policy is deprecated. {instead}", reclaim.path));
+    }
+    for term in spec.get("nodeAffinity.required.nodeSelectorTerms").items() {
+        pod_warnings::node_term(out, &term, false);
+    }
+    for kind in ["cephfs", "photonPersistentDisk", "scaleIO", "storageos", "glusterfs", "rbd"] {
+        let known = pod_warnings::DEPRECATED_VOLUMES.iter().find(|(source, ..)| *source == kind);
+        if let Some((_, shown, text)) = known.filter(|_| spec.get(kind).is_set()) {
+            out.push(format!("{}: {text}", spec.get(shown).path));
+        }
     }
 }
 
@@ -269,13 +311,14 @@ const MOUNTED: [&str; 13] = [
     "storageos",
 ];
 
+const MOUNT_OPTIONS: &str = "volume.beta.kubernetes.io/mount-options";
+
 fn mount_options(e: &mut Errs, obj: &Value) {
     let option = At::field(obj, "metadata").get("annotations");
-    let name = "volume.beta.kubernetes.io/mount-options";
     let spec = At::field(obj, "spec");
     let mounted = MOUNTED.iter().any(|kind| spec.get(kind).is_set()) || spec.get("csi").is_set();
-    if option.key(name).is_set() && !mounted {
-        let at = At::new(option.path.child(name), option.v);
+    if option.key(MOUNT_OPTIONS).is_set() && !mounted {
+        let at = At::new(option.path.child(MOUNT_OPTIONS), option.v);
         e.forbidden(&at, "may not specify mount options for this volume type");
     }
 }

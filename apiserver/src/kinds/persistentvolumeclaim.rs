@@ -18,7 +18,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, IMMUTABLE, internal, resources, same, volume_source},
+    validation::{At, Errs, IMMUTABLE, internal, pod_warnings, resources, same, volume_source},
 };
 
 /// `persistentvolumeclaims`.
@@ -90,6 +90,14 @@ impl Strategy for PersistentVolumeClaim {
         e.0.extend(self.validate(cx, new));
         claim_update(&mut e, new, old);
         e.0
+    }
+
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        let mut out = Vec::new();
+        if cx.subresource.is_empty() {
+            pod_warnings::claim(&mut out, &At::field(obj, "spec"));
+        }
+        out
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {

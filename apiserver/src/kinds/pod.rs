@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::{pod_defaults, pod_qos::qos_class, pod_table};
 use crate::{
     registry::strategy::{Context, Strategy},
-    validation::{At, Errs, container, pod_annotations, pod_spec::pod_spec, pod_update, pod_warnings},
+    validation::{At, Errs, container, net, pod_annotations, pod_spec::pod_spec, pod_update, pod_warnings},
 };
 use isopod_api::field::ErrorList;
 
@@ -37,6 +37,7 @@ impl Strategy for Pod {
             }]);
         }
         obj["status"] = status;
+        pod_warnings::app_armor_fields(obj);
     }
 
     fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {
@@ -51,7 +52,7 @@ impl Strategy for Pod {
                 ungated(new, old);
             }
             "ephemeralcontainers" => keep_all_but(new, old, &["ephemeralContainers"]),
-            "resize" => new["status"] = old["status"].clone(),
+            "resize" => sizes_only(new, old),
             "status" => {
                 let spec = old["spec"].clone();
                 new["spec"] = spec;
@@ -59,6 +60,7 @@ impl Strategy for Pod {
                     new["status"]["qosClass"] = old["status"]["qosClass"].clone();
                 }
                 pod_ips(new, old);
+                observed(new, old);
             }
             _ => {}
         }
@@ -109,11 +111,22 @@ impl Strategy for Pod {
         e.0
     }
 
+    fn warnings_before_create(&self, obj: &Value) -> Vec<String> {
+        pod_warnings::app_armor_fields(&mut obj.clone())
+    }
+
     fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
-        if cx.subresource == "status" || old.is_some_and(|old| old["spec"] == obj["spec"]) {
-            return Vec::new();
+        let status = At::field(obj, "status");
+        match (cx.subresource, old) {
+            (_, None) => pod_warnings::pod(obj),
+            ("status", _) => ["podIPs", "hostIPs"]
+                .iter()
+                .flat_map(|list| status.get(list).items())
+                .map(|item| item.get("ip"))
+                .filter_map(|ip| net::ip_warning(&ip.path, ip.s()))
+                .collect(),
+            _ => Vec::new(),
         }
-        pod_warnings::warnings(&At::field(obj, "spec"), &obj["metadata"])
     }
 
     fn grace_period(&self, obj: &Value) -> Option<i64> {
@@ -255,6 +268,61 @@ fn keep_all_but(new: &mut Value, old: &Value, fields: &[&str]) {
         kept["metadata"]["managedFields"] = managed.clone();
     }
     *new = kept;
+}
+
+/// A resize takes the resources of containers (and of the pod) and nothing else; containers that came, went or moved are
+/// left to validation.
+fn sizes_only(new: &mut Value, old: &Value) {
+    let names = |pod: &Value, list: &str| -> Vec<Value> {
+        pod["spec"][list].as_array().into_iter().flatten().map(|c| c["name"].clone()).collect()
+    };
+    let lists = ["containers", "initContainers"];
+    if lists.iter().any(|list| names(new, list).len() != names(old, list).len()) {
+        new["status"] = old["status"].clone();
+        return;
+    }
+    let mut kept = old["spec"].clone();
+    for list in lists {
+        if names(new, list) != names(old, list) {
+            kept[list] = new["spec"][list].clone();
+            continue;
+        }
+        for (i, own) in kept[list].as_array_mut().into_iter().flatten().enumerate() {
+            for field in ["resources", "resizePolicy"] {
+                own[field] = new["spec"][list][i][field].clone();
+            }
+            pod_defaults::drop_nulls(own);
+        }
+    }
+    kept["resources"] = new["spec"]["resources"].clone();
+    for list in lists.iter().chain(&["resources"]).filter(|list| kept[**list].is_null()).collect::<Vec<_>>() {
+        kept.as_object_mut().and_then(|spec| spec.remove(*list));
+    }
+    new["spec"] = kept;
+    keep_all_but(new, old, &["containers", "initContainers", "resources"]);
+}
+
+/// Which generation the status is about does not go away because a client does not know the field.
+fn observed(new: &mut Value, old: &Value) {
+    const FIELD: &str = "observedGeneration";
+    let keep = |new: &mut Value, old: &Value| {
+        if new[FIELD].as_i64().unwrap_or_default() == 0 && old[FIELD].as_i64().unwrap_or_default() != 0 {
+            new[FIELD] = old[FIELD].clone();
+        }
+        pod_defaults::drop_nulls(new);
+    };
+    let mut before: Vec<&Value> = old["status"]["conditions"].as_array().into_iter().flatten().collect();
+    for condition in new["status"]["conditions"].as_array_mut().into_iter().flatten() {
+        if let Some(i) = before.iter().position(|own| own["type"] == condition["type"])
+            && let Some(kept) = before.remove(i)[FIELD].as_i64()
+            && condition[FIELD].as_i64().unwrap_or_default() == 0
+        {
+            condition[FIELD] = json!(kept);
+        }
+    }
+    if new["status"].is_object() {
+        keep(&mut new["status"], &old["status"]);
+    }
 }
 
 /// podIP and podIPs say the same.

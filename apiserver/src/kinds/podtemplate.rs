@@ -9,7 +9,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, template::pod_template},
+    validation::{At, Errs, pod_warnings, template::pod_template},
 };
 
 /// `podtemplates`.
@@ -26,6 +26,10 @@ impl Strategy for PodTemplate {
         let mut e = Errs::new();
         pod_template(&mut e, &At::field(obj, "template"));
         e.0
+    }
+
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        pod_warnings::workload(cx, obj, old, &At::field(obj, "template"), false)
     }
 
     fn cells(&self, obj: &Value, _now: Timestamp) -> Vec<Value> {

@@ -59,13 +59,6 @@ fn status(e: &mut Errs, at: &At<'_>) {
     }
 }
 
-fn template_warnings(cx: &Context<'_>, obj: &Value) -> Vec<String> {
-    if cx.subresource == "status" {
-        return Vec::new();
-    }
-    pod_warnings::warnings(&At::field(obj, "spec").get("template.spec"), &obj["spec"]["template"]["metadata"])
-}
-
 impl Strategy for ReplicaSet {
     fn default(&self, obj: &mut Value) {
         super::template_defaults(obj, "/spec/template/spec");
@@ -96,8 +89,8 @@ impl Strategy for ReplicaSet {
         e.0
     }
 
-    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
-        template_warnings(cx, obj)
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        pod_warnings::workload(cx, obj, old, &At::field(obj, "spec").get("template"), true)
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
@@ -158,8 +151,8 @@ impl Strategy for ReplicationController {
         [self.validate(cx, new), self.validate(cx, new)].concat()
     }
 
-    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
-        template_warnings(cx, obj)
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        pod_warnings::workload(cx, obj, old, &At::field(obj, "spec").get("template"), true)
     }
 
     fn fields(&self, obj: &Value) -> Vec<(&'static str, String)> {

@@ -112,11 +112,12 @@ impl Strategy for StatefulSet {
         e.0
     }
 
-    fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
-        if cx.subresource == "status" {
-            return Vec::new();
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        let mut out = pod_warnings::workload(cx, obj, old, &At::field(obj, "spec").get("template"), false);
+        if cx.subresource.is_empty() && obj["spec"]["revisionHistoryLimit"].as_i64().is_some_and(|n| n < 0) {
+            out.push("spec.revisionHistoryLimit: a negative value retains all historical revisions; a value >= 0 is recommended".to_owned());
         }
-        pod_warnings::warnings(&At::field(obj, "spec").get("template.spec"), &obj["spec"]["template"]["metadata"])
+        out
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
@@ -144,7 +145,6 @@ fn spec(e: &mut Errs, at: &At<'_>) {
     e.non_negative(&at.get("replicas"));
     e.non_negative(&at.get("minReadySeconds"));
     e.non_negative(&at.get("ordinals.start"));
-    e.non_negative(&at.get("revisionHistoryLimit"));
     let service = at.get("serviceName");
     if !service.s().is_empty() {
         e.dns_label(&service);

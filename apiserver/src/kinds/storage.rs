@@ -15,7 +15,8 @@ use crate::{
         table,
     },
     validation::{
-        At, Errs, IMMUTABLE, internal, meta as checks, resources, same, selector, template::sorted, volume_source,
+        At, Errs, IMMUTABLE, internal, meta as checks, pod_warnings, resources, same, selector, template::sorted,
+        volume_source,
     },
 };
 
@@ -116,6 +117,13 @@ impl Strategy for StorageClass {
         }
         e.immutable(&At::field(new, "volumeBindingMode"), &old["volumeBindingMode"]);
         e.0
+    }
+
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        let terms = At::field(obj, "allowedTopologies").items();
+        let keys = terms.iter().flat_map(|term| term.get("matchLabelExpressions").items()).map(|own| own.get("key"));
+        keys.filter_map(|key| pod_warnings::deprecated_label(key.s()).map(|text| format!("{}: {text}", key.path)))
+            .collect()
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {

@@ -114,6 +114,7 @@ impl Registry {
             let cx = self.context(resource, "", namespace, &name, writer);
             // The uid comes first: Jobs put it into their selector.
             metadata::for_create(resource, &mut obj);
+            let early = resource.strategy.warnings_before_create(&obj);
             resource.strategy.prepare_for_create(&cx, &mut obj);
             let allocation = self.cache.allocation();
             let reservation = resource.strategy.reserve(&cx, &mut obj, None)?;
@@ -124,7 +125,7 @@ impl Registry {
                 return Err(Status::invalid(&resource.group_kind(), &name, errors));
             }
             let warnings = resource.strategy.warnings(&cx, &obj, None);
-            writer.warnings.extend(warnings);
+            writer.warnings.extend(early.into_iter().chain(warnings));
             let admission = Admission { name: &name, ..admission };
             self.admit(Pass::Validating, &admission, &mut obj, writer).await?;
             if versioned {

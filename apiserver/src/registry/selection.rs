@@ -134,11 +134,15 @@ fn stored_name(resource: &Resource, field: &str) -> String {
 fn check(resource: &Resource, field: &str) -> Result<(), Status> {
     let name = stored_name(resource, field);
     let names = resource.strategy.field_names();
-    let cluster_only = resource.gvr.group.is_empty() && matches!(&*resource.gvr.resource, "namespaces" | "nodes");
+    let without_namespace = ["namespaces", "nodes", "certificatesigningrequests", "resourceslices"];
+    let cluster_only = resource.custom.is_none() && without_namespace.contains(&&*resource.gvr.resource);
+    // The other group's names of the same fields.
+    let other = resource.converted()
+        && (field.starts_with("involvedObject.") || ["reportingComponent", "source"].contains(&field));
     match field {
         "metadata.name" => return Ok(()),
         "metadata.namespace" if !cluster_only => return Ok(()),
-        _ if names.contains(&name.as_str()) => return Ok(()),
+        _ if !other && names.contains(&name.as_str()) => return Ok(()),
         _ => {}
     }
     Err(Status::bad_request(match (&*resource.gvr.group, &*resource.gvr.resource) {

@@ -53,6 +53,11 @@ pub trait Strategy: Send + Sync {
     /// Clears what clients may not set on create (status, generation is handled generically).
     fn prepare_for_create(&self, _cx: &Context<'_>, _obj: &mut Value) {}
 
+    /// Warning headers about what `prepare_for_create` will change; they come before those of [`Strategy::warnings`].
+    fn warnings_before_create(&self, _obj: &Value) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Carries over what clients may not change on update. For subresource `status` the generic code has already taken
     /// spec and metadata from `old`; for the main resource it has already taken `status` from `old` when the kind has a
     /// status subresource.

@@ -185,6 +185,18 @@ pub(crate) fn resize(e: &mut Errs, new: &At<'_>, old: &At<'_>, old_pod: &Value) 
         let shown = old_pod["status"]["qosClass"].clone();
         e.invalid_as(new, shown, "Pod QOS Class may not change as a result of resizing");
     }
+    for list in ["containers", "initContainers"] {
+        let (after, before) = (new.get(list).items(), old.get(list).items());
+        let detail = if after.len() != before.len() {
+            "may not be added or removed on resize"
+        } else if after.iter().zip(&before).any(|(a, b)| a.get("name").s() != b.get("name").s()) {
+            "may not be renamed or reordered on resize"
+        } else {
+            continue;
+        };
+        e.forbidden(new, &format!("{list} {detail}"));
+        return None;
+    }
     let mut munged = new.v.clone();
     for (list, sidecars) in [("initContainers", true), ("containers", false)] {
         for (after, before) in new.get(list).items().iter().zip(old.get(list).items()) {
