@@ -70,6 +70,11 @@ impl Strategy for NetworkPolicy {
         e.0
     }
 
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, _old: &Value) -> ErrorList {
+        // Upstream validates the new policy twice.
+        [self.validate(cx, new), self.validate(cx, new)].concat()
+    }
+
     fn warnings(&self, _cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
         let spec = At::field(obj, "spec");
         let mut out = Vec::new();

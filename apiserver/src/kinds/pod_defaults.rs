@@ -1,8 +1,9 @@
 //! Defaults of pod specs that depend on other fields.
 
-use serde_json::{Map, Value, json};
+use isopod_api::field::Path;
+use serde_json::{Value, json};
 
-use crate::validation::resources;
+use crate::validation::{At, resources};
 
 /// `spec` of a pod: everything a template gets, plus what only pods get.
 pub(crate) fn pod(spec: &mut Value) {
@@ -167,28 +168,36 @@ fn host_ports(spec: &mut Value) {
     drop_nulls(spec);
 }
 
+/// Requests of the pod are what its containers request, or its limits; limits of huge pages are the containers'.
 fn pod_level(spec: &mut Value) {
-    let limits: Map<String, Value> = match spec.pointer("/resources/limits").and_then(Value::as_object) {
-        Some(limits) if !limits.is_empty() => limits.clone(),
-        _ => return,
-    };
-    let mut missing = Vec::new();
-    for (name, limit) in &limits {
-        if spec["resources"]["requests"].get(name).is_some() {
-            continue;
+    let of = |spec: &Value, kind: &str| spec["resources"][kind].as_object().cloned().unwrap_or_default();
+    let (mut requests, mut limits) = (of(spec, "requests"), of(spec, "limits"));
+    if requests.is_empty() && limits.is_empty() {
+        return;
+    }
+    let at = At::new(Path::nil(), spec);
+    for (name, total) in resources::aggregate(&at, "limits") {
+        if resources::is_huge_page(&name) && !requests.contains_key(&name) && !limits.contains_key(&name) {
+            limits.insert(name, json!(total.to_string()));
         }
-        let at = crate::validation::At::new(isopod_api::field::Path::nil(), spec);
-        let value = match resources::sum(&at, "requests", name) {
-            Some(sum) if resources::overcommit_allowed(name) => json!(sum.to_string()),
-            _ => limit.clone(),
-        };
-        missing.push((name.clone(), value));
     }
-    if spec["resources"]["requests"].is_null() {
-        spec["resources"]["requests"] = json!({});
+    if limits.is_empty() {
+        return;
     }
-    for (name, value) in missing {
-        spec["resources"]["requests"][name] = value;
+    for (name, total) in resources::aggregate(&at, "requests") {
+        if ["cpu", "memory"].contains(&name.as_str()) && !requests.contains_key(&name) {
+            requests.insert(name, json!(total.to_string()));
+        }
+    }
+    for (name, limit) in &limits {
+        let known = ["cpu", "memory"].contains(&name.as_str()) || resources::is_huge_page(name);
+        if known && !requests.contains_key(name) {
+            requests.insert(name.clone(), limit.clone());
+        }
+    }
+    spec["resources"]["limits"] = json!(limits);
+    if !requests.is_empty() {
+        spec["resources"]["requests"] = json!(requests);
     }
 }
 
@@ -241,5 +250,22 @@ mod tests {
             "resources": {"limits": {"cpu": "2", "memory": "1Gi"}}});
         pod(&mut spec);
         assert_eq!(spec["resources"]["requests"], json!({"cpu": "500m", "memory": "1Gi"}));
+    }
+
+    #[test]
+    fn pod_level_resources_of_all_containers() {
+        let of = |cpu: &str, pages: &str| json!({"requests": {"cpu": cpu}, "limits": {"hugepages-2Mi": pages}});
+        let mut spec = json!({
+            "initContainers": [
+                {"name": "s", "image": "a:1", "restartPolicy": "Always", "resources": of("1", "2Mi")},
+                {"name": "i", "image": "a:1", "resources": of("4", "4Mi")},
+            ],
+            "containers": [{"name": "c", "image": "a:1", "resources": of("2", "8Mi")}],
+            "resources": {"limits": {"memory": "1Gi"}},
+        });
+        pod(&mut spec);
+        let want = json!({"limits": {"hugepages-2Mi": "10Mi", "memory": "1Gi"},
+            "requests": {"cpu": "5", "hugepages-2Mi": "10Mi", "memory": "1Gi"}});
+        assert_eq!(spec["resources"], want);
     }
 }

@@ -126,6 +126,7 @@ fn rounds(gvr: &Gvr, subresource: &str) -> &'static [Round] {
         ("", "persistentvolumes") => &[New, New],
         ("", "persistentvolumeclaims") => &[New, Update, New],
         ("", "limitranges") | ("policy", "poddisruptionbudgets") => &[New],
+        ("networking.k8s.io", "networkpolicies") => &[New, Update],
         ("networking.k8s.io", "ingresses" | "ingressclasses") => &[Update, New],
         ("rbac.authorization.k8s.io", _) => &[New, New, Update],
         _ => &[Update],

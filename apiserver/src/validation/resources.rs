@@ -1,6 +1,6 @@
 //! Resource names, quantities and requirements.
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, collections::BTreeMap};
 
 use isopod_api::{names, quantity::Quantity};
 use serde_json::Value;
@@ -282,12 +282,14 @@ pub(crate) fn pod_level(e: &mut Errs, spec: &At<'_>) {
             e.unsupported_as(at, name, &["cpu", "hugepages-", "memory"]);
         }
     });
-    for (name, request) in at.get("requests").entries() {
-        let Some(total) = sum(spec, "requests", name) else { continue };
-        let Some(request_value) = quantity(request.v) else { continue };
-        if total.cmp(&request_value) == Ordering::Greater {
-            let detail = format!("must be greater than or equal to aggregate container requests of {total}");
-            e.invalid_as(&request, request_value.to_string(), &detail);
+    for (kind, totals) in [("requests", aggregate(spec, "requests")), ("limits", aggregate(spec, "limits"))] {
+        for (name, total) in totals {
+            let own = at.get(kind).key(&name);
+            let Some(value) = quantity(own.v) else { continue };
+            if (kind == "requests" || is_huge_page(&name)) && total > value {
+                let detail = format!("must be greater than or equal to aggregate container {kind} of {total}");
+                e.invalid_as(&own, value.to_string(), &detail);
+            }
         }
     }
     for (i, container) in spec.get("containers").items().into_iter().enumerate() {
@@ -304,18 +306,42 @@ pub(crate) fn pod_level(e: &mut Errs, spec: &At<'_>) {
     }
 }
 
-/// Sum of a resource over the regular containers.
-pub(crate) fn sum(spec: &At<'_>, kind: &str, name: &str) -> Option<Quantity> {
-    let mut total: Option<Quantity> = None;
+/// What the containers need at once: sidecars run beside all others, init containers one after another.
+pub(crate) fn aggregate(spec: &At<'_>, kind: &str) -> BTreeMap<String, Quantity> {
+    let of = |container: &At<'_>| -> BTreeMap<String, Quantity> {
+        let own = container.get("resources").get(kind);
+        own.entries().into_iter().filter_map(|(name, v)| Some((name.to_owned(), quantity(v.v)?))).collect()
+    };
+    let add = |total: &mut BTreeMap<String, Quantity>, more: &BTreeMap<String, Quantity>| {
+        for (name, value) in more {
+            let sum = total.get(name).map_or_else(|| value.clone(), |t| t.add(value));
+            total.insert(name.clone(), sum);
+        }
+    };
+    let (mut total, mut sidecars, mut most) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::<String, Quantity>::new());
     for container in spec.get("containers").items() {
-        if let Some(value) = quantity(container.get("resources").get(kind).key(name).v) {
-            match total.as_mut() {
-                Some(total) => *total = total.add(&value),
-                None => total = Some(value),
-            }
+        add(&mut total, &of(&container));
+    }
+    for container in spec.get("initContainers").items() {
+        let own = of(&container);
+        let mut now = sidecars.clone();
+        add(&mut now, &own);
+        if container.get("restartPolicy").str0() == "Always" {
+            add(&mut total, &own);
+            sidecars.clone_from(&now);
+        }
+        raise(&mut most, now);
+    }
+    raise(&mut total, most);
+    total
+}
+
+fn raise(to: &mut BTreeMap<String, Quantity>, at_least: BTreeMap<String, Quantity>) {
+    for (name, value) in at_least {
+        if to.get(&name).is_none_or(|v| *v < value) {
+            to.insert(name, value);
         }
     }
-    total
 }
 
 #[cfg(test)]

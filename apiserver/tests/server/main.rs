@@ -9,6 +9,7 @@ mod every_type;
 mod fuzz;
 mod kube_rs;
 mod kubectl;
+mod vectors;
 mod wire;
 
 use std::time::Duration;
