@@ -6,6 +6,7 @@ mod setup;
 
 mod binary;
 mod every_type;
+mod facts;
 mod fuzz;
 mod kube_rs;
 mod kubectl;
