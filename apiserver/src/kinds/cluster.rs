@@ -9,7 +9,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, pod_warnings, resources, same, scheduling},
+    validation::{At, Errs, internal, pod_warnings, resources, same, scheduling},
 };
 
 /// `leases`.
@@ -127,7 +127,14 @@ impl Strategy for RuntimeClass {
         let scheduling_at = At::field(obj, "scheduling");
         if scheduling_at.is_set() {
             crate::validation::meta::labels(&mut e, &scheduling_at.get("nodeSelector"));
+            let tolerations = scheduling_at.get("tolerations").items();
             scheduling::tolerations(&mut e, &scheduling_at.get("tolerations"));
+            let key = |at: &At<'_>| ["key", "operator", "value", "effect"].map(|field| at.get(field).s().to_owned());
+            for (i, at) in tolerations.iter().enumerate() {
+                if tolerations[..i].iter().any(|before| key(before) == key(at)) {
+                    e.duplicate(at, internal::named("Toleration", at.v));
+                }
+            }
         }
         e.0
     }

@@ -5,7 +5,7 @@
 use isopod_api::{field::Error, structural::Structural};
 use serde_json::{Value, json};
 
-use super::crd_structural;
+use super::{crd_internal as internal, crd_structural};
 use crate::{
     cel::Type,
     custom,
@@ -66,27 +66,23 @@ pub(super) fn check(e: &mut Errs, at: &At<'_>, status: bool) {
 }
 
 fn root_fields(e: &mut Errs, at: &At<'_>) {
-    for (name, value) in at.v.as_object().into_iter().flatten() {
-        let plain = name.trim_start_matches("x-kubernetes-").replace('-', " ");
-        let mut shown: String = plain.split(' ').map(capitalised).collect();
-        if name.starts_with("x-kubernetes-") {
-            shown.insert(0, 'X');
+    let shown = internal::schema(at.v);
+    let zero = |v: &Value| v.is_null() || *v == false || *v == "";
+    for (name, _) in shown.as_object().into_iter().flatten().filter(|(_, v)| !zero(v)) {
+        let kind = at.get("type");
+        if name == "Type" && kind.s() != "object" {
+            let only =
+                "only \"object\" is allowed as the type at the root of the schema if the status subresource is enabled";
+            return e.invalid(&kind, only);
         }
-        let zero = value.is_null() || *value == false || *value == "" || *value == json!([]) || *value == json!({});
-        if !zero && !ROOT_FIELDS.contains(&shown.as_str()) {
+        if !ROOT_FIELDS.contains(&name.as_str()) {
             let only = format!(
                 "only [{}] fields are allowed at the root of the schema if the status subresource is enabled",
                 ROOT_FIELDS.join(" ")
             );
-            e.invalid(at, &only);
-            return;
+            return e.invalid_as(at, shown.clone(), &only);
         }
     }
-}
-
-fn capitalised(word: &str) -> String {
-    let mut letters = word.chars();
-    letters.next().map(|first| first.to_uppercase().chain(letters).collect()).unwrap_or_default()
 }
 
 /// What is known of a node from those above it.
@@ -243,9 +239,9 @@ impl Pass {
         if text.s().trim().is_empty() {
             e.required(&text, "rule is not specified");
         } else if !message.s().is_empty() && message.s().trim().is_empty() {
-            e.invalid(&message, "must be non-empty if specified");
+            e.invalid(&message, "message must be non-empty if specified");
         } else if broken(message.s()) {
-            e.invalid(&message, "must not contain line breaks");
+            e.invalid(&message, "message must not contain line breaks");
         } else if broken(text.s()) && message.s().trim().is_empty() {
             e.required(&message, "message must be specified if rule contains line breaks");
         }
@@ -263,13 +259,13 @@ impl Pass {
             return;
         }
         if path.s().trim().is_empty() {
-            e.invalid(&path, "must be non-empty if specified");
+            e.invalid(&path, "fieldPath must be non-empty if specified");
         }
         if broken(path.s()) {
-            e.invalid(&path, "must not contain line breaks");
+            e.invalid(&path, "fieldPath must not contain line breaks");
         }
         if !leads_somewhere(at.v, path.s()) {
-            e.invalid(&path, "must be a valid path");
+            e.invalid(&path, "fieldPath must be a valid path");
         }
     }
 }
@@ -389,12 +385,12 @@ fn defaulted(e: &mut Errs, at: &At<'_>, default: &Value) {
 fn compiled(e: &mut Errs, at: &At<'_>, rule: &At<'_>, above: &Inherited) {
     let (text, computed) = (rule.get("rule"), rule.get("messageExpression"));
     if let Some(error) = uncompiled(at, rule, above.root, text.s(), Type::Bool) {
-        e.0.push(Error::invalid(&text.path, shown_rule(rule.v), error));
+        e.0.push(Error::invalid(&text.path, internal::rule(rule.v), error));
     }
     if !computed.s().is_empty()
         && let Some(error) = uncompiled(at, rule, above.root, computed.s(), Type::String)
     {
-        e.0.push(Error::invalid(&computed.path, shown_rule(rule.v), format!("messageExpression {error}")));
+        e.0.push(Error::invalid(&computed.path, internal::rule(rule.v), format!("messageExpression {error}")));
     }
     if custom::mentions(text.s(), "oldSelf") {
         if let Some(path) = &above.uncorrelated {
@@ -404,15 +400,6 @@ fn compiled(e: &mut Errs, at: &At<'_>, rule: &At<'_>, above: &Inherited) {
     } else if rule.get("optionalOldSelf").is_set() {
         e.invalid(&rule.get("optionalOldSelf"), "may not be set if oldSelf is not used in rule");
     }
-}
-
-/// A rule as upstream's errors show it: the internal type, whose members have Go's names.
-fn shown_rule(rule: &Value) -> Value {
-    let text = |field: &str| rule[field].as_str().unwrap_or_default();
-    json!({
-        "Rule": text("rule"), "Message": text("message"), "MessageExpression": text("messageExpression"),
-        "Reason": rule["reason"], "FieldPath": text("fieldPath"), "OptionalOldSelf": rule["optionalOldSelf"],
-    })
 }
 
 /// Why an expression of a rule does not compile.
@@ -470,7 +457,7 @@ mod tests {
             ),
             (
                 json!({"type": "object", "x-kubernetes-validations": [{"rule": "true", "fieldPath": ".b"}]}),
-                "s.properties[a].x-kubernetes-validations[0].fieldPath: Invalid value: \".b\": must be a valid path",
+                "s.properties[a].x-kubernetes-validations[0].fieldPath: Invalid value: \".b\": fieldPath must be a valid path",
             ),
             (
                 item_rule,

@@ -2,7 +2,7 @@
 //! how they are converted.
 
 use isopod_api::{field::Path, names};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::webhooks::client_config;
 use crate::validation::{At, Errs};
@@ -25,6 +25,25 @@ fn is_shared(versions: &[At<'_>], field: &str) -> bool {
     versions.first().is_some_and(|first| versions.iter().all(|version| version.v.get(field) == first.v.get(field)))
 }
 
+fn has_default(schema: &Value) -> bool {
+    match schema {
+        Value::Object(map) => {
+            map.get("default").is_some_and(|v| !v.is_null())
+                || map.iter().any(|(field, below)| match field.as_str() {
+                    "properties" | "patternProperties" | "definitions" | "dependencies" => {
+                        below.as_object().into_iter().flatten().any(|(_, v)| has_default(v))
+                    }
+                    "items" | "additionalProperties" | "additionalItems" | "not" | "allOf" | "anyOf" | "oneOf" => {
+                        has_default(below)
+                    }
+                    _ => false,
+                })
+        }
+        Value::Array(list) => list.iter().any(has_default),
+        _ => false,
+    }
+}
+
 fn has_status(version: &At<'_>) -> bool {
     version.get("subresources.status").is_set()
 }
@@ -36,8 +55,12 @@ pub(super) fn each(e: &mut Errs, spec: &At<'_>) {
     for version in &versions {
         let schema = version.get("schema.openAPIV3Schema");
         if !schema.is_set() {
-            e.required(&schema, "");
+            e.required(&schema, "schemas are required");
         }
+    }
+    let preserve = spec.get("preserveUnknownFields");
+    if preserve.is_true() && versions.iter().any(|version| has_default(&schema_of(version))) {
+        e.invalid(&preserve, "must be false in order to use defaults in the schema");
     }
     let mut names_seen = Vec::new();
     for version in &versions {
@@ -84,23 +107,9 @@ pub(super) fn shared(e: &mut Errs, spec: &At<'_>) {
     }
 }
 
-/// Versions as upstream's errors show them: the internal type, whose members have Go's names.
+/// Versions as upstream's errors show them.
 fn internal(versions: &[At<'_>]) -> Value {
-    let own = |version: &At<'_>, field: &str| match is_shared(versions, field) {
-        true => Value::Null,
-        false => version.v.get(field).cloned().unwrap_or_default(),
-    };
-    let shown = |version: &At<'_>| {
-        json!({
-            "Name": version.get("name").s(), "Served": version.get("served").is_true(),
-            "Storage": version.get("storage").is_true(), "Deprecated": version.get("deprecated").is_true(),
-            "DeprecationWarning": version.v["deprecationWarning"], "Schema": own(version, "schema"),
-            "Subresources": own(version, "subresources"),
-            "AdditionalPrinterColumns": own(version, "additionalPrinterColumns"),
-            "SelectableFields": own(version, "selectableFields"),
-        })
-    };
-    versions.iter().map(shown).collect()
+    versions.iter().map(|version| super::crd_internal::version(version.v, |field| is_shared(versions, field))).collect()
 }
 
 fn deprecation(e: &mut Errs, version: &At<'_>) {
@@ -190,15 +199,12 @@ fn selectable(e: &mut Errs, list: &At<'_>, schema: &Value) {
             continue;
         }
         let parts: Vec<&str> = path.s().split('.').collect();
-        if parts[0].is_empty() && parts.get(1) == Some(&"metadata") {
-            e.invalid(&path, "must not point to fields in metadata");
-            continue;
-        }
         match field_at(schema, &parts) {
             Err(why) => {
                 e.invalid(&path, &format!("is an invalid path: {why}"));
                 continue;
             }
+            Ok(_) if parts.get(1) == Some(&"metadata") => e.invalid(&path, "must not point to fields in metadata"),
             Ok(kind) if !["string", "boolean", "integer"].contains(&kind) => {
                 let allowed = "must point to a field of type string, boolean or integer. Enum string fields and strings with formats are allowed.";
                 e.invalid(&path, allowed);
@@ -231,11 +237,15 @@ fn field_at<'a>(schema: &'a Value, parts: &[&str]) -> Result<&'a str, String> {
     Ok(at["type"].as_str().unwrap_or_default())
 }
 
-pub(super) fn conversion(e: &mut Errs, at: &At<'_>) {
+pub(super) fn conversion(e: &mut Errs, spec: &At<'_>) {
+    let at = spec.get("conversion");
     if !at.is_set() {
         return;
     }
     let (strategy, webhook) = (at.get("strategy"), at.get("webhook"));
+    if strategy.s() != "None" && spec.get("preserveUnknownFields").is_true() {
+        e.invalid_str(&strategy, "must be None if spec.preserveUnknownFields is true");
+    }
     e.required_one_of(&strategy, &["None", "Webhook"]);
     // Upstream reports about its internal form, where the parts of `webhook` stand beside `strategy`.
     let client = At::new(at.path.child("webhookClientConfig"), webhook.get("clientConfig").v);
@@ -276,6 +286,8 @@ fn review_versions(e: &mut Errs, list: &At<'_>) {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn fields(mut more: Value) -> String {
@@ -296,7 +308,7 @@ mod tests {
         let spec = At::field(obj, "spec");
         each(&mut e, &spec);
         shared(&mut e, &spec);
-        conversion(&mut e, &spec.get("conversion"));
+        conversion(&mut e, &spec);
         e.0.iter().map(|x| x.field.trim_start_matches("spec.").to_owned()).collect::<Vec<_>>().join(" ")
     }
 

@@ -169,7 +169,7 @@ fn definition(e: &mut Errs, obj: &Value) {
     }
     names_of(e, &spec.get("names"));
     super::crd_versions::shared(e, &spec);
-    super::crd_versions::conversion(e, &spec.get("conversion"));
+    super::crd_versions::conversion(e, &spec);
 }
 
 /// Names as far as they are there.

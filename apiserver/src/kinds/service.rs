@@ -275,12 +275,13 @@ fn drop_type_dependent(new: &mut Value, old: &Value) {
 
 /// Checks and completes clusterIP(s), ipFamilies and ipFamilyPolicy for a cluster of one family.
 fn families(new: &mut Value, old: Option<&Value>, family: &str) -> Result<(), Status> {
-    if text(&new["spec"], "type") == "ExternalName" {
-        return Ok(());
-    }
-    let first = text(&new["spec"], "clusterIP").to_owned();
-    if new["spec"]["clusterIPs"].as_array().is_none_or(Vec::is_empty) && !first.is_empty() {
+    let (first, external) = (text(&new["spec"], "clusterIP").to_owned(), text(&new["spec"], "type") == "ExternalName");
+    let none = new["spec"]["clusterIPs"].as_array().is_none_or(Vec::is_empty);
+    if none && !first.is_empty() && (!external || old.is_none()) {
         new["spec"]["clusterIPs"] = json!([first]);
+    }
+    if external {
+        return Ok(());
     }
     let mut e = Errs::new();
     check::cluster_ips(&mut e, &At::field(new, "spec"), old.is_some());

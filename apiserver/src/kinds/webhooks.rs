@@ -141,36 +141,67 @@ pub(crate) fn client_config(e: &mut Errs, at: &At<'_>) {
             e.required(&field, "");
         }
     }
-    let path = service.get("path");
-    if path.is_set() && !path.s().starts_with('/') {
-        e.invalid(&path, "must start with a '/'");
-    }
     let port = service.get("port");
     if port.is_set() && !(1..=65535).contains(&port.int0()) {
         e.invalid(&port, "port is not valid: must be between 1 and 65535, inclusive");
+    }
+    service_path(e, &service.get("path"));
+}
+
+fn service_path(e: &mut Errs, at: &At<'_>) {
+    let path = at.s();
+    if path.is_empty() || path == "/" {
+        return;
+    }
+    if !path.starts_with('/') {
+        e.invalid(at, "must start with a '/'");
+    }
+    // Upstream leaves the first character out, whatever it is.
+    let inner: String = path.chars().skip(1).collect();
+    for (i, step) in inner.strip_suffix('/').unwrap_or(&inner).split('/').enumerate() {
+        if step.is_empty() {
+            e.invalid(at, &format!("segment[{i}] may not be empty"));
+            continue;
+        }
+        for message in names::dns1123_subdomain(step) {
+            e.invalid(at, &format!("segment[{i}]: {message}"));
+        }
     }
 }
 
 fn https_url(e: &mut Errs, at: &At<'_>) {
     const FORM: &str = "desired format: https://host[/path]";
-    let Some((scheme, rest)) = at.s().split_once("://") else {
-        return e.required(at, &format!("url must be a valid URL: parse error; {FORM}"));
+    let (rest, fragment) = at.s().split_once('#').unwrap_or((at.s(), ""));
+    let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+    if rest.starts_with(':') {
+        let error = format!("parse {:?}: missing protocol scheme", at.s());
+        return e.required(at, &format!("url must be a valid URL: {error}; {FORM}"));
+    }
+    let is_scheme = |s: &str| {
+        s.starts_with(|c: char| c.is_ascii_alphabetic())
+            && s.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
     };
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let (scheme, rest) = rest.split_once(':').filter(|(scheme, _)| is_scheme(scheme)).unwrap_or(("", rest));
+    let authority = rest.strip_prefix("//").and_then(|r| r.split('/').next()).unwrap_or_default();
+    let (user, host) = match authority.rsplit_once('@') {
+        Some((user, host)) => (Some(user), host),
+        None => (None, authority),
+    };
+    let scheme = scheme.to_ascii_lowercase();
     if scheme != "https" {
         e.invalid_as(at, scheme, &format!("'https' is the only allowed URL scheme; {FORM}"));
     }
-    if authority.is_empty() {
+    if host.is_empty() {
         e.invalid_as(at, "", &format!("host must be specified; {FORM}"));
     }
-    if let Some((user, _)) = authority.split_once('@') {
+    if let Some(user) = user {
         e.invalid_as(at, user, "user information is not permitted in the URL");
     }
-    if rest.contains('#') {
-        e.invalid_as(at, rest.split('#').nth(1).unwrap_or_default(), "fragments are not permitted in the URL");
+    if !fragment.is_empty() {
+        e.invalid_as(at, fragment, "fragments are not permitted in the URL");
     }
-    if rest.contains('?') {
-        e.invalid_as(at, rest.split('?').nth(1).unwrap_or_default(), "query parameters are not permitted in the URL");
+    if !query.is_empty() {
+        e.invalid_as(at, query, "query parameters are not permitted in the URL");
     }
 }
 

@@ -326,7 +326,7 @@ pub(crate) fn aggregate(spec: &At<'_>, kind: &str) -> BTreeMap<String, Quantity>
         let own = of(&container);
         let mut now = sidecars.clone();
         add(&mut now, &own);
-        if container.get("restartPolicy").str0() == "Always" {
+        if container.get("restartPolicy").s() == "Always" {
             add(&mut total, &own);
             sidecars.clone_from(&now);
         }
