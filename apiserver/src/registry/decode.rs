@@ -84,8 +84,37 @@ pub(crate) fn object(
     validation: FieldValidation,
     warnings: &mut Vec<String>,
 ) -> Result<Value, Status> {
-    let (parsed, strict) = parse(bytes, content_type)?.map_err(|e| unrecognized(gvk, &e, bytes))?;
+    let parsed = parse(bytes, content_type)?.and_then(|(parsed, strict)| Ok((named(parsed)?, strict)));
+    let (parsed, strict) = parsed.map_err(|e| unrecognized(gvk, &e, bytes))?;
     typed(resource, gvk, parsed, strict, validation, warnings)
+}
+
+/// What upstream reads first of a body is its version and kind; null has none, like an empty object.
+fn named(mut parsed: Parsed) -> Result<Parsed, String> {
+    const HEAD: &str =
+        r#"struct { APIVersion string "json:\"apiVersion,omitempty\""; Kind string "json:\"kind,omitempty\"" }"#;
+    let unmarshal = |what: &str, into: &str| {
+        Err(format!("couldn't get version/kind; json parse error: json: cannot unmarshal {what} into Go {into}"))
+    };
+    let kind = |value: &Value| match value {
+        Value::Object(_) => "object",
+        Value::Array(_) => "array",
+        Value::String(_) => "string",
+        Value::Bool(_) => "bool",
+        _ => "number",
+    };
+    if parsed.value.is_null() {
+        parsed.value = Value::Object(serde_json::Map::new());
+    }
+    let Some(map) = parsed.value.as_object() else {
+        return unmarshal(kind(&parsed.value), &format!("value of type {HEAD}"));
+    };
+    for (field, value) in map.iter().filter(|(field, _)| ["apiVersion", "kind"].contains(&field.as_str())) {
+        if !value.is_string() && !value.is_null() {
+            return unmarshal(kind(value), &format!("struct field .{field} of type string"));
+        }
+    }
+    Ok(parsed)
 }
 
 fn unrecognized(gvk: &Gvk, error: &str, body: &[u8]) -> Status {
