@@ -1,6 +1,8 @@
 //! Versions and schemas of CustomResourceDefinitions as upstream's errors show them: its internal types, whose members have
 //! Go's names and are all there.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 
 /// How a member is shown.
@@ -88,7 +90,10 @@ pub(super) fn schema(v: &Value) -> Value {
 
 fn member(v: &Value, kind: Kind) -> Value {
     let map = |shown: fn(&Value) -> Value| match v.as_object() {
-        Some(map) => map.iter().map(|(k, v)| (k.clone(), shown(v))).collect::<Map<_, _>>().into(),
+        Some(map) => {
+            let sorted: BTreeMap<_, _> = map.iter().map(|(k, v)| (k.clone(), shown(v))).collect();
+            Value::Object(sorted.into_iter().collect())
+        }
         None => Value::Null,
     };
     match kind {
