@@ -87,15 +87,15 @@ fn container(pod: &Value, asked: &str) -> Result<String, Status> {
 /// Checks `PodLogOptions`.
 fn validate_log(name: &str, query: &Query) -> Result<(), Status> {
     let mut errors = ErrorList::new();
-    let number = |field: &str| query.get(field).and_then(|value| value.parse::<i64>().ok());
-    let tail = number("tailLines");
+    let number = |field: &str| query.integer(field).map_err(Status::bad_request);
+    let tail = number("tailLines")?;
     if let Some(lines) = tail.filter(|lines| *lines < 0) {
         errors.push(FieldError::invalid(&Path::new("tailLines"), lines, "must be greater than or equal to 0"));
     }
-    if let Some(bytes) = number("limitBytes").filter(|bytes| *bytes < 1) {
+    if let Some(bytes) = number("limitBytes")?.filter(|bytes| *bytes < 1) {
         errors.push(FieldError::invalid(&Path::new("limitBytes"), bytes, "must be greater than 0"));
     }
-    match (number("sinceSeconds"), query.get("sinceTime")) {
+    match (number("sinceSeconds")?, query.get("sinceTime")) {
         (Some(_), Some(_)) => {
             let detail = "at most one of `sinceTime` or `sinceSeconds` may be specified";
             errors.push(FieldError::forbidden(&Path::new("[]"), detail));

@@ -143,7 +143,7 @@ fn status(e: &mut Errs, at: &At<'_>, old: &At<'_>) {
         ("availableReplicas", n("readyReplicas"), "cannot be greater than readyReplicas"),
     ] {
         if n(field) > limit {
-            e.invalid(&at.get(field), detail);
+            e.invalid_as(&at.get(field), n(field), detail);
         }
     }
     let collisions = at.get("collisionCount");

@@ -54,7 +54,7 @@ fn status(e: &mut Errs, at: &At<'_>) {
         ("availableReplicas", n("readyReplicas"), "readyReplicas"),
     ] {
         if n(field) > limit {
-            e.invalid(&at.get(field), &format!("cannot be greater than {what}"));
+            e.invalid_as(&at.get(field), n(field), &format!("cannot be greater than {what}"));
         }
     }
 }
