@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
+use crate::validation::template::sorted;
+
 /// How a member is shown.
 #[derive(Clone, Copy)]
 enum Kind {
@@ -100,7 +102,7 @@ fn member(v: &Value, kind: Kind) -> Value {
         Kind::Text => json!(v.as_str().unwrap_or_default()),
         Kind::Flag => json!(*v == true),
         _ if v.is_null() => Value::Null,
-        Kind::Plain => v.clone(),
+        Kind::Plain => sorted(v),
         Kind::Schema => schema(v),
         Kind::List => each(v, schema),
         Kind::Map => map(schema),

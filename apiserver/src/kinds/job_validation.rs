@@ -333,10 +333,17 @@ pub(crate) fn update(e: &mut Errs, new: &Value, old: &Value) {
     e.immutable(&at.get("selector"), before.get("selector").v);
     template(e, &at, &before, old);
     e.immutable(&at.get("completionMode"), before.get("completionMode").v);
-    e.immutable(&at.get("podFailurePolicy"), before.get("podFailurePolicy").v);
+    policy(e, &at.get("podFailurePolicy"), before.get("podFailurePolicy").v, "JobFailurePolicy");
     e.immutable(&at.get("backoffLimitPerIndex"), before.get("backoffLimitPerIndex").v);
     e.immutable(&at.get("managedBy"), before.get("managedBy").v);
-    e.immutable(&at.get("successPolicy"), before.get("successPolicy").v);
+    policy(e, &at.get("successPolicy"), before.get("successPolicy").v, "JobSuccessPolicy");
+}
+
+fn policy(e: &mut Errs, at: &At<'_>, before: &Value, shown: &str) {
+    if !same(at.v, before) {
+        let value = if at.is_set() { internal::named(shown, at.v) } else { Value::Null };
+        e.invalid_as(at, value, IMMUTABLE);
+    }
 }
 
 fn completions(e: &mut Errs, at: &At<'_>, before: &At<'_>) {

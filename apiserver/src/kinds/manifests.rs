@@ -260,6 +260,11 @@ fn new_objects() {
              scheduling.tolerations[0].operator: Unsupported value: \"X\": supported values: \"Equal\", \"Exists\"",
         ),
         (
+            "RuntimeClass",
+            json!({"scheduling": {"tolerations": [{"key": "a", "operator": "Exists"}, {"key": "a", "operator": "Exists"}]}}),
+            "scheduling.tolerations[1]: Duplicate value: {\"Key\":\"a\",\"Operator\":\"Exists\",\"Value\":\"\",\"Effect\":\"\",\"TolerationSeconds\":null}",
+        ),
+        (
             "ClusterRole",
             json!({"aggregationRule": {}, "rules": [{"verbs": ["get"], "nonResourceURLs": ["/x"], "resources": ["y"]}]}),
             "rules[0].nonResourceURLs: Invalid value: [\"/x\"]: rules cannot apply to both regular resources and non-resource URLs; \
@@ -384,6 +389,13 @@ fn changed_objects() {
             json!({}),
             json!({"spec": {"devices": {"config": [{"opaque": {"driver": "d", "parameters": {}}}]}}}),
             "spec: Invalid value: {\"Devices\":{\"Requests\":[{\"Name\":\"r\",\"Exactly\":{\"DeviceClassName\":\"c\",\"Selectors\":null,\"AllocationMode\":\"ExactCount\",\"Count\":1,\"AdminAccess\":null,\"Tolerations\":null,\"Capacity\":null},\"FirstAvailable\":null}],\"Constraints\":null,\"Config\":[{\"Requests\":null,\"Opaque\":{\"Driver\":\"d\",\"Parameters\":{}}}]}}: field is immutable",
+        ),
+        (
+            "NetworkPolicy",
+            json!({}),
+            json!({"spec": {"policyTypes": ["X"]}}),
+            "spec.policyTypes[0]: Unsupported value: \"X\": supported values: \"Ingress\", \"Egress\"; \
+             spec.policyTypes[0]: Unsupported value: \"X\": supported values: \"Ingress\", \"Egress\"",
         ),
         (
             "IngressClass",

@@ -255,3 +255,41 @@ fn resources(e: &mut Errs, at: &At<'_>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_webhook_is() {
+        const FORM: &str = "; desired format: https://host[/path]";
+        let https = format!("'https' is the only allowed URL scheme{FORM}");
+        let host = format!("host must be specified{FORM}");
+        let segment = |i: usize| format!("segment[{i}] may not be empty");
+        for (config, want) in [
+            (json!({"url": "https://a.b:1/c"}), vec![]),
+            (json!({"url": "a.b/c"}), vec![https.clone(), host.clone()]),
+            (json!({"url": "http:a"}), vec![https, host]),
+            (
+                json!({"url": "https://u:p@a?b=c#d"}),
+                vec![
+                    "user information is not permitted in the URL".into(),
+                    "fragments are not permitted in the URL".into(),
+                    "query parameters are not permitted in the URL".into(),
+                ],
+            ),
+            (
+                json!({"url": ":a"}),
+                vec![format!("url must be a valid URL: parse \":a\": missing protocol scheme{FORM}")],
+            ),
+            (json!({"service": {"name": "a", "namespace": "b", "path": "/"}}), vec![]),
+            (json!({"service": {"name": "a", "namespace": "b", "path": "//"}}), vec![segment(0)]),
+            (json!({"service": {"name": "a", "namespace": "b", "path": "/c//d/"}}), vec![segment(1)]),
+        ] {
+            let (mut e, obj) = (Errs::new(), json!({ "clientConfig": config }));
+            client_config(&mut e, &At::field(&obj, "clientConfig"));
+            let found: Vec<String> = e.0.into_iter().map(|error| error.detail).collect();
+            assert_eq!(found, want, "{obj}");
+        }
+    }
+}

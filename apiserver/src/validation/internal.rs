@@ -125,6 +125,12 @@ DeviceAllocation: Devices=devices:S(DeviceResults) NodeSelector=nodeSelector:P(N
 DeviceResults: Results=results:L(DeviceResult) Config=config:L(DeviceResultConfig)
 DeviceResult: Request=request:s Driver=driver:s Pool=pool:s Device=device:s AdminAccess=adminAccess:* Tolerations=tolerations:L(Toleration) BindingConditions=bindingConditions:* BindingFailureConditions=bindingFailureConditions:* ShareID=shareID:* ConsumedCapacity=consumedCapacity:*
 DeviceResultConfig: Source=source:s Requests=requests:* Opaque=opaque:P(DeviceOpaque)
+JobFailurePolicy: Rules=rules:L(JobFailureRule)
+JobFailureRule: Action=action:s OnExitCodes=onExitCodes:P(JobExitCodes) OnPodConditions=onPodConditions:L(JobPodCondition)
+JobExitCodes: ContainerName=containerName:* Operator=operator:s Values=values:*
+JobPodCondition: Type=type:s Status=status:s
+JobSuccessPolicy: Rules=rules:L(JobSuccessRule)
+JobSuccessRule: SucceededIndexes=succeededIndexes:* SucceededCount=succeededCount:*
 ExemptLevel: NominalConcurrencyShares=nominalConcurrencyShares:* LendablePercent=lendablePercent:*
 ";
 
