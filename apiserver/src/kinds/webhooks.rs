@@ -242,23 +242,58 @@ fn resources(e: &mut Errs, at: &At<'_>) {
     if all.is_empty() {
         e.required(at, "");
     }
+    let (mut any_below, mut below_any, mut plain) = (Vec::new(), Vec::new(), false);
+    for item in at.items() {
+        let text = item.s();
+        if text.is_empty() {
+            e.required(&item, "");
+            continue;
+        }
+        let Some((resource, below)) = text.split_once('/') else {
+            // Like upstream: the last one counts.
+            plain = text != "*";
+            continue;
+        };
+        if any_below.contains(&resource) {
+            e.invalid(&item, &format!("if '{resource}/*' is present, must not specify {text}"));
+        }
+        if below_any.contains(&below) {
+            e.invalid(&item, &format!("if '*/{below}' is present, must not specify {text}"));
+        }
+        if below == "*" {
+            any_below.push(resource);
+        }
+        if resource == "*" {
+            below_any.push(below);
+        }
+    }
     if all.contains(&"*/*") && all.len() > 1 {
         e.invalid(at, "if '*/*' is present, must not specify other resources");
     }
-    let plain = all.iter().filter(|r| !r.contains('/')).count();
-    if all.contains(&"*") && plain > 1 {
+    if all.contains(&"*") && plain {
         e.invalid(at, "if '*' is present, must not specify other resources without subresources");
-    }
-    for item in at.items() {
-        if item.s().is_empty() {
-            e.required(&item, "");
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn resources_of_rules() {
+        for (list, want) in [
+            (json!(["pods", "pods/status"]), ""),
+            (json!(["*/*", "pods"]), "if '*/*' is present, must not specify other resources"),
+            (json!(["*", "pods"]), "if '*' is present, must not specify other resources without subresources"),
+            (json!(["pods/*", "pods/status"]), "if 'pods/*' is present, must not specify pods/status"),
+            (json!(["*/status", "pods/status"]), "if '*/status' is present, must not specify pods/status"),
+        ] {
+            let (mut e, obj) = (Errs::new(), json!({ "resources": list }));
+            resources(&mut e, &At::field(&obj, "resources"));
+            let found: Vec<String> = e.0.into_iter().map(|error| error.detail).collect();
+            assert_eq!(found.join("; "), want, "{obj}");
+        }
+    }
 
     #[test]
     fn where_a_webhook_is() {
