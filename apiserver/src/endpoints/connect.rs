@@ -87,7 +87,13 @@ fn container(pod: &Value, asked: &str) -> Result<String, Status> {
 /// Checks `PodLogOptions`.
 fn validate_log(name: &str, query: &Query) -> Result<(), Status> {
     let mut errors = ErrorList::new();
-    let number = |field: &str| query.integer(field).map_err(Status::bad_request);
+    let number = |field: &str| match query.get(field).filter(|text| !text.is_empty()) {
+        None => Ok(None),
+        Some(text) => text
+            .parse::<i64>()
+            .map(Some)
+            .map_err(|_| Status::bad_request(format!("strconv.ParseInt: parsing {text:?}: invalid syntax"))),
+    };
     let tail = number("tailLines")?;
     if let Some(lines) = tail.filter(|lines| *lines < 0) {
         errors.push(FieldError::invalid(&Path::new("tailLines"), lines, "must be greater than or equal to 0"));
