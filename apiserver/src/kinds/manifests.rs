@@ -123,8 +123,10 @@ fn new_objects() {
             "Pod",
             json!({"spec": {"affinity": {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [
                 {"matchLabelKeys": ["a"], "mismatchLabelKeys": ["a"], "labelSelector": {}}]}}}}),
-            "spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].mismatchLabelKeys[0]: Invalid value: \"a\": exists in both matchLabelKeys and mismatchLabelKeys; \
-             spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].topologyKey: Required value: can not be empty",
+            "spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].matchLabelKeys[0]: Invalid value: \"a\": exists in both matchLabelKeys and mismatchLabelKeys; \
+             spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].topologyKey: Required value: can not be empty; \
+             spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].topologyKey: Invalid value: \"\": name part must be non-empty; \
+             spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution[0].topologyKey: Invalid value: \"\": name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')",
         ),
         (
             "Pod",
@@ -337,7 +339,7 @@ fn changed_objects() {
             "PersistentVolume",
             json!({"spec": {"nodeAffinity": {"required": local}}}),
             json!({}),
-            "nodeAffinity: Invalid value: null: field is immutable",
+            "nodeAffinity: Invalid value: null: field is immutable, except for updating from beta label to GA",
         ),
         (
             "PersistentVolumeClaim",

@@ -444,7 +444,7 @@ mod tests {
             (
                 "/containers/0/resources",
                 json!({"requests": {"cpu": "1", "memory": "1", "x.io/g": "1"}, "limits": {"cpu": "1", "memory": "1"}}),
-                "only cpu and memory resources are mutable",
+                "",
             ),
         ] {
             let mut new = old.clone();
