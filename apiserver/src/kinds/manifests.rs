@@ -144,11 +144,6 @@ fn new_objects() {
         ("Service", json!({}), ""),
         (
             "Service",
-            json!({"spec": {"type": "LoadBalancer", "ports": [{"port": 10250}]}}),
-            "spec.ports[0]: Invalid value: 10250: may not expose port 10250 externally since it is used by kubelet",
-        ),
-        (
-            "Service",
             json!({"spec": {"externalName": "A_", "type": "ExternalName", "clusterIPs": ["10.0.0.1"]}}),
             "spec.clusterIPs: Forbidden: may not be set for ExternalName services; \
              spec.externalName: Invalid value: \"A_\": a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')",
