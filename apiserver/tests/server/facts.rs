@@ -45,7 +45,7 @@ async fn every_default() {
             None => server.answer(method, &dry, manifest).await,
             Some(status) => {
                 server.answer(method, path, manifest).await;
-                server.answer(Method::PATCH, &format!("{path}/a/status"), &json!({ "status": status })).await
+                server.answer(Method::PATCH, &format!("{path}/own/status"), &json!({ "status": status })).await
             }
         };
         if code != 200 && code != 201 {
