@@ -72,6 +72,14 @@ fn pods_are_looked_into() {
     assert!(ran.contains("from-the-pod"), "{ran}");
     let attached = c.k("run reader --image=busybox:1 --rm -i --restart=Never -- cat < /etc/hostname");
     assert!(attached.contains(c.host.must("cat /etc/hostname").trim()), "{attached}");
+    // A debugger in the pod, in a copy of it, and on its node; what it reads comes through an attachment.
+    let name = c.host.must("cat /etc/hostname");
+    for what in ["web --container=d", "web --container=d --copy-to=copy", "node/one"] {
+        let script = "sh -c 'read line; echo \"read $line\"' < /etc/hostname";
+        let debugged = c.k(&format!("debug {what} -i --image=busybox:1 --profile=general -- {script}"));
+        assert!(debugged.contains(&format!("read {}", name.trim())), "{what}: {debugged}");
+    }
+    assert_eq!(c.get("pod web")["spec"]["ephemeralContainers"][0]["name"], "d");
     let described = c.k("describe pod web");
     for event in ["Scheduled", "Pulled", "Created", "Started"] {
         assert!(described.contains(event), "{event}: {described}");
