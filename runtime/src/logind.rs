@@ -73,7 +73,7 @@ impl Logind {
     ///
     /// # Errors
     /// When the bus is gone.
-    pub fn next(&mut self) -> Result<bool> {
+    pub fn announced(&mut self) -> Result<bool> {
         loop {
             let signal = self.bus.wait()?;
             if signal.member == SIGNAL {
@@ -82,7 +82,7 @@ impl Logind {
         }
     }
 
-    /// What ends [`Self::next`] from elsewhere when it is shut down.
+    /// What ends [`Self::announced`] from elsewhere when it is shut down.
     ///
     /// # Errors
     /// When there are no descriptors left.

@@ -158,7 +158,7 @@ fn listen(mut logind: Logind) -> mpsc::UnboundedReceiver<Result<bool, String>> {
     let (sender, receiver) = mpsc::unbounded_channel();
     thread::spawn(move || {
         loop {
-            let word = logind.next().map_err(|e| e.to_string());
+            let word = logind.announced().map_err(|e| e.to_string());
             let over = word.is_err();
             if sender.send(word).is_err() || over {
                 return;
