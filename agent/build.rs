@@ -2,8 +2,15 @@
 
 use std::error::Error;
 
-const FILES: [&str; 6] =
-    ["health.proto", "registration.proto", "csi.proto", "cri.proto", "deviceplugin.proto", "podresources.proto"];
+const FILES: [&str; 7] = [
+    "health.proto",
+    "registration.proto",
+    "csi.proto",
+    "cri.proto",
+    "deviceplugin.proto",
+    "dra.proto",
+    "podresources.proto",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

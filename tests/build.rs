@@ -2,7 +2,8 @@
 
 use std::error::Error;
 
-const FILES: [&str; 5] = ["registration.proto", "cri.proto", "csi.proto", "deviceplugin.proto", "podresources.proto"];
+const FILES: [&str; 6] =
+    ["registration.proto", "cri.proto", "csi.proto", "deviceplugin.proto", "dra.proto", "podresources.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=../agent/proto");

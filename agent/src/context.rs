@@ -10,6 +10,7 @@ use crate::{
     access::Access,
     api::Api,
     cgroups::Cgroups,
+    claims::Claims,
     config::Config,
     cri,
     csi::Csi,
@@ -64,6 +65,7 @@ pub(crate) struct Context {
     /// What was made over the CRI socket.
     pub(crate) cri: cri::Store,
     pub(crate) devices: Devices,
+    pub(crate) claims: Claims,
     /// Who has which CPUs and whose memory comes from where.
     pub(crate) topology: Managers,
     /// Whether the machine is going down.

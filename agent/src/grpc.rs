@@ -33,6 +33,9 @@ pub(crate) mod proto {
     pub(crate) mod device {
         tonic::include_proto!("v1beta1");
     }
+    pub(crate) mod dra {
+        tonic::include_proto!("k8s.io.kubelet.pkg.apis.dra.v1");
+    }
     pub(crate) mod health {
         tonic::include_proto!("grpc.health.v1");
     }

@@ -10,6 +10,7 @@ mod api;
 /// The node's certificates.
 pub mod certificates;
 mod cgroups;
+mod claims;
 pub mod config;
 mod context;
 mod cri;

@@ -1,6 +1,6 @@
 //! Plugins that announce themselves by a socket in `var/lib/kubelet/plugins_registry`.
 //!
-//! In: sockets that appear and go. Out: CSI drivers and device plugins known to those who use them. A plugin is asked who
+//! In: sockets that appear and go. Out: CSI drivers, device plugins and drivers of claims known to those who use them. A plugin is asked who
 //! it is, and told whether it was taken; one that does not answer yet is asked again while its socket is there.
 
 use std::{
@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    claims,
     context::Context,
     devices,
     grpc::{
@@ -114,6 +115,12 @@ async fn take(ctx: &Arc<Context>, path: &Path, info: &PluginInfo) -> Result<(), 
     let endpoint = if info.endpoint.is_empty() { path.to_path_buf() } else { PathBuf::from(&info.endpoint) };
     match info.r#type.as_str() {
         "CSIPlugin" => ctx.csi.register(ctx, path, &info.name, endpoint, &info.supported_versions).await,
+        "DRAPlugin" => {
+            ctx.claims.register(path, &info.name, endpoint, &info.supported_versions)?;
+            let ctx = ctx.clone();
+            tokio::spawn(async move { claims::sweep(&ctx).await });
+            Ok(())
+        }
         "DevicePlugin" => devices::register(ctx, &info.name, endpoint, &info.supported_versions, None),
         other => Err(format!("no handler registered for plugin type: {other} at socket {}", path.display())),
     }
@@ -121,4 +128,5 @@ async fn take(ctx: &Arc<Context>, path: &Path, info: &PluginInfo) -> Result<(), 
 
 fn forget(ctx: &Arc<Context>, path: &Path) {
     ctx.csi.deregister(path);
+    ctx.claims.deregister(path);
 }

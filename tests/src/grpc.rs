@@ -30,6 +30,9 @@ pub mod proto {
     pub mod device {
         tonic::include_proto!("v1beta1");
     }
+    pub mod dra {
+        tonic::include_proto!("k8s.io.kubelet.pkg.apis.dra.v1");
+    }
     pub mod resources {
         tonic::include_proto!("v1");
     }

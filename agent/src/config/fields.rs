@@ -74,6 +74,7 @@ const GATES: &[&str] = &[
     "ContainerRestartRules",
     "ContainerStopSignals",
     "DisableCPUQuotaWithExclusiveCPUs",
+    "DynamicResourceAllocation",
     "GracefulNodeShutdown",
     "GracefulNodeShutdownBasedOnPodPriority",
     "HostnameOverride",
@@ -225,7 +226,7 @@ mod tests {
                 "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n{text}\n"
             ))
         };
-        assert!(parse("featureGates: {SidecarContainers: true, DynamicResourceAllocation: false}").is_ok());
+        assert!(parse("featureGates: {SidecarContainers: true, CheckpointContainer: false}").is_ok());
         for (text, want) in [
             ("featureGates: {SidecarContainers: false}", "SidecarContainers cannot be turned off"),
             ("featureGates: {Nonsense: true}", "Nonsense cannot be turned on"),

@@ -111,6 +111,13 @@ impl Injection {
         self
     }
 
+    /// With more names of the Container Device Interface.
+    #[must_use]
+    pub(crate) fn with_names(mut self, names: Vec<String>) -> Self {
+        self.cdi.extend(names);
+        self
+    }
+
     /// With what the names of the Container Device Interface stand for.
     pub(crate) fn resolved(mut self) -> Result<Self, String> {
         let names = std::mem::take(&mut self.cdi);

@@ -2,15 +2,17 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use k8s_openapi::api::core::v1::Pod;
 use tonic::{Request, Response, Status};
 
 use super::{Given, State};
 use crate::{
+    claims::Share,
     context::Context,
     grpc::proto::resources::{
-        AllocatableResourcesRequest, AllocatableResourcesResponse, ContainerDevices, ContainerMemory,
-        ContainerResources, GetPodResourcesRequest, GetPodResourcesResponse, ListPodResourcesRequest,
-        ListPodResourcesResponse, NumaNode, PodResources, TopologyInfo,
+        AllocatableResourcesRequest, AllocatableResourcesResponse, CdiDevice, ClaimResource, ContainerDevices,
+        ContainerMemory, ContainerResources, DynamicResource, GetPodResourcesRequest, GetPodResourcesResponse,
+        ListPodResourcesRequest, ListPodResourcesResponse, NumaNode, PodResources, TopologyInfo,
         pod_resources_lister_server::{PodResourcesLister, PodResourcesListerServer},
     },
     pods::{sandbox, table::Snapshot},
@@ -52,9 +54,24 @@ fn block(b: Block) -> ContainerMemory {
     table(b.resource, b.size, b.numa_affinity)
 }
 
+fn dynamic(pod: &Pod, s: Share) -> DynamicResource {
+    let resource = ClaimResource {
+        cdi_devices: s.cdi.into_iter().map(|name| CdiDevice { name }).collect(),
+        driver_name: s.driver,
+        pool_name: s.pool,
+        device_name: s.device,
+    };
+    DynamicResource {
+        claim_name: s.claim,
+        claim_namespace: sandbox::namespace(pod).into(),
+        claim_resources: vec![resource],
+    }
+}
+
 impl Lister {
     fn pod(&self, s: &Snapshot) -> PodResources {
         let state = self.ctx.devices.state.lock();
+        let pod = &s.pod;
         let (topology, uid) = (&self.ctx.topology, sandbox::uid(&s.pod));
         let given = state.pods.get(uid);
         // An init container's devices are its own only while it may run.
@@ -71,6 +88,7 @@ impl Lister {
                     devices: devices(&state, given.and_then(|g| g.get(&c.name))),
                     cpu_ids: topology.exclusive(uid, &c.name).into_iter().map(i64::from).collect(),
                     memory: topology.memory(uid, &c.name).into_iter().map(block).collect(),
+                    dynamic_resources: self.ctx.claims.shares(&s.pod, c).into_iter().map(|s| dynamic(pod, s)).collect(),
                 })
                 .collect(),
         }

@@ -17,6 +17,7 @@ use super::{
     worker::{Input, Making, Worker},
 };
 use crate::{
+    claims,
     config::format_duration,
     events::Kind,
     spec::field::Addresses,
@@ -200,9 +201,13 @@ impl Worker {
             }
             Err(error) => {
                 self.ctx.metrics.count("kubelet_started_pods_errors_total", []);
-                let text = format!("Failed to create pod sandbox: {error}");
+                let (reason, text) = if error.starts_with(claims::FAILED) {
+                    ("FailedPrepareDynamicResources", error.clone())
+                } else {
+                    ("FailedCreatePodSandBox", format!("Failed to create pod sandbox: {error}"))
+                };
                 tracing::warn!(pod = sandbox::name(&self.pod), error, "no sandbox");
-                self.ctx.events.pod(&self.pod, Kind::Warning, "FailedCreatePodSandBox", &text);
+                self.ctx.events.pod(&self.pod, Kind::Warning, reason, &text);
                 self.record.blocked(&text);
                 self.sandbox = Making::Failed(Instant::now() + took, (took * 2).min(Duration::from_secs(60)));
             }
@@ -441,8 +446,8 @@ impl Worker {
         let (ctx, uid, inputs) = (self.ctx.clone(), self.uid().to_string(), self.inputs.clone());
         tokio::spawn(async move {
             let mut done = sandbox::remove(&ctx, &uid, supervisor.as_ref(), group.as_deref()).await;
-            if let Err(e) = crate::csi::release(&ctx, &uid).await {
-                done = done.and(Err(e));
+            for released in [crate::csi::release(&ctx, &uid).await, claims::release(&ctx, &uid).await] {
+                done = done.and(released);
             }
             let data = sandbox::remove_data(&ctx.config.paths.pod(&uid), false);
             if let (Ok(()), Err(e)) = (&done, data) {

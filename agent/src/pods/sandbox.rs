@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 
 use super::{state::Sandbox, users};
 use crate::{
+    claims,
     context::Context,
     network::{Bandwidth, HostPort, PodNetworkRequest, Protocol},
     qos::{self, Qos},
@@ -133,6 +134,7 @@ pub(crate) async fn create_in(
         ctx.users.of(uid(pod)).map_err(|e| format!("can't set spec.HostUsers: false: {e}"))?;
     }
     runtime_class(ctx, spec).await?;
+    claims::prepare(ctx, pod).await.map_err(|e| format!("{}: {e}", claims::FAILED))?;
     let (netns, ips) = if host_network(spec) {
         (None, ctx.machine.ips.clone())
     } else {

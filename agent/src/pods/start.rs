@@ -281,7 +281,8 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
     let (ctx, pod, c, live) = (&job.ctx, &job.pod, &job.container, &prepared.live);
     let event = |reason: &str, text: String| ctx.events.container(pod, &c.name, Kind::Warning, reason, text);
     let config = async {
-        let devices = ctx.devices.given(pod, &c.name).await.resolved().map_err(Failure::config)?;
+        let devices = ctx.devices.given(pod, &c.name).await.with_names(ctx.claims.devices(pod, c));
+        let devices = devices.resolved().map_err(Failure::config)?;
         let volumes = volumes::container_devices(c, &prepared.mounted).map_err(Failure::config)?;
         let devices = devices.with_volumes(volumes);
         let addresses = Addresses { pod: live.ips.clone(), host: ctx.machine.ips.clone() };

@@ -222,6 +222,8 @@ pub(crate) fn generate(v: &View<'_>) -> PodStatus {
     let phase = phase(v);
     let conditions = conditions(v, spec, phase, &init, &regular);
     let ips: Vec<IpAddr> = if spec.host_network == Some(true) { v.host_ips.to_vec() } else { v.state.ips.clone() };
+    let own = spec.resources.clone().filter(|r| r.requests.is_some() || r.limits.is_some());
+    let own = own.filter(|_| v.state.sandbox.is_some());
     let failure = v.state.failure.as_ref().filter(|_| phase == "Failed");
     // Nothing was ever tried of a pod that this node has turned away.
     let rejected = failure.is_some() && v.state.containers.is_empty() && v.state.sandbox.is_none();
@@ -240,6 +242,10 @@ pub(crate) fn generate(v: &View<'_>) -> PodStatus {
         ephemeral_container_statuses: Some(ephemeral).filter(|l| !l.is_empty()),
         qos_class: Some(qos::class(spec).name().into()),
         observed_generation: v.pod.metadata.generation,
+        allocated_resources: own.as_ref().and_then(|r| r.requests.clone()),
+        resources: own,
+        // Written by others; what the pod's claims are called is asked of its snapshot.
+        resource_claim_statuses: v.pod.status.as_ref().and_then(|s| s.resource_claim_statuses.clone()),
         ..PodStatus::default()
     }
 }
