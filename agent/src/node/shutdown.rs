@@ -16,6 +16,7 @@ use std::{
 
 use futures::future::join_all;
 use isopod_runtime::logind::Logind;
+use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +28,7 @@ use crate::{
         TERMINATED, sandbox,
         table::{PodTable, Snapshot},
     },
+    sources::SOURCE,
 };
 
 /// Where the system's bus listens.
@@ -202,10 +204,7 @@ pub(crate) fn forget() {
 /// Ends pods step by step; a step ends when its pods are gone or its time is up.
 async fn end_pods(table: &PodTable, steps: &[Step]) {
     for (at, step) in steps.iter().enumerate() {
-        let mine = |s: &Arc<Snapshot>| {
-            let priority = s.pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or(0);
-            step_of(steps, priority) == at && is_there(s)
-        };
+        let mine = |s: &Arc<Snapshot>| step_of(steps, priority(&s.pod)) == at && is_there(s);
         let pods: Vec<_> = table.all().into_iter().filter(mine).collect();
         for s in &pods {
             let own = s.pod.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30);
@@ -218,6 +217,13 @@ async fn end_pods(table: &PodTable, steps: &[Step]) {
             tracing::warn!(priority = step.priority, "pods have not ended in time");
         }
     }
+}
+
+/// Static pods are critical whatever they say: the API server is one of them.
+fn priority(pod: &Pod) -> i32 {
+    let said = pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or(0);
+    let is_static = pod.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(SOURCE));
+    if is_static { said.max(CRITICAL) } else { said }
 }
 
 fn is_there(s: &Snapshot) -> bool {
@@ -243,6 +249,19 @@ mod tests {
             "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n{text}\n"
         ))
         .unwrap()
+    }
+
+    #[test]
+    fn static_pods_are_critical() {
+        let pod = |annotations: &str, priority: i32| -> Pod {
+            let text = format!(
+                r#"{{"metadata":{{"annotations":{annotations}}},"spec":{{"containers":[],"priority":{priority}}}}}"#
+            );
+            serde_json::from_str(&text).unwrap()
+        };
+        assert_eq!(priority(&pod("{}", 7)), 7);
+        let source = format!(r#"{{"{SOURCE}":"file"}}"#);
+        assert_eq!((priority(&pod(&source, 0)), priority(&pod(&source, CRITICAL + 9))), (CRITICAL, CRITICAL + 9));
     }
 
     #[test]
