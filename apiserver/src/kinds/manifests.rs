@@ -339,13 +339,13 @@ fn changed_objects() {
         (
             "PersistentVolumeClaim",
             json!({"spec": {"volumeName": "v"}, "status": {"phase": "Bound", "capacity": {"storage": "1Gi"}}}),
-            json!({"spec": {"volumeName": "v", "resources": {"requests": {"storage": "500Mi"}}}}),
+            json!({"spec": {"volumeName": "v", "resources": {"requests": {"storage": "500Mi"}}}, "status": {"phase": "Bound", "capacity": {"storage": "1Gi"}}}),
             "spec.resources.requests.storage: Forbidden: field can not be less than status.capacity",
         ),
         (
             "PersistentVolumeClaim",
             json!({"spec": {"volumeName": "v", "resources": {"requests": {"storage": "5Gi"}}}, "status": {"phase": "Bound", "capacity": {"storage": "1Gi"}}}),
-            json!({"spec": {"volumeName": "v", "resources": {"requests": {"storage": "2Gi"}}}}),
+            json!({"spec": {"volumeName": "v", "resources": {"requests": {"storage": "2Gi"}}}, "status": {"phase": "Bound", "capacity": {"storage": "1Gi"}}}),
             "",
         ),
         (
