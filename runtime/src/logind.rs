@@ -132,11 +132,11 @@ mod tests {
         assert_eq!(logind.longest_delay().unwrap(), Duration::from_secs(5));
         logind.reload().unwrap();
         let lock = logind.inhibit("isopod", "pods end").unwrap();
-        assert!(logind.next().unwrap());
+        assert!(logind.announced().unwrap());
         drop(lock);
-        assert!(!logind.next().unwrap());
+        assert!(!logind.announced().unwrap());
         let closer = logind.closer().unwrap();
-        let waits = thread::spawn(move || logind.next());
+        let waits = thread::spawn(move || logind.announced());
         closer.shutdown(std::net::Shutdown::Both).unwrap();
         assert!(waits.join().unwrap().is_err());
         let calls = server.join().unwrap();

@@ -42,13 +42,16 @@ impl Topic {
     }
 }
 
+/// Topics of one field.
+type ByValue = HashMap<Box<str>, Arc<Topic>>;
+
 /// All who wait at one resource.
 #[derive(Default)]
 pub(super) struct Audience {
     /// Those of all objects.
     pub(super) everyone: Arc<Topic>,
     /// The others, by field and value.
-    topics: Mutex<HashMap<&'static str, HashMap<Box<str>, Arc<Topic>>>>,
+    topics: Mutex<HashMap<&'static str, ByValue>>,
 }
 
 impl Audience {

@@ -93,8 +93,7 @@ pub(super) async fn wait_fresh(store: &ResourceCache, wanted: u64) -> Result<(),
     if tokio::time::timeout(FRESH_WAIT, store.reached(wanted)).await.is_ok() {
         return Ok(());
     }
-    let mut status =
-        Status::timeout(&format!("Too large resource version: {wanted}, current: {}", store.revision()), 1);
+    let mut status = Status::timeout(format!("Too large resource version: {wanted}, current: {}", store.revision()), 1);
     if let Some(details) = &mut status.details {
         details.causes.push(Cause {
             reason: "ResourceVersionTooLarge".into(),

@@ -314,7 +314,7 @@ pub(crate) fn aggregate(spec: &At<'_>, kind: &str) -> BTreeMap<String, Quantity>
     };
     let add = |total: &mut BTreeMap<String, Quantity>, more: &BTreeMap<String, Quantity>| {
         for (name, value) in more {
-            let sum = total.get(name).map_or_else(|| value.clone(), |t| t.add(value));
+            let sum = total.get(name).map_or(*value, |t| t.add(value));
             total.insert(name.clone(), sum);
         }
     };
