@@ -186,8 +186,8 @@ mod tests {
         );
 
         let used: Vec<IpAddr> = vec!["10.1.0.7".parse().unwrap()];
-        assert!(in_use(&ending, &[ending.clone()], &used));
-        assert!(!in_use(&ending, &[ending.clone()], &["10.2.0.7".parse().unwrap()]));
+        assert!(in_use(&ending, std::slice::from_ref(&ending), &used));
+        assert!(!in_use(&ending, std::slice::from_ref(&ending), &["10.2.0.7".parse().unwrap()]));
         let wider = cidr("b", "10.1.0.0/16", held);
         assert!(!in_use(&ending, &[ending.clone(), wider], &used), "another range holds it");
         assert!(

@@ -10,6 +10,8 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
 type Words = BTreeMap<String, String>;
+/// Image, args and env of a container.
+type Summary = (Option<String>, Option<Vec<String>>, Words);
 
 /// Names in some order, without repetition.
 fn names(of: &'static [&'static str]) -> impl Strategy<Value = Vec<String>> {
@@ -279,7 +281,7 @@ impl Patch {
     }
 
     /// The containers by name, with their env by name.
-    fn containers_of(&self, doc: &Doc) -> BTreeMap<String, (Option<String>, Option<Vec<String>>, Words)> {
+    fn containers_of(&self, doc: &Doc) -> BTreeMap<String, Summary> {
         let as_map = |c: &Container| (c.image.clone(), c.args.clone(), c.env.iter().cloned().collect::<Words>());
         let mut out: BTreeMap<String, _> = BTreeMap::new();
         if !self.replace {
