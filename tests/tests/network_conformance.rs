@@ -186,7 +186,8 @@ fn names_are_those_of_the_sample() {
     w.c.wait_ready("own");
     let text = w.c.k("exec own -- cat /etc/resolv.conf");
     assert_eq!(text, "search default.svc.cluster.local\nnameserver 10.96.0.10\noptions ndots:2\n");
-    assert!(w.c.k("exec own -- wget -q -O- http://web/").starts_with("db-"));
+    let said = w.c.k("exec own -- wget -q -O- http://web/");
+    assert!(said.starts_with("db-"), "{said:?}");
     forwards(&w, &net.host("two"));
 }
 
