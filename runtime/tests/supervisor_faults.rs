@@ -117,8 +117,10 @@ impl Case {
     }
 }
 
-/// Kills the supervisor at every `step`th system call of what `op` makes it do, after `prepare`.
+/// Kills the supervisor at every `step`th system call (every one with `ISOPOD_EVERY_STEP=1`) of what `op` makes it do, after
+/// `prepare`.
 fn kill_at_every_step(step: usize, prepare: impl Fn(&mut Case) + Sync, op: impl Fn(&Case) -> Op + Sync) {
+    let step = if std::env::var_os("ISOPOD_EVERY_STEP").is_some() { 1 } else { step };
     let prepared = || {
         let mut case = Case::new();
         prepare(&mut case);
