@@ -5,6 +5,7 @@
 //! leaves the node as it was. The agent takes no more pods meanwhile.
 
 use std::{
+    collections::HashSet,
     fs,
     net::Shutdown,
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -14,7 +15,6 @@ use std::{
     time::Duration,
 };
 
-use futures::future::join_all;
 use isopod_runtime::logind::Logind;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::mpsc;
@@ -201,19 +201,31 @@ pub(crate) fn forget() {
     }
 }
 
-/// Ends pods step by step; a step ends when its pods are gone or its time is up.
+/// Ends pods step by step; a step ends when its pods are gone or its time is up. Pods that the agent takes over only now belong
+/// to the step that is under way, if not to a later one.
 async fn end_pods(table: &PodTable, steps: &[Step]) {
+    let mut told = HashSet::new();
     for (at, step) in steps.iter().enumerate() {
-        let mine = |s: &Arc<Snapshot>| step_of(steps, priority(&s.pod)) == at && is_there(s);
-        let pods: Vec<_> = table.all().into_iter().filter(mine).collect();
-        for s in &pods {
-            let own = s.pod.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30);
-            let (reason, message) = TERMINATED;
-            let most = i64::try_from(step.period.as_secs()).unwrap_or(i64::MAX);
-            s.worker.fail(reason, message.into(), own.min(most));
-        }
-        let gone = join_all(pods.iter().map(|s| gone(table, sandbox::uid(&s.pod))));
-        if tokio::time::timeout(step.period, gone).await.is_err() {
+        let over = told.clone();
+        let mine = |s: &Arc<Snapshot>| {
+            step_of(steps, priority(&s.pod)) <= at && is_there(s) && !over.contains(sandbox::uid(&s.pod))
+        };
+        let most = i64::try_from(step.period.as_secs()).unwrap_or(i64::MAX);
+        let mut changes = table.changes();
+        let ends = async {
+            loop {
+                let pods: Vec<_> = table.all().into_iter().filter(mine).collect();
+                for s in pods.iter().filter(|s| told.insert(sandbox::uid(&s.pod).to_owned())) {
+                    let own = s.pod.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30);
+                    let (reason, message) = TERMINATED;
+                    s.worker.fail(reason, message.into(), own.min(most));
+                }
+                if pods.is_empty() || changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(step.period, ends).await.is_err() {
             tracing::warn!(priority = step.priority, "pods have not ended in time");
         }
     }
@@ -229,15 +241,6 @@ fn priority(pod: &Pod) -> i32 {
 fn is_there(s: &Snapshot) -> bool {
     let phase = s.pod.status.as_ref().and_then(|s| s.phase.as_deref());
     !matches!(phase, Some("Succeeded" | "Failed"))
-}
-
-async fn gone(table: &PodTable, uid: &str) {
-    let mut changes = table.changes();
-    while table.all().iter().any(|s| sandbox::uid(&s.pod) == uid && is_there(s)) {
-        if changes.changed().await.is_err() {
-            return;
-        }
-    }
 }
 
 #[cfg(test)]
