@@ -81,6 +81,9 @@ impl Podman {
         let archive = podman.dir.path().join("busybox.tar");
         let packed = Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(bundle.rootfs()).arg(".").status();
         assert!(packed.unwrap().success());
+        // Two podmans that are the first ever of a machine stumble over each other's locks.
+        let turn = fs::File::create(std::env::temp_dir().join("isopod-test-podman.lock")).unwrap();
+        turn.lock().unwrap();
         podman.ok(&["import", "--change", "ENV PATH=/bin", &archive.to_string_lossy(), "busybox:1"]);
         Some(podman)
     }
