@@ -37,16 +37,20 @@ pub(crate) fn containers(e: &mut Errs, list: &At<'_>, pod: &Pod<'_>) {
             probe::lifecycle(e, &lifecycle, pod.grace);
         }
         probe::probes(e, &at, pod.grace);
-        restart_rules(e, &at);
+        restart_rules(e, &at, false);
     }
     host_port_conflicts(e, list);
 }
 
-fn restart_rules(e: &mut Errs, at: &At<'_>) {
+/// When a container runs again; the rules of an init container without a policy are not looked at.
+fn restart_rules(e: &mut Errs, at: &At<'_>, init: bool) {
     let (policy, rules) = (at.get("restartPolicy"), at.get("restartPolicyRules"));
     e.one_of_if_set(&policy, &["Always", "Never", "OnFailure"]);
     if rules.len() > 0 && !policy.is_set() {
         e.required(&policy, "must specify restartPolicy when restart rules are used");
+        if init {
+            return;
+        }
     }
     if rules.len() > 20 {
         e.too_many(&rules, rules.len(), 20);
@@ -70,7 +74,7 @@ pub(crate) fn init_containers(e: &mut Errs, list: &At<'_>, regular: &At<'_>, pod
     let mut seen: BTreeSet<&str> = regular.items().iter().map(|c| c.get("name").s()).collect();
     for at in list.items() {
         common(e, &at, pod);
-        restart_rules(e, &at);
+        restart_rules(e, &at, true);
         let name = at.get("name");
         if !name.s().is_empty() && !seen.insert(name.s()) {
             e.duplicate(&name, name.s());
@@ -89,6 +93,11 @@ pub(crate) fn init_containers(e: &mut Errs, list: &At<'_>, regular: &At<'_>, pod
                 let field = at.get(field);
                 if field.is_set() {
                     e.forbidden(&field, "may not be set for init containers without restartPolicy=Always");
+                }
+            }
+            for restart in at.get("resizePolicy").items().iter().map(|policy| policy.get("restartPolicy")) {
+                if restart.s() == "RestartContainer" {
+                    e.invalid(&restart, "must not be set to 'RestartContainer' for non-sidecar initContainers");
                 }
             }
         }
@@ -338,7 +347,7 @@ fn resize_policy<'a>(e: &mut Errs, list: &At<'a>, restart_policy: &str) {
         let restart = here(&at.get("restartPolicy"));
         e.required_one_of(&restart, &["NotRequired", "RestartContainer"]);
         if restart_policy == "Never" && restart.s() != "NotRequired" {
-            e.invalid_str(&restart, "must be 'NotRequired' when `restartPolicy` is 'Never'");
+            e.invalid_str(&restart, "must be 'NotRequired' when pod `restartPolicy` is 'Never'");
         }
     }
 }

@@ -179,8 +179,31 @@ fn key_selector(e: &mut Errs, at: &At<'_>) {
     }
 }
 
+/// Files of environment variables are in volumes of the pod that begin empty.
+pub(crate) fn file_volumes(e: &mut Errs, spec: &At<'_>) {
+    let volumes = spec.get("volumes").items();
+    for var in super::containers(spec).iter().flat_map(|container| container.get("env").items()) {
+        let file = var.get("valueFrom.fileKeyRef");
+        let name = file.get("volumeName");
+        // Of two of one name the second is meant.
+        match volumes.iter().rfind(|volume| volume.get("name").s() == name.s()) {
+            _ if !file.is_set() => {}
+            None => e.not_found(&name, name.s()),
+            Some(volume) if !volume.get("emptyDir").is_set() => {
+                e.invalid_str(&name, "referenced volume must be of type emptyDir");
+            }
+            Some(_) => {}
+        }
+    }
+}
+
 fn file_key(e: &mut Errs, at: &At<'_>) {
     let (volume, path, key) = (at.get("volumeName"), at.get("path"), at.get("key"));
+    if key.s().is_empty() {
+        e.required(&key, "");
+    } else {
+        e.messages(&key, names::env_var_name(key.s()));
+    }
     if volume.s().is_empty() {
         e.required(&volume, "");
     } else {
@@ -189,12 +212,7 @@ fn file_key(e: &mut Errs, at: &At<'_>) {
     if path.s().is_empty() {
         e.required(&path, "");
     } else {
-        super::volume::local_path(e, &path);
-    }
-    if key.s().is_empty() {
-        e.required(&key, "");
-    } else {
-        e.messages(&key, names::env_var_name(key.s()));
+        super::volume::no_backsteps(e, &path);
     }
 }
 
@@ -260,7 +278,7 @@ mod tests {
                 "env[0].valueFrom.resourceFieldRef.divisor: Invalid value: \"limits.ephemeral-storage\": only divisor's values 1, 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei are supported with the local ephemeral storage resource",
             ),
             (
-                json!({"fileKeyRef": {"volumeName": "A", "path": "/x", "key": "K"}}),
+                json!({"fileKeyRef": {"volumeName": "A", "path": "../x", "key": "K"}}),
                 "env[0].valueFrom.fileKeyRef.volumeName: Invalid value: \"A\"",
             ),
         ] {

@@ -255,6 +255,18 @@ impl Errs {
     }
 }
 
+/// All containers of a pod spec, init containers first.
+pub(crate) fn containers<'a>(spec: &At<'a>) -> Vec<At<'a>> {
+    ["initContainers", "containers", "ephemeralContainers"].iter().flat_map(|list| spec.get(list).items()).collect()
+}
+
+/// A count that only goes up.
+pub(crate) fn not_decremented(e: &mut Errs, new: &At<'_>, old: &Value) {
+    if old.as_i64().is_some_and(|before| new.int().is_none_or(|now| now < before)) {
+        e.invalid_as(new, new.int0(), "cannot be decremented");
+    }
+}
+
 /// Equality as Go's semantic DeepEqual sees it: null, absent, empty list and empty map are the same.
 pub(crate) fn same(a: &Value, b: &Value) -> bool {
     match (a, b) {

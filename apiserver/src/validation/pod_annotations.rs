@@ -1,6 +1,6 @@
 //! Annotations of pods and templates that mean something.
 
-use super::{At, Errs, volume};
+use super::{At, Errs, containers, volume};
 
 const MIRROR: &str = "kubernetes.io/config.mirror";
 const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
@@ -49,10 +49,7 @@ pub(crate) fn agree(e: &mut Errs, annotations: &At<'_>, spec: &At<'_>) {
     fn field<'a>(at: &At<'a>, kind: &str) -> Option<At<'a>> {
         Some(at.get("securityContext").get(kind)).filter(At::is_set)
     }
-    let containers: Vec<At<'_>> = ["initContainers", "containers", "ephemeralContainers"]
-        .iter()
-        .flat_map(|kind| spec.get(kind).items())
-        .collect();
+    let containers = containers(spec);
     if let Some(own) = field(spec, "seccompProfile") {
         same_profile(e, &own, &annotations.key(SECCOMP_POD), "seccomp");
     }
@@ -96,9 +93,7 @@ fn same_profile(e: &mut Errs, at: &At<'_>, annotation: &At<'_>, what: &str) {
 }
 
 fn app_armor(e: &mut Errs, at: &At<'_>, container: &str, spec: &At<'_>) {
-    let kinds = ["initContainers", "containers", "ephemeralContainers"];
-    let known = kinds.iter().flat_map(|kind| spec.get(kind).items()).any(|c| c.get("name").s() == container);
-    if !known {
+    if !containers(spec).iter().any(|c| c.get("name").s() == container) {
         e.invalid_as(at, container, "container not found");
     }
     let profile = at.s();

@@ -1,6 +1,6 @@
 //! What a pod of one operating system may not have.
 
-use super::{At, Errs};
+use super::{At, Errs, containers};
 
 /// Fields of a pod's security context that only Linux has, in the order they are reported.
 const LINUX_POD: &[&str] = &[
@@ -38,7 +38,7 @@ const LINUX_CONTAINER: &[&str] = &[
 pub(crate) fn os(e: &mut Errs, spec: &At<'_>) {
     let name = spec.get("os.name");
     match name.s() {
-        "" => e.required(&name, "cannot be empty"),
+        "" => e.required(&name, ""),
         "linux" => linux(e, spec),
         "windows" => windows(e, spec),
         // Upstream leaves the field out.
@@ -46,14 +46,9 @@ pub(crate) fn os(e: &mut Errs, spec: &At<'_>) {
     }
 }
 
-/// All containers, init containers first.
-fn containers<'a>(spec: &At<'a>) -> impl Iterator<Item = At<'a>> {
-    ["initContainers", "containers", "ephemeralContainers"].map(|kind| spec.get(kind).items()).into_iter().flatten()
-}
-
 fn linux(e: &mut Errs, spec: &At<'_>) {
     let own = spec.get("securityContext.windowsOptions");
-    for at in std::iter::once(own).chain(containers(spec).map(|c| c.get("securityContext.windowsOptions"))) {
+    for at in std::iter::once(own).chain(containers(spec).iter().map(|c| c.get("securityContext.windowsOptions"))) {
         if at.is_set() {
             e.forbidden(&at, "windows options cannot be set for a linux pod");
         }

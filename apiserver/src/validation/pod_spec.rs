@@ -33,9 +33,10 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, name: Option<&str>) {
         e.qualified_name(&gate.get("conditionType"));
     }
     scheduling::gates(e, &spec.get("schedulingGates"));
-    scheduling::topology_spread(e, &spec.get("topologySpreadConstraints"), name.is_some());
+    scheduling::topology_spread(e, &spec.get("topologySpreadConstraints"));
     super::pod_os::host_process(e, spec);
     host_users(e, spec);
+    hostname_override(e, spec);
     names_and_limits(e, spec);
     let tolerations = spec.get("tolerations");
     scheduling::tolerations(e, &tolerations);
@@ -48,6 +49,7 @@ pub(crate) fn pod_spec(e: &mut Errs, spec: &At<'_>, name: Option<&str>) {
     if spec.get("os").is_set() {
         super::pod_os::os(e, spec);
     }
+    super::env::file_volumes(e, spec);
 }
 
 fn names_and_limits(e: &mut Errs, spec: &At<'_>) {
@@ -67,16 +69,22 @@ fn names_and_limits(e: &mut Errs, spec: &At<'_>) {
             e.dns_label(&at);
         }
     }
+}
+
+fn hostname_override(e: &mut Errs, spec: &At<'_>) {
     let hostname = spec.get("hostnameOverride");
-    if hostname.is_set() {
-        if hostname.s().len() > 64 {
-            e.too_long(&hostname, 64);
-        }
-        e.dns_subdomain(&hostname);
-        if spec.get("setHostnameAsFQDN").is_true() {
-            e.forbidden(&hostname, "may not be set when setHostnameAsFQDN is true");
+    if !hostname.is_set() {
+        return;
+    }
+    for field in ["setHostnameAsFQDN", "hostNetwork"] {
+        if spec.get(field).is_true() {
+            e.forbidden(&hostname, &format!("may not be specified when {field} is true"));
         }
     }
+    if hostname.s().len() > 64 {
+        e.too_long(&hostname, 64);
+    }
+    e.dns_subdomain(&hostname);
 }
 
 fn class_names(e: &mut Errs, spec: &At<'_>) {
@@ -96,10 +104,17 @@ fn host_users(e: &mut Errs, spec: &At<'_>) {
     // Upstream spells two of them like this.
     for (field, shown) in [("hostNetwork", "hostNetwork"), ("hostPID", "HostPID"), ("hostIPC", "HostIPC")] {
         if spec.get(field).is_true() {
-            e.forbidden(&At::new(spec.path.child(shown), at.v), "when `hostUsers` is false");
+            e.forbidden(&At::new(spec.path.child(shown), at.v), WITHOUT_HOST_USERS);
+        }
+    }
+    for devices in super::containers(spec).iter().map(|container| container.get("volumeDevices")) {
+        if devices.len() > 0 {
+            e.forbidden(&devices, WITHOUT_HOST_USERS);
         }
     }
 }
+
+const WITHOUT_HOST_USERS: &str = "when `hostUsers` is false";
 
 fn dns_config(e: &mut Errs, spec: &At<'_>) {
     let at = spec.get("dnsConfig");
@@ -200,7 +215,7 @@ mod tests {
             (json!({"hostUsers": false, "hostPID": true}), "spec.HostPID: Forbidden: when `hostUsers` is false"),
             (
                 json!({"tolerations": [{"key": "a", "value": "b c"}, {"key": "a", "operator": "Lt", "value": "1"}]}),
-                "spec.tolerations[0].operator: Invalid value: \"b c\": a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')|spec.tolerations[1].operator: Unsupported value: \"Lt\": supported values: \"Equal\", \"Exists\"",
+                "spec.tolerations[0].operator: Invalid value: \"b c\": a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')|spec.tolerations[1].operator: Unsupported value: \"Lt\": supported values: \"Equal\", \"Exists\", \"Lt\", \"Gt\"",
             ),
             (
                 json!({"schedulingGates": [{"name": "a"}, {"name": "a"}]}),
@@ -209,7 +224,7 @@ mod tests {
             (
                 json!({"topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "z", "whenUnsatisfiable": "DoNotSchedule"},
                     {"maxSkew": 1, "topologyKey": "z", "whenUnsatisfiable": "DoNotSchedule", "matchLabelKeys": ["-"]}]}),
-                "spec.topologySpreadConstraints[0].{topologyKey, whenUnsatisfiable}: Duplicate value: \"{z, DoNotSchedule}\"|spec.topologySpreadConstraints[1].matchLabelKeys: Forbidden: must not be specified when labelSelector is not set|spec.topologySpreadConstraints[1].matchLabelKeys[0]: Invalid value: \"-\": name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')",
+                "spec.topologySpreadConstraints[0].{topologyKey, whenUnsatisfiable}: Duplicate value: \"{z, DoNotSchedule}\"|spec.topologySpreadConstraints[1].matchLabelKeys: Forbidden: must not be specified when labelSelector is not set",
             ),
             (
                 json!({"dnsConfig": {"options": [{"name": "a"}, {}]}}),

@@ -3,7 +3,7 @@
 use isopod_api::field::{Error, ErrorList, Path};
 use serde_json::{Map, Value, json};
 
-use super::{At, Errs, internal, same, scheduling};
+use super::{At, Errs, internal, same, scheduling, security};
 use crate::kinds::pod_qos;
 
 const UPDATABLE: &str = "pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
@@ -185,56 +185,91 @@ pub(crate) fn resize(e: &mut Errs, new: &At<'_>, old: &At<'_>, old_pod: &Value) 
         let shown = old_pod["status"]["qosClass"].clone();
         e.invalid_as(new, shown, "Pod QOS Class may not change as a result of resizing");
     }
-    for list in ["containers", "initContainers"] {
-        let (after, before) = (new.get(list).items(), old.get(list).items());
-        let detail = if after.len() != before.len() {
-            "may not be added or removed on resize"
-        } else if after.iter().zip(&before).any(|(a, b)| a.get("name").s() != b.get("name").s()) {
-            "may not be renamed or reordered on resize"
-        } else {
-            continue;
-        };
-        e.forbidden(new, &format!("{list} {detail}"));
-        return None;
+    let running = |status: &&Value| status.pointer("/state/running").is_some_and(|running| running.is_object());
+    let first = old_pod["status"]["containerStatuses"].as_array().into_iter().flatten().find(running);
+    if first.is_some_and(|status| status["resources"].is_null()) {
+        e.forbidden(new, "Pod running on node without support for resize");
     }
     let mut munged = new.v.clone();
-    for (list, sidecars) in [("initContainers", true), ("containers", false)] {
+    pod_sizes(e, new, old, &mut munged);
+    let known = e.0.len();
+    for list in ["containers", "initContainers"] {
+        same_containers(e, &new.get(list), &old.get(list), list);
+    }
+    if e.0.len() > known {
+        return None;
+    }
+    for list in ["initContainers", "containers"] {
         for (after, before) in new.get(list).items().iter().zip(old.get(list).items()) {
-            if !sidecars || before.get("restartPolicy").s() == "Always" {
-                kept_resources(e, &after.get("resources"), &before.get("resources"));
-            }
+            kept_resources(e, &after.get("resources"), &before.get("resources"), "resource");
         }
     }
-    for (list, sidecars) in [("containers", false), ("initContainers", true)] {
+    for (list, init) in [("containers", false), ("initContainers", true)] {
         for (i, (after, before)) in new.get(list).items().iter().zip(old.get(list).items()).enumerate() {
             let own = &mut munged[list][i];
-            let resizable = !sidecars || after.get("restartPolicy").s() == "Always";
-            if resizable {
-                without_sizes(own, before.v);
+            let changed = !same(own, before.v);
+            without_sizes(own, before.v);
+            if !same(own, before.v) {
+                match init {
+                    false => e.forbidden(new, ONLY_SIZES),
+                    true => {
+                        e.forbidden(after, "only cpu and memory resources for init or sidecar containers are mutable")
+                    }
+                }
             }
-            let detail = match (resizable, sidecars) {
-                _ if same(own, before.v) => continue,
-                (false, _) => "resources for non-sidecar init containers are immutable",
-                (_, true) => "only cpu and memory resources for sidecar containers are mutable",
-                (_, false) => "only cpu and memory resources are mutable",
-            };
-            e.forbidden(new, detail);
+            let restarts =
+                after.get("resizePolicy").items().iter().any(|p| p.get("restartPolicy").s() == "RestartContainer");
+            if init && changed && restarts && after.get("restartPolicy").s() != "Always" {
+                e.forbidden(
+                    after,
+                    "non-sidecar init containers with a resize policy of RestartContainer cannot be resized",
+                );
+            }
         }
     }
-    kept_resources(e, &new.get("resources"), &old.get("resources"));
-    without_sizes(&mut munged, old.v);
     if e.is_empty() && !same(&munged, old.v) {
-        e.forbidden(new, "only cpu and memory resources are mutable");
+        e.forbidden(new, ONLY_SIZES);
     }
     None
 }
 
+const ONLY_SIZES: &str = "only cpu and memory resources are mutable";
+
+/// Containers neither come, go nor move.
+fn same_containers(e: &mut Errs, new: &At<'_>, old: &At<'_>, list: &str) {
+    if new.len() != old.len() {
+        return e.forbidden(new, &format!("{list} may not be added or removed on resize"));
+    }
+    for (after, before) in new.items().iter().zip(old.items()) {
+        if after.get("name").s() != before.get("name").s() {
+            e.forbidden(&after.get("name"), &format!("{list} may not be renamed or reordered on resize"));
+        }
+    }
+}
+
+/// The resources of the pod itself; `munged` gets the old sizes.
+fn pod_sizes(e: &mut Errs, new: &At<'_>, old: &At<'_>, munged: &mut Value) {
+    let (after, before) = (new.get("resources"), old.get("resources"));
+    let any = |at: &At<'_>| at.get("requests").len() + at.get("limits").len() > 0;
+    if !any(&after) && !any(&before) {
+        return;
+    }
+    if before.is_set() && !after.is_set() {
+        return e.forbidden(&after, "pod-level resources cannot be removed");
+    }
+    kept_resources(e, &after, &before, "pod-level resource");
+    without_sizes(munged, old.v);
+    if !same(&munged["resources"], before.v) {
+        e.forbidden(new, "only cpu and memory resources are mutable at pod-level");
+    }
+}
+
 /// What was requested or limited stays so, with whatever amount.
-fn kept_resources(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
+fn kept_resources(e: &mut Errs, new: &At<'_>, old: &At<'_>, what: &str) {
     for kind in ["requests", "limits"] {
         let (after, before) = (new.get(kind), old.get(kind));
         if before.entries().iter().any(|(name, _)| !after.key(name).is_set()) {
-            e.forbidden(&after, &format!("resource {kind} cannot be removed"));
+            e.forbidden(&after, &format!("{what} {kind} cannot be removed"));
         }
     }
 }
@@ -249,6 +284,10 @@ fn without_sizes(new: &mut Value, old: &Value) {
             } else if let Some(map) = new.pointer_mut(&format!("/resources/{kind}")).and_then(Value::as_object_mut) {
                 map.remove(name);
             }
+        }
+        let own = new.get_mut("resources").and_then(Value::as_object_mut);
+        if let Some(own) = own.filter(|own| own.get(kind).is_some_and(|map| *map == json!({}))) {
+            own.remove(kind);
         }
     }
 }
@@ -273,9 +312,8 @@ pub(crate) fn ephemeral(e: &mut Errs, new: &At<'_>, old: &At<'_>) {
 /// `pods/status`: fields that only ever go one way.
 pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
     let (after, before) = (At::field(new, "status"), At::field(old, "status"));
-    // Upstream names conditions as if they were metadata.
-    let conditions = At::new(isopod_api::field::Path::new("metadata").child("conditions"), after.get("conditions").v);
-    for condition in conditions.items() {
+    for condition in after.get("conditions").items() {
+        observed(e, &condition.get("observedGeneration"));
         let kind = condition.get("type").s();
         if !["PodScheduled", "Ready", "Initialized"].contains(&kind) {
             e.qualified_name(&At::new(condition.path.child("Type"), &condition.v["type"]));
@@ -284,15 +322,14 @@ pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
     let nominated = after.get("nominatedNodeName");
     if !nominated.s().is_empty() && nominated.v != before.get("nominatedNodeName").v {
         e.dns_subdomain(&nominated);
+        if !old["spec"]["nodeName"].as_str().unwrap_or_default().is_empty() {
+            e.forbidden(&nominated, "may not be set on pods that are already bound to a node");
+        }
     }
+    observed(e, &after.get("observedGeneration"));
     e.immutable(&after.get("qosClass"), before.get("qosClass").v);
-    let policy = old["spec"]["restartPolicy"].as_str().unwrap_or_default();
-    for (list, policy, specs) in [
-        ("containerStatuses", policy, "containers"),
-        ("initContainerStatuses", policy, "initContainers"),
-        ("ephemeralContainerStatuses", "Never", "ephemeralContainers"),
-    ] {
-        no_restart(e, &after.get(list), &before.get(list), policy, &old["spec"][specs]);
+    for (list, specs) in STATUSES {
+        no_restart(e, &after.get(list), &before.get(list), &old["spec"], specs);
     }
     claim_statuses(e, &after.get("resourceClaimStatuses"), &new["spec"]["resourceClaims"]);
     pod_ips(e, &after.get("podIPs"));
@@ -303,6 +340,79 @@ pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
         e.invalid_str(&first, "must be equal to `hostIP`");
     }
     pod_ips(e, &hosts);
+    for (list, _) in STATUSES {
+        for user in after.get(list).items().iter().map(|status| status.get("user.linux")) {
+            container_user(e, &user, new["spec"]["os"]["name"] == "windows");
+        }
+    }
+    for (list, specs) in STATUSES {
+        for status in after.get(list).items() {
+            let spec = new["spec"][specs].as_array().into_iter().flatten().find(|c| c["name"] == status.v["name"]);
+            allocated(e, &status.get("allocatedResourcesStatus"), spec, specs == "ephemeralContainers");
+        }
+    }
+}
+
+/// Statuses of containers and where the containers are.
+const STATUSES: [(&str, &str); 3] = [
+    ("containerStatuses", "containers"),
+    ("initContainerStatuses", "initContainers"),
+    ("ephemeralContainerStatuses", "ephemeralContainers"),
+];
+
+fn observed(e: &mut Errs, at: &At<'_>) {
+    if at.int0() < 0 {
+        e.invalid(at, "must be a non-negative integer");
+    }
+}
+
+/// The user a container runs as.
+fn container_user(e: &mut Errs, at: &At<'_>, windows: bool) {
+    if at.is_set() && windows {
+        return e.forbidden(at, "cannot be set for a windows pod");
+    }
+    security::id(e, &at.get("uid"));
+    security::id(e, &at.get("gid"));
+    for group in at.get("supplementalGroups").items() {
+        security::id(e, &group);
+    }
+}
+
+/// How devices of a container are.
+fn allocated(e: &mut Errs, list: &At<'_>, container: Option<&Value>, ephemeral: bool) {
+    if ephemeral && list.len() > 0 {
+        return e.forbidden(list, "must not be specified in container status");
+    }
+    for at in list.items() {
+        let name = at.get("name");
+        if let Some(resources) = container.map(|container| &container["resources"]) {
+            let (known, detail) = if name.s().starts_with("claim:") {
+                let is_own = |claim: &Value| match (claim["name"].as_str(), claim["request"].as_str()) {
+                    (Some(claim), None | Some("")) => name.s() == format!("claim:{claim}"),
+                    (Some(claim), Some(request)) => name.s() == format!("claim:{claim}/{request}"),
+                    _ => false,
+                };
+                (
+                    resources["claims"].as_array().into_iter().flatten().any(is_own),
+                    "must match one of the container's resource claims in a format 'claim:<claimName>/<request>' or 'claim:<claimName>' if request is empty",
+                )
+            } else {
+                (!resources["requests"][name.s()].is_null(), "must match one of the container's resource requests")
+            };
+            if !known {
+                e.invalid_str(&name, detail);
+            }
+        }
+        let mut seen = Vec::new();
+        for device in at.get("resources").items() {
+            let id = device.get("resourceID");
+            e.one_of(&device.get("health"), &["Healthy", "Unhealthy", "Unknown"]);
+            if seen.contains(&id.s()) {
+                e.duplicate(&id, id.s());
+            }
+            seen.push(id.s());
+        }
+    }
 }
 
 fn claim_statuses(e: &mut Errs, list: &At<'_>, claims: &Value) {
@@ -318,9 +428,7 @@ fn claim_statuses(e: &mut Errs, list: &At<'_>, claims: &Value) {
         }
         seen.push(name.s());
         if claim.is_set() {
-            for message in isopod_api::names::dns1123_subdomain(claim.s()) {
-                e.invalid_as(&name, claim.s(), &message);
-            }
+            e.dns_subdomain(&claim);
         }
     }
 }
@@ -337,27 +445,35 @@ fn pod_ips(e: &mut Errs, list: &At<'_>) {
     if seen.len() > 2 || (seen.len() == 2 && six != 1) {
         let shown: Vec<Value> = seen.iter().map(|ip| json!({ "IP": ip })).collect();
         e.invalid_as(list, json!(shown), "may specify no more than one IP for each IP family");
-        for (i, ip) in seen.iter().enumerate().filter(|(i, ip)| seen[..*i].contains(ip)) {
-            e.duplicate(&At::new(list.path.index(i), list.v), json!({ "IP": ip }));
-        }
     }
 }
 
-/// A container that has ended for good does not run again; `specs` may say otherwise of some.
-fn no_restart(e: &mut Errs, new: &At<'_>, old: &At<'_>, policy: &str, specs: &Value) {
-    let specs = specs.as_array().map(Vec::as_slice).unwrap_or_default();
-    let ruled = |c: &Value| c["restartPolicyRules"].as_array().is_some_and(|rules| !rules.is_empty());
-    if specs.iter().any(ruled) {
+/// A container that has ended for good does not run again.
+fn no_restart(e: &mut Errs, new: &At<'_>, old: &At<'_>, spec: &Value, list: &str) {
+    fn all<'a>(v: &'a Value, list: &str) -> impl Iterator<Item = &'a Value> {
+        v[list].as_array().into_iter().flatten()
+    }
+    let ephemeral = list == "ephemeralContainers";
+    let restarts_all = |c: &Value| all(c, "restartPolicyRules").any(|rule| rule["action"] == "RestartAllContainers");
+    if !ephemeral && ["containers", "initContainers"].iter().any(|list| all(spec, list).any(restarts_all)) {
         return;
     }
     for before in old.items() {
         let (name, terminated) = (before.get("name").s(), before.get("state.terminated"));
-        let own = specs.iter().find(|c| c["name"] == name).and_then(|c| c["restartPolicy"].as_str());
-        let may = match own.unwrap_or(policy) {
-            "Never" => false,
-            "OnFailure" => terminated.get("exitCode").int0() != 0,
-            _ => true,
+        let code = terminated.get("exitCode").int0();
+        let may = |container: &Value| {
+            let ruled = all(container, "restartPolicyRules").any(|rule| {
+                let named = all(&rule["exitCodes"], "values").any(|value| value.as_i64() == Some(code));
+                named == (rule["exitCodes"]["operator"] == "In")
+            });
+            ruled
+                || match container["restartPolicy"].as_str().or(spec["restartPolicy"].as_str()) {
+                    Some("Never") => false,
+                    Some("OnFailure") => code != 0,
+                    _ => true,
+                }
         };
+        let may = !ephemeral && all(spec, list).find(|c| c["name"] == name).is_some_and(may);
         let runs = |after: &At<'_>| after.get("name").s() == name && !after.get("state.terminated").is_set();
         if terminated.is_set() && !may && new.items().iter().any(runs) {
             let state = before.get("state");
@@ -436,10 +552,16 @@ mod tests {
             ("/containers/0/resources/requests/cpu", json!("2"), ""),
             ("/containers/0/resources/requests", json!({"x.io/g": "1"}), "resource requests cannot be removed"),
             ("/containers/0/resources/requests/x.io~1g", json!("2"), "only cpu and memory resources are mutable"),
+            ("/initContainers/0/resources/requests/cpu", json!("2"), ""),
             (
-                "/initContainers/0/resources/requests/cpu",
-                json!("2"),
-                "resources for non-sidecar init containers are immutable",
+                "/initContainers/0/resizePolicy",
+                json!([{"restartPolicy": "RestartContainer"}]),
+                "only cpu and memory resources for init or sidecar containers are mutable; non-sidecar init containers with a resize policy of RestartContainer cannot be resized",
+            ),
+            (
+                "/resources",
+                json!({"requests": {"hugepages-2Mi": "2Mi"}}),
+                "only cpu and memory resources are mutable at pod-level",
             ),
             (
                 "/containers/0/resources",
@@ -448,7 +570,13 @@ mod tests {
             ),
         ] {
             let mut new = old.clone();
-            *new.pointer_mut(pointer).unwrap() = value;
+            match new.pointer_mut(pointer) {
+                Some(own) => *own = value,
+                None => {
+                    let (parent, field) = pointer.rsplit_once('/').unwrap();
+                    new.pointer_mut(parent).unwrap()[field] = value;
+                }
+            }
             let (new, old) = (json!({ "spec": new }), json!({ "spec": old }));
             let mut e = Errs::new();
             assert_eq!(resize(&mut e, &At::field(&new, "spec"), &At::field(&old, "spec"), &json!({})), None);
@@ -461,7 +589,7 @@ mod tests {
 
     #[test]
     fn what_a_status_may_say() {
-        let old = json!({"spec": {"restartPolicy": "Never"}, "status": {"qosClass": "Burstable",
+        let old = json!({"spec": {"restartPolicy": "Never", "nodeName": "m", "containers": [{"name": "c"}]}, "status": {"qosClass": "Burstable",
             "containerStatuses": [{"name": "c", "state": {"terminated": {"exitCode": 1}}}]}});
         for (status, want) in [
             (json!({"qosClass": "Guaranteed"}), "status.qosClass"),
@@ -471,7 +599,16 @@ mod tests {
                 json!({"qosClass": "Burstable", "hostIP": "10.0.0.2", "hostIPs": [{"ip": "10.0.0.1"}]}),
                 "status.hostIPs[0].ip",
             ),
-            (json!({"qosClass": "Burstable", "conditions": [{"type": "a b"}]}), "metadata.conditions[0].Type"),
+            (
+                json!({"qosClass": "Burstable", "conditions": [{"type": "a b", "observedGeneration": -1}]}),
+                "status.conditions[0].observedGeneration status.conditions[0].Type",
+            ),
+            (
+                json!({"qosClass": "Burstable", "containerStatuses": [{"name": "c", "state": {"terminated": {}}, "user": {"linux": {"uid": -1}},
+                    "allocatedResourcesStatus": [{"name": "x.io/g", "resources": [{"resourceID": "a", "health": "X"}]}]}]}),
+                "status.containerStatuses[0].user.linux.uid status.containerStatuses[0].allocatedResourcesStatus[0].name status.containerStatuses[0].allocatedResourcesStatus[0].resources[0].health",
+            ),
+            (json!({"qosClass": "Burstable", "nominatedNodeName": "n"}), "status.nominatedNodeName"),
             (
                 json!({"qosClass": "Burstable", "containerStatuses": [{"name": "c", "state": {"running": {}}}]}),
                 "status.containerStatuses[0].state",

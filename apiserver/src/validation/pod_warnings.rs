@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use isopod_api::{field::Path, meta, names, text::quote};
 use serde_json::Value;
 
-use super::{At, resources};
+use super::{At, containers, resources};
 use crate::registry::strategy::Context;
 
 const DEPRECATED_NODE_LABELS: &[(&str, &str)] = &[
@@ -132,11 +132,6 @@ fn warnings(spec: &At<'_>, metadata: &At<'_>, is_pod: bool) -> Vec<String> {
         }
     }
     out
-}
-
-/// All containers, init containers first.
-fn containers<'a>(spec: &At<'a>) -> Vec<At<'a>> {
-    ["initContainers", "containers", "ephemeralContainers"].iter().flat_map(|list| spec.get(list).items()).collect()
 }
 
 fn scheduling(out: &mut Vec<String>, spec: &At<'_>) {

@@ -272,8 +272,11 @@ pub(crate) fn pod_level(e: &mut Errs, spec: &At<'_>) {
     if !at.is_set() {
         return;
     }
-    if at.get("claims").len() > 0 {
-        e.forbidden(&at.get("claims"), "claims cannot be set for Resources at pod-level");
+    if spec.get("os.name").s() == "windows" {
+        return e.forbidden(&at, "may not be set for a windows pod");
+    }
+    if at.get("claims").is_set() {
+        e.forbidden(&at.get("claims"), "claims may not be set for Resources at pod-level");
     }
     pair(e, &at, |e, at, name| {
         let before = e.0.len();

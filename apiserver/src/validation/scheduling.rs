@@ -112,16 +112,7 @@ fn pod_affinity_term(e: &mut Errs, at: &At<'_>) {
             e.invalid_as(&list, namespace.s(), &message);
         }
     }
-    let (matching, other) = (at.get("matchLabelKeys"), at.get("mismatchLabelKeys"));
-    label_keys(e, &matching, at);
-    label_keys(e, &other, at);
-    for (i, key) in matching.strings().iter().enumerate().filter(|(_, key)| selected_by(at, key).1 > 1) {
-        // Upstream leaves the list's name out.
-        e.invalid_as(&At::new(at.path.index(i), matching.v), *key, "exists in both matchLabelKeys and labelSelector");
-    }
-    for key in matching.items().iter().filter(|key| other.strings().contains(&key.s())) {
-        e.invalid(key, "exists in both matchLabelKeys and mismatchLabelKeys");
-    }
+    match_label_keys(e, at);
     let topology = at.get("topologyKey");
     if topology.s().is_empty() {
         e.required(&topology, "can not be empty");
@@ -129,12 +120,23 @@ fn pod_affinity_term(e: &mut Errs, at: &At<'_>) {
     meta::label_key(e, &topology, topology.s());
 }
 
-/// How often the label selector at `at` names a key, and the same when at least one of them is an expression.
-fn selected_by(at: &At<'_>, key: &str) -> (usize, usize) {
+/// The keys of labels that go with the selector at `at`, which has got the pod's own values of them by now.
+fn match_label_keys(e: &mut Errs, at: &At<'_>) {
+    let (matching, other) = (at.get("matchLabelKeys"), at.get("mismatchLabelKeys"));
+    label_keys(e, &matching, at);
+    label_keys(e, &other, at);
     let selector = at.get("labelSelector");
-    let expressions = selector.get("matchExpressions").items().iter().filter(|own| own.get("key").s() == key).count();
-    let all = expressions + usize::from(selector.get("matchLabels").v.get(key).is_some());
-    (all, if expressions > 0 { all } else { 0 })
+    let mut seen: Vec<&str> = selector.get("matchLabels").entries().into_iter().map(|(key, _)| key).collect();
+    for key in selector.get("matchExpressions").items().iter().map(|own| own.get("key").s()) {
+        if let Some(i) = matching.strings().iter().rposition(|own| *own == key).filter(|_| seen.contains(&key)) {
+            // Upstream leaves the list's name out.
+            e.invalid_as(&At::new(at.path.index(i), at.v), key, "exists in both matchLabelKeys and labelSelector");
+        }
+        seen.push(key);
+    }
+    for key in matching.items().iter().filter(|key| other.strings().contains(&key.s())) {
+        e.invalid(key, "exists in both matchLabelKeys and mismatchLabelKeys");
+    }
 }
 
 /// Keys of labels that go with the selector at `at`.
@@ -175,6 +177,7 @@ pub(crate) fn tolerations(e: &mut Errs, list: &At<'_>) {
                     e.invalid_as(&operator, value.s(), "value must be empty when `operator` is 'Exists'");
                 }
             }
+            "Lt" | "Gt" => e.unsupported(&operator, &["Equal", "Exists", "Lt", "Gt"]),
             _ => e.unsupported(&operator, &["Equal", "Exists"]),
         }
         if !effect.s().is_empty() {
@@ -183,8 +186,8 @@ pub(crate) fn tolerations(e: &mut Errs, list: &At<'_>) {
     }
 }
 
-/// `topologySpreadConstraints` of a pod or a template. A pod's own values of the matchLabelKeys are in its selectors.
-pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>, is_pod: bool) {
+/// `topologySpreadConstraints` of a pod or a template.
+pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>) {
     let pair = |at: &At<'_>| (at.v["topologyKey"].clone(), at.v["whenUnsatisfiable"].clone());
     let all = list.items();
     for (i, at) in all.iter().enumerate() {
@@ -219,16 +222,7 @@ pub(crate) fn topology_spread(e: &mut Errs, list: &At<'_>, is_pod: bool) {
         for policy in ["nodeAffinityPolicy", "nodeTaintsPolicy"] {
             e.one_of_if_set(&at.get(policy), &["Honor", "Ignore"]);
         }
-        let keys = at.get("matchLabelKeys");
-        if keys.len() > 0 && !at.get("labelSelector").is_set() {
-            e.forbidden(&keys, "must not be specified when labelSelector is not set");
-        }
-        for key in keys.items() {
-            meta::label_key(e, &key, key.s());
-            if selected_by(at, key.s()).0 > usize::from(is_pod) {
-                e.invalid(&key, "exists in both matchLabelKeys and labelSelector");
-            }
-        }
+        match_label_keys(e, at);
         selector::label_selector(e, &at.get("labelSelector"));
     }
 }

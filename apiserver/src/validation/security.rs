@@ -6,7 +6,7 @@ use super::{At, Errs, internal::named};
 
 const ID_RANGE: &str = "must be between 0 and 2147483647, inclusive";
 
-fn id(e: &mut Errs, at: &At<'_>) {
+pub(crate) fn id(e: &mut Errs, at: &At<'_>) {
     if at.int().is_some_and(|n| !(0..=2_147_483_647).contains(&n)) {
         e.invalid(at, ID_RANGE);
     }
@@ -60,10 +60,10 @@ pub(crate) fn pod(e: &mut Errs, spec: &At<'_>) {
     sysctls(e, &at.get("sysctls"), spec);
     e.one_of_if_set(&at.get("fsGroupChangePolicy"), &["Always", "OnRootMismatch"]);
     seccomp(e, &at.get("seccompProfile"));
-    e.one_of_if_set(&at.get("seLinuxChangePolicy"), &["MountOption", "Recursive"]);
     windows(e, &at.get("windowsOptions"));
     app_armor(e, &at.get("appArmorProfile"));
     e.one_of_if_set(&at.get("supplementalGroupsPolicy"), &["Merge", "Strict"]);
+    e.one_of_if_set(&at.get("seLinuxChangePolicy"), &["MountOption", "Recursive"]);
 }
 
 fn sysctls(e: &mut Errs, list: &At<'_>, spec: &At<'_>) {
