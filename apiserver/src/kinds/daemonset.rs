@@ -11,7 +11,8 @@ use crate::{
         table,
     },
     validation::{
-        At, Errs, at_most_100_percent, int_or_percent_value, pod_warnings, positive_int_or_percent, selector,
+        At, Errs, at_most_100_percent, int_or_percent_value, not_decremented, pod_warnings, positive_int_or_percent,
+        selector,
         template::{always, labels_match, pod_template},
     },
 };
@@ -78,13 +79,14 @@ impl Strategy for DaemonSet {
             ] {
                 e.non_negative(&status.get(field));
             }
+            not_decremented(&mut e, &status.get("collisionCount"), &old["status"]["collisionCount"]);
             return e.0;
         }
         let at = At::field(new, "spec");
         // Upstream validates the new spec twice.
         spec(&mut e, &at);
-        spec(&mut e, &at);
         e.immutable(&at.get("selector"), &old["spec"]["selector"]);
+        spec(&mut e, &at);
         e.0
     }
 
@@ -113,12 +115,9 @@ impl Strategy for DaemonSet {
 
 fn spec(e: &mut Errs, at: &At<'_>) {
     let (selector_at, template) = (at.get("selector"), at.get("template"));
-    if !selector_at.is_set() {
-        e.required(&selector_at, "");
-    }
     selector::label_selector(e, &selector_at);
     let matched = selector::matches(selector_at.v, template.get("metadata.labels").v);
-    if selector_at.is_set() && matched == Some(false) {
+    if !selector_at.is_set() || matched == Some(false) {
         labels_match(e, &template, false);
     }
     if selector_at.is_set() && selector::is_empty(&selector_at) {

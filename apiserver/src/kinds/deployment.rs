@@ -11,7 +11,7 @@ use crate::{
         table,
     },
     validation::{
-        At, Errs, at_most_100_percent, int_or_percent_value, pod_warnings, positive_int_or_percent,
+        At, Errs, at_most_100_percent, int_or_percent_value, not_decremented, pod_warnings, positive_int_or_percent,
         template::{for_replicas, selector_and_template},
     },
 };
@@ -146,10 +146,5 @@ fn status(e: &mut Errs, at: &At<'_>, old: &At<'_>) {
             e.invalid_as(&at.get(field), n(field), detail);
         }
     }
-    let collisions = at.get("collisionCount");
-    if let Some(before) = old.get("collisionCount").int()
-        && collisions.int0() < before
-    {
-        e.invalid_as(&collisions, collisions.int0(), "cannot be decremented");
-    }
+    not_decremented(e, &at.get("collisionCount"), old.get("collisionCount").v);
 }

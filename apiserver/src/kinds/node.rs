@@ -1,6 +1,9 @@
 //! Nodes.
 
-use isopod_api::field::{ErrorList, Path};
+use isopod_api::{
+    field::{ErrorList, Path},
+    names,
+};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -9,7 +12,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, net, resources, same, scheduling},
+    validation::{At, Errs, net, resources, scheduling},
 };
 
 /// `nodes`.
@@ -80,6 +83,19 @@ impl Strategy for Node {
         e.0
     }
 
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        let spec = At::field(obj, "spec");
+        let mut out = Vec::new();
+        if spec.get("configSource").is_set() {
+            out.push("spec.configSource: the feature is removed".to_owned());
+        }
+        if !spec.get("externalID").s().is_empty() {
+            out.push("spec.externalID: this field is deprecated, and is unused by Kubernetes".to_owned());
+        }
+        out.extend(spec.get("podCIDRs").items().iter().filter_map(|at| net::cidr_warning(&at.path, at.s())));
+        out
+    }
+
     fn fields(&self, obj: &Value) -> Vec<(&'static str, String)> {
         vec![("spec.unschedulable", (obj["spec"]["unschedulable"] == true).to_string())]
     }
@@ -144,6 +160,7 @@ fn node(e: &mut Errs, obj: &Value) {
     let spec = At::field(obj, "spec");
     taints(e, &spec);
     quantities(e, obj);
+    features(e, obj);
     let cidrs = spec.get("podCIDRs");
     let mut valid = true;
     for cidr in cidrs.items() {
@@ -153,13 +170,6 @@ fn node(e: &mut Errs, obj: &Value) {
         let families: Vec<&str> = cidrs.strings().iter().map(|c| net::family(c)).collect();
         if cidrs.len() > 2 || families[0] == families[1] {
             e.invalid(&cidrs, "may specify no more than one CIDR for each IP family");
-        }
-        let mut seen = Vec::new();
-        for cidr in cidrs.items() {
-            if seen.contains(&cidr.s()) {
-                e.duplicate(&cidr, cidr.s());
-            }
-            seen.push(cidr.s());
         }
     }
 }
@@ -182,6 +192,7 @@ fn quantities(e: &mut Errs, obj: &Value) {
 fn update(e: &mut Errs, new: &Value, old: &Value) {
     let (spec, before) = (At::field(new, "spec"), At::field(old, "spec"));
     quantities(e, new);
+    features(e, new);
     let mut seen: Vec<&Value> = Vec::new();
     for address in At::field(new, "status").get("addresses").items() {
         if seen.contains(&address.v) {
@@ -190,11 +201,87 @@ fn update(e: &mut Errs, new: &Value, old: &Value) {
         seen.push(address.v);
     }
     let frozen = |what: &str| format!("node updates may not change {what} except from \"\" to valid");
-    if !before.get("podCIDRs").strings().is_empty() && !same(spec.get("podCIDRs").v, before.get("podCIDRs").v) {
-        e.forbidden(&spec.get("podCIDRs"), &frozen("podCIDR"));
+    let (cidrs, were) = (spec.get("podCIDRs"), before.get("podCIDRs"));
+    let changed = match (cidrs.len(), were.len()) {
+        (_, 0) => 0,
+        (now, then) if now != then => 1,
+        _ => cidrs.strings().iter().zip(were.strings()).filter(|(now, then)| *now != then).count(),
+    };
+    for _ in 0..changed {
+        e.forbidden(&cidrs, &frozen("podCIDR"));
     }
     if !before.get("providerID").s().is_empty() && spec.get("providerID").s() != before.get("providerID").s() {
         e.forbidden(&spec.get("providerID"), &frozen("providerID"));
     }
+    for (source, of_spec) in [
+        (spec.get("configSource"), true),
+        (At::field(new, "status").get("config.assigned"), false),
+        (At::field(new, "status").get("config.active"), false),
+        (At::field(new, "status").get("config.lastKnownGood"), false),
+    ] {
+        config_source(e, &source, of_spec);
+    }
     taints(e, &spec);
+    if spec.get("externalID").s() != before.get("externalID").s() {
+        e.forbidden(&spec.get("externalID"), "may not be updated");
+    }
+}
+
+/// Where kubelets once had their configuration from.
+fn config_source(e: &mut Errs, source: &At<'_>, of_spec: bool) {
+    if !source.is_set() {
+        return;
+    }
+    let at = source.get("configMap");
+    if !at.is_set() {
+        return e.invalid_as(source, json!({"ConfigMap": null}), "exactly one reference subfield must be non-nil");
+    }
+    for field in ["uid", "resourceVersion"].map(|field| at.get(field)) {
+        match (field.s().is_empty(), of_spec) {
+            (true, false) => e.required(&field, ""),
+            (false, true) => {
+                let name = field.path.to_string();
+                let name = name.rsplit('.').next().unwrap_or_default();
+                e.forbidden(&field, &format!("{name} must not be set in spec"));
+            }
+            _ => {}
+        }
+    }
+    let checks: [(&str, fn(&str) -> Vec<String>); 3] = [
+        ("namespace", names::dns1123_label),
+        ("name", names::dns1123_subdomain),
+        ("kubeletConfigKey", names::config_map_key),
+    ];
+    for (field, check) in checks {
+        let field = at.get(field);
+        if field.s().is_empty() {
+            e.required(&field, "");
+        } else {
+            e.messages(&field, check(field.s()));
+        }
+    }
+}
+
+/// What the kubelet says it can do: names in order.
+fn features(e: &mut Errs, obj: &Value) {
+    let list = At::field(obj, "status").get("declaredFeatures").items();
+    for (i, at) in list.iter().enumerate() {
+        let name = at.s();
+        if name.len() > 253 {
+            e.invalid(at, &format!("invalid feature name {name:?}: must be no more than 253 characters"));
+        } else if !is_feature(name) {
+            e.invalid(at, &format!("invalid feature name {name:?}: must start with an UpperCamelCase segment, with subsequent segments separated by '/' (e.g., MyFeature or MyFeature/mySubFeature), and contain only alphanumeric characters and slashes"));
+        }
+        match list.get(i + 1) {
+            Some(next) if next.s() == name => e.duplicate(next, name),
+            Some(next) if next.s() < name => e.invalid(next, "list must be sorted alphabetically"),
+            _ => {}
+        }
+    }
+}
+
+/// `MyFeature`, or `MyFeature/aPartOfIt`.
+fn is_feature(name: &str) -> bool {
+    name.starts_with(|c: char| c.is_ascii_uppercase())
+        && name.split('/').all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric()))
 }

@@ -42,15 +42,18 @@ impl Strategy for ControllerRevision {
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let data = At::field(obj, "data");
+        e.non_negative(&At::field(obj, "revision"));
         if !data.is_set() {
             e.required(&data, "data is mandatory");
+        } else if !data.v.is_object() {
+            e.required(&data, "data must be a valid JSON object");
         }
-        e.non_negative(&At::field(obj, "revision"));
         e.0
     }
 
-    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        let mut e = Errs(self.validate(cx, new));
+    fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        e.non_negative(&At::field(new, "revision"));
         e.immutable(&At::field(new, "data"), &old["data"]);
         e.0
     }

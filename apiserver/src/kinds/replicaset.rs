@@ -73,7 +73,8 @@ impl Strategy for ReplicaSet {
         let spec = At::field(obj, "spec");
         e.non_negative(&spec.get("replicas"));
         e.non_negative(&spec.get("minReadySeconds"));
-        selector_and_template(&mut e, &spec, "replicaset");
+        // Upstream's text is that of Deployments.
+        selector_and_template(&mut e, &spec, "deployment");
         for_replicas(&mut e, &spec);
         e.0
     }

@@ -313,7 +313,7 @@ fn traffic_policies(e: &mut Errs, spec: &At<'_>) {
         e.required(&internal, "");
     }
     e.one_of_if_set(&internal, &["Cluster", "Local"]);
-    e.one_of_if_set(&spec.get("trafficDistribution"), &["PreferClose", "PreferSameNode", "PreferSameZone"]);
+    e.one_of_if_set(&spec.get("trafficDistribution"), &["PreferClose", "PreferSameZone", "PreferSameNode"]);
 }
 
 /// What of the addresses and families may not change once set: all but a second one, which may come and go.

@@ -1,5 +1,7 @@
 //! StatefulSets.
 
+use std::collections::BTreeSet;
+
 use isopod_api::field::{Error, ErrorList};
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -11,8 +13,10 @@ use crate::{
         table,
     },
     validation::{
-        At, Errs, at_most_100_percent, int_or_percent_value, pod_warnings, positive_int_or_percent, same,
-        template::{for_replicas, selector_and_template},
+        At, Errs, at_most_100_percent, int_or_percent_value, not_decremented, pod_warnings, positive_int_or_percent,
+        same,
+        template::{always, matching_labels, pod_template, selector_and_template, template_metadata},
+        volume_source,
     },
 };
 
@@ -65,7 +69,7 @@ impl Strategy for StatefulSet {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        spec(&mut e, &At::field(obj, "spec"));
+        spec(&mut e, &At::field(obj, "spec"), &Leniency { new: true, template: true });
         e.0
     }
 
@@ -76,17 +80,29 @@ impl Strategy for StatefulSet {
             for field in ["replicas", "readyReplicas", "currentReplicas", "updatedReplicas", "availableReplicas"] {
                 e.non_negative(&status.get(field));
             }
-            let replicas = status.get("replicas").int0();
-            for field in ["readyReplicas", "currentReplicas", "updatedReplicas", "availableReplicas"] {
-                if status.get(field).int0() > replicas {
-                    let at = status.get(field);
-                    e.invalid_as(&at, at.int0(), "cannot be greater than status.replicas");
+            e.non_negative(&status.get("observedGeneration"));
+            e.non_negative(&status.get("collisionCount"));
+            let at_most = |e: &mut Errs, field: &str, limit: &str| {
+                let at = status.get(field);
+                if at.int0() > status.get(limit).int0() {
+                    e.invalid_as(&at, at.int0(), &format!("cannot be greater than status.{limit}"));
                 }
+            };
+            for field in ["readyReplicas", "currentReplicas", "updatedReplicas", "availableReplicas"] {
+                at_most(&mut e, field, "replicas");
             }
+            at_most(&mut e, "availableReplicas", "readyReplicas");
+            not_decremented(&mut e, &status.get("collisionCount"), &old["status"]["collisionCount"]);
             return e.0;
         }
         let at = At::field(new, "spec");
-        spec(&mut e, &at);
+        let valid = |spec_of: &Value| {
+            let mut e = Errs::new();
+            spec(&mut e, &At::field(spec_of, "spec"), &Leniency { new: false, template: true });
+            e.is_empty()
+        };
+        // What is stored and wrong may stay so.
+        spec(&mut e, &at, &Leniency { new: false, template: valid(old) });
         let mutable = [
             "replicas",
             "ordinals",
@@ -128,7 +144,15 @@ impl Strategy for StatefulSet {
     }
 }
 
-fn spec(e: &mut Errs, at: &At<'_>) {
+/// What of a spec is looked at.
+struct Leniency {
+    /// What no update can change.
+    new: bool,
+    /// The template.
+    template: bool,
+}
+
+fn spec(e: &mut Errs, at: &At<'_>, look_at: &Leniency) {
     let management = at.get("podManagementPolicy");
     match management.s() {
         "" => e.required(&management, ""),
@@ -142,33 +166,46 @@ fn spec(e: &mut Errs, at: &At<'_>) {
             e.one_of(&retention.get(field), &["Retain", "Delete"]);
         }
     }
+    for claim in at.get("volumeClaimTemplates").items().iter().filter(|_| look_at.new) {
+        volume_source::claim_spec(e, &claim.get("spec"));
+    }
     e.non_negative(&at.get("replicas"));
     e.non_negative(&at.get("minReadySeconds"));
     e.non_negative(&at.get("ordinals.start"));
     let service = at.get("serviceName");
-    if !service.s().is_empty() {
+    if look_at.new && !service.s().is_empty() {
         e.dns_label(&service);
     }
     selector_and_template(e, at, "statefulset");
-    for_replicas(e, &At::new(at.path.clone(), &with_claims(at.v)));
+    let template = at.get("template");
+    if matching_labels(e, at, "") {
+        let made = as_made(at.v);
+        let made = At::new(template.path.clone(), &made);
+        if look_at.template {
+            pod_template(e, &made);
+        }
+        // Upstream looks at the metadata twice.
+        template_metadata(e, &made);
+    }
+    always(e, &template, "StatefulSet");
 }
 
-/// The spec with each claim template as a volume of the pods, as the controller will make them: containers may mount them.
-fn with_claims(spec: &Value) -> Value {
-    let mut spec = spec.clone();
-    let claims = spec["volumeClaimTemplates"].as_array().cloned().unwrap_or_default();
-    let Some(pod) = spec.pointer_mut("/template/spec").filter(|pod| pod.is_object()) else { return spec };
-    if pod["volumes"].is_null() {
-        pod["volumes"] = json!([]);
-    }
-    if let Some(volumes) = pod["volumes"].as_array_mut() {
-        for name in claims.iter().filter_map(|claim| claim["metadata"]["name"].as_str()) {
-            if !volumes.iter().any(|volume| volume["name"] == name) {
-                volumes.push(json!({"name": name, "persistentVolumeClaim": {"claimName": name}}));
-            }
-        }
-    }
-    spec
+/// The template as the controller makes pods of it: names of hosts are its own, each claim template is a volume, which
+/// containers may mount.
+fn as_made(spec: &Value) -> Value {
+    let mut template = spec["template"].clone();
+    let claims = spec["volumeClaimTemplates"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let Some(pod) = template.get_mut("spec").and_then(Value::as_object_mut) else { return template };
+    pod.remove("subdomain");
+    pod.remove("hostname");
+    let names: BTreeSet<&str> =
+        claims.iter().map(|claim| claim["metadata"]["name"].as_str().unwrap_or_default()).collect();
+    let made = names.iter().map(|name| json!({"name": name, "persistentVolumeClaim": {"claimName": name}}));
+    let own = pod.remove("volumes").and_then(|v| v.as_array().cloned()).unwrap_or_default();
+    let rest = own.into_iter().filter(|volume| !names.contains(volume["name"].as_str().unwrap_or_default()));
+    let volumes = made.chain(rest).collect();
+    pod.insert("volumes".to_owned(), volumes);
+    template
 }
 
 fn update_strategy(e: &mut Errs, at: &At<'_>) {

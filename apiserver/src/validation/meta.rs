@@ -17,9 +17,6 @@ pub(crate) enum NameRule {
     Subdomain,
     Label,
     PathSegment,
-    /// StatefulSets: a subdomain whose pods' label values fit.
-    StatefulSet,
-    /// Jobs and CronJobs (length limits are the kinds' own).
     IpAddress,
     None,
 }
@@ -27,9 +24,8 @@ pub(crate) enum NameRule {
 /// The rule for a resource.
 pub(crate) fn name_rule(gvr: &Gvr) -> NameRule {
     match (gvr.group.as_str(), gvr.resource.as_str()) {
-        ("", "services" | "namespaces") => NameRule::Label,
+        ("", "services" | "namespaces") | ("apps", "statefulsets") => NameRule::Label,
         ("rbac.authorization.k8s.io", _) => NameRule::PathSegment,
-        ("apps", "statefulsets") => NameRule::StatefulSet,
         ("networking.k8s.io", "ipaddresses") => NameRule::IpAddress,
         ("apiregistration.k8s.io", _)
         | ("policy", "poddisruptionbudgets")
@@ -45,7 +41,7 @@ pub(crate) fn name_messages(gvr: &Gvr, name: &str, prefix: bool) -> Vec<String> 
         if prefix && name.ends_with('-') { format!("{}a", name.trim_end_matches('-')) } else { name.to_owned() };
     let name = masked.as_str();
     match name_rule(gvr) {
-        NameRule::Subdomain | NameRule::StatefulSet => names::dns1123_subdomain(name),
+        NameRule::Subdomain => names::dns1123_subdomain(name),
         NameRule::Label => {
             if name.contains('.') {
                 return vec!["must not contain dots".to_owned()];
@@ -76,12 +72,6 @@ fn object_meta(e: &mut Errs, gvr: &Gvr, namespaced: bool, meta: &At<'_>) {
         e.required(&name, "name or generateName is required");
     } else {
         e.messages(&name, name_messages(gvr, name.s(), false));
-        if name_rule(gvr) == NameRule::StatefulSet
-            && name.s().len() > 63
-            && names::dns1123_subdomain(name.s()).is_empty()
-        {
-            e.invalid(&name, "must be no more than 63 characters");
-        }
     }
     let namespace = meta.get("namespace");
     if namespaced {
@@ -340,6 +330,7 @@ mod tests {
             ("", "configmaps", "a.b", true),
             ("", "services", "a.b", false),
             ("", "services", "1a", true),
+            ("apps", "statefulsets", "a.b", false),
             ("rbac.authorization.k8s.io", "roles", "system:x", true),
             ("rbac.authorization.k8s.io", "roles", "a/b", false),
             ("apps", "deployments", "UPPER", false),

@@ -6,15 +6,20 @@ use super::{At, Errs, meta, pod_annotations, pod_spec::pod_spec, selector};
 
 /// A pod template at `at` (`spec.template`): labels, annotations and the spec.
 pub(crate) fn pod_template(e: &mut Errs, at: &At<'_>) {
-    meta::template_meta(e, at);
+    template_metadata(e, at);
     let spec = at.get("spec");
-    pod_annotations::annotations(e, &at.get("metadata.annotations"), &spec);
     pod_spec(e, &spec, None);
     pod_annotations::agree(e, &at.get("metadata.annotations"), &spec);
     let ephemeral = spec.get("ephemeralContainers");
     if ephemeral.len() > 0 {
         e.forbidden(&ephemeral, "ephemeral containers not allowed in pod template");
     }
+}
+
+/// Labels and annotations of a pod template.
+pub(crate) fn template_metadata(e: &mut Errs, at: &At<'_>) {
+    meta::template_meta(e, at);
+    pod_annotations::annotations(e, &at.get("metadata.annotations"), &at.get("spec"));
 }
 
 /// `spec.selector` and that it matches the template's labels; returns whether the selector is usable.
@@ -54,17 +59,23 @@ pub(crate) fn sorted(v: &Value) -> Value {
 /// The template of a ReplicaSet-like owner: matching labels, the spec, restartPolicy Always, no deadline.
 pub(crate) fn for_replicas(e: &mut Errs, spec: &At<'_>) {
     let template = spec.get("template");
-    let selector_at = spec.get("selector");
-    let nothing = !selector_at.is_set();
-    let matched = match selector::matches(selector_at.v, template.get("metadata.labels").v) {
-        None => return e.invalid(&selector_at, "invalid label selector"),
-        Some(matched) => matched,
+    if matching_labels(e, spec, "invalid label selector") {
+        pod_template(e, &template);
+        always(e, &template, "ReplicaSet");
+    }
+}
+
+/// Whether the selector can be used; the template's labels must match it.
+pub(crate) fn matching_labels(e: &mut Errs, spec: &At<'_>, detail: &str) -> bool {
+    let (selector_at, template) = (spec.get("selector"), spec.get("template"));
+    let Some(matched) = selector::matches(selector_at.v, template.get("metadata.labels").v) else {
+        e.invalid(&selector_at, detail);
+        return false;
     };
-    if nothing || (!selector::is_empty(&selector_at) && !matched) {
+    if !selector_at.is_set() || (!selector::is_empty(&selector_at) && !matched) {
         labels_match(e, &template, false);
     }
-    pod_template(e, &template);
-    always(e, &template, "ReplicaSet");
+    true
 }
 
 /// restartPolicy must be Always and there must be no activeDeadlineSeconds.
