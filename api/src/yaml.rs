@@ -2,8 +2,7 @@
 //! JSON would give.
 
 use serde::de::DeserializeSeed;
-use serde_json::{Map, Number, Value};
-use serde_yaml_ng::Value as Yaml;
+use serde_json::Value;
 
 use crate::schema::json::Seed;
 
@@ -21,8 +20,9 @@ pub fn parse(text: &str) -> Result<Value, Error> {
 /// `line 7: key "a" already set in map`.
 pub fn parse_strict(text: &str) -> Result<(Value, Vec<String>), Error> {
     let (mut path, mut duplicates) = (String::new(), Vec::new());
-    let seed = Seed { path: &mut path, duplicates: &mut duplicates };
-    let value = seed.deserialize(serde_yaml_ng::Deserializer::from_str(text)).map_err(|e| failure(&e))?;
+    let value = Seed::new(&mut path, &mut duplicates)
+        .deserialize(serde_yaml_ng::Deserializer::from_str(text))
+        .map_err(|e| failure(&e))?;
     Ok((whole_numbers(value), duplicates.iter().map(|path| duplicate(text, path)).collect()))
 }
 
@@ -78,43 +78,12 @@ fn whole_numbers(value: Value) -> Value {
 pub fn parse_all(text: &str) -> Result<Vec<Value>, Error> {
     let mut out = Vec::new();
     for document in serde_yaml_ng::Deserializer::from_str(text) {
-        let yaml: Yaml = serde::Deserialize::deserialize(document).map_err(|e| failure(&e))?;
-        let value = convert(yaml)?;
+        let value = Seed::new(&mut String::new(), &mut Vec::new()).deserialize(document).map_err(|e| failure(&e))?;
         if !value.is_null() {
-            out.push(value);
+            out.push(whole_numbers(value));
         }
     }
     Ok(out)
-}
-
-fn convert(yaml: Yaml) -> Result<Value, Error> {
-    Ok(match yaml {
-        Yaml::Null => Value::Null,
-        Yaml::Bool(b) => b.into(),
-        Yaml::Number(n) => match (n.as_i64(), n.as_u64(), n.as_f64()) {
-            (Some(n), ..) => n.into(),
-            (_, Some(n), _) => n.into(),
-            (.., Some(f)) if f.fract() == 0.0 && f.abs() < 1e15 => (f as i64).into(),
-            (.., Some(f)) => Number::from_f64(f).map(Value::Number).ok_or_else(|| Error(format!("{f} is not JSON")))?,
-            _ => return Err(Error("a number that is not JSON".into())),
-        },
-        Yaml::String(s) => s.into(),
-        Yaml::Sequence(items) => Value::Array(items.into_iter().map(convert).collect::<Result<_, _>>()?),
-        Yaml::Mapping(map) => {
-            let mut out = Map::new();
-            for (key, value) in map {
-                let key = match key {
-                    Yaml::String(s) => s,
-                    Yaml::Bool(b) => b.to_string(),
-                    Yaml::Number(n) => n.to_string(),
-                    _ => return Err(Error("a mapping key must be a scalar".into())),
-                };
-                out.insert(key, convert(value)?);
-            }
-            Value::Object(out)
-        }
-        Yaml::Tagged(tagged) => convert(tagged.value)?,
-    })
 }
 
 /// Writes a value as YAML with sorted keys, as upstream answers `Accept: application/yaml`.

@@ -8,7 +8,7 @@
 
 mod strategic;
 
-use json_patch::{AddOperation, PatchOperation, ReplaceOperation};
+use json_patch::{AddOperation, PatchOperation, ReplaceOperation, jsonptr::Pointer};
 use serde_json::Value;
 pub use strategic::strategic_merge;
 
@@ -20,17 +20,8 @@ use crate::{
 
 /// Most operations in one JSON patch.
 const MAX_OPERATIONS: usize = 10_000;
-
-fn go_kind(v: &Value) -> &'static str {
-    match v {
-        Value::Null => "null",
-        Value::Bool(_) => "bool",
-        Value::Number(_) => "number",
-        Value::String(_) => "string",
-        Value::Array(_) => "array",
-        Value::Object(_) => "object",
-    }
-}
+/// Bytes that the copies of one patch may add.
+const MAX_COPIED: usize = 3 << 20;
 
 /// Reads the body of a merge or strategic merge patch: an object or null. The duplicates go into strict field validation.
 pub fn parse_object(body: &[u8]) -> Result<Parsed, String> {
@@ -38,7 +29,7 @@ pub fn parse_object(body: &[u8]) -> Result<Parsed, String> {
     match &parsed.value {
         Value::Object(_) | Value::Null => Ok(parsed),
         other => {
-            Err(format!("json: cannot unmarshal {} into Go value of type map[string]interface {{}}", go_kind(other)))
+            Err(format!("json: cannot unmarshal {} into Go value of type map[string]interface {{}}", json::kind(other)))
         }
     }
 }
@@ -65,7 +56,7 @@ pub fn json_patch(doc: &mut Value, body: &[u8], lenient: bool) -> Result<Vec<Str
     let operations = match parsed.value {
         Value::Array(operations) => operations,
         Value::Null => Vec::new(),
-        other => return Err(undecodable(wrong(go_kind(&other), list))),
+        other => return Err(undecodable(wrong(json::kind(&other), list))),
     };
     if operations.len() > MAX_OPERATIONS {
         return Err(Status::too_large(format!(
@@ -77,7 +68,7 @@ pub fn json_patch(doc: &mut Value, body: &[u8], lenient: bool) -> Result<Vec<Str
         parsed.duplicates.iter().map(|path| format!("json patch duplicate field {}", quote(path))).collect();
     for (i, operation) in operations.iter().enumerate() {
         let Value::Object(members) = operation else {
-            return Err(undecodable(wrong(go_kind(operation), item)));
+            return Err(undecodable(wrong(json::kind(operation), item)));
         };
         for (name, member) in members {
             match (name.as_str(), member) {
@@ -85,16 +76,16 @@ pub fn json_patch(doc: &mut Value, body: &[u8], lenient: bool) -> Result<Vec<Str
                 ("op" | "path" | "from", other) if !lenient => {
                     return Err(undecodable(format!(
                         "json: cannot unmarshal {} into Go struct field jsonPatchOp.{name} of type string",
-                        go_kind(other)
+                        json::kind(other)
                     )));
                 }
                 _ => strict.push(format!("json patch unknown field {}", quote(&format!("[{i}].{name}")))),
             }
         }
     }
+    let mut operate = Operate::default();
     for operation in operations {
-        let operation: PatchOperation = serde_json::from_value(operation).map_err(|_| rejected())?;
-        json_patch::patch(doc, &[lenient_replace(doc, operation)]).map_err(|_| rejected())?;
+        operate.one(doc, serde_json::from_value(operation).map_err(|_| rejected())?).map_err(|_| rejected())?;
     }
     if lenient {
         strict.clear();
@@ -113,17 +104,65 @@ pub enum PatchFailure {
 
 /// Applies the operations an admission plugin asks for. After a failure the document is in no useful state.
 pub fn apply_operations(doc: &mut Value, operations: Vec<Value>) -> Result<(), PatchFailure> {
+    let mut operate = Operate::default();
     for value in operations {
         let shown = value.clone();
         let operation: PatchOperation =
             serde_json::from_value(value).map_err(|e| PatchFailure::Operation(e.to_string()))?;
         let test = matches!(operation, PatchOperation::Test(_));
-        json_patch::patch(doc, &[lenient_replace(doc, operation)]).map_err(|_| match test {
-            true => PatchFailure::Test,
-            false => PatchFailure::Operation(impossible(&shown)),
+        operate.one(doc, operation).map_err(|refusal| match refusal {
+            Refusal::Impossible if test => PatchFailure::Test,
+            Refusal::Impossible => PatchFailure::Operation(impossible(&shown)),
+            Refusal::Deep => PatchFailure::Operation(format!("exceeded max depth of {}", json::MAX_DEPTH)),
+            Refusal::Large(size) => PatchFailure::Operation(format!(
+                "Unable to complete the copy, the accumulated size increase of copy is {size}, exceeding the limit {MAX_COPIED}"
+            )),
         })?;
     }
     Ok(())
+}
+
+/// Why an operation is not done.
+#[derive(Debug, PartialEq, Eq)]
+enum Refusal {
+    Impossible,
+    /// What comes out would nest too deep.
+    Deep,
+    /// The copies are larger than this.
+    Large(usize),
+}
+
+/// Applies operations one by one. A few that copy a document into itself would double it each time, or nest it beyond what
+/// can be read again.
+#[derive(Default)]
+struct Operate {
+    copied: usize,
+}
+
+impl Operate {
+    fn one(&mut self, doc: &mut Value, operation: PatchOperation) -> Result<(), Refusal> {
+        let operation = lenient_replace(doc, operation);
+        let at = |pointer: &Pointer| pointer.resolve(doc).ok();
+        let (path, value) = match &operation {
+            PatchOperation::Add(add) => (&add.path, Some(&add.value)),
+            PatchOperation::Replace(replace) => (&replace.path, Some(&replace.value)),
+            PatchOperation::Move(moved) => (&moved.path, at(&moved.from)),
+            PatchOperation::Copy(copy) => {
+                let from = at(&copy.from);
+                self.copied += from.map_or(0, |from| from.to_string().len());
+                if self.copied > MAX_COPIED {
+                    return Err(Refusal::Large(self.copied));
+                }
+                (&copy.path, from)
+            }
+            PatchOperation::Remove(remove) => (&remove.path, None),
+            PatchOperation::Test(test) => (&test.path, None),
+        };
+        if value.is_some_and(|value| path.tokens().count() + json::depth(value) > json::MAX_DEPTH) {
+            return Err(Refusal::Deep);
+        }
+        json_patch::patch(doc, &[operation]).map_err(|_| Refusal::Impossible)
+    }
 }
 
 /// Upstream's words for an operation whose path leads nowhere.
@@ -188,6 +227,25 @@ mod tests {
         assert!(json_patch(&mut json!({}), body, true).unwrap().is_empty());
         let error = json_patch(&mut json!({}), b"{}", true).unwrap_err();
         assert_eq!(error.message, "json: cannot unmarshal object into Go value of type jsonpatch.Patch");
+    }
+
+    #[test]
+    fn a_document_does_not_outgrow_its_patch() {
+        let grow = |count: usize, operation: &dyn Fn(usize) -> String| {
+            let operations: Vec<String> = (0..count).map(operation).collect();
+            let mut doc = json!({"data": {}, "text": "x".repeat(1000)});
+            let done = json_patch(&mut doc, format!("[{}]", operations.join(",")).as_bytes(), false);
+            done.map(|_| json::depth(&doc)).map_err(|status| status.code)
+        };
+        let twice = |n: usize| format!(r#"{{"op":"copy","from":"","path":"/data/x{n}"}}"#);
+        assert_eq!(grow(5, &twice), Ok(12));
+        assert_eq!(grow(40, &twice), Err(422), "2^40 KB");
+        let deeper = |n: usize| format!(r#"{{"op":"add","path":"/data{}","value":{{}}}}"#, "/x".repeat(n + 1));
+        assert_eq!(grow(json::MAX_DEPTH - 2, &deeper), Ok(json::MAX_DEPTH));
+        assert_eq!(grow(json::MAX_DEPTH - 1, &deeper), Err(422));
+        let doubled = json!([{"op": "copy", "from": "", "path": "/d/x"}]);
+        let failure = apply_operations(&mut json!({"d": {"big": "x".repeat(MAX_COPIED)}}), vec![doubled[0].clone()]);
+        assert!(matches!(failure, Err(PatchFailure::Operation(text)) if text.contains("accumulated size")));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Number, Value};
 
-use super::{Definition, Field, Type, Zero, go_time};
+use super::{Definition, Field, Type, Zero, go_time, json};
 use crate::{meta, quantity::Quantity};
 
 /// A value of the wrong type; Display is upstream's text.
@@ -29,7 +29,7 @@ pub fn decode(def: &Definition, value: &mut Value, duplicates: &[String]) -> Res
     let Value::Object(map) = value else {
         return Err(DecodeError(format!(
             "json: cannot unmarshal {} into Go value of type {}",
-            json_type(value),
+            json::kind(value),
             def.go_name()
         )));
     };
@@ -54,17 +54,6 @@ pub fn prune(def: &Definition, value: &mut Value) -> Vec<String> {
         decoder.object(def, map);
     }
     decoder.strict
-}
-
-fn json_type(v: &Value) -> &'static str {
-    match v {
-        Value::Null => "null",
-        Value::Bool(_) => "bool",
-        Value::Number(_) => "number",
-        Value::String(_) => "string",
-        Value::Array(_) => "array",
-        Value::Object(_) => "object",
-    }
 }
 
 fn go_type(ty: &Type) -> String {
@@ -233,17 +222,17 @@ impl<'a> Decoder<'a> {
                 true
             }
             (Type::Time | Type::MicroTime, other) => {
-                let what = json_type(other);
+                let what = json::kind(other);
                 self.fail(format!("json: cannot unmarshal {what} into Go value of type string"));
                 false
             }
             (Type::IntOrString, other) => {
-                let what = json_type(other);
+                let what = json::kind(other);
                 self.fail(format!("json: cannot unmarshal {what} into Go value of type int32"));
                 false
             }
             (ty, other) => {
-                let what = json_type(other);
+                let what = json::kind(other);
                 self.mismatch(what, &go_type(ty));
                 false
             }

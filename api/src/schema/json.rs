@@ -5,8 +5,9 @@ use std::fmt;
 use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-/// How deep upstream lets JSON nest.
-pub const MAX_DEPTH: usize = 10_000;
+/// How deep bodies may nest. Everything recurses into values, and serde_json reads 127 levels: what managedFields, lists and
+/// watch events put around an object must fit, too.
+pub const MAX_DEPTH: usize = 100;
 
 /// A parsed document.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -27,7 +28,7 @@ pub fn parse(bytes: &[u8]) -> Result<Parsed, Error> {
     let mut duplicates = Vec::new();
     let mut path = String::new();
     let mut de = serde_json::Deserializer::from_slice(bytes);
-    let seed = Seed { path: &mut path, duplicates: &mut duplicates };
+    let seed = Seed::new(&mut path, &mut duplicates);
     let value = seed.deserialize(&mut de).and_then(|v| de.end().map(|()| v));
     match value {
         Ok(value) => Ok(Parsed { value, duplicates }),
@@ -35,10 +36,48 @@ pub fn parse(bytes: &[u8]) -> Result<Parsed, Error> {
     }
 }
 
+/// What Go calls the type of a value.
+pub fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "bool",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+/// How many arrays and objects are around the innermost value.
+pub fn depth(value: &Value) -> usize {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
+        Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
 /// Builds a value from any self-describing format, noting duplicate keys.
 pub(crate) struct Seed<'a> {
-    pub(crate) path: &'a mut String,
-    pub(crate) duplicates: &'a mut Vec<String>,
+    path: &'a mut String,
+    duplicates: &'a mut Vec<String>,
+    depth: usize,
+}
+
+impl<'a> Seed<'a> {
+    pub(crate) fn new(path: &'a mut String, duplicates: &'a mut Vec<String>) -> Self {
+        Self { path, duplicates, depth: 0 }
+    }
+
+    /// For what is inside an array or object.
+    fn inside<E: serde::de::Error>(&mut self) -> Result<(), E> {
+        self.depth += 1;
+        if self.depth > MAX_DEPTH { Err(E::custom("exceeded max depth")) } else { Ok(()) }
+    }
+
+    fn next(&mut self) -> Seed<'_> {
+        Seed { path: self.path, duplicates: self.duplicates, depth: self.depth }
+    }
 }
 
 impl<'de> DeserializeSeed<'de> for Seed<'_> {
@@ -84,12 +123,13 @@ impl<'de> Visitor<'de> for Seed<'_> {
         Ok(Value::Null)
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<Value, A::Error> {
+        self.inside()?;
         let mut out = Vec::new();
         let len = self.path.len();
         loop {
             self.path.push_str(&format!("[{}]", out.len()));
-            let item = seq.next_element_seed(Seed { path: self.path, duplicates: self.duplicates })?;
+            let item = seq.next_element_seed(self.next())?;
             self.path.truncate(len);
             match item {
                 Some(item) => out.push(item),
@@ -98,7 +138,8 @@ impl<'de> Visitor<'de> for Seed<'_> {
         }
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Value, A::Error> {
+        self.inside()?;
         let mut out = Map::new();
         let len = self.path.len();
         while let Some(key) = map.next_key::<String>()? {
@@ -109,7 +150,7 @@ impl<'de> Visitor<'de> for Seed<'_> {
             if out.contains_key(&key) {
                 self.duplicates.push(self.path.clone());
             }
-            let value = map.next_value_seed(Seed { path: self.path, duplicates: self.duplicates })?;
+            let value = map.next_value_seed(self.next())?;
             self.path.truncate(len);
             out.insert(key, value);
         }
@@ -169,7 +210,7 @@ impl Scanner<'_> {
 
     fn value(&mut self, depth: usize) -> Result<(), String> {
         let c = self.next()?;
-        if depth > MAX_DEPTH {
+        if matches!(c, b'{' | b'[') && depth == MAX_DEPTH {
             return Err(unexpected(c, "exceeded max depth"));
         }
         match c {
@@ -306,6 +347,21 @@ mod tests {
         let parsed = parse(br#"{"a":[{"b":1,"b":2}],"a.":1,"c":{"d":1,"d":1},"c":3}"#).unwrap();
         assert_eq!(parsed.duplicates, ["a[0].b", "c.d", "c"]);
         assert_eq!(parsed.value["a"][0]["b"], 2);
+    }
+
+    #[test]
+    fn nesting_is_bounded() {
+        let nested = |open: &str, close: &str, levels: usize| open.repeat(levels) + "1" + &close.repeat(levels);
+        for (open, close, shown) in [("[", "]", '['), ("{\"a\":", "}", '{')] {
+            let parsed = parse(nested(open, close, MAX_DEPTH).as_bytes()).unwrap();
+            assert_eq!(depth(&parsed.value), MAX_DEPTH);
+            for levels in [MAX_DEPTH + 1, 128, 10_000, 1_000_000] {
+                let error = parse(nested(open, close, levels).as_bytes()).unwrap_err();
+                assert_eq!(error.to_string(), format!("invalid character '{shown}' exceeded max depth"), "{levels}");
+            }
+            let error = crate::yaml::parse(&nested(open, close, MAX_DEPTH + 1)).unwrap_err();
+            assert!(error.to_string().contains("exceeded max depth"), "{error}");
+        }
     }
 
     #[test]

@@ -18,37 +18,12 @@ fn media(content_type: Option<&str>) -> &str {
     if bare.is_empty() { "application/json" } else { bare }
 }
 
-/// Nesting deeper than this is refused: parsing and dropping values recurse.
-const DEPTH_MAX: usize = 200;
-
-/// Refuses deeply nested JSON before anything recurses into it.
-pub(super) fn check_depth(bytes: &[u8]) -> Result<(), String> {
-    let (mut depth, mut quoted, mut escaped) = (0usize, false, false);
-    for &byte in bytes {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if quoted => escaped = true,
-            b'"' => quoted = !quoted,
-            b'{' | b'[' if !quoted => {
-                depth += 1;
-                if depth > DEPTH_MAX {
-                    return Err(format!("invalid character '{}' exceeded max depth", byte as char));
-                }
-            }
-            b'}' | b']' if !quoted => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
 /// A parsed body, and strict errors the parser itself found.
 type Body = (Parsed, Vec<String>);
 
 fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Result<Body, String>, Status> {
     match media(content_type) {
-        "application/json" => Ok(check_depth(bytes)
-            .and_then(|()| schema::json::parse(bytes).map_err(|e| e.to_string()))
+        "application/json" => Ok(schema::json::parse(bytes)
             .map(|parsed| (parsed, Vec::new()))
             .map_err(|e| format!("couldn't get version/kind; json parse error: {e}"))),
         "application/yaml" => Ok(parse_yaml(bytes)),
@@ -96,22 +71,15 @@ fn named(mut parsed: Parsed) -> Result<Parsed, String> {
     let unmarshal = |what: &str, into: &str| {
         Err(format!("couldn't get version/kind; json parse error: json: cannot unmarshal {what} into Go {into}"))
     };
-    let kind = |value: &Value| match value {
-        Value::Object(_) => "object",
-        Value::Array(_) => "array",
-        Value::String(_) => "string",
-        Value::Bool(_) => "bool",
-        _ => "number",
-    };
     if parsed.value.is_null() {
         parsed.value = Value::Object(serde_json::Map::new());
     }
     let Some(map) = parsed.value.as_object() else {
-        return unmarshal(kind(&parsed.value), &format!("value of type {HEAD}"));
+        return unmarshal(schema::json::kind(&parsed.value), &format!("value of type {HEAD}"));
     };
     for (field, value) in map.iter().filter(|(field, _)| ["apiVersion", "kind"].contains(&field.as_str())) {
         if !value.is_string() && !value.is_null() {
-            return unmarshal(kind(value), &format!("struct field .{field} of type string"));
+            return unmarshal(schema::json::kind(value), &format!("struct field .{field} of type string"));
         }
     }
     Ok(parsed)

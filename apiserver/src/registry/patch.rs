@@ -13,7 +13,7 @@ use isopod_api::{
 use serde_json::Value;
 
 use super::{
-    Registry, Resource, Writer, decode, managed,
+    Registry, Resource, Writer, managed,
     options::FieldValidation,
     scale, scale_owners,
     update::{Missing, Outcome, Rules, Target, Tracking},
@@ -81,7 +81,6 @@ impl<'b> Patch<'b> {
             (PatchKind::Merge, true) => Status::bad_request("Invalid JSON Patch"),
             _ => Status::bad_request(format!("error decoding patch: {e}")),
         };
-        decode::check_depth(self.body).map_err(&undecodable)?;
         let value = &mut current;
         let (strict, duplicates, patch) = match self.kind {
             PatchKind::Json => (patch::json_patch(value, self.body, lenient)?, Vec::new(), Value::Null),

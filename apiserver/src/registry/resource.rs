@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use isopod_api::{
     gvk::{GroupKind, GroupResource, Gvk, Gvr},
-    resources, schema,
+    resources,
+    schema::{self, json},
     status::Status,
     structural,
 };
-
 use serde_json::Value;
 
 use super::{convert::convert, strategy::Strategy};
@@ -16,6 +16,9 @@ use crate::{
     cache::{Draft, Object, ResourceCache},
     custom::{self, Custom},
 };
+
+/// How deep stored objects may nest: that of bodies, and what managedFields and admission add.
+const STORED_DEPTH: usize = json::MAX_DEPTH + 15;
 
 /// The behaviour of a resource: built in, or a definition's.
 #[derive(Clone)]
@@ -158,6 +161,10 @@ impl Resource {
 
     /// The stored form of an object.
     pub(crate) async fn draft(&self, value: Value) -> Result<Draft, Status> {
+        // Admission can nest deeper than a body may; what could not be read again is not stored.
+        if json::depth(&value) > STORED_DEPTH {
+            return Err(Status::bad_request(format!("the object nests deeper than {STORED_DEPTH} levels")));
+        }
         match &self.custom {
             Some(custom) => custom.draft(value).await,
             None => Ok(Draft::new(value, &*self.strategy)),

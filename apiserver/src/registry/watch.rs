@@ -388,7 +388,6 @@ mod tests {
     #[test]
     fn waiting_costs_less_than_a_kilobyte() {
         let bytes = size_of::<Watching>() + size_of::<OwnedNotified>() + size_of::<Sleep>();
-        println!("{} {} {}", size_of::<Watching>(), size_of::<OwnedNotified>(), size_of::<Sleep>());
         assert!(bytes < 640, "{bytes}");
     }
 }
