@@ -13,12 +13,40 @@ use super::{
     types::Type,
 };
 
+/// What is known of an expression without evaluating it.
+pub(super) struct Checked {
+    /// Its type.
+    pub(super) output: Type,
+    /// The types of its nodes by their ids.
+    pub(super) types: HashMap<u64, Type>,
+    /// What its calls may call; macros are not among them.
+    pub(super) calls: HashMap<u64, Call>,
+}
+
+/// A call.
+pub(super) struct Call {
+    /// With the dots of its name.
+    pub(super) function: String,
+    /// Called on a value.
+    pub(super) method: bool,
+    /// The overloads that fit the arguments.
+    pub(super) overloads: Vec<&'static Signature>,
+}
+
 /// Checks a parsed expression.
-pub(super) fn check(environment: &Environment, parsed: &Parsed) -> Result<Type, Vec<Issue>> {
-    let mut checker = Checker { environment, places: &parsed.places, locals: Vec::new(), issues: Vec::new(), mixed: 0 };
-    let found = checker.expr(&parsed.root);
+pub(super) fn check(environment: &Environment, parsed: &Parsed) -> Result<Checked, Vec<Issue>> {
+    let mut checker = Checker {
+        environment,
+        places: &parsed.places,
+        locals: Vec::new(),
+        issues: Vec::new(),
+        mixed: 0,
+        types: HashMap::new(),
+        calls: HashMap::new(),
+    };
+    let output = checker.expr(&parsed.root);
     if checker.issues.is_empty() {
-        return Ok(found);
+        return Ok(Checked { output, types: checker.types, calls: checker.calls });
     }
     let mut issues = checker.issues;
     issues.sort();
@@ -33,6 +61,8 @@ struct Checker<'e> {
     issues: Vec<Issue>,
     /// Inside arguments of `format`, where literals may mix types.
     mixed: usize,
+    types: HashMap<u64, Type>,
+    calls: HashMap<u64, Call>,
 }
 
 /// What type parameters stand for.
@@ -151,6 +181,12 @@ impl Checker<'_> {
     }
 
     fn expr(&mut self, expr: &IdedExpr) -> Type {
+        let found = self.node(expr);
+        self.types.insert(expr.id, found.clone());
+        found
+    }
+
+    fn node(&mut self, expr: &IdedExpr) -> Type {
         match &expr.expr {
             Expr::Literal(literal) => literal_type(literal),
             Expr::Ident(name) => self.variable(name).unwrap_or_else(|| self.undeclared(expr, name)),
@@ -309,23 +345,33 @@ impl Checker<'_> {
         }
     }
 
-    fn overload(&mut self, expr: &IdedExpr, name: &str, all: &[Signature], method: bool, given: &[Type]) -> Type {
+    fn overload(
+        &mut self,
+        expr: &IdedExpr,
+        name: &str,
+        all: &'static [Signature],
+        method: bool,
+        given: &[Type],
+    ) -> Type {
         if given.contains(&Type::Error) {
             // Said already.
             return Type::Error;
         }
         let mut result: Option<Type> = None;
+        let mut overloads = Vec::new();
         for signature in all.iter().filter(|s| s.method == method && s.arguments.len() == given.len()) {
             let mut bindings = Bindings::new();
             if !signature.arguments.iter().zip(given).all(|(wanted, given)| fits(wanted, given, &mut bindings)) {
                 continue;
             }
+            overloads.push(signature);
             let found = resolved(&signature.result, &bindings);
             result = Some(match result {
                 Some(before) if before != found => Type::Dyn,
                 _ => found,
             });
         }
+        self.calls.insert(expr.id, Call { function: name.to_owned(), method, overloads });
         result.unwrap_or_else(|| {
             let shown: Vec<String> = given.iter().map(Type::brief).collect();
             let applied = match (method, shown.split_first()) {

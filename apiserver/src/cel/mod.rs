@@ -8,12 +8,14 @@ pub(crate) mod admission;
 mod authorizer;
 mod check;
 mod convert;
+mod cost;
 mod functions;
 mod lazy;
 mod lex;
 mod lower;
 mod parse;
 mod signatures;
+mod sizes;
 mod types;
 
 use std::{collections::HashMap, fmt::Write as _, sync::Arc};
@@ -23,6 +25,7 @@ use kube_cel::cel::{Context, IdedExpr, Value as Cel, objects::OptionalValue};
 pub(crate) use authorizer::{authorizer, request_resource};
 pub(crate) use convert::{escape, json, typed, untyped};
 pub(crate) use lazy::Variable;
+pub(crate) use sizes::{Place, cardinality};
 pub(crate) use types::Type;
 
 use functions::{ROOT, explain, with_budget};
@@ -87,20 +90,32 @@ impl Environment {
         }
     }
 
+    /// What an expression over the values of a place can cost at most; [`Self::compile`]'s errors.
+    pub(crate) fn cost(&self, text: &str, wanted: &[Type], own: Place<'_>) -> Result<u64, String> {
+        let (parsed, checked) = self.checked(text, wanted)?;
+        Ok(cost::estimate(&parsed.root, &checked, own))
+    }
+
     /// Compiles an expression that must have one of the types `wanted`. The error is upstream's.
     pub(crate) fn compile(&self, text: &str, wanted: &[Type]) -> Result<Program, String> {
+        let (parsed, checked) = self.checked(text, wanted)?;
+        Ok(Program { text: text.to_owned(), expr: lower::lower(self, parsed.root), output: checked.output })
+    }
+
+    fn checked(&self, text: &str, wanted: &[Type]) -> Result<(parse::Parsed, check::Checked), String> {
         let failed = |issues: &[Issue]| format!("compilation failed: {}", shown(text, issues));
         let parsed = parse::parse(text).map_err(|issues| failed(&issues))?;
-        let output = check::check(self, &parsed).map_err(|issues| failed(&issues))?;
-        let patches = || wanted[0] == list_of_patches() && open_list(&output);
-        if !(wanted.is_empty() || wanted.contains(&output) || patches()) {
+        let checked = check::check(self, &parsed).map_err(|issues| failed(&issues))?;
+        let output = &checked.output;
+        let patches = || wanted[0] == list_of_patches() && open_list(output);
+        if !(wanted.is_empty() || wanted.contains(output) || patches()) {
             let names: Vec<String> = wanted.iter().map(ToString::to_string).collect();
             return Err(match names.as_slice() {
                 [one] => format!("must evaluate to {one} but got {output}"),
                 many => format!("must evaluate to one of [{}] but got {output}", many.join(" ")),
             });
         }
-        Ok(Program { text: text.to_owned(), expr: lower::lower(self, parsed.root), output })
+        Ok((parsed, checked))
     }
 }
 

@@ -6,6 +6,7 @@ use futures::future::BoxFuture;
 use isopod_api::{
     field::{Error as FieldError, ErrorList, Path},
     gvk::GroupKind,
+    selector::{FieldSelector, Requirements},
     status::Status,
 };
 use serde_json::{Value, json};
@@ -14,6 +15,7 @@ use super::{Create, CreateRequest};
 use crate::{
     authn::UserInfo,
     authz::{Attributes, Authorizer, Decision},
+    validation::{At, Errs, selector},
 };
 
 /// Whose access is reviewed.
@@ -62,6 +64,12 @@ fn validate(spec: &Value, subject: Subject, namespace: &str) -> ErrorList {
     if subject != Subject::Own && text(spec, "user").is_empty() && spec["groups"].as_array().is_none_or(Vec::is_empty) {
         errors.push(FieldError::invalid(&path.child("user"), "", "at least one of user or group must be specified"));
     }
+    let mut selectors = Errs::new();
+    for field in ["fieldSelector", "labelSelector"] {
+        let at = At::new(path.child("resourceAttributes").child(field), &resource[field]);
+        selector::reviewed(&mut selectors, &at);
+    }
+    errors.append(&mut selectors.0);
     if subject == Subject::Local {
         if other.is_object() {
             let detail = "disallowed on this kind of request";
@@ -110,8 +118,37 @@ fn named_user(spec: &Value) -> UserInfo {
     }
 }
 
+/// Which selectors of a review cannot be read, wholly or in part: they do not narrow what is asked. Nobody of ours looks at
+/// selectors, as RBAC does not.
+fn unread(spec: &Value) -> String {
+    let attributes = &spec["resourceAttributes"];
+    let requirements = |selector: &Value| selector["requirements"].as_array().cloned().unwrap_or_default();
+    let values = |requirement: &Value| requirement["values"].as_array().map_or(0, Vec::len);
+    let judge = |field: &str, parses: &dyn Fn(&str) -> bool, known: &dyn Fn(&Value) -> bool| {
+        let selector = attributes.get(field).filter(|selector| selector.is_object())?;
+        let raw = text(selector, "rawSelector");
+        let all = requirements(selector);
+        let read = all.iter().filter(|requirement| known(requirement)).count();
+        let ignored = match (raw.is_empty() || parses(&raw), read == all.len(), read) {
+            (true, true, _) => return None,
+            (true, false, 1..) => "partially ignored",
+            _ => "ignored",
+        };
+        Some(format!("spec.resourceAttributes.{field} {ignored} due to parse error"))
+    };
+    let field = |r: &Value| matches!(r["operator"].as_str(), Some("In" | "NotIn")) && values(r) == 1;
+    let label = |r: &Value| match r["operator"].as_str() {
+        Some("In" | "NotIn") => values(r) > 0,
+        Some("Exists" | "DoesNotExist") => values(r) == 0,
+        _ => false,
+    };
+    let fields = judge("fieldSelector", &|raw| FieldSelector::parse(raw).is_ok(), &field);
+    let labels = judge("labelSelector", &|raw| Requirements::parse(raw).is_ok(), &label);
+    fields.into_iter().chain(labels).collect::<Vec<_>>().join("; ")
+}
+
 /// The status of a review. `denied` is only there when somebody said no for good.
-fn status(decision: Decision) -> Value {
+fn status(decision: Decision, unread: String) -> Value {
     let (allowed, denied, reason) = match decision {
         Decision::Allow(reason) => (true, false, reason),
         Decision::NoOpinion(reason) => (false, false, reason),
@@ -123,6 +160,9 @@ fn status(decision: Decision) -> Value {
     }
     if !reason.is_empty() {
         status["reason"] = reason.into();
+    }
+    if !unread.is_empty() {
+        status["evaluationError"] = unread.into();
     }
     status
 }
@@ -137,7 +177,7 @@ impl Create for AccessReview {
                 return Err(Status::invalid(&GroupKind::new(&request.gvr.group, ""), "", errors));
             }
             let user = if self.subject == Subject::Own { request.user.clone() } else { named_user(spec) };
-            answer["status"] = status(self.authorizer.authorize(&attributes(spec, user)));
+            answer["status"] = status(self.authorizer.authorize(&attributes(spec, user)), unread(spec));
             Ok(answer)
         })
     }
@@ -194,6 +234,45 @@ mod tests {
                 "spec.resourceAttributes: Invalid value: null: exactly one of nonResourceAttributes or resourceAttributes must be specified"
             ]
         );
+        let with = |field: &str, selector: Value| {
+            let mut asked = json!({"user": "u", "resourceAttributes": {"resource": "pods"}});
+            asked["resourceAttributes"][field] = selector;
+            (messages(asked.clone(), Subject::Named).join(", "), unread(&asked))
+        };
+        let at = "spec.resourceAttributes.";
+        let one = |operator: &str, values: &[&str]| json!([{"key": "k", "operator": operator, "values": values}]);
+        for (field, selector, message, error) in [
+            ("fieldSelector", json!({"rawSelector": "spec.nodeName=n"}), String::new(), ""),
+            ("fieldSelector", json!({"requirements": one("In", &["n"])}), String::new(), ""),
+            ("fieldSelector", json!({"rawSelector": "a in (b)"}), String::new(), "fieldSelector ignored"),
+            ("fieldSelector", json!({"requirements": one("Exists", &[])}), String::new(), "fieldSelector ignored"),
+            ("labelSelector", json!({"requirements": one("New", &["x"])}), String::new(), "labelSelector ignored"),
+            (
+                "labelSelector",
+                json!({"requirements": [one("Exists", &[])[0].clone(), one("New", &[])[0].clone()]}),
+                String::new(),
+                "labelSelector partially ignored",
+            ),
+            (
+                "fieldSelector",
+                json!({}),
+                format!(
+                    "{at}fieldSelector.requirements: Required value: when {at}fieldSelector is specified, requirements or rawSelector is required"
+                ),
+                "",
+            ),
+            (
+                "labelSelector",
+                json!({"rawSelector": "k=v", "requirements": one("In", &[])}),
+                format!(
+                    "{at}labelSelector.rawSelector: Invalid value: \"k=v\": may not specified at the same time as requirements, {at}labelSelector.requirements[0].values: Required value: must be specified when `operator` is 'In' or 'NotIn'"
+                ),
+                "labelSelector ignored",
+            ),
+        ] {
+            let error = if error.is_empty() { String::new() } else { format!("{at}{error} due to parse error") };
+            assert_eq!(with(field, selector.clone()), (message, error), "{selector}");
+        }
         let elsewhere = json!({"user": "u", "resourceAttributes": {"namespace": "other"}});
         assert_eq!(
             messages(elsewhere, Subject::Local),

@@ -5,9 +5,12 @@
 use isopod_api::{field::Error, structural::Structural};
 use serde_json::{Value, json};
 
-use super::{crd_internal as internal, crd_structural};
+use super::{
+    crd_cost::{Costs, multiplied},
+    crd_internal as internal, crd_structural,
+};
 use crate::{
-    cel::Type,
+    cel::{self, Type},
     custom,
     validation::{At, Errs},
 };
@@ -38,8 +41,8 @@ const ROOT_FIELDS: [&str; 22] = [
     "XValidations",
 ];
 
-/// Checks one schema.
-pub(super) fn check(e: &mut Errs, at: &At<'_>, status: bool) {
+/// Checks one schema. An `unchanged` one may have rules that cost too much: it was accepted before.
+pub(super) fn check(e: &mut Errs, at: &At<'_>, status: bool, unchanged: bool) {
     if !at.is_set() {
         return;
     }
@@ -59,10 +62,11 @@ pub(super) fn check(e: &mut Errs, at: &At<'_>, status: bool) {
         e.0.append(&mut structural.0);
     }
     let mut pass = Pass { errors: Errs::new(), compile };
-    let mut rules = Errs::new();
-    pass.node(&mut rules, at, &Inherited { root: true, ..Inherited::default() });
+    let mut rules = Rules { errors: Errs::new(), costs: Costs::new(unchanged) };
+    pass.node(&mut rules, at, &Inherited { root: true, cardinality: Some(1), ..Inherited::default() });
     e.0.append(&mut pass.errors.0);
-    e.0.append(&mut rules.0);
+    e.0.append(&mut rules.errors.0);
+    rules.costs.finish(e, at);
 }
 
 fn root_fields(e: &mut Errs, at: &At<'_>) {
@@ -97,6 +101,14 @@ struct Inherited {
     uncorrelated: Option<String>,
     /// Inside a junctor, where no expressions are compiled.
     junctor: bool,
+    /// How often the node can be in one object; `None` without a limit.
+    cardinality: Option<u64>,
+}
+
+/// What is found in rules.
+struct Rules {
+    errors: Errs,
+    costs: Costs,
 }
 
 /// One walk over a schema.
@@ -106,11 +118,11 @@ struct Pass {
 }
 
 impl Pass {
-    fn node(&mut self, rules: &mut Errs, at: &At<'_>, above: &Inherited) {
+    fn node(&mut self, rules: &mut Rules, at: &At<'_>, above: &Inherited) {
         let before = self.errors.0.len();
         self.fields(at, above);
-        let below = Inherited { root: false, ..above.clone() };
         let schema = at.v;
+        let below = Inherited { root: false, cardinality: multiplied(above.cardinality, schema), ..above.clone() };
         let additional = at.get("additionalProperties");
         if additional.is_set() {
             if schema["properties"].as_object().is_some_and(|p| !p.is_empty()) && *additional.v != true {
@@ -382,15 +394,23 @@ fn defaulted(e: &mut Errs, at: &At<'_>, default: &Value) {
 }
 
 /// Compiles one rule.
-fn compiled(e: &mut Errs, at: &At<'_>, rule: &At<'_>, above: &Inherited) {
+fn compiled(rules: &mut Rules, at: &At<'_>, rule: &At<'_>, above: &Inherited) {
+    let Rules { errors: e, costs } = rules;
     let (text, computed) = (rule.get("rule"), rule.get("messageExpression"));
-    if let Some(error) = uncompiled(at, rule, above.root, text.s(), Type::Bool) {
-        e.0.push(Error::invalid(&text.path, internal::rule(rule.v), error));
+    match cost(at, rule, above.root, text.s(), Type::Bool) {
+        Ok(once) => {
+            let times = above.cardinality.unwrap_or_else(|| cel::cardinality(at.v));
+            costs.add(e, &text.path, "rule", once.saturating_mul(times));
+        }
+        Err(error) => e.0.push(Error::invalid(&text.path, internal::rule(rule.v), error)),
     }
-    if !computed.s().is_empty()
-        && let Some(error) = uncompiled(at, rule, above.root, computed.s(), Type::String)
-    {
-        e.0.push(Error::invalid(&computed.path, internal::rule(rule.v), format!("messageExpression {error}")));
+    if !computed.s().is_empty() {
+        match cost(at, rule, above.root, computed.s(), Type::String) {
+            Ok(once) => costs.add(e, &computed.path, "messageExpression", once),
+            Err(error) => {
+                e.0.push(Error::invalid(&computed.path, internal::rule(rule.v), format!("messageExpression {error}")));
+            }
+        }
     }
     if custom::mentions(text.s(), "oldSelf") {
         if let Some(path) = &above.uncorrelated {
@@ -402,13 +422,14 @@ fn compiled(e: &mut Errs, at: &At<'_>, rule: &At<'_>, above: &Inherited) {
     }
 }
 
-/// Why an expression of a rule does not compile.
-fn uncompiled(schema: &At<'_>, rule: &At<'_>, root: bool, text: &str, wanted: Type) -> Option<String> {
+/// What an expression of a rule can cost, or why it does not compile.
+fn cost(schema: &At<'_>, rule: &At<'_>, root: bool, text: &str, wanted: Type) -> Result<u64, String> {
     let environment = custom::rule_environment(schema.v, root, rule.get("optionalOldSelf").is_true());
     let shown =
         if wanted == Type::Bool { "cel expression must evaluate to a bool" } else { "must evaluate to a string" };
-    let error = environment.compile(text, &[wanted]).err()?;
-    Some(if error.starts_with("must evaluate") { shown.to_owned() } else { error })
+    let own = cel::Place::Value(schema.v, root || schema.v["x-kubernetes-embedded-resource"] == true);
+    let found = environment.cost(text, &[wanted], own);
+    found.map_err(|error| if error.starts_with("must evaluate") { shown.to_owned() } else { error })
 }
 
 #[cfg(test)]
@@ -419,7 +440,7 @@ mod tests {
 
     fn messages(schema: Value, status: bool) -> Vec<String> {
         let mut e = Errs::new();
-        check(&mut e, &At::new(Path::new("s"), &schema), status);
+        check(&mut e, &At::new(Path::new("s"), &schema), status, false);
         e.0.iter().map(ToString::to_string).collect()
     }
 
@@ -431,7 +452,7 @@ mod tests {
     fn refused() {
         let keys = json!({"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["k"],
             "items": {"type": "object", "properties": {"k": {"type": "string"}}}});
-        let item_rule = json!({"type": "array", "items": {"type": "string",
+        let item_rule = json!({"type": "array", "maxItems": 5, "items": {"type": "string", "maxLength": 10,
             "x-kubernetes-validations": [{"rule": "self == oldSelf"}]}});
         for (a, want) in [
             (

@@ -48,8 +48,14 @@ fn has_status(version: &At<'_>) -> bool {
     version.get("subresources.status").is_set()
 }
 
-/// Checks every version, but for what all of them share.
-pub(super) fn each(e: &mut Errs, spec: &At<'_>) {
+/// Whether a version had the same schema before.
+fn unchanged(version: &At<'_>, old: &Value) -> bool {
+    let same = |before: &Value| before["name"] == version.v["name"] && before.get("schema") == version.v.get("schema");
+    old.as_array().is_some_and(|old| old.iter().any(same))
+}
+
+/// Checks every version, but for what all of them share. `old` are the versions before.
+pub(super) fn each(e: &mut Errs, spec: &At<'_>, old: &Value) {
     let list = spec.get("versions");
     let versions = list.items();
     for version in &versions {
@@ -71,7 +77,8 @@ pub(super) fn each(e: &mut Errs, spec: &At<'_>) {
         }
         deprecation(e, version);
         if !is_shared(&versions, "schema") {
-            super::crd_schema::check(e, &version.get("schema.openAPIV3Schema"), has_status(version));
+            let schema = version.get("schema.openAPIV3Schema");
+            super::crd_schema::check(e, &schema, has_status(version), unchanged(version, old));
         }
         for (field, part) in PARTS.iter().filter(|(field, _)| !is_shared(&versions, field)) {
             part(e, &version.get(field), &schema_of(version));
@@ -93,13 +100,13 @@ pub(super) fn each(e: &mut Errs, spec: &At<'_>) {
 }
 
 /// Checks what all versions share.
-pub(super) fn shared(e: &mut Errs, spec: &At<'_>) {
+pub(super) fn shared(e: &mut Errs, spec: &At<'_>, old: &Value) {
     let versions = spec.get("versions").items();
     let Some(first) = versions.first() else { return };
     if is_shared(&versions, "schema") {
         let path = Path::new("spec").child("validation").child("openAPIV3Schema");
         let at = At::new(path, first.get("schema.openAPIV3Schema").v);
-        super::crd_schema::check(e, &at, versions.iter().any(has_status));
+        super::crd_schema::check(e, &at, versions.iter().any(has_status), unchanged(first, old));
     }
     for (field, part) in PARTS.iter().filter(|(field, _)| is_shared(&versions, field)) {
         let at = At::new(Path::new("spec").child(field), first.get(field).v);
@@ -306,8 +313,8 @@ mod tests {
     fn errors(obj: &Value) -> String {
         let mut e = Errs::new();
         let spec = At::field(obj, "spec");
-        each(&mut e, &spec);
-        shared(&mut e, &spec);
+        each(&mut e, &spec, &Value::Null);
+        shared(&mut e, &spec, &Value::Null);
         conversion(&mut e, &spec);
         e.0.iter().map(|x| x.field.trim_start_matches("spec.").to_owned()).collect::<Vec<_>>().join(" ")
     }

@@ -84,7 +84,7 @@ impl Strategy for CustomResourceDefinition {
             let at = At::field(obj, "metadata").get("name");
             e.invalid_str(&at, "must be spec.names.plural+\".\"+spec.group");
         }
-        definition(&mut e, obj);
+        definition(&mut e, obj, &Value::Null);
         names_of(&mut e, &At::field(obj, "status").get("acceptedNames"));
         stored_versions(&mut e, obj);
         protected_group(&mut e, obj);
@@ -99,7 +99,7 @@ impl Strategy for CustomResourceDefinition {
             names_of(&mut e, &accepted);
             return e.0;
         }
-        definition(&mut e, new);
+        definition(&mut e, new, old);
         let spec = At::field(new, "spec");
         let before = &old["spec"];
         if crate::custom::names::holds(old, "Established") {
@@ -146,8 +146,8 @@ fn storage_version(spec: &Value) -> Option<String> {
     versions.iter().find(|v| v["storage"] == true).and_then(|v| v["name"].as_str()).map(str::to_owned)
 }
 
-/// Everything that does not depend on an older state.
-fn definition(e: &mut Errs, obj: &Value) {
+/// Everything that does not depend on an older state, but for the cost of rules that were there.
+fn definition(e: &mut Errs, obj: &Value, old: &Value) {
     let spec = At::field(obj, "spec");
     let group = spec.get("group");
     if group.s().is_empty() {
@@ -160,7 +160,7 @@ fn definition(e: &mut Errs, obj: &Value) {
         e.dns_subdomain(&group);
     }
     e.required_one_of(&spec.get("scope"), &["Cluster", "Namespaced"]);
-    super::crd_versions::each(e, &spec);
+    super::crd_versions::each(e, &spec, &old["spec"]["versions"]);
     for field in ["plural", "singular", "kind", "listKind"] {
         let name = spec.get("names").get(field);
         if name.s().is_empty() {
@@ -168,7 +168,7 @@ fn definition(e: &mut Errs, obj: &Value) {
         }
     }
     names_of(e, &spec.get("names"));
-    super::crd_versions::shared(e, &spec);
+    super::crd_versions::shared(e, &spec, &old["spec"]["versions"]);
     super::crd_versions::conversion(e, &spec);
 }
 

@@ -13,6 +13,7 @@ mod certificates;
 mod cluster;
 pub(crate) mod components;
 mod config;
+mod crd_cost;
 mod crd_internal;
 mod crd_schema;
 mod crd_structural;

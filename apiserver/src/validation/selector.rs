@@ -14,6 +14,15 @@ pub(crate) fn label_selector(e: &mut Errs, at: &At<'_>) {
 }
 
 fn requirement(e: &mut Errs, at: &At<'_>) {
+    operator(e, at, false);
+    let key = at.get("key");
+    meta::label_key(e, &key, key.s());
+    for value in at.get("values").items() {
+        e.messages(&value, isopod_api::names::label_value(value.s()));
+    }
+}
+
+fn operator(e: &mut Errs, at: &At<'_>, any: bool) {
     let (operator, values) = (at.get("operator"), at.get("values"));
     match operator.s() {
         "In" | "NotIn" => {
@@ -26,12 +35,37 @@ fn requirement(e: &mut Errs, at: &At<'_>) {
                 e.forbidden(&values, "may not be specified when `operator` is 'Exists' or 'DoesNotExist'");
             }
         }
+        _ if any => {}
         _ => e.invalid_str(&operator, "not a valid selector operator"),
     }
-    let key = at.get("key");
-    meta::label_key(e, &key, key.s());
-    for value in values.items() {
-        e.messages(&value, isopod_api::names::label_value(value.s()));
+}
+
+/// The `fieldSelector` or `labelSelector` of an access review. Who asks may know operators that we do not.
+pub(crate) fn reviewed(e: &mut Errs, at: &At<'_>) {
+    if !at.is_set() {
+        return;
+    }
+    let (raw, requirements) = (at.get("rawSelector"), at.get("requirements"));
+    if !raw.s().is_empty() && requirements.len() > 0 {
+        e.invalid(&raw, "may not specified at the same time as requirements");
+    }
+    if raw.s().is_empty() && requirements.len() == 0 {
+        let detail = format!("when {} is specified, requirements or rawSelector is required", at.path);
+        e.required(&requirements, &detail);
+    }
+    let labels = at.path.to_string().ends_with("labelSelector");
+    for requirement in requirements.items() {
+        let key = requirement.get("key");
+        if !labels && key.s().is_empty() {
+            e.required(&key, "must be specified");
+        }
+        operator(e, &requirement, true);
+        if labels {
+            meta::label_key(e, &key, key.s());
+            for value in requirement.get("values").items() {
+                e.messages(&value, isopod_api::names::label_value(value.s()));
+            }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Every fact of two tables by a request: the defaults of `default-rows.json` (`defaults.json` has an object for each) and
 //! the fields of `field-selectors.json`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -101,4 +101,56 @@ async fn every_field_to_select_by() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_resource_and_column() {
+    let facts: Value = serde_json::from_str(include_str!("../../../api/data/resources.json")).unwrap();
+    let columns: Value = serde_json::from_str(include_str!("../../data/printer-columns.json")).unwrap();
+    let server = Server::start().await;
+    let words = |v: &Value| list(v).map(|word| word.as_str().unwrap().to_owned()).collect::<BTreeSet<_>>();
+    let text = |v: &Value, field: &str| v[field].as_str().unwrap_or_default().to_owned();
+    let (mut wrong, mut tables, mut discovered) = (Vec::new(), 0, BTreeMap::new());
+    for fact in list(&facts["resources"]) {
+        let (group, version, plural) = (text(fact, "group"), text(fact, "version"), text(fact, "plural"));
+        let root = if group.is_empty() { format!("/api/{version}") } else { format!("/apis/{group}/{version}") };
+        if !discovered.contains_key(&root) {
+            let (_, answer) = server.answer(Method::GET, &root, &Value::Null).await;
+            discovered.insert(root.clone(), answer);
+        }
+        let Some(found) = list(&discovered[&root]["resources"]).find(|found| found["name"] == *plural) else {
+            wrong.push(format!("{root}/{plural} is not there"));
+            continue;
+        };
+        for (own, fact) in [("singularName", text(fact, "singular")), ("kind", text(fact, "kind"))] {
+            if text(found, own) != fact {
+                wrong.push(format!("{root}/{plural}: {own} {} is not {fact:?}", found[own]));
+            }
+        }
+        for field in ["shortNames", "categories", "verbs"] {
+            if words(&found[field]) != words(&fact[field]) {
+                wrong.push(format!("{root}/{plural}: {field} {} are not {}", found[field], fact[field]));
+            }
+        }
+        if found["namespaced"] != fact["namespaced"] {
+            wrong.push(format!("{root}/{plural}: namespaced {}", found["namespaced"]));
+        }
+        if !words(&fact["verbs"]).contains("list") {
+            continue;
+        }
+        let url = server.url(&format!("{root}/{plural}?limit=1"));
+        let accept = "application/json;as=Table;v=v1;g=meta.k8s.io";
+        let answer = server.client.get(url).header("accept", accept).send().await.unwrap().text().await.unwrap();
+        let table: Value = serde_json::from_str(&answer).unwrap();
+        let shown = |c: &Value| json!([c["name"], c["type"], c["format"], c["priority"]]);
+        let shown: Value = list(&table["columnDefinitions"]).map(shown).collect();
+        let key = if group.is_empty() { format!("{version}/{plural}") } else { format!("{group}/{version}/{plural}") };
+        let plain = json!([["Name", "string", "name", 0], ["Created At", "date", "", 0]]);
+        if shown != *columns["columns"].get(&key).unwrap_or(&plain) {
+            wrong.push(format!("{key}: columns {shown}"));
+        }
+        tables += 1;
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(tables > 60, "{tables} tables");
 }
