@@ -129,9 +129,7 @@ fn start(ctx: &Arc<Context>, root_ca: String) {
     replica::start::<ReplicaSet>(ctx);
     replica::start::<ReplicationController>(ctx);
     deployment::start(ctx);
-    endpoints::slices::start(ctx);
-    endpoints::legacy::start(ctx);
-    endpoints::mirror::start(ctx);
+    endpoints::start(ctx);
     load_balancer::start(ctx);
     service_account::start(ctx);
     service_cidrs::start(ctx);

@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::context::{Context, Key, key};
 use crate::endpoints::slices::SERVICE_NAME;
 use isopod_client::objects::HasMeta;
-use isopod_client::{Queue, Recorder, spawn_workers};
+use isopod_client::{Change, Queue, Recorder, spawn_workers};
 use k8s_openapi::api::core::v1::{LoadBalancerIngress, LoadBalancerStatus, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -51,26 +51,28 @@ enum Plan {
 pub(crate) fn start(ctx: &Arc<Context>) {
     let controller = Arc::new(Controller { ctx: ctx.clone(), recorder: ctx.recorder.component(NAME) });
     let queue: Arc<Queue<Key>> = Queue::new();
-    let all = |c: &Arc<Controller>, q: &Arc<Queue<Key>>| {
-        let (c, q) = (c.clone(), q.clone());
-        move || {
-            let services = c.ctx.caches.services.list();
-            services.iter().filter(|s| is_balancer(s)).for_each(|s| q.add(key(&**s)));
-        }
-    };
-    let (wake, q) = (all(&controller, &queue), queue.clone());
+    let (c, q) = (ctx.clone(), queue.clone());
+    let wake = Arc::new(move |wants: &dyn Fn(&Service) -> bool| {
+        let services = c.caches.services.list();
+        services.iter().filter(|s| is_ours(s) && wants(s)).for_each(|s| q.add(key(&**s)));
+    });
+    let (q, w) = (queue.clone(), wake.clone());
     ctx.caches.services.subscribe(move |change| {
-        q.add(key(&**change.object()));
-        // Others may wait for a port of this one.
-        if is_balancer(change.object()) {
-            wake();
+        let service = change.object();
+        q.add(key(&**service));
+        let same = |a: &Service, b: &Service| is_ours(a) == is_ours(b) && ports(a).eq(ports(b));
+        // Others may wait for a port of this one, or lose theirs to it.
+        match change {
+            Change::Updated(old, new) if same(old, new) || !(is_ours(old) || is_ours(new)) => {}
+            Change::Updated(old, new) => w(&|other| rivals(other, old) || rivals(other, new)),
+            _ if is_ours(service) => w(&|other| rivals(other, service)),
+            Change::Added(_) | Change::Deleted(_) => {}
         }
     });
-    let wake = all(&controller, &queue);
     ctx.caches.nodes.subscribe(move |change| {
-        let same = matches!(change, isopod_client::Change::Updated(old, new) if place(old) == place(new));
+        let same = matches!(change, Change::Updated(old, new) if place(old) == place(new));
         if !same {
-            wake();
+            wake(&|_| true);
         }
     });
     let (c, q) = (controller.clone(), queue.clone());
@@ -128,6 +130,11 @@ fn hosts(slices: &[Arc<EndpointSlice>], service: &Service) -> BTreeSet<String> {
 fn ports(service: &Service) -> impl Iterator<Item = (&str, i32)> {
     let ports = service.spec.iter().flat_map(|s| s.ports.iter().flatten());
     ports.map(|p| (p.protocol.as_deref().unwrap_or("TCP"), p.port))
+}
+
+/// Whether a Service wants a port that another one, if that is ours, wants as well.
+fn rivals(service: &Service, other: &Service) -> bool {
+    is_ours(other) && ports(service).any(|port| ports(other).any(|p| p == port))
 }
 
 fn ingress(service: &Service) -> Vec<IpAddr> {

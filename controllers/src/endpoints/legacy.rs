@@ -1,14 +1,12 @@
 //! Endpoints, the older form: one object per Service, at most 1000 addresses.
 
 use super::trigger::{self, Triggers};
-use super::{HEADLESS, Key, Port, TRIGGER_TIME, key};
+use super::{Key, Port, TRIGGER_TIME, key};
 use crate::context::Context;
 use crate::pods;
 use isopod_client::objects::{DeleteOptions, HasMeta, is_namespace_terminating, message};
 use isopod_client::{Queue, Recorder, spawn_workers};
-use k8s_openapi::api::core::v1::{
-    EndpointAddress, EndpointPort, EndpointSubset, Endpoints, ObjectReference, Pod, Service,
-};
+use k8s_openapi::api::core::v1::{EndpointAddress, EndpointPort, EndpointSubset, Endpoints, Pod, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,21 +23,18 @@ struct Controller {
     triggers: Triggers,
 }
 
-/// Subscribes the controller and starts its workers.
-pub(crate) fn start(ctx: &Arc<Context>) {
+/// Starts the workers of the queue that is returned.
+pub(super) fn start(ctx: &Arc<Context>) -> Arc<Queue<Key>> {
     let recorder = ctx.recorder.component("endpoint-controller");
     let controller = Arc::new(Controller { ctx: ctx.clone(), recorder, triggers: Triggers::default() });
     let queue: Arc<Queue<Key>> = Queue::new();
-    let q = queue.clone();
-    ctx.caches.services.subscribe(move |change| q.add(key(&**change.object())));
-    let (q, c) = (queue.clone(), ctx.clone());
-    ctx.caches.pods.subscribe(move |change| super::wake_for_pod(&c, &q, change));
     let q = queue.clone();
     ctx.caches.endpoints.subscribe(move |change| q.add(key(&**change.object())));
     spawn_workers("endpoints-controller", &queue, 5, &ctx.stop, move |key| {
         let controller = controller.clone();
         async move { controller.sync(key).await }
     });
+    queue
 }
 
 impl Controller {
@@ -54,7 +49,7 @@ impl Controller {
             return Ok(None);
         };
         let Some(selector) = super::selector(&service) else { return Ok(None) };
-        let pods = super::selected(&self.ctx, &service, &selector);
+        let pods = super::selected(&self.ctx, &service, selector);
         let (subsets, truncated) = plan(&service, &pods);
         let mut new = current.as_deref().cloned().unwrap_or_else(|| Endpoints {
             metadata: ObjectMeta { name: Some(key.1.clone()), namespace: Some(key.0.clone()), ..ObjectMeta::default() },
@@ -98,11 +93,7 @@ fn ours(endpoints: &Endpoints) -> bool {
 }
 
 fn labels(service: &Service) -> BTreeMap<String, String> {
-    let mut labels = service.metadata.labels.clone().unwrap_or_default();
-    labels.remove(HEADLESS);
-    if super::is_headless(service) {
-        labels.insert(HEADLESS.into(), String::new());
-    }
+    let mut labels = super::labels(service);
     labels.insert(MANAGED_BY.into(), MANAGER.into());
     labels
 }
@@ -113,13 +104,7 @@ fn address(service: &Service, pod: &Pod, ip: &str) -> EndpointAddress {
         ip: ip.to_owned(),
         hostname: super::hostname(pod, service),
         node_name: (!node.is_empty()).then(|| node.to_owned()),
-        target_ref: Some(ObjectReference {
-            kind: Some("Pod".into()),
-            namespace: Some(pod.namespace().to_owned()),
-            name: Some(pod.name().to_owned()),
-            uid: Some(pod.uid().to_owned()),
-            ..ObjectReference::default()
-        }),
+        target_ref: Some(super::reference(pod)),
     }
 }
 

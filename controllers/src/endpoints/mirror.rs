@@ -26,7 +26,7 @@ struct Controller {
 }
 
 /// Subscribes the controller and starts its workers.
-pub(crate) fn start(ctx: &Arc<Context>) {
+pub(super) fn start(ctx: &Arc<Context>) {
     let controller = Arc::new(Controller { ctx: ctx.clone(), written: Written::default() });
     let queue: Arc<Queue<Key>> = Queue::new();
     let q = queue.clone();
@@ -34,30 +34,16 @@ pub(crate) fn start(ctx: &Arc<Context>) {
     let q = queue.clone();
     ctx.caches.services.subscribe(move |change| q.add(key(&**change.object())));
     let (q, c) = (queue.clone(), controller.clone());
-    ctx.caches.slices.subscribe(move |change| {
-        let slice = change.object();
-        if let Some(service) = mirrored(slice) {
-            let key = (slice.namespace().to_owned(), service.to_owned());
-            if change.is_deleted() {
-                c.written.gone(&key, slice.uid());
-            }
-            q.add(key);
-        }
-    });
+    ctx.caches.slices.subscribe(move |change| super::wake_for_slice(&q, &c.written, MANAGER, change));
     spawn_workers("endpointslice-mirroring-controller", &queue, 5, &ctx.stop, move |key| {
         let controller = controller.clone();
         async move { controller.sync(key).await }
     });
 }
 
-fn mirrored(slice: &EndpointSlice) -> Option<&str> {
-    let labels = slice.metadata.labels.as_ref()?;
-    (labels.get(MANAGED_BY).map(String::as_str) == Some(MANAGER)).then(|| labels.get(SERVICE_NAME))?.map(String::as_str)
-}
-
 impl Controller {
     async fn sync(&self, key: Key) -> Result<Option<Duration>, kube::Error> {
-        let own = |s: &EndpointSlice| mirrored(s) == Some(&key.1) && !s.deleting();
+        let own = |s: &EndpointSlice| super::service_of(s, MANAGER) == Some(&key.1) && !s.deleting();
         let existing = self.ctx.caches.slices.select(&key.0, own);
         if !self.written.caught_up(&key, existing.iter().map(|s| &**s)) {
             return Ok(Some(CATCH_UP));

@@ -3,25 +3,40 @@
 //! In: Services with a selector, the pods it matches, their nodes' zones. Out: slices of at most 100 endpoints, changed as
 //! little as possible, and one Endpoints object. No batching: a pod's readiness reaches both within one sync.
 
-pub(crate) mod legacy;
-pub(crate) mod mirror;
+mod legacy;
+mod mirror;
 pub(crate) mod slices;
 mod topology;
 mod trigger;
 
 use crate::context::{Context, Key, key};
 use crate::pods;
+use crate::written::Written;
 use isopod_client::objects::HasMeta;
-use isopod_client::select::Selector;
 use isopod_client::{Change, Queue};
-use k8s_openapi::api::core::v1::{Pod, Service, ServicePort};
+use k8s_openapi::api::core::v1::{ObjectReference, Pod, Service, ServicePort};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use slices::{MANAGED_BY, SERVICE_NAME};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// When the change that a slice reflects happened.
 pub(crate) const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// Marks the endpoints of headless Services.
 pub(crate) const HEADLESS: &str = "service.kubernetes.io/headless";
+
+type Labels = BTreeMap<String, String>;
+
+/// Subscribes the controllers and starts their workers.
+pub(crate) fn start(ctx: &Arc<Context>) {
+    let queues = [slices::start(ctx), legacy::start(ctx)];
+    let q = queues.clone();
+    ctx.caches.services.subscribe(move |change| q.iter().for_each(|q| q.add(key(&**change.object()))));
+    let c = ctx.clone();
+    ctx.caches.pods.subscribe(move |change| wake_for_pod(&c, &queues, change));
+    mirror::start(ctx);
+}
 
 /// A port of an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,12 +48,17 @@ pub(crate) struct Port {
 }
 
 /// The selector of a Service whose endpoints are ours.
-pub(crate) fn selector(service: &Service) -> Option<Selector> {
+fn selector(service: &Service) -> Option<&Labels> {
     let spec = service.spec.as_ref()?;
     if spec.type_.as_deref() == Some("ExternalName") {
         return None;
     }
-    spec.selector.as_ref().filter(|s| !s.is_empty()).map(Selector::from_labels)
+    spec.selector.as_ref().filter(|s| !s.is_empty())
+}
+
+fn selects(selector: &Labels, pod: &Pod) -> bool {
+    let labels = pod.metadata.labels.as_ref();
+    labels.is_some_and(|labels| selector.iter().all(|(key, value)| labels.get(key) == Some(value)))
 }
 
 /// Whether the Service has no address of its own.
@@ -48,8 +68,29 @@ pub(crate) fn is_headless(service: &Service) -> bool {
 }
 
 /// The pods a Service selects.
-pub(crate) fn selected(ctx: &Context, service: &Service, selector: &Selector) -> Vec<Arc<Pod>> {
-    ctx.caches.pods.select(service.namespace(), |pod| selector.matches_optional(pod.metadata.labels.as_ref()))
+fn selected(ctx: &Context, service: &Service, selector: &Labels) -> Vec<Arc<Pod>> {
+    ctx.caches.pods.select(service.namespace(), |pod| selects(selector, pod))
+}
+
+/// The pod an endpoint stands for.
+fn reference(pod: &Pod) -> ObjectReference {
+    ObjectReference {
+        kind: Some("Pod".into()),
+        namespace: Some(pod.namespace().to_owned()),
+        name: Some(pod.name().to_owned()),
+        uid: Some(pod.uid().to_owned()),
+        ..ObjectReference::default()
+    }
+}
+
+/// The labels of what is published about a Service: its own, and whether it is headless.
+fn labels(service: &Service) -> Labels {
+    let mut labels = service.metadata.labels.clone().unwrap_or_default();
+    labels.remove(HEADLESS);
+    if is_headless(service) {
+        labels.insert(HEADLESS.into(), String::new());
+    }
+    labels
 }
 
 /// Whether a pod can be an endpoint at all.
@@ -121,19 +162,37 @@ fn relevant(old: &Pod, new: &Pod) -> bool {
 }
 
 /// Wakes the Services that a changed pod belongs to, or did.
-pub(crate) fn wake_for_pod(ctx: &Context, queue: &Queue<Key>, change: &Change<'_, Pod>) {
+fn wake_for_pod(ctx: &Context, queues: &[Arc<Queue<Key>>], change: &Change<'_, Pod>) {
     let (old, new) = match change {
         Change::Added(pod) | Change::Deleted(pod) => (None, *pod),
         Change::Updated(old, new) if relevant(old, new) => (Some(*old), *new),
         Change::Updated(..) => return,
     };
-    for service in ctx.caches.services.in_namespace(new.namespace()) {
-        let Some(selector) = selector(&service) else { continue };
-        let matches = |pod: &Pod| selector.matches_optional(pod.metadata.labels.as_ref());
-        if matches(new) || old.is_some_and(|pod| matches(pod)) {
-            queue.add(key(&*service));
-        }
+    let services = ctx.caches.services.select(new.namespace(), |service| {
+        let selector = selector(service);
+        selector.is_some_and(|s| selects(s, new) || old.is_some_and(|old| selects(s, old)))
+    });
+    for service in services {
+        queues.iter().for_each(|queue| queue.add(key(&*service)));
     }
+}
+
+/// The Service of a slice that `manager` writes.
+fn service_of<'a>(slice: &'a EndpointSlice, manager: &str) -> Option<&'a str> {
+    let labels = slice.metadata.labels.as_ref()?;
+    let managed = labels.get(MANAGED_BY).is_some_and(|m| m == manager);
+    managed.then(|| labels.get(SERVICE_NAME))?.map(String::as_str)
+}
+
+/// Wakes the Service of a changed slice for the one that writes it.
+fn wake_for_slice(queue: &Queue<Key>, written: &Written, manager: &str, change: &Change<'_, EndpointSlice>) {
+    let slice = change.object();
+    let Some(service) = service_of(slice, manager) else { return };
+    let key = (slice.namespace().to_owned(), service.to_owned());
+    if change.is_deleted() {
+        written.gone(&key, slice.uid());
+    }
+    queue.add(key);
 }
 
 #[cfg(test)]

@@ -2,14 +2,14 @@
 
 use super::topology::{self, Zones};
 use super::trigger::{self, Triggers};
-use super::{HEADLESS, Key, Port, TRIGGER_TIME, key};
+use super::{Key, Port, TRIGGER_TIME, key};
 use crate::context::Context;
 use crate::ownership::owner_reference;
 use crate::pods;
 use crate::written::Written;
 use isopod_client::objects::{DeleteOptions, HasMeta, is_namespace_terminating, is_not_found, message};
 use isopod_client::{Queue, Recorder, spawn_workers};
-use k8s_openapi::api::core::v1::{ObjectReference, Pod, Service};
+use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::{
     Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
 };
@@ -21,7 +21,7 @@ use std::time::Duration;
 /// The label that names a slice's Service.
 pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// The label that names a slice's writer.
-pub(crate) const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
+pub(super) const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 const MANAGER: &str = "endpointslice-controller.k8s.io";
 const PER_SLICE: usize = 100;
 const CATCH_UP: Duration = Duration::from_millis(10);
@@ -34,8 +34,8 @@ struct Controller {
     written: Written,
 }
 
-/// Subscribes the controller and starts its workers.
-pub(crate) fn start(ctx: &Arc<Context>) {
+/// Starts the workers of the queue that is returned.
+pub(super) fn start(ctx: &Arc<Context>) -> Arc<Queue<Key>> {
     let controller = Arc::new(Controller {
         ctx: ctx.clone(),
         recorder: ctx.recorder.component("endpoint-slice-controller"),
@@ -43,20 +43,8 @@ pub(crate) fn start(ctx: &Arc<Context>) {
         triggers: Triggers::default(),
         written: Written::default(),
     });
-    let queue = controller.queue.clone();
-    ctx.caches.services.subscribe(move |change| queue.add(key(&**change.object())));
     let c = controller.clone();
-    ctx.caches.pods.subscribe(move |change| super::wake_for_pod(&c.ctx, &c.queue, change));
-    let c = controller.clone();
-    ctx.caches.slices.subscribe(move |change| {
-        let slice = change.object();
-        let Some(service) = service_of(slice) else { return };
-        let key = (slice.namespace().to_owned(), service.to_owned());
-        if change.is_deleted() {
-            c.written.gone(&key, slice.uid());
-        }
-        c.queue.add(key);
-    });
+    ctx.caches.slices.subscribe(move |change| super::wake_for_slice(&c.queue, &c.written, MANAGER, change));
     let c = controller.clone();
     ctx.caches.nodes.subscribe(move |change| {
         let same =
@@ -66,17 +54,12 @@ pub(crate) fn start(ctx: &Arc<Context>) {
             services.iter().filter(|s| topology::is_wanted(s)).for_each(|s| c.queue.add(key(&**s)));
         }
     });
-    let (queue, stop) = (controller.queue.clone(), ctx.stop.clone());
-    spawn_workers("endpointslice-controller", &queue, 5, &stop, move |key| {
+    let queue = controller.queue.clone();
+    spawn_workers("endpointslice-controller", &queue, 5, &ctx.stop, move |key| {
         let controller = controller.clone();
         async move { controller.sync(key).await }
     });
-}
-
-/// The Service of a slice that this controller manages.
-fn service_of(slice: &EndpointSlice) -> Option<&str> {
-    let labels = slice.metadata.labels.as_ref()?;
-    (labels.get(MANAGED_BY).map(String::as_str) == Some(MANAGER)).then(|| labels.get(SERVICE_NAME))?.map(String::as_str)
+    queue
 }
 
 impl Controller {
@@ -89,12 +72,12 @@ impl Controller {
         if service.deleting() {
             return Ok(None);
         }
-        let own = |s: &EndpointSlice| service_of(s) == Some(service.name()) && !s.deleting();
+        let own = |s: &EndpointSlice| super::service_of(s, MANAGER) == Some(service.name()) && !s.deleting();
         let existing = self.ctx.caches.slices.select(&key.0, own);
         if !self.written.caught_up(&key, existing.iter().map(|s| &**s)) {
             return Ok(Some(CATCH_UP));
         }
-        let pods = super::selected(&self.ctx, &service, &selector);
+        let pods = super::selected(&self.ctx, &service, selector);
         let zone = |node: &str| {
             let node = self.ctx.caches.nodes.get("", node)?;
             node.metadata.labels.as_ref()?.get("topology.kubernetes.io/zone").cloned()
@@ -181,13 +164,7 @@ fn endpoint(service: &Service, pod: &Pod, addresses: Vec<String>, zone: Option<S
         }),
         hostname: super::hostname(pod, service),
         node_name: (!node.is_empty()).then(|| node.to_owned()),
-        target_ref: Some(ObjectReference {
-            kind: Some("Pod".into()),
-            namespace: Some(pod.namespace().to_owned()),
-            name: Some(pod.name().to_owned()),
-            uid: Some(pod.uid().to_owned()),
-            ..ObjectReference::default()
-        }),
+        target_ref: Some(super::reference(pod)),
         zone,
         ..Endpoint::default()
     }
@@ -236,11 +213,7 @@ fn identity(endpoint: &Endpoint) -> &str {
 }
 
 fn labels(service: &Service) -> BTreeMap<String, String> {
-    let mut labels = service.metadata.labels.clone().unwrap_or_default();
-    labels.remove(HEADLESS);
-    if super::is_headless(service) {
-        labels.insert(HEADLESS.into(), String::new());
-    }
+    let mut labels = super::labels(service);
     labels.insert(SERVICE_NAME.into(), service.name().to_owned());
     labels.insert(MANAGED_BY.into(), MANAGER.into());
     labels
