@@ -8,9 +8,10 @@ use crate::error::Usage;
 /// Options of `trace`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Who connects: NAME, NAMESPACE/NAME or address of a pod, or `node`.
+    /// Who connects: NAME, NAMESPACE/NAME, the beginning of a name or the address of a pod, or `node`.
     from: String,
-    /// To what: HOST:PORT or HOST:PORT/udp; HOST is a service (web, web.default), a DNS name of the cluster or an address.
+    /// To what: HOST:PORT or HOST:PORT/udp; HOST is a service (web, web.default), a DNS name of the cluster or an address; a
+    /// service with one port needs no PORT.
     to: String,
     /// Send a real packet as well, from the pod itself, and say what the kernel's rules did with it. The pod must be on this node.
     #[arg(long)]

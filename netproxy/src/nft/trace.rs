@@ -109,22 +109,22 @@ impl Tracer {
         )
     }
 
-    /// Whether policies let a first packet pass between these two, on the way out of the one and into the other.
-    pub(crate) fn permits(&self, from: IpAddr, to: SocketAddr, protocol: Protocol) -> bool {
-        let has = |map, key| self.elements.contains_key(&(map, key));
-        let passes = |direction, pod: &IpAddr, peer: &IpAddr| {
-            let maps = Maps::of(direction);
-            let pod = Key::EMPTY.address(pod);
-            let with_peer = pod.address(peer);
-            let (port, peer_port) =
-                (pod.protocol(protocol).port(to.port()), with_peer.protocol(protocol).port(to.port()));
-            !has(maps.isolated, pod)
-                || has(maps.peer, with_peer)
-                || has(maps.port, port)
-                || has(maps.peer_port, peer_port)
-                || self.in_range(maps.net, &peer_port)
+    /// Whether policies let a first packet out of the one, or into the other.
+    pub(crate) fn permits(&self, direction: Direction, from: IpAddr, to: SocketAddr, protocol: Protocol) -> bool {
+        let (pod, peer) = match direction {
+            Direction::Egress => (from, to.ip()),
+            Direction::Ingress => (to.ip(), from),
         };
-        passes(Direction::Egress, &from, &to.ip()) && passes(Direction::Ingress, &to.ip(), &from)
+        let has = |map, key| self.elements.contains_key(&(map, key));
+        let maps = Maps::of(direction);
+        let pod = Key::EMPTY.address(&pod);
+        let with_peer = pod.address(&peer);
+        let (port, peer_port) = (pod.protocol(protocol).port(to.port()), with_peer.protocol(protocol).port(to.port()));
+        !has(maps.isolated, pod)
+            || has(maps.peer, with_peer)
+            || has(maps.port, port)
+            || has(maps.peer_port, peer_port)
+            || self.in_range(maps.net, &peer_port)
     }
 
     fn stray(&self, packet: &Packet) -> Fate {
