@@ -133,6 +133,32 @@ impl Topology {
     }
 }
 
+/// The endpoints behind a port, with their own numbers of it.
+fn behind<'a>(
+    port: &ServicePort,
+    slices: impl Iterator<Item = &'a Slice> + Clone,
+    family: Family,
+) -> impl Iterator<Item = (&'a Endpoint, u16)> + Clone {
+    let endpoints = slices.flat_map(move |slice| {
+        let target = slice.ports.iter().find(|p| p.name == port.name && p.protocol == port.protocol);
+        let port = target.map(|p| p.port);
+        slice.endpoints.iter().filter_map(move |e| Some((e, port?)))
+    });
+    endpoints.filter(move |(e, _)| Family::of(&e.address) == family)
+}
+
+/// The endpoints of a port that still answer and get no new traffic: they leave, or hints point elsewhere.
+pub(crate) fn spared<'a>(
+    port: &ServicePort,
+    slices: impl Iterator<Item = &'a Slice> + Clone,
+    family: Family,
+    pools: &Pools,
+) -> Vec<Backend> {
+    let serving = behind(port, slices, family).filter(|(e, _)| e.ready || e.serving);
+    let all = serving.map(|(e, port)| Backend::new(e.address, port));
+    all.filter(|b| !pools.cluster.contains(b) && !pools.local.contains(b)).collect()
+}
+
 /// The endpoints traffic for `port` may reach, sorted: ready ones, else those still serving while they terminate.
 pub(crate) fn select<'a>(
     port: &ServicePort,
@@ -140,12 +166,7 @@ pub(crate) fn select<'a>(
     family: Family,
     place: &Place,
 ) -> Pools {
-    let endpoints = slices.flat_map(|slice| {
-        let target = slice.ports.iter().find(|p| p.name == port.name && p.protocol == port.protocol);
-        let port = target.map(|p| p.port);
-        slice.endpoints.iter().filter_map(move |e| Some((e, port?)))
-    });
-    let endpoints = endpoints.filter(|(e, _)| Family::of(&e.address) == family);
+    let endpoints = behind(port, slices, family);
     let ready = |e: &Endpoint| e.ready;
     let leaving = |e: &Endpoint| !e.ready && e.serving && e.terminating;
     let topology = Topology::choose(endpoints.clone().map(|(e, _)| e).filter(|e| ready(e)), place);

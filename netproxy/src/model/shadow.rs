@@ -47,6 +47,8 @@ struct Applied {
     service: Option<Arc<Service>>,
     pools: Vec<Pools>,
     denied: Vec<Frontend>,
+    /// Endpoints of UDP ports that get no new traffic and still answer, by number of pool: their flows go on.
+    spared: Box<[(usize, Backend)]>,
     /// Ready endpoints on this node.
     ready_here: usize,
 }
@@ -68,19 +70,27 @@ impl Applied {
         clusters.chain(local.map(|a| member(Map::Hairpin, &a, Key::EMPTY.address(&a).address(&a)))).collect()
     }
 
+    /// Numbers of the pools behind a frontend.
+    fn behind(&self, frontend: &Frontend) -> impl Iterator<Item = usize> {
+        let ports = self.service.iter().flat_map(|s| s.ports.iter().enumerate());
+        let matches = |port: &ServicePort| match frontend {
+            Frontend::Address(_, proto, p) => port.protocol == *proto && port.port == *p,
+            Frontend::NodePort(_, proto, p) => port.protocol == *proto && port.node_port == *p,
+        };
+        ports.filter(move |(_, port)| matches(port)).map(|(n, _)| plan::pool_index(n, frontend.family()))
+    }
+
     fn backends(&self, frontend: &Frontend) -> HashSet<Backend> {
-        let Some(service) = &self.service else { return HashSet::new() };
-        let mut found = HashSet::new();
-        for (number, port) in service.ports.iter().enumerate() {
-            let matches = match frontend {
-                Frontend::Address(_, proto, p) => port.protocol == *proto && port.port == *p,
-                Frontend::NodePort(_, proto, p) => port.protocol == *proto && port.node_port == *p,
-            };
-            if let Some(pools) = self.pools.get(plan::pool_index(number, frontend.family())).filter(|_| matches) {
-                found.extend(pools.cluster.iter().chain(&pools.local));
-            }
-        }
-        found
+        let pools = self.behind(frontend).filter_map(|n| self.pools.get(n));
+        pools.flat_map(|p| p.cluster.iter().chain(&p.local)).copied().collect()
+    }
+
+    /// Those that answer, whether or not they get new traffic.
+    fn alive(&self, frontend: &Frontend) -> HashSet<Backend> {
+        let mut all = self.backends(frontend);
+        let spared = |n| self.spared.iter().filter(move |(number, _)| *number == n).map(|(_, b)| *b);
+        all.extend(self.behind(frontend).flat_map(spared));
+        all
     }
 
     /// Whether a policy Local, internal and external, finds no endpoint here though there are some.
@@ -299,7 +309,7 @@ impl Shadow {
         let service = self.services.get(name).cloned();
         let wanted = service.as_ref().map(|s| plan::frontends(s)).unwrap_or_default();
         let denied = self.claim(name, old, &wanted);
-        let mut pools = Vec::new();
+        let (mut pools, mut spared) = (Vec::new(), Vec::new());
         if let Some(service) = service.as_ref().filter(|s| s.ours) {
             let slices = self.slices(name);
             for port in &service.ports {
@@ -312,12 +322,16 @@ impl Shadow {
                     let mut pool = old.pools_of(port.protocol, port.port, family).cloned().unwrap_or_default();
                     plan::merge(&mut pool.cluster, picked.cluster);
                     plan::merge(&mut pool.local, picked.local);
+                    if port.protocol == Protocol::Udp {
+                        let others = plan::spared(port, slices.clone(), family, &pool);
+                        spared.extend(others.into_iter().map(|b| (pools.len(), b)));
+                    }
                     pools.push(pool);
                 }
             }
         }
         let ready_here = plan::ready_here(self.slices(name));
-        Applied { service, pools, denied, ready_here }
+        Applied { service, pools, denied, spared: spared.into(), ready_here }
     }
 
     /// Takes the wanted frontends, lets go the old ones, and returns those another service holds.
@@ -412,14 +426,16 @@ fn leftovers(old: &Applied, new: &Applied, delta: &mut Delta) {
     let was_sticky = old.service.as_ref().is_some_and(|s| s.affinity.is_some());
     let is_sticky = new.service.as_ref().is_some_and(|s| s.affinity.is_some());
     for frontend in old.frontends().filter(|f| was_sticky || f.protocol() == Protocol::Udp) {
-        let before = old.backends(&frontend);
-        let after = if new.frontends().any(|f| f == frontend) { new.backends(&frontend) } else { HashSet::new() };
-        let gone = before.difference(&after);
+        let stays = new.frontends().any(|f| f == frontend);
         if frontend.protocol() == Protocol::Udp {
-            delta.stale.extend(gone.clone().map(|b| StaleFlow { frontend, backend: Some(*b) }));
+            let after = if stays { new.alive(&frontend) } else { HashSet::new() };
+            let gone = &old.alive(&frontend) - &after;
+            delta.stale.extend(gone.into_iter().map(|b| StaleFlow { frontend, backend: Some(b) }));
         }
         let policy = |a: &Applied| a.service.as_ref().map(|s| (s.external_policy, s.internal_policy));
-        if was_sticky && (!is_sticky || gone.count() > 0 || policy(old) != policy(new)) {
+        let after = if stays { new.backends(&frontend) } else { HashSet::new() };
+        let lost = was_sticky && !old.backends(&frontend).is_subset(&after);
+        if was_sticky && (!is_sticky || lost || policy(old) != policy(new)) {
             let keep = if is_sticky && policy(old) == policy(new) { after } else { HashSet::new() };
             delta.affinity.insert(frontend, keep);
         }

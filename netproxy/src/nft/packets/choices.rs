@@ -354,6 +354,13 @@ fn udp_flows_move_when_their_endpoint_goes() {
         world.shadow.set_slice(members(&name, &["a", "b"], Protocol::Udp));
         world.apply();
         assert_eq!(who(udp(&socket, to)), "a", "a flow to a live endpoint stays");
+        let mut leaving = members(&name, &["a", "b"], Protocol::Udp);
+        (leaving.endpoints[0].ready, leaving.endpoints[0].terminating) = (false, true);
+        world.shadow.set_slice(leaving);
+        world.apply();
+        assert_eq!(who(udp(&socket, to)), "a", "and to one that leaves, as long as it serves");
+        let other = at("client", || UdpSocket::bind("0.0.0.0:0").unwrap());
+        assert_eq!(who(udp(&other, to)), "b", "new ones do not");
         world.shadow.set_slice(members(&name, &["b"], Protocol::Udp));
         world.apply();
         assert_eq!(who(udp(&socket, to)), "b", "a flow to a dead endpoint moves");
