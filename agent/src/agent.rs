@@ -351,7 +351,9 @@ async fn network(config: &Config) -> Result<Arc<dyn PodNetwork>, Error> {
     let wanted = NetworkConfig {
         cluster_cidrs: vec![config.cluster_cidr],
         service_cidrs: vec![config.service_cidr],
+        node_ip: config.node_ip,
         forget_flows: config.forget_flows,
+        loading: config.loading.clone(),
         ..NetworkConfig::new(config.paths.clone())
     };
     let network = BridgeNetwork::start(wanted).await.map_err(|e| Error::Network(e.to_string()))?;

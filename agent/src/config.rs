@@ -53,6 +53,8 @@ pub struct Config {
     pub service_cidr: ipnet::IpNet,
     /// Makes connection tracking forget the UDP flows of host ports whose pod comes or goes.
     pub forget_flows: Option<crate::network::ForgetFlows>,
+    /// True while somebody in this process changes so much of nftables that nobody should listen.
+    pub loading: tokio::sync::watch::Receiver<bool>,
     /// Name of the image to assemble from this executable, if any: the control plane's, and that of volumes' removers.
     pub own_image: Option<String>,
 }

@@ -83,6 +83,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// Whether it is an error when those two cannot be served.
     pub addresses_must_bind: bool,
+    /// Told true while much is being loaded: the kernel is slower when anybody listens to changes of nftables.
+    pub loading: state::Sender<bool>,
 }
 
 impl Config {
@@ -109,6 +111,7 @@ impl Config {
             healthz: None,
             metrics: None,
             addresses_must_bind: false,
+            loading: state::Sender::new(false),
         }
     }
 
@@ -159,7 +162,7 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     let (report_to, report) = state::channel(sync::Report::default());
     let (nodes_to, nodes) = state::channel(Arc::default());
     let place = model::objects::Place { node: config.node_name.as_str().into(), zone: None };
-    let ears = monitor::open().map_err(Error::Monitor)?;
+    let ears = monitor::open(config.loading.clone()).map_err(Error::Monitor)?;
     let tables = (config.settings(), Some(ears.clone()));
     let core = sync::Sync::new(place, tables, zone.clone(), metrics.clone(), report_to);
     let thread =

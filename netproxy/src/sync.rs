@@ -20,7 +20,7 @@ use crate::{
         objects::{Place, Service, ServiceName, Slice},
         shadow::{Shadow, cancel_out},
     },
-    monitor::Ears,
+    monitor::{Ears, Heard},
     nft::{
         element::Element,
         kernel::{Error, Kernel},
@@ -56,7 +56,7 @@ pub(crate) enum Input {
     Place(Place),
     Policy(PolicyInput),
     /// Somebody else touched our table, or a change failed a moment ago.
-    Verify,
+    Verify(Heard),
 }
 
 /// What policies are made of.
@@ -130,6 +130,8 @@ pub(crate) struct Sync {
     zone: Arc<RwLock<Zone>>,
     metrics: Arc<Metrics>,
     report: watch::Sender<Report>,
+    /// What others touched, not compared yet.
+    heard: Heard,
 }
 
 impl Sync {
@@ -154,24 +156,25 @@ impl Sync {
             zone,
             metrics,
             report,
+            heard: Heard::default(),
         }
     }
 
     /// Runs until every sender of inputs is gone. The rules stay.
     pub(crate) fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
         while let Some(first) = inputs.blocking_recv() {
-            let mut verify = self.take(first);
+            self.take(first);
             while let Ok(next) = inputs.try_recv() {
-                verify |= self.take(next);
+                self.take(next);
             }
             if self.services.complete && self.slices.complete && (self.kernel.is_some() || self.policies_known()) {
-                self.settle(verify);
+                self.settle();
             }
         }
     }
 
-    /// Takes an input into the model; true when the kernel has to be verified.
-    pub(crate) fn take(&mut self, input: Input) -> bool {
+    /// Takes an input into the model.
+    pub(crate) fn take(&mut self, input: Input) {
         match input {
             Input::ServicesBegin => self.services.seen = Some(HashSet::new()),
             Input::Service(service) => {
@@ -209,9 +212,8 @@ impl Sync {
             }
             Input::Place(place) => self.shadow.set_place(place),
             Input::Policy(input) => self.take_policy(input),
-            Input::Verify => return true,
+            Input::Verify(heard) => self.heard.join(heard),
         }
-        false
     }
 
     /// Whether what pods may do is known: before, nothing is taken from what the kernel still has of an earlier process.
@@ -273,16 +275,17 @@ impl Sync {
     }
 
     /// Brings the kernel and DNS to what the model says.
-    pub(crate) fn settle(&mut self, verify: bool) {
+    pub(crate) fn settle(&mut self) {
+        let heard = std::mem::take(&mut self.heard);
         let dirty: Vec<ServiceName> = self.shadow.dirty().iter().cloned().collect();
         let policy_waits = self.policies.is_dirty() && self.policies_known();
-        if dirty.is_empty() && !policy_waits && !verify && self.kernel.is_some() {
+        if dirty.is_empty() && !policy_waits && heard.is_nothing() && self.kernel.is_some() {
             return;
         }
         let started = Instant::now();
         self.metrics.queued();
         let full = self.kernel.is_none();
-        match self.program(verify) {
+        match self.program(heard) {
             Ok(()) => {
                 self.metrics.synced(started.elapsed().as_secs_f64(), full);
                 let now = jiff::Timestamp::now();
@@ -317,7 +320,7 @@ impl Sync {
         self.report.send_replace(Report { failing_since, health_checks, netlink_port });
     }
 
-    fn program(&mut self, verify: bool) -> Result<(), Error> {
+    fn program(&mut self, heard: Heard) -> Result<(), Error> {
         let policies = self.policies.is_dirty() && self.policies_known();
         if self.kernel.is_none() {
             self.shadow.catch_up();
@@ -325,7 +328,7 @@ impl Sync {
                 self.policies.flush(&mut Vec::new(), &mut Vec::new());
             }
             self.start()?;
-            return self.verify(false);
+            return self.verify(Heard::default());
         }
         let mut delta = self.shadow.flush();
         if policies {
@@ -337,7 +340,7 @@ impl Sync {
             kernel.apply(&delta)?;
             tracing::debug!(added = delta.added.len(), removed = delta.removed.len(), "service maps changed");
         }
-        self.verify(verify)?;
+        self.verify(heard)?;
         if !delta.stale.is_empty() {
             match conntrack::forget(&delta.stale) {
                 Ok(count) => tracing::debug!(count, "stale UDP flows forgotten"),
@@ -349,13 +352,16 @@ impl Sync {
 
     /// Compares the kernel's table with the model when somebody else may have changed it. Whoever does so while it is
     /// being repaired is not heard, only noticed: then once more.
-    fn verify(&mut self, mut wanted_by_others: bool) -> Result<(), Error> {
+    fn verify(&mut self, mut heard: Heard) -> Result<(), Error> {
         let Some(kernel) = &mut self.kernel else { return Ok(()) };
         for _ in 0..VERIFICATIONS {
-            if !std::mem::take(&mut wanted_by_others) && !kernel.take_doubt() {
+            if kernel.take_doubt() {
+                heard = Heard::everything();
+            }
+            if heard.is_nothing() {
                 return Ok(());
             }
-            let difference = kernel.verify(&wanted(&self.shadow, &self.policies))?;
+            let difference = kernel.verify(&std::mem::take(&mut heard), &wanted(&self.shadow, &self.policies))?;
             if difference.removed + difference.added > 0 {
                 self.metrics.repairs.inc();
                 tracing::warn!(?difference, "somebody changed our nftables elements: repaired");

@@ -29,6 +29,7 @@ use self::slots::{SLOT, Slot};
 use super::{
     NetworkError, PodNetwork, PodNetworkRequest, PodNetworkStatus, addresses,
     addresses::Addresses,
+    firewall,
     gone::Gone,
     links, namespace,
     records::{Record, Records},
@@ -36,6 +37,8 @@ use super::{
 };
 use crate::Paths;
 
+/// Largest packet of pods where nothing tells it.
+const MTU: u32 = 1500;
 const WAITING: &str = "this node has no pod address range yet";
 
 /// What the pod network has to know.
@@ -47,10 +50,12 @@ pub struct NetworkConfig {
     pub cluster_cidrs: Vec<IpNet>,
     /// Service addresses: routable from here, though nobody has them.
     pub service_cidrs: Vec<IpNet>,
-    /// Largest packet.
-    pub mtu: u32,
+    /// Address of the node: pods' packets are as large as those of its link.
+    pub node_ip: Option<IpAddr>,
     /// Makes connection tracking forget the UDP flows of host ports whose pod comes or goes.
     pub forget_flows: Option<ForgetFlows>,
+    /// True while somebody in this process changes so much of nftables that nobody should listen.
+    pub loading: watch::Receiver<bool>,
 }
 
 /// Takes the pods' addresses and their host ports; returns how many flows were forgotten.
@@ -64,8 +69,19 @@ impl NetworkConfig {
             paths,
             cluster_cidrs: vec![net([10, 244, 0, 0])],
             service_cidrs: vec![net([10, 96, 0, 0])],
-            mtu: 1500,
+            node_ip: None,
             forget_flows: None,
+            loading: watch::Sender::new(false).subscribe(),
+        }
+    }
+
+    fn rules(&self, pods: Vec<IpNet>) -> rules::Settings {
+        rules::Settings {
+            table: self.table(),
+            bridge: self.paths.bridge(),
+            cluster: self.cluster_cidrs.clone(),
+            services: self.service_cidrs.clone(),
+            pods,
         }
     }
 
@@ -104,6 +120,7 @@ pub(super) struct Inner {
     config: NetworkConfig,
     handle: Handle,
     bridge: u32,
+    mtu: u32,
     records: Records,
     state: Mutex<State>,
     /// Held while nft runs, so that the last writer is the latest.
@@ -176,8 +193,11 @@ impl BridgeNetwork {
         let records = Records::open(config.records_dir())?;
         let handle = open_handle()?;
         let name = config.paths.bridge();
-        let bridge =
-            links::ensure_bridge(&handle, &name, hardware_address(&config.paths.instance()), config.mtu).await?;
+        let mtu = match config.node_ip {
+            Some(address) => links::mtu_at(&handle, address).await?.unwrap_or(MTU),
+            None => MTU,
+        };
+        let bridge = links::ensure_bridge(&handle, &name, hardware_address(&config.paths.instance()), mtu).await?;
         node_sysctls(&name);
         let mut state = State::default();
         for record in records.load()? {
@@ -190,6 +210,7 @@ impl BridgeNetwork {
             config,
             handle,
             bridge,
+            mtu,
             records,
             state: Mutex::new(state),
             rules: Mutex::new(()),
@@ -214,7 +235,8 @@ impl BridgeNetwork {
         });
         match watchman::open() {
             Ok(socket) => {
-                tokio::spawn(watchman::run(socket, Arc::downgrade(&inner), inner.config.table()));
+                let loading = inner.config.loading.clone();
+                tokio::spawn(watchman::run(socket, Arc::downgrade(&inner), inner.config.table(), loading));
             }
             Err(error) => {
                 tracing::warn!(%error, "it will not be noticed when somebody removes the pod network's rules")
@@ -242,9 +264,12 @@ impl BridgeNetwork {
             }
             note(links::delete(&handle, &name).await.map_err(Into::into));
         }
-        let table = config.table();
-        let removed = tokio::task::spawn_blocking(move || rules::remove(&table)).await;
-        note(removed.unwrap_or(Ok(())).map_err(Into::into));
+        let settings = config.rules(Vec::new());
+        let removed = tokio::task::spawn_blocking(move || (firewall::leave(&settings), rules::remove(&settings.table)));
+        if let Ok((left, removed)) = removed.await {
+            note(left.map_err(|e| chain(&e)));
+            note(removed.map_err(Into::into));
+        }
         // The ranges stay: pods get addresses after the next start before the API server tells them again.
         let pods = config.records_dir().join("pods");
         match std::fs::remove_dir_all(&pods) {
@@ -290,6 +315,7 @@ impl Inner {
         self.ranges.send_replace(outcome);
         self.turned.send_replace(());
         self.refill();
+        self.look_after_rules().await;
     }
 
     async fn try_configure(self: &Arc<Self>, ranges: &[IpNet]) -> Result<(), NetworkError> {
@@ -320,14 +346,23 @@ impl Inner {
         self.write_rules().await
     }
 
-    /// Somebody removed the table.
-    pub(super) async fn restore_rules(self: &Arc<Self>) {
+    /// Somebody changed the node's firewall: our own table is written again if it is gone, and pods pass what there is of
+    /// others.
+    pub(super) async fn look_after_rules(self: &Arc<Self>) {
         if *self.ranges.borrow() != Ranges::Ready {
             return;
         }
-        match self.write_rules().await {
-            Ok(()) => tracing::warn!(table = self.config.table(), "somebody removed our nftables table: written again"),
-            Err(error) => tracing::error!(%error, "somebody removed our nftables table, and it cannot be written"),
+        let settings = self.rule_settings();
+        let there = tokio::task::spawn_blocking(move || firewall::pass(&settings)).await;
+        match there.unwrap_or(Ok(true)) {
+            Ok(true) => {}
+            Ok(false) => match self.write_rules().await {
+                Ok(()) => {
+                    tracing::warn!(table = self.config.table(), "somebody removed our nftables table: written again");
+                }
+                Err(error) => tracing::error!(%error, "somebody removed our nftables table, and it cannot be written"),
+            },
+            Err(error) => tracing::warn!(error = %chain(&error), "pods may not pass somebody else's firewall"),
         }
     }
 
@@ -346,13 +381,7 @@ impl Inner {
     }
 
     fn rule_settings(&self) -> rules::Settings {
-        rules::Settings {
-            table: self.config.table(),
-            bridge: self.config.paths.bridge(),
-            cluster: self.config.cluster_cidrs.clone(),
-            services: self.config.service_cidrs.clone(),
-            pods: self.state.lock().addresses.ranges().to_vec(),
-        }
+        self.config.rules(self.state.lock().addresses.ranges().to_vec())
     }
 
     /// Tells the kernel which addresses are nobody's now. Many pods that go at once share one run of nft.

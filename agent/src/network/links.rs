@@ -9,7 +9,7 @@ use std::{
 use futures::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::{
-    link::{InfoData, InfoVeth, LinkAttribute, LinkMessage},
+    link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage},
     route::{RouteMessage, RouteScope},
 };
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
@@ -63,6 +63,19 @@ pub(crate) async fn need(handle: &Handle, name: &str) -> Result<u32, Error> {
     let missing =
         || Error { what: format!("link {name} is not there"), source: Box::new(rtnetlink::Error::RequestFailed) };
     index(handle, name).await?.ok_or_else(missing)
+}
+
+/// The largest packet of the link that has an address; `None` for those that never leave the machine.
+pub(crate) async fn mtu_at(handle: &Handle, address: IpAddr) -> Result<Option<u32>, Error> {
+    let request = handle.address().get().set_address_filter(address).execute();
+    let found: Vec<_> = request.try_collect().await.map_err(failed(format!("look up address {address}")))?;
+    let Some(index) = found.first().map(|m| m.header.index) else { return Ok(None) };
+    let link = handle.link().get().match_index(index).execute().try_next().await;
+    let link = link.map_err(failed(format!("look up the link of {address}")))?;
+    let link = link.filter(|l| !l.header.flags.contains(LinkFlags::Loopback));
+    Ok(link.and_then(|l| {
+        l.attributes.iter().find_map(|a| if let LinkAttribute::Mtu(mtu) = a { Some(*mtu) } else { None })
+    }))
 }
 
 /// Makes the bridge if it is not there, and switches it on.

@@ -6,6 +6,7 @@
 mod addresses;
 mod bridge;
 pub mod cni;
+mod firewall;
 mod gone;
 mod links;
 mod namespace;

@@ -155,6 +155,29 @@ fn pods_that_are_gone_refuse_at_once() {
 }
 
 #[test]
+fn packets_are_as_large_as_those_of_the_node() {
+    alone(|root| async move {
+        run("ip link add node0 mtu 1400 type veth peer name node1 mtu 1400");
+        run("ip addr add 192.0.2.1/24 dev node0");
+        run("ip link set node0 up");
+        let at = |n: u8| NetworkConfig {
+            node_ip: Some(IpAddr::from([192, 0, 2, n])),
+            ..NetworkConfig::new(Paths::new(root.join(n.to_string())))
+        };
+        for (n, mtu) in [(1, "mtu 1400"), (2, "mtu 1500")] {
+            let network = BridgeNetwork::start(at(n)).await.unwrap();
+            network.set_pod_cidr(vec!["10.244.3.0/24".parse().unwrap()]);
+            while network.not_ready().is_some() {
+                tokio::task::yield_now().await;
+            }
+            let pod = network.setup(request("a")).await.unwrap();
+            let link = inside(&pod.netns, || run("ip link show dev eth0"));
+            assert!(link.contains(mtu), "{n}: {link}");
+        }
+    });
+}
+
+#[test]
 fn bandwidth_is_limited_both_ways() {
     alone(|root| async move {
         let network = started(&root).await;
@@ -223,6 +246,43 @@ fn host_ports_work_from_everywhere() {
             TcpStream::connect_timeout(&"127.0.0.5:9000".parse().unwrap(), Duration::from_millis(200)).is_ok()
         });
         assert!(!sneak);
+    });
+}
+
+/// Docker and ufw drop what they do not know, by iptables: pods get through all the same, also after a reload, and nothing of
+/// ours is left in the end.
+#[test]
+fn pods_pass_other_peoples_firewalls() {
+    alone(|root| async move {
+        let chains = ["FORWARD", "INPUT"];
+        run("iptables -N DOCKER-USER");
+        run("iptables -A FORWARD -j DOCKER-USER");
+        run("iptables -A INPUT -i lo -j ACCEPT");
+        chains.iter().for_each(|chain| drop(run(&format!("iptables -P {chain} DROP"))));
+        let before = run("iptables -S");
+        let network = started(&root).await;
+        let (a, b) = (network.setup(request("a")).await.unwrap(), network.setup(request("b")).await.unwrap());
+        let target = SocketAddr::new(b.ips[0], 8080);
+        let node: SocketAddr = "10.244.3.1:9000".parse().unwrap();
+        let _pod = inside(&b.netns, || TcpListener::bind(target).unwrap());
+        let _node = TcpListener::bind(node).unwrap();
+        let reach = |to| inside(&a.netns, || TcpStream::connect_timeout(&to, Duration::from_millis(100)).is_ok());
+        for reload in ["iptables -S", "iptables -F", "iptables -P FORWARD DROP"] {
+            run(reload);
+            let begun = Instant::now();
+            while !(reach(target) && reach(node)) {
+                assert!(begun.elapsed() < Duration::from_secs(5), "{reload}: {}", run("iptables -S"));
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            assert!(run("iptables -S").matches("isopod").count() == 3, "{reload}: {}", run("iptables -S"));
+        }
+        // What has become open since is left as well.
+        chains.iter().for_each(|chain| drop(run(&format!("iptables -P {chain} ACCEPT"))));
+        run("iptables -A FORWARD -j DOCKER-USER");
+        run("iptables -A INPUT -i lo -j ACCEPT");
+        drop(network);
+        BridgeNetwork::cleanup_all(&NetworkConfig::new(Paths::new(&root))).await.unwrap();
+        assert_eq!(run("iptables -S"), before.replace("DROP", "ACCEPT"));
     });
 }
 

@@ -98,6 +98,7 @@ impl Node {
         let kubeconfig = kubeconfig.unwrap_or_else(|| paths.kubeconfig("agent"));
         let certificates = certificates(paths, settings, &kubeconfig)?;
         let resolv_conf = kubelet.resolv_conf.clone();
+        let proxy = isopod_netproxy::Config::new(&settings.node_name, &paths.instance(), &paths.bridge());
         let mut node = Self {
             agent: isopod_agent::Config {
                 paths: paths.clone(),
@@ -113,6 +114,7 @@ impl Node {
                 cluster_cidr: settings.pod_cidr,
                 service_cidr: settings.service_cidr,
                 forget_flows: Some(isopod_netproxy::forget_host_ports),
+                loading: proxy.loading.subscribe(),
                 own_image: Some(manifests::IMAGE.to_owned()),
             },
             proxy: isopod_netproxy::Config {
@@ -127,7 +129,7 @@ impl Node {
                 // Where kube-proxy has them.
                 healthz: Some((IpAddr::from([0, 0, 0, 0]), 10_256).into()),
                 metrics: Some((IpAddr::from([127, 0, 0, 1]), 10_249).into()),
-                ..isopod_netproxy::Config::new(&settings.node_name, &paths.instance(), &paths.bridge())
+                ..proxy
             },
             kubeconfig,
         };

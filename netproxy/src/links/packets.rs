@@ -23,7 +23,7 @@ fn build() {
         run(&format!("ip addr add 192.0.{n}.254/24 dev v{name}"));
         run(&format!("ip link set v{name} up"));
         run(&format!("ip -n {name} addr add 192.0.{n}.1/24 dev eth0"));
-        run(&format!("ip -n {name} link set eth0 up"));
+        run(&format!("ip -n {name} link set eth0 mtu 1420 up"));
         run(&format!("ip -n {name} link set lo up"));
         run(&format!("ip -n {name} route add default via 192.0.{n}.254"));
         run(&format!("ip -n {name} link add isopod0 type bridge"));
@@ -87,6 +87,10 @@ fn nodes_without_a_common_link_reach_each_others_pods() {
             });
             assert_eq!(got, 100_000);
             assert_eq!(answers.join().unwrap(), near.parse::<IpAddr>().unwrap(), "pods see the pods' side of a node");
+        }
+        for (link, mtu) in [("isopod0x", "mtu 1370"), ("isopod0y", "mtu 1350")] {
+            let shown = run(&format!("ip -n near link show dev {link}"));
+            assert!(shown.contains(mtu), "{shown}");
         }
         // Again: nothing changes. Then the other node leaves, and with it all that was for it.
         let before = run("ip -n near route");

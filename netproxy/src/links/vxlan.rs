@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
-use netlink_packet_route::{neighbour::NeighbourFlags, route::RouteMessage};
+use netlink_packet_route::{link::LinkAttribute, neighbour::NeighbourFlags, route::RouteMessage};
 use rtnetlink::{Handle, LinkUnspec, LinkVxlan, RouteMessageBuilder};
 
 use super::{Error, PROTOCOL, errno, request};
@@ -16,6 +16,9 @@ use super::{Error, PROTOCOL, errno, request};
 /// Number of the network on the wire, and the port IANA gave to VXLAN.
 const NETWORK: u32 = 214;
 const PORT: u16 = 4789;
+/// Largest packets: where nothing tells it, and what IPv6 needs at least.
+const MTU: u32 = 1500;
+const MTU_LEAST: u32 = 1280 + 70;
 
 /// Ranges of pods behind VXLAN, and their nodes.
 pub(crate) type Far = BTreeMap<IpNet, IpAddr>;
@@ -60,12 +63,27 @@ pub(crate) async fn remove(handle: &Handle, name: &str) -> Result<(), Error> {
     handle.link().del(link).execute().await.map_err(request(format!("delete link {name}")))
 }
 
+/// The largest packet of the link that has an address.
+async fn mtu_at(handle: &Handle, address: IpAddr) -> Result<u32, Error> {
+    let what = || request(format!("look up the link of {address}"));
+    let found: Vec<_> =
+        handle.address().get().set_address_filter(address).execute().try_collect().await.map_err(what())?;
+    let Some(index) = found.first().map(|m| m.header.index) else { return Ok(MTU) };
+    let link = handle.link().get().match_index(index).execute().try_next().await.map_err(what())?;
+    let mtu = link.iter().flat_map(|l| &l.attributes).find_map(|a| match a {
+        LinkAttribute::Mtu(mtu) => Some(*mtu),
+        _ => None,
+    });
+    Ok(mtu.unwrap_or(MTU).max(MTU_LEAST))
+}
+
 async fn ensure(handle: &Handle, name: &str, own: IpAddr) -> Result<u32, Error> {
     let message = LinkVxlan::new(name, NETWORK).port(PORT).learning(false).address(hardware_address(own));
+    let mtu = mtu_at(handle, own).await?;
     // What the outer headers take of a packet.
     let message = match own {
-        IpAddr::V4(own) => message.local(own).mtu(1500 - 50),
-        IpAddr::V6(own) => message.local6(own).mtu(1500 - 70),
+        IpAddr::V4(own) => message.local(own).mtu(mtu - 50),
+        IpAddr::V6(own) => message.local6(own).mtu(mtu - 70),
     };
     match handle.link().add(message.build()).execute().await {
         Err(e) if errno(&e) != Some(nix::libc::EEXIST) => return Err(request(format!("make link {name}"))(e)),

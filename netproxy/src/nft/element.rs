@@ -94,6 +94,10 @@ maps! {
 }
 
 impl Map {
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|map| map.name() == name)
+    }
+
     /// Whether it holds keys only.
     pub(crate) fn is_set(self) -> bool {
         matches!(self, Self::Allowed | Self::Firewall | Self::Hairpin | Self::ClusterIps)

@@ -1,4 +1,4 @@
-//! The tables in the kernel: loading the skeleton, changing elements, reading them back to verify.
+//! The tables in the kernel: loading the skeleton, changing elements.
 //!
 //! One blocking netlink socket, used by one thread. The nft program runs only to load rules; elements never pass
 //! through it.
@@ -16,16 +16,17 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::{
-    element::{Element, ElementKey, Family, Map, Value},
+    element::{Element, ElementKey, Family, Value},
     raw,
     skeleton::{self, Chains, Settings},
+    verify::{Difference, Suspects},
     wire::{self, Batch},
 };
 use crate::{
     model::objects::{Backend, Protocol},
     model::plan::Frontend,
     model::shadow::{Delta, Needed},
-    monitor::Ears,
+    monitor::{Ears, Heard},
 };
 
 /// Bytes of elements per transaction when everything is loaded; a single change is always one transaction.
@@ -70,15 +71,21 @@ pub enum Error {
 pub(crate) struct Kernel {
     socket: Socket,
     port: u32,
-    settings: Settings,
-    families: Vec<Family>,
+    pub(super) settings: Settings,
+    pub(super) families: Vec<Family>,
     chains: Chains,
-    digest: u64,
+    /// Of the rules as they were loaded; 0: not yet.
+    pub(super) digest: u64,
     ears: Option<Ears>,
     /// Transactions since the ears were shut.
     sent: Cell<u32>,
     /// Somebody else may have changed something that nobody heard of.
     doubt: bool,
+    /// Bytes of elements per transaction when much is changed.
+    pub(super) transaction_max: usize,
+    /// Transactions until the process dies.
+    #[cfg(test)]
+    pub(super) budget: Cell<Option<usize>>,
 }
 
 /// Calls its argument with every element that should be in the kernel.
@@ -128,7 +135,20 @@ impl Kernel {
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &(4 << 20));
         let port = address.port_number();
         let (families, chains) = (families(), Chains::default());
-        Ok(Self { socket, port, settings, families, chains, digest: 0, ears, sent: Cell::new(0), doubt: false })
+        Ok(Self {
+            socket,
+            port,
+            settings,
+            families,
+            chains,
+            digest: 0,
+            ears,
+            sent: Cell::new(0),
+            doubt: false,
+            transaction_max: TRANSACTION_MAX,
+            #[cfg(test)]
+            budget: Cell::new(None),
+        })
     }
 
     /// The port that notifications of our own changes carry.
@@ -138,19 +158,30 @@ impl Kernel {
 
     /// Makes the rules as they should be, keeping what elements there are, then the elements.
     pub(crate) fn reconcile(&mut self, wanted: &Wanted<'_>) -> Result<Difference, Error> {
-        self.quietly(|kernel| kernel.make(wanted))
+        self.quietly(|kernel| {
+            let existing = kernel.all_chains()?;
+            kernel.load_rules(&existing, wanted)?;
+            kernel.correct(&Heard::everything(), wanted)
+        })
     }
 
-    fn make(&mut self, wanted: &Wanted<'_>) -> Result<Difference, Error> {
-        let mut needed = Needed::default();
-        wanted(&mut |element| needed.see(&element));
-        let existing = self.families.iter().map(|f| self.existing_chains(*f)).collect::<Result<Vec<_>, _>>()?;
-        for chain in existing.iter().flatten().filter_map(|name| name.parse().ok()) {
-            needed.see_chain(&chain);
+    /// The chains of each family's table.
+    pub(super) fn all_chains(&self) -> Result<Vec<Vec<String>>, Error> {
+        self.families.iter().map(|f| self.existing_chains(*f)).collect()
+    }
+
+    pub(super) fn load_rules(&mut self, existing: &[Vec<String>], wanted: &Wanted<'_>) -> Result<(), Error> {
+        // Chains for whatever was ever applied are known.
+        if self.digest == 0 {
+            let mut needed = Needed::default();
+            wanted(&mut |element| needed.see(&element));
+            for chain in existing.iter().flatten().filter_map(|name| name.parse().ok()) {
+                needed.see_chain(&chain);
+            }
+            self.chains.grow(needed.picks, &needed.timeouts);
         }
-        self.chains.grow(needed.picks, &needed.timeouts);
         let render = |(f, names): (&Family, &Vec<_>)| skeleton::render(*f, &self.settings, &self.chains, names);
-        let text: String = self.families.iter().zip(&existing).map(render).collect();
+        let text: String = self.families.iter().zip(existing).map(render).collect();
         match self.run(&text) {
             Err(Error::Ruleset(why)) if existing.iter().any(|names| !names.is_empty()) => {
                 tracing::info!(why, "replacing the whole nftables table: its maps have another shape");
@@ -163,8 +194,7 @@ impl Kernel {
         }
         self.write_raw(&self.chains.timeouts)?;
         self.digest = self.rules_digest()?;
-        let present = self.dump()?;
-        self.correct(present, wanted)
+        Ok(())
     }
 
     /// Everything that should be in the maps: what leads from numbers to chains, then what the model wants.
@@ -173,44 +203,14 @@ impl Kernel {
         wanted(emit);
     }
 
-    /// Compares the kernel's table with what it should be and repairs it.
-    pub(crate) fn verify(&mut self, wanted: &Wanted<'_>) -> Result<Difference, Error> {
-        if self.rules_digest()? != self.digest {
-            tracing::warn!(table = self.settings.table, "somebody changed our nftables rules: loading them again");
-            return self.reconcile(wanted);
-        }
-        let present = self.dump()?;
-        self.correct(present, wanted)
-    }
-
-    fn correct(&mut self, mut present: HashMap<ElementKey, Element>, wanted: &Wanted<'_>) -> Result<Difference, Error> {
-        if present.is_empty() {
-            return Ok(Difference { removed: 0, added: self.load(wanted)? });
-        }
-        let (mut removed, mut added) = (Vec::new(), Vec::new());
-        self.with_entries(wanted, &mut |element| match present.remove(&element.id()) {
-            _ if !self.families.contains(&element.family) => {}
-            Some(same) if same == element => {}
-            Some(other) => {
-                removed.push(other);
-                added.push(element);
-            }
-            None => added.push(element),
-        });
-        removed.extend(present.into_values());
-        let difference = Difference { removed: removed.len(), added: added.len() };
-        self.change(&removed, &added)?;
-        Ok(difference)
-    }
-
     /// Fills empty maps; returns with how many elements.
-    fn load(&self, wanted: &Wanted<'_>) -> Result<usize, Error> {
+    pub(super) fn load(&self, maps: &Suspects, wanted: &Wanted<'_>) -> Result<usize, Error> {
         let (mut batch, mut count, mut outcome) = (Batch::default(), 0, Ok(()));
         self.with_entries(wanted, &mut |element| {
-            if outcome.is_ok() && self.families.contains(&element.family) {
+            if outcome.is_ok() && maps.has(element.family, element.map) {
                 count += 1;
                 batch.add(&element);
-                if batch.size() > TRANSACTION_MAX {
+                if batch.size() > self.transaction_max {
                     outcome = self.send(std::mem::take(&mut batch));
                 }
             }
@@ -221,7 +221,7 @@ impl Kernel {
 
     /// Changes much. For each element the kernel writes a notification when somebody listens, which takes longer than the
     /// change: our own ears are shut meanwhile, and the generation tells whether somebody else said anything.
-    fn quietly<T>(&mut self, body: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
+    pub(super) fn quietly<T>(&mut self, body: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
         let Some(ears) = self.ears.take() else { return body(self) };
         ears.shut().map_err(|e| Error::Socket("leave a group of the", e))?;
         let before = self.generation();
@@ -302,7 +302,7 @@ impl Kernel {
     }
 
     /// One transaction, unless there is so much to add that it is a first load.
-    fn change(&mut self, removed: &[Element], added: &[Element]) -> Result<(), Error> {
+    pub(super) fn change(&mut self, removed: &[Element], added: &[Element]) -> Result<(), Error> {
         if removed.len() + added.len() < MANY {
             return self.change_all(removed, added);
         }
@@ -336,7 +336,7 @@ impl Kernel {
     }
 
     fn send_full(&self, batch: &mut Batch) -> Result<(), Error> {
-        if batch.size() > TRANSACTION_MAX { self.send(std::mem::take(batch)) } else { Ok(()) }
+        if batch.size() > self.transaction_max { self.send(std::mem::take(batch)) } else { Ok(()) }
     }
 
     fn send(&self, batch: Batch) -> Result<(), Error> {
@@ -347,6 +347,10 @@ impl Kernel {
 
     /// Sends a transaction and waits for its answer; errors of single messages come before it.
     fn transact(&self, bytes: &[u8], last: u32) -> Result<(), Error> {
+        #[cfg(test)]
+        if let Some(left) = self.budget.get() {
+            self.budget.set(Some(left.checked_sub(1).ok_or(Error::Restless)?));
+        }
         self.socket.send(bytes, 0).map_err(|e| Error::Socket("send on", e))?;
         let mut failed = None;
         loop {
@@ -369,7 +373,11 @@ impl Kernel {
     }
 
     /// Runs a dump; `each` sees every message. A table that is not there reads as empty.
-    fn read_all(&self, request: &[u8], mut each: impl FnMut(&wire::Received<'_>)) -> Result<Consistency, Error> {
+    pub(super) fn read_all(
+        &self,
+        request: &[u8],
+        mut each: impl FnMut(&wire::Received<'_>),
+    ) -> Result<Consistency, Error> {
         self.socket.send(request, 0).map_err(|e| Error::Socket("send on", e))?;
         let mut consistency = Consistency::Whole;
         loop {
@@ -389,7 +397,7 @@ impl Kernel {
     }
 
     /// As `read_all`, again until nobody changed anything meanwhile.
-    fn read_consistent<T: Default>(
+    pub(super) fn read_consistent<T: Default>(
         &self,
         request: &[u8],
         mut each: impl FnMut(&mut T, &wire::Received<'_>),
@@ -400,21 +408,6 @@ impl Kernel {
                 return Ok(found);
             }
         }
-    }
-
-    /// Every element the model is in charge of.
-    pub(crate) fn dump(&self) -> Result<HashMap<ElementKey, Element>, Error> {
-        let mut all = HashMap::new();
-        for family in &self.families {
-            for map in Map::ALL {
-                let request = wire::dump_elements(&self.settings.table, map.name(), *family);
-                let part: Vec<Element> = self.read_consistent(&request, |list: &mut Vec<_>, m| {
-                    list.extend(wire::elements(*family, *map, m.body))
-                })?;
-                all.extend(part.into_iter().map(|e| (e.id(), e)));
-            }
-        }
-        Ok(all)
     }
 
     /// Bodies of the messages about our table's chains or rules.
@@ -435,7 +428,7 @@ impl Kernel {
         Ok(bodies.iter().filter_map(|b| Some(wire::text(wire::attribute(b, 3)?).to_owned())).collect())
     }
 
-    fn rules_digest(&self) -> Result<u64, Error> {
+    pub(super) fn rules_digest(&self) -> Result<u64, Error> {
         let mut hasher = DefaultHasher::new();
         for family in &self.families {
             self.list(wire::MSG_GETRULE, *family)?.hash(&mut hasher);
@@ -449,11 +442,12 @@ impl Kernel {
             let request = wire::dump_elements(&self.settings.table, AFFINITY, family);
             let mut stale = Vec::new();
             self.read_all(&request, |message| {
-                for (key, data) in wire::raw_elements(message.body) {
-                    let Some((frontend, at_node)) = sticky_frontend(family, key) else { continue };
+                for raw in wire::raw_elements(message.body) {
+                    let Some((frontend, at_node)) = sticky_frontend(family, raw.key) else { continue };
                     let Some(keep) = check.get(&frontend).or_else(|| check.get(&at_node)) else { continue };
-                    if !data.and_then(|d| backend(family, d)).is_some_and(|b| keep.contains(&b)) {
-                        stale.push(key.to_vec());
+                    let to = if let wire::Data::Value(to) = raw.data { backend(family, to) } else { None };
+                    if !to.is_some_and(|b| keep.contains(&b)) {
+                        stale.push(raw.key.to_vec());
                     }
                 }
             })?;
@@ -482,15 +476,8 @@ impl Kernel {
     }
 }
 
-/// How much a verification had to change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Difference {
-    pub(crate) removed: usize,
-    pub(crate) added: usize,
-}
-
 #[derive(PartialEq, Eq)]
-enum Consistency {
+pub(super) enum Consistency {
     Whole,
     Interrupted,
 }

@@ -9,4 +9,5 @@ pub(crate) mod skeleton;
 #[cfg(test)]
 pub(crate) mod tests;
 pub(crate) mod trace;
+pub(crate) mod verify;
 pub(crate) mod wire;

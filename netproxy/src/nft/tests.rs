@@ -10,18 +10,21 @@ use parking_lot::RwLock;
 use proptest::{prelude::*, test_runner::Config as Runs};
 
 use super::{
-    element::{Element, ElementKey, Family},
-    kernel::{Difference, Kernel, Wanted},
+    element::{Chain, Element, ElementKey, Family, Map, Value},
+    kernel::{Error, Kernel, Wanted},
     skeleton::{self, Chains, Settings},
+    verify::Difference,
 };
 use crate::{
     dns::zone::Zone,
     metrics::Metrics,
     model::{
         objects::{Place, Policy, Protocol, Service, ServiceName, Slice},
+        plan::LOCAL_BASE,
         shadow::Shadow,
         tests::{service, slice},
     },
+    monitor::Heard,
     sync::{Input, Report, Sync},
 };
 
@@ -278,7 +281,7 @@ fn edits_by_others_are_repaired() {
         ] {
             let status = std::process::Command::new("nft").arg(edit).status().unwrap();
             assert!(status.success(), "{edit}");
-            kernel.verify(&all).unwrap();
+            kernel.verify(&Heard::everything(), &all).unwrap();
             same(&shadow, &kernel);
             // nft reads back what it did not write.
             let rules =
@@ -289,7 +292,143 @@ fn edits_by_others_are_repaired() {
                 assert!(String::from_utf8_lossy(&rules.stdout).contains(line), "{edit}: {line}: {rules:?}");
             }
         }
-        assert_eq!(kernel.verify(&all).unwrap(), Difference { removed: 0, added: 0 });
+        assert_eq!(kernel.verify(&Heard::everything(), &all).unwrap(), Difference { removed: 0, added: 0 });
+    });
+}
+
+/// Twenty services by their cluster addresses, node ports and an external address, with so many endpoints that chains of
+/// all sizes are left and gone to; some have endpoints of this node only.
+fn cut_model(shadow: &mut Shadow, second: bool) {
+    for n in 0..20u8 {
+        let (ip, six) = (format!("10.96.1.{n}"), format!("2001:db8:96::{n:x}"));
+        let mut made = service("ns", &format!("s{n}"), &[&ip, &six], &[("a", 80, 30_000 + u16::from(n))]);
+        made.external_ips = [format!("192.0.2.{n}").parse().unwrap()].into();
+        (made.internal_policy, made.external_policy) = match n % 3 {
+            0 => (Policy::Local, Policy::Cluster),
+            1 => (Policy::Cluster, Policy::Local),
+            _ => (Policy::Cluster, Policy::Cluster),
+        };
+        let (first, count) = if second { (3, n * 5 % 11 + 1) } else { (0, n * 7 % 13 + 1) };
+        let members: Vec<String> = (first..first + count).map(|e| format!("10.244.{n}.{e}")).collect();
+        let pairs: Vec<(&str, &str)> = members.iter().map(|a| (a.as_str(), "me")).collect();
+        shadow.set_slice(slice(&made.name, "a", 8080, &pairs));
+        shadow.set_service(made);
+    }
+}
+
+/// Every frontend in the kernel leads to as many endpoints as its chain picks from, all of its own service. Returns how
+/// many there are.
+#[track_caller]
+fn whole(kernel: &Kernel) -> usize {
+    let all = kernel.dump().unwrap();
+    let maps = [
+        (Map::Services, Map::Endpoints),
+        (Map::ExternalCluster, Map::Endpoints),
+        (Map::ExternalLocal, Map::Endpoints),
+        (Map::NodePorts, Map::NodePortEndpoints),
+        (Map::NodePortCluster, Map::NodePortEndpoints),
+        (Map::NodePortLocal, Map::NodePortEndpoints),
+    ];
+    let mut seen = 0;
+    for element in all.values().filter(|e| maps.iter().any(|(map, _)| *map == e.map)) {
+        let Value::Goto(chain) = element.value else { panic!("{element:?}") };
+        let endpoints = maps.iter().find(|(map, _)| *map == element.map).unwrap().1;
+        let (base, count) = match chain {
+            Chain::Pick(n) | Chain::MasqueradePick(n) | Chain::NodePortPick(n) => (0, n),
+            Chain::LocalPick(n) | Chain::NodePortLocalPick(n) => (LOCAL_BASE, n),
+            _ => continue,
+        };
+        // The number of the service: the last byte of its address, or of its port.
+        let bytes = element.key.bytes();
+        let own = match (bytes.len(), element.family) {
+            (8, _) => (u16::from_be_bytes([bytes[4], bytes[5]]) - 30_000) as u8,
+            (_, Family::V4) => bytes[3],
+            (_, Family::V6) => bytes[15],
+        };
+        for index in base..base + count {
+            let id = (element.family, endpoints, element.key.index(index), None);
+            let Some(Element { value: Value::Backend(to), .. }) = all.get(&id) else {
+                panic!("{element:?} has no endpoint {index}")
+            };
+            assert_eq!(to.bytes()[2], own, "{element:?} leads to another service's {to:?}");
+        }
+        seen += 1;
+    }
+    seen
+}
+
+/// Wherever a process is killed between two transactions, what leads anywhere leads to whole services.
+#[test]
+fn a_change_that_is_cut_off_leaves_services_whole() {
+    type Way = fn(&mut Kernel, &mut Shadow) -> Result<(), Error>;
+    let ways: [(&str, bool, Way); 3] = [
+        ("a first load", false, |kernel, shadow| {
+            cut_model(shadow, true);
+            shadow.catch_up();
+            kernel.reconcile(&wanted(shadow)).map(drop)
+        }),
+        ("a change", true, |kernel, shadow| {
+            cut_model(shadow, true);
+            kernel.apply(&shadow.flush())
+        }),
+        ("a new process", true, |kernel, shadow| {
+            cut_model(shadow, true);
+            shadow.catch_up();
+            kernel.reconcile(&wanted(shadow)).map(drop)
+        }),
+    ];
+    for (what, loaded, way) in ways {
+        in_own_network(move || {
+            let mut cuts = 0;
+            loop {
+                let mut shadow = Shadow::new(here());
+                let mut kernel = Kernel::open(settings(), None).unwrap();
+                kernel.transaction_max = 5000;
+                if loaded {
+                    cut_model(&mut shadow, false);
+                    shadow.catch_up();
+                    kernel.reconcile(&wanted(&shadow)).unwrap();
+                }
+                let before = whole(&kernel);
+                kernel.budget.set(Some(cuts));
+                let outcome = way(&mut kernel, &mut shadow);
+                kernel.budget.set(None);
+                let after = whole(&kernel);
+                assert!(after >= before, "{what}, {cuts} transactions: {before} -> {after}");
+                if outcome.is_ok() {
+                    same(&shadow, &kernel);
+                    break;
+                }
+                kernel.destroy().unwrap();
+                cuts += 1;
+            }
+            assert!(cuts >= 4, "{what}: only {cuts} places to cut");
+        });
+    }
+}
+
+/// What others did not touch is not read.
+#[test]
+fn only_what_was_touched_is_compared() {
+    in_own_network(|| {
+        let mut shadow = Shadow::new(here());
+        cut_model(&mut shadow, false);
+        shadow.catch_up();
+        let all = wanted(&shadow);
+        let mut kernel = Kernel::open(settings(), None).unwrap();
+        kernel.reconcile(&all).unwrap();
+        let nft = |edit: &str| assert!(std::process::Command::new("nft").arg(edit).status().unwrap().success());
+        nft("flush map ip isopod-test services");
+        nft("delete element ip isopod-test cluster_ips { 10.96.1.1 }");
+        assert_eq!(kernel.verify(&Heard::of(&[Map::Endpoints]), &all).unwrap(), Difference { removed: 0, added: 0 });
+        assert_eq!(kernel.verify(&Heard::of(&[Map::Services]), &all).unwrap(), Difference { removed: 0, added: 40 });
+        // As many elements as there should be, but not the same.
+        nft("add element ip isopod-test cluster_ips { 10.96.9.9 }");
+        assert_eq!(kernel.verify(&Heard::of(&[Map::ClusterIps]), &all).unwrap(), Difference { removed: 1, added: 1 });
+        // Rules are loaded again beside elements that are as they were.
+        nft("flush table ip isopod-test");
+        assert_eq!(kernel.verify(&Heard::of(&[]), &all).unwrap(), Difference { removed: 0, added: 0 });
+        same(&shadow, &kernel);
     });
 }
 
@@ -352,13 +491,13 @@ fn a_full_load_and_one_change_are_quick() {
         sync.take(Input::ServicesEnd);
         sync.take(Input::SlicesEnd);
         let started = Instant::now();
-        sync.settle(false);
+        sync.settle();
         let full = started.elapsed();
         let mut changes = Vec::new();
         for n in 0..100 {
             let started = Instant::now();
             sync.take(Input::Slice(endpoints(n * 37, 10 + 1 - 2 * (n % 2))));
-            sync.settle(false);
+            sync.settle();
             changes.push(started.elapsed());
         }
         changes.sort();

@@ -9,6 +9,7 @@ pub(crate) const SUBSYS_CTNETLINK: u16 = 1;
 pub(crate) const MSG_GETCHAIN: u16 = 4;
 pub(crate) const MSG_DELTABLE: u16 = 2;
 pub(crate) const MSG_GETRULE: u16 = 7;
+pub(crate) const MSG_DELSET: u16 = 11;
 pub(crate) const MSG_NEWSETELEM: u16 = 12;
 pub(crate) const MSG_GETSETELEM: u16 = 13;
 pub(crate) const MSG_DELSETELEM: u16 = 14;
@@ -56,9 +57,11 @@ pub(crate) fn put(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
 
 /// Appends a zero-terminated string attribute.
 pub(crate) fn put_string(out: &mut Vec<u8>, kind: u16, value: &str) {
-    let mut bytes = value.as_bytes().to_vec();
-    bytes.push(0);
-    put(out, kind, &bytes);
+    let len = u16::try_from(value.len() + 5).unwrap_or(u16::MAX);
+    out.extend_from_slice(&len.to_ne_bytes());
+    out.extend_from_slice(&kind.to_ne_bytes());
+    out.extend_from_slice(value.as_bytes());
+    out.resize((out.len() + 1).next_multiple_of(4), 0);
 }
 
 /// Appends an attribute holding what `fill` writes.
@@ -151,13 +154,22 @@ pub(crate) fn nft(kind: u16) -> u16 {
     SUBSYS_NFTABLES << 8 | kind
 }
 
+/// Appends an attribute that holds one value, of a length that is a multiple of four: most of what a load is.
+fn put_value(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let len = value.len() as u16;
+    let [a, b, c, d] = [len + 8, kind | NESTED, len + 4, attr::VALUE].map(u16::to_ne_bytes);
+    out.extend_from_slice(&[a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]);
+    out.extend_from_slice(value);
+}
+
 fn put_element(out: &mut Vec<u8>, element: &Element, with_value: bool) {
     nest(out, attr::ELEMENT, |e| {
-        nest(e, attr::KEY, |k| put(k, attr::VALUE, element.key.bytes()));
-        match element.value {
-            Value::Until(end) => nest(e, attr::KEY_END, |k| put(k, attr::VALUE, end.bytes())),
+        put_value(e, attr::KEY, element.key.bytes());
+        match &element.value {
+            Value::Until(end) => put_value(e, attr::KEY_END, end.bytes()),
+            Value::Backend(to) if with_value => put_value(e, attr::DATA, to.bytes()),
             Value::Goto(chain) if with_value && element.map.is_numbered() => {
-                nest(e, attr::DATA, |d| put(d, attr::VALUE, &chain.number().to_ne_bytes()));
+                put_value(e, attr::DATA, &chain.number().to_ne_bytes());
             }
             Value::Goto(chain) if with_value => nest(e, attr::DATA, |d| {
                 nest(d, attr::VERDICT, |v| {
@@ -165,7 +177,6 @@ fn put_element(out: &mut Vec<u8>, element: &Element, with_value: bool) {
                     put_string(v, attr::VERDICT_CHAIN, &chain.to_string());
                 });
             }),
-            Value::Backend(to) if with_value => nest(e, attr::DATA, |d| put(d, attr::VALUE, to.bytes())),
             _ => {}
         }
     });
@@ -299,39 +310,74 @@ pub(crate) fn delete_raw(table: &str, set: &str, family: Family, keys: &[Vec<u8>
     })
 }
 
-/// Raw key and data of every element in a dump's message.
-pub(crate) fn raw_elements(body: &[u8]) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
+/// What a key of a dump leads to.
+#[derive(Clone, Copy)]
+pub(crate) enum Data<'a> {
+    None,
+    Value(&'a [u8]),
+    /// Goes to a chain of this name.
+    Goto(&'a str),
+    /// Another verdict.
+    Verdict,
+}
+
+/// An element in a dump's message.
+pub(crate) struct Raw<'a> {
+    pub(crate) key: &'a [u8],
+    /// The other end of a range.
+    pub(crate) end: Option<&'a [u8]>,
+    pub(crate) data: Data<'a>,
+}
+
+impl<'a> Raw<'a> {
+    fn read(element: &'a [u8]) -> Option<Self> {
+        let mut raw = Self { key: &[], end: None, data: Data::None };
+        for (kind, nested) in attributes(element) {
+            match kind {
+                attr::KEY => raw.key = attribute(nested, attr::VALUE)?,
+                attr::KEY_END => raw.end = attribute(nested, attr::VALUE),
+                attr::DATA => {
+                    raw.data = match attributes(nested).next()? {
+                        (attr::VALUE, value) => Data::Value(value),
+                        (attr::VERDICT, verdict) => goto(verdict).map_or(Data::Verdict, Data::Goto),
+                        _ => Data::None,
+                    }
+                }
+                _ => {}
+            }
+        }
+        (!raw.key.is_empty()).then_some(raw)
+    }
+
+    /// As we write it.
+    fn element(&self, family: Family, map: Map) -> Element {
+        let value = match self.data {
+            Data::Goto(chain) => chain.parse().map_or(Value::Foreign, Value::Goto),
+            Data::Verdict => Value::Foreign,
+            Data::Value(number) if map.is_numbered() => {
+                let chain = number.first_chunk().and_then(|n| Chain::numbered(u32::from_ne_bytes(*n)));
+                chain.map_or(Value::Foreign, Value::Goto)
+            }
+            Data::Value(to) => Value::Backend(Key::from_bytes(to)),
+            Data::None => self.end.map_or(Value::Member, |end| Value::Until(Key::from_bytes(end))),
+        };
+        Element { family, map, key: Key::from_bytes(self.key), value }
+    }
+}
+
+/// The chain a verdict goes to.
+fn goto(verdict: &[u8]) -> Option<&str> {
+    let goes = attribute(verdict, attr::VERDICT_CODE) == Some(&NFT_GOTO.to_be_bytes());
+    attribute(verdict, attr::VERDICT_CHAIN).filter(|_| goes).map(text)
+}
+
+/// Every element in a dump's message, as it is there.
+pub(crate) fn raw_elements(body: &[u8]) -> impl Iterator<Item = Raw<'_>> {
     let list = attribute(body, attr::LIST_ELEMENTS).unwrap_or_default();
-    attributes(list).filter_map(|(_, element)| {
-        let key = attribute(attribute(element, attr::KEY)?, attr::VALUE)?;
-        let data = attribute(element, attr::DATA).and_then(|d| attribute(d, attr::VALUE));
-        Some((key, data))
-    })
+    attributes(list).filter_map(|(_, element)| Raw::read(element))
 }
 
 /// The elements in a dump's message.
-pub(crate) fn elements(family: Family, map: Map, body: &[u8]) -> Vec<Element> {
-    let list = attribute(body, attr::LIST_ELEMENTS).unwrap_or_default();
-    let read = |element: &[u8]| {
-        let key = Key::from_bytes(attribute(attribute(element, attr::KEY)?, attr::VALUE)?);
-        let end = attribute(element, attr::KEY_END).and_then(|k| attribute(k, attr::VALUE));
-        let data = attribute(element, attr::DATA);
-        let verdict = data.and_then(|d| attribute(d, attr::VERDICT));
-        let value = if let Some(verdict) = verdict {
-            let goto = attribute(verdict, attr::VERDICT_CODE) == Some(&NFT_GOTO.to_be_bytes());
-            let chain = attribute(verdict, attr::VERDICT_CHAIN).and_then(|c| text(c).parse().ok());
-            chain.filter(|_| goto).map_or(Value::Foreign, Value::Goto)
-        } else if map.is_numbered() {
-            let number = data.and_then(|d| attribute(d, attr::VALUE)?.first_chunk().copied()).map(u32::from_ne_bytes);
-            number.and_then(Chain::numbered).map_or(Value::Foreign, Value::Goto)
-        } else if let Some(to) = data.and_then(|d| attribute(d, attr::VALUE)) {
-            Value::Backend(Key::from_bytes(to))
-        } else if let Some(end) = end {
-            Value::Until(Key::from_bytes(end))
-        } else {
-            Value::Member
-        };
-        Some(Element { family, map, key, value })
-    };
-    attributes(list).filter_map(|(_, element)| read(element)).collect()
+pub(crate) fn elements(family: Family, map: Map, body: &[u8]) -> impl Iterator<Item = Element> {
+    raw_elements(body).map(move |raw| raw.element(family, map))
 }

@@ -60,7 +60,7 @@ impl Inner {
         let ns =
             std::fs::File::open(&slot.path).map_err(|e| NetworkError(format!("open {}: {e}", slot.path.display())))?;
         let fd = std::os::fd::AsFd::as_fd(&ns);
-        links::add_veth(&self.handle, &slot.link, self.bridge, fd, self.config.mtu).await?;
+        links::add_veth(&self.handle, &slot.link, self.bridge, fd, self.mtu).await?;
         let ranges = self.state.lock().addresses.ranges().to_vec();
         let gateway = |a: &IpAddr| ranges.iter().find(|r| r.contains(a)).map(|r| (*a, addresses::gateway(r)));
         let pairs: Vec<_> = slot.ips.iter().filter_map(gateway).collect();
