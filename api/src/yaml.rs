@@ -4,7 +4,11 @@
 use serde::de::DeserializeSeed;
 use serde_json::Value;
 
-use crate::schema::json::Seed;
+use crate::schema::json::{MAX_DEPTH, Seed};
+
+/// Brackets that may be open at once: the scanner looks at all of them for every token. Text in a document may have brackets
+/// of its own that nobody closes, hence more than may nest.
+const OPEN_MAX: usize = 5 * MAX_DEPTH;
 
 /// Text that is not YAML, or YAML that is not JSON.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -19,11 +23,27 @@ pub fn parse(text: &str) -> Result<Value, Error> {
 /// Parses one document and reports duplicate keys the way strict field validation does:
 /// `line 7: key "a" already set in map`.
 pub fn parse_strict(text: &str) -> Result<(Value, Vec<String>), Error> {
+    check_open(text)?;
     let (mut path, mut duplicates) = (String::new(), Vec::new());
     let value = Seed::new(&mut path, &mut duplicates)
         .deserialize(serde_yaml_ng::Deserializer::from_str(text))
         .map_err(|e| failure(&e))?;
     Ok((whole_numbers(value), duplicates.iter().map(|path| duplicate(text, path)).collect()))
+}
+
+fn check_open(text: &str) -> Result<(), Error> {
+    let mut open = 0_usize;
+    for byte in text.bytes() {
+        match byte {
+            b'[' | b'{' => open += 1,
+            b']' | b'}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        if open > OPEN_MAX {
+            return Err(Error("error converting YAML to JSON: yaml: exceeded max depth".into()));
+        }
+    }
+    Ok(())
 }
 
 fn failure(error: &serde_yaml_ng::Error) -> Error {
@@ -76,6 +96,7 @@ fn whole_numbers(value: Value) -> Value {
 
 /// Parses all documents of a stream, skipping empty ones.
 pub fn parse_all(text: &str) -> Result<Vec<Value>, Error> {
+    check_open(text)?;
     let mut out = Vec::new();
     for document in serde_yaml_ng::Deserializer::from_str(text) {
         let value = Seed::new(&mut String::new(), &mut Vec::new()).deserialize(document).map_err(|e| failure(&e))?;

@@ -359,8 +359,10 @@ mod tests {
                 let error = parse(nested(open, close, levels).as_bytes()).unwrap_err();
                 assert_eq!(error.to_string(), format!("invalid character '{shown}' exceeded max depth"), "{levels}");
             }
-            let error = crate::yaml::parse(&nested(open, close, MAX_DEPTH + 1)).unwrap_err();
-            assert!(error.to_string().contains("exceeded max depth"), "{error}");
+            for levels in [MAX_DEPTH + 1, 1_000_000] {
+                let error = crate::yaml::parse(&nested(open, close, levels)).unwrap_err();
+                assert!(error.to_string().contains("exceeded max depth"), "{error}");
+            }
         }
     }
 

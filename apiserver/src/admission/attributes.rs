@@ -68,6 +68,12 @@ pub(super) fn attributes(request: &Request<'_>, matched: &Matched) -> Value {
     out
 }
 
+/// Has both objects converted into the matched version, where that takes a webhook.
+pub(super) async fn prepare(request: &Request<'_>, matched: &Matched) -> Result<(), Status> {
+    let prepared = request.shape.prepare([request.object, request.old], &matched.gvk).await;
+    prepared.map_err(|status| Status::internal(status.message))
+}
+
 /// Both objects in the matched version.
 pub(super) fn objects(request: &Request<'_>, matched: &Matched) -> Result<(Value, Value), Status> {
     let show = |object: &Value| match object.is_null() {

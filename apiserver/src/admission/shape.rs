@@ -1,5 +1,6 @@
 //! How a request's object looks in the versions it is served in, and back.
 
+use futures::future::BoxFuture;
 use isopod_api::{
     gvk::{Gvk, Gvr},
     schema::Definition,
@@ -15,11 +16,14 @@ pub(crate) trait Shape: Send + Sync {
     /// The other versions the resource is served in.
     fn versions(&self) -> Vec<(Gvr, Gvk)>;
 
-    /// An object in a version.
+    /// Makes sure that objects can be shown in a version: some only a webhook can convert.
+    fn prepare<'a>(&'a self, objects: [&'a Value; 2], gvk: &'a Gvk) -> BoxFuture<'a, Result<(), Status>>;
+
+    /// An object in a version it was prepared for.
     fn show(&self, object: &Value, gvk: &Gvk) -> Result<Value, Status>;
 
     /// A changed object of a version in the form of `current`, with defaults.
-    fn take(&self, shown: Value, current: &Value) -> Result<Value, Status>;
+    fn take<'a>(&'a self, shown: Value, current: &'a Value) -> BoxFuture<'a, Result<Value, Status>>;
 
     /// The schema of a version.
     fn definition(&self, gvk: &Gvk) -> Option<&Definition>;

@@ -132,8 +132,12 @@ impl Shape for Plain {
         Ok(shown)
     }
 
-    fn take(&self, shown: Value, _current: &Value) -> Result<Value, Status> {
-        Ok(shown)
+    fn prepare<'a>(&'a self, _objects: [&'a Value; 2], _gvk: &'a Gvk) -> BoxFuture<'a, Result<(), Status>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn take<'a>(&'a self, shown: Value, _current: &'a Value) -> BoxFuture<'a, Result<Value, Status>> {
+        Box::pin(async { Ok(shown) })
     }
 
     fn definition(&self, gvk: &Gvk) -> Option<&isopod_api::schema::Definition> {

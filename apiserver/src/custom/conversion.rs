@@ -191,19 +191,23 @@ impl Custom {
     }
 
     /// The stored form of an object of the served version.
-    pub(crate) async fn draft(&self, mut value: Value) -> Result<Draft, Status> {
-        let storage = self.definition.storage();
-        if storage.gvk != self.version.gvk {
-            match &self.definition.conversion {
-                Some(conversion) => {
-                    let converted = conversion.convert(std::slice::from_ref(&value), &storage.gvk).await?;
-                    value = converted.into_iter().next().unwrap_or_default();
-                }
-                None => value["apiVersion"] = storage.gvk.api_version().into(),
-            }
-            storage.settle(&mut value);
+    pub(crate) async fn draft(&self, value: Value) -> Result<Draft, Status> {
+        Ok(Draft::new(self.convert(value, &self.definition.storage().gvk).await?, &STORED))
+    }
+
+    /// An object of one of the versions in another one.
+    pub(crate) async fn convert(&self, value: Value, gvk: &Gvk) -> Result<Value, Status> {
+        let (Some(version), Some(conversion)) = (self.definition.version(&gvk.version), &self.definition.conversion)
+        else {
+            return Ok(self.in_version(value, gvk));
+        };
+        if Gvk::of(&value) == *gvk {
+            return Ok(value);
         }
-        Ok(Draft::new(value, &STORED))
+        let converted = conversion.convert(std::slice::from_ref(&value), gvk).await?;
+        let mut value = converted.into_iter().next().unwrap_or_default();
+        version.settle(&mut value);
+        Ok(value)
     }
 }
 

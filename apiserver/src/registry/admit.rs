@@ -1,6 +1,7 @@
 //! Running the admission plugins over one write.
 
 use isopod_api::{gvk::Gvk, meta, schema, status::Status};
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use super::{Registry, Resource, Writer};
@@ -55,6 +56,7 @@ impl Registry {
             body: admission.gvk,
             subresource: admission.subresource,
             name: admission.name,
+            converted: Mutex::default(),
         };
         let mut reinvocation = Reinvocation::default();
         let mut request = Request {

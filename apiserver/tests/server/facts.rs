@@ -8,18 +8,6 @@ use serde_json::{Value, json};
 
 use crate::Server;
 
-impl Server {
-    async fn answer(&self, method: Method, path: &str, body: &Value) -> (u16, Value) {
-        let mut request = self.client.request(method.clone(), self.url(path));
-        if !body.is_null() {
-            let kind = if method == Method::PATCH { "application/merge-patch+json" } else { "application/json" };
-            request = request.header("content-type", kind).body(body.to_string());
-        }
-        let answer = request.send().await.unwrap();
-        (answer.status().as_u16(), serde_json::from_str(&answer.text().await.unwrap()).unwrap())
-    }
-}
-
 fn list(v: &Value) -> impl Iterator<Item = &Value> {
     v.as_array().into_iter().flatten()
 }

@@ -8,13 +8,20 @@ mod binary;
 mod every_type;
 mod facts;
 mod fuzz;
+mod hostile;
 mod kube_rs;
 mod kubectl;
 mod vectors;
+mod versions;
+#[allow(dead_code, reason = "unit tests use the rest of it")]
+#[path = "../../src/webhook/testing.rs"]
+mod webhook;
 mod wire;
 
 use std::time::Duration;
 
+use reqwest::Method;
+use serde_json::Value;
 use tempfile::TempDir;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -64,5 +71,35 @@ impl Server {
 
     fn url(&self, path: &str) -> String {
         format!("https://127.0.0.1:{}{path}", self.port)
+    }
+
+    /// Code and body of an answer; patches are merge patches.
+    async fn answer(&self, method: Method, path: &str, body: &Value) -> (u16, Value) {
+        let kind = if method == Method::PATCH { "application/merge-patch+json" } else { "application/json" };
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        self.send(method, path, kind, body).await
+    }
+
+    /// The same with any body.
+    async fn send(&self, method: Method, path: &str, kind: &str, body: String) -> (u16, Value) {
+        let mut request = self.client.request(method, self.url(path));
+        if !body.is_empty() {
+            request = request.header("content-type", kind).body(body);
+        }
+        let answer = request.send().await.unwrap();
+        (answer.status().as_u16(), serde_json::from_str(&answer.text().await.unwrap()).unwrap())
+    }
+
+    /// Asks again until an answer is right: what is written shows a little later.
+    async fn until(&self, method: Method, path: &str, body: &Value, right: impl Fn(u16, &Value) -> bool) -> Value {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            let (code, answer) = self.answer(method.clone(), path, body).await;
+            if right(code, &answer) {
+                return answer;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{path}: {code} {answer}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 }

@@ -16,7 +16,7 @@ use super::{
     select,
 };
 use crate::{
-    admission::{Plugin, Request, conditions::EXPENSIVE},
+    admission::{Plugin, Request, attributes, conditions::EXPENSIVE},
     cel::{self, Failure, Scope},
 };
 
@@ -85,14 +85,16 @@ impl Invocation {
         format!("{}/{}/{param:?}", self.policy.name, self.binding.name)
     }
 
-    fn run(&self, request: &mut Request<'_>) -> Result<Vec<Refusal>, Status> {
+    async fn run(&self, request: &mut Request<'_>) -> Result<Vec<Refusal>, Status> {
+        attributes::prepare(request, &self.matched).await?;
         let refusal = |message: String| Refusal {
             policy: Arc::clone(&self.policy),
             binding: Some(Arc::clone(&self.binding)),
             message,
             reason: Some("Invalid"),
         };
-        match self.policy.conditions.hold(&self.scope(request)?, true) {
+        let holds = self.policy.conditions.hold(&self.scope(request)?, true);
+        match holds {
             Ok(true) => {}
             Ok(false) => return Ok(Vec::new()),
             Err(error) => return Ok(vec![refusal(error)]),
@@ -106,8 +108,10 @@ impl Invocation {
         let mut budget = cel::BUDGET;
         let before = request.object.clone();
         for mutation in &self.policy.mutations {
+            // The one before has made another object of it.
+            attributes::prepare(request, &self.matched).await?;
             match self.mutated(request, mutation, &mut budget) {
-                Ok(shown) => *request.object = request.shape.take(shown, request.object)?,
+                Ok(shown) => *request.object = request.shape.take(shown, request.object).await?,
                 Err(Failed::Policy(error)) => refusals.push(refusal(error)),
                 Err(Failed::Request(status)) => return Err(status),
             }
@@ -146,7 +150,7 @@ fn denied(request: &Request<'_>, refusals: &[Refusal]) -> Status {
 }
 
 impl MutatingAdmissionPolicy {
-    fn run(&self, request: &mut Request<'_>) -> Result<(), Status> {
+    async fn run(&self, request: &mut Request<'_>) -> Result<(), Status> {
         let selected = select(request, &self.hooks);
         if selected.is_empty() {
             return Ok(());
@@ -158,7 +162,7 @@ impl MutatingAdmissionPolicy {
             match selected {
                 Ok(invocation) => {
                     let fail = invocation.policy.fail;
-                    refusals.extend(invocation.run(request)?.into_iter().filter(|_| fail));
+                    refusals.extend(invocation.run(request).await?.into_iter().filter(|_| fail));
                 }
                 Err(refusal) if refusal.policy.fail => refusals.push(refusal),
                 Err(_) => {}
@@ -175,8 +179,7 @@ impl Plugin for MutatingAdmissionPolicy {
     }
 
     fn admit<'a>(&'a self, request: &'a mut Request<'_>) -> BoxFuture<'a, Result<(), Status>> {
-        let result = self.run(request);
-        Box::pin(async { result })
+        Box::pin(self.run(request))
     }
 }
 

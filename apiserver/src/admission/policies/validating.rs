@@ -13,7 +13,7 @@ use super::{
     select,
 };
 use crate::{
-    admission::{Plugin, Request, conditions::EXPENSIVE},
+    admission::{Plugin, Request, attributes, conditions::EXPENSIVE},
     cel::{self, Failure, Scope},
 };
 
@@ -178,11 +178,14 @@ fn denied(request: &Request<'_>, refusal: &Refusal) -> Status {
 }
 
 impl ValidatingAdmissionPolicy {
-    fn run(&self, request: &mut Request<'_>) -> Result<(), Status> {
+    async fn run(&self, request: &mut Request<'_>) -> Result<(), Status> {
         let mut refusals = Vec::new();
         for selected in select(request, &self.hooks) {
             match selected {
-                Ok(invocation) => refusals.extend(invocation.validate(request)?),
+                Ok(invocation) => {
+                    attributes::prepare(request, &invocation.matched).await?;
+                    refusals.extend(invocation.validate(request)?);
+                }
                 Err(refusal) if refusal.policy.fail => refusals.push(refusal),
                 Err(_) => {}
             }
@@ -200,8 +203,7 @@ impl Plugin for ValidatingAdmissionPolicy {
     }
 
     fn validate<'a>(&'a self, request: &'a mut Request<'_>) -> BoxFuture<'a, Result<(), Status>> {
-        let result = self.run(request);
-        Box::pin(async { result })
+        Box::pin(self.run(request))
     }
 }
 

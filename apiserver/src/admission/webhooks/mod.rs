@@ -83,8 +83,9 @@ enum Failure {
 
 impl Webhook {
     /// The version in which this webhook is asked about a request; `None` when it is not.
-    fn wants(&self, request: &Request<'_>) -> Result<Option<Matched>, Status> {
+    async fn wants(&self, request: &Request<'_>) -> Result<Option<Matched>, Status> {
         let Some(matched) = self.matcher.matches(request)? else { return Ok(None) };
+        attributes::prepare(request, &matched).await?;
         if self.conditions.is_empty() {
             return Ok(Some(matched));
         }

@@ -24,7 +24,7 @@ impl MutatingAdmissionWebhook {
         let again = request.reinvocation.again;
         request.reinvocation.webhooks.start(again, request.object);
         for webhook in webhooks.iter() {
-            let Some(matched) = webhook.wants(request)? else { continue };
+            let Some(matched) = webhook.wants(request).await? else { continue };
             if !request.reinvocation.webhooks.asks(again, &webhook.key) {
                 continue;
             }
@@ -32,7 +32,7 @@ impl MutatingAdmissionWebhook {
             request.warnings.extend(outcome.warnings);
             match outcome.verdict {
                 Ok(Verdict::Allowed(operations)) => {
-                    if change(webhook, &matched, request, operations)? {
+                    if change(webhook, &matched, request, operations).await? {
                         request.reinvocation.webhooks.changed();
                         request.reinvocation.needed = true;
                     }
@@ -50,7 +50,7 @@ impl MutatingAdmissionWebhook {
 }
 
 /// Applies a webhook's patch; whether the object is another one then.
-fn change(
+async fn change(
     webhook: &Webhook,
     matched: &Matched,
     request: &mut Request<'_>,
@@ -70,7 +70,7 @@ fn change(
         PatchFailure::Test => Status::internal("testing value failed: test failed"),
         PatchFailure::Operation(error) => Status::internal(error),
     })?;
-    let taken = request.shape.take(shown, request.object)?;
+    let taken = request.shape.take(shown, request.object).await?;
     let changed = taken != *request.object;
     *request.object = taken;
     Ok(changed)

@@ -19,7 +19,7 @@ impl ValidatingAdmissionWebhook {
         let webhooks = self.0.validating.current(request.objects);
         let mut asked = Vec::new();
         for webhook in webhooks.iter() {
-            if let Some(matched) = webhook.wants(request)? {
+            if let Some(matched) = webhook.wants(request).await? {
                 asked.push((webhook, matched));
             }
         }
