@@ -18,6 +18,7 @@ use k8s_openapi::api::{
     resource::v1::ResourceClaim,
 };
 use parking_lot::Mutex;
+use tonic::{Response, Status};
 
 use self::checkpoint::{Device, Empty, Info};
 use crate::{
@@ -147,11 +148,19 @@ impl Claims {
         checkpoint::save(&self.dir, state.claims.values()).map_err(|e| format!("{}: {e}", self.dir.display()))
     }
 
-    async fn client(&self, driver: &str) -> Result<DraPluginClient<Channel>, String> {
+    async fn call<T>(
+        &self,
+        driver: &str,
+        what: impl AsyncFnOnce(DraPluginClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Result<T, String> {
         let endpoint = self.state.lock().drivers.get(driver).map(|d| d.endpoint.clone());
         let endpoint = endpoint.ok_or_else(|| format!("DRA driver {driver} is not registered"))?;
-        let channel = Channel::unix(&endpoint).await.map_err(|e| format!("DRA driver {driver}: {e}"))?;
-        Ok(DraPluginClient::new(channel))
+        let work = async {
+            let channel = Channel::unix(&endpoint).await.map_err(|e| format!("DRA driver {driver}: {e}"))?;
+            what(DraPluginClient::new(channel)).await.map(Response::into_inner).map_err(|s| words(&s))
+        };
+        let late = |_| format!("DRA driver {driver} does not answer");
+        tokio::time::timeout(PATIENCE, work).await.map_err(late)?
     }
 
     /// Names of the Container Device Interface that a container gets.
@@ -231,11 +240,9 @@ pub(crate) async fn prepare(ctx: &Context, pod: &Pod) -> Result<(), String> {
 
 /// Has a driver prepare some claims and notes what it says.
 async fn ask(claims: &Claims, driver: &str, list: Vec<Claim>) -> Result<(), String> {
-    let mut client = claims.client(driver).await?;
-    let call = client.node_prepare_resources(NodePrepareResourcesRequest { claims: list.clone() });
-    let answer =
-        tokio::time::timeout(PATIENCE, call).await.map_err(|_| format!("DRA driver {driver} does not answer"))?;
-    let mut answer = answer.map_err(|s| format!("NodePrepareResources: {}", words(&s)))?.into_inner().claims;
+    let request = NodePrepareResourcesRequest { claims: list.clone() };
+    let answer = claims.call(driver, async |mut c| c.node_prepare_resources(request).await).await;
+    let mut answer = answer.map_err(|why| format!("NodePrepareResources: {why}"))?.claims;
     for c in list {
         let name = format!("{}/{}", c.namespace, c.name);
         let said = answer.remove(&c.uid).ok_or_else(|| format!("NodePrepareResources skipped claim {name}"))?;
@@ -283,13 +290,10 @@ pub(crate) async fn release(ctx: &Context, uid: &str) -> Result<(), String> {
 async fn undo(claims: &Claims, driver: &str, info: &Info) -> Result<(), String> {
     let failed =
         |why: String| format!("failed to unprepare dynamic resources: claim {}/{}: {why}", info.namespace, info.name);
-    let mut client = claims.client(driver).await.map_err(failed)?;
     let claim = Claim { namespace: info.namespace.clone(), uid: info.uid.clone(), name: info.name.clone() };
-    let call = client.node_unprepare_resources(NodeUnprepareResourcesRequest { claims: vec![claim] });
-    let late = || failed(format!("DRA driver {driver} does not answer"));
-    let answer = tokio::time::timeout(PATIENCE, call).await.map_err(|_| late())?;
-    let mut answer = answer.map_err(|s| failed(words(&s)))?.into_inner().claims;
-    match answer.remove(&info.uid) {
+    let request = NodeUnprepareResourcesRequest { claims: vec![claim] };
+    let answer = claims.call(driver, async |mut c| c.node_unprepare_resources(request).await).await;
+    match answer.map_err(failed)?.claims.remove(&info.uid) {
         None => Err(failed(format!("DRA driver {driver} skipped it"))),
         Some(said) if !said.error.is_empty() => Err(failed(said.error)),
         Some(_) => Ok(()),

@@ -182,9 +182,7 @@ impl Pass<'_> {
             None => self.free().difference(&reusable).copied().collect(),
         };
         let t = &m.topology;
-        let within = |cpus: &Cpus, mask: Mask| {
-            cpus.iter().filter(|cpu| t.unit(**cpu, Unit::Node).is_some_and(|n| mask.has(n))).count()
-        };
+        let within = |cpus: &Cpus, mask: Mask| t.near(cpus, mask).len();
         let can = |mask: Mask| {
             let again = within(&reusable, mask);
             (again == reusable.len()).then(|| (again + within(&free, mask)) as u64)
@@ -200,11 +198,7 @@ impl Pass<'_> {
     fn align_by_socket(&self, wanted: u64, hints: &mut [Hint]) {
         let t = &self.managers.topology;
         let all = t.all();
-        let sockets = |mask: Mask| {
-            let cpus =
-                all.iter().copied().filter(|cpu| t.unit(*cpu, Unit::Node).is_some_and(|n| mask.has(n))).collect();
-            t.units(&cpus, Unit::Socket).len()
-        };
+        let sockets = |mask: Mask| t.units(&t.near(&all, mask), Unit::Socket).len();
         let least = usize::try_from(wanted).unwrap_or(usize::MAX).div_ceil(t.per(Unit::Socket));
         for h in hints.iter_mut().filter(|h| h.mask.is_some_and(|m| sockets(m) <= least)) {
             h.preferred = true;
@@ -289,12 +283,7 @@ impl Pass<'_> {
             }
         }
         let text = |why| ("", why);
-        let near: Cpus = match mask {
-            Some(mask) => {
-                free.iter().copied().filter(|cpu| t.unit(*cpu, Unit::Node).is_some_and(|n| mask.has(n))).collect()
-            }
-            None => Cpus::new(),
-        };
+        let near = mask.map(|mask| t.near(&free, mask)).unwrap_or_default();
         let mut taken = cpus::take(t, &near, near.len().min(count), options).map_err(text)?;
         let left: Cpus = free.difference(&taken).copied().collect();
         taken.extend(cpus::take(t, &left, count - taken.len(), options).map_err(text)?);

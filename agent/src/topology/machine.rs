@@ -8,6 +8,8 @@ use std::{
 
 use isopod_runtime::cpu_list;
 
+use super::hints::Mask;
+
 /// Processors by their numbers.
 pub(crate) type Cpus = BTreeSet<u32>;
 
@@ -135,6 +137,11 @@ impl Topology {
     /// Those of some processors that are part of one unit.
     pub(crate) fn within(&self, cpus: &Cpus, unit: Unit, id: u32) -> Cpus {
         cpus.iter().copied().filter(|cpu| self.unit(*cpu, unit) == Some(id)).collect()
+    }
+
+    /// Those of some processors that are part of one of these nodes.
+    pub(crate) fn near(&self, cpus: &Cpus, nodes: Mask) -> Cpus {
+        cpus.iter().copied().filter(|cpu| self.cpus.get(cpu).is_some_and(|c| nodes.has(c.node))).collect()
     }
 
     /// The units of a kind that some processors are part of.
