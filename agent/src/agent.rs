@@ -261,17 +261,7 @@ pub async fn stop_all_pods(paths: &Paths) -> Result<(), Error> {
     let trees = Cgroups::left(&paths.instance())?;
     let mut errors = Vec::new();
     for (cgroups, group) in trees.iter().flat_map(|tree| tree.pods().into_values().map(move |group| (tree, group))) {
-        cgroups.kill(&group);
-        let mut pause = Duration::from_millis(1);
-        while let Err(e) = cgroups.remove(&group) {
-            if pause > Duration::from_secs(2) {
-                errors.push(e.to_string());
-                break;
-            }
-            tokio::time::sleep(pause).await;
-            pause *= 2;
-            cgroups.kill(&group);
-        }
+        errors.extend(cgroups.end(&group).await.err().map(|e| e.to_string()));
     }
     for uid in &uids {
         for dir in [paths.run_pod(uid), paths.pod(uid).join("volume-subpaths")] {

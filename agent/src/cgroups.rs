@@ -5,6 +5,7 @@
 //! are the runtime's.
 
 pub(crate) mod driver;
+mod end;
 mod usage;
 
 use std::{
@@ -13,7 +14,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub(crate) use self::{driver::Driver, usage::Usage};
+pub(crate) use self::{
+    driver::Driver,
+    usage::Usage,
+};
 use crate::qos::{self, Limits, Qos};
 
 /// A file of the tree that could not be made or written.

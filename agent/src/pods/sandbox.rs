@@ -146,8 +146,7 @@ pub(crate) async fn create_in(
         // Nothing of the last sandbox may live on beside this one. Its groups go too: a kernel that was told to kill a
         // group by cgroup.kill also kills what is cloned from there into a newer group.
         let old = ctx.cgroups.pod_group(qos::class(spec), uid(pod));
-        ctx.cgroups.kill(&old);
-        remove_group(ctx, &old).await?;
+        ctx.cgroups.end(&old).await.map_err(|e| e.to_string())?;
     }
     let group = match parent {
         None => cgroup(ctx, pod)?,
@@ -301,9 +300,8 @@ pub(crate) async fn remove(
     }
     let known = ctx.cgroups.pods().remove(uid);
     for group in cgroup.map(ToString::to_string).into_iter().chain(known) {
-        ctx.cgroups.kill(&group);
-        if let Err(e) = remove_group(ctx, &group).await {
-            errors.push(e);
+        if let Err(e) = ctx.cgroups.end(&group).await {
+            errors.push(e.to_string());
         }
     }
     if let Err(e) = ctx.network.teardown(uid).await {
@@ -316,22 +314,6 @@ pub(crate) async fn remove(
     }
     ctx.burstable_request(uid, None);
     if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
-}
-
-/// A killed group empties within moments; its removal is tried until then. Nothing tells when v1 groups empty.
-async fn remove_group(ctx: &Context, group: &str) -> Result<(), String> {
-    let mut pause = Duration::from_millis(1);
-    loop {
-        match ctx.cgroups.remove(group) {
-            Ok(()) => return Ok(()),
-            Err(e) if pause > Duration::from_secs(2) => return Err(e.to_string()),
-            Err(_) => {
-                tokio::time::sleep(pause).await;
-                pause *= 2;
-                ctx.cgroups.kill(group);
-            }
-        }
-    }
 }
 
 /// Removes what a pod keeps on disk besides: volumes and containers, at the end also its memory.
