@@ -184,6 +184,32 @@ fn a_new_supervisor_reports_what_its_predecessor_left() {
 }
 
 #[test]
+fn the_first_client_of_its_own_hears_what_was_said_before_it_came() {
+    if !possible() {
+        return;
+    }
+    let mut pod = Pod::new(PidMode::Container);
+    pod.call(Op::Subscribe).unwrap();
+    let bundle = pod.bundle(&["sh", "-c", "echo early; echo wrong >&2; read x; echo late"]);
+    pod.create(&bundle, true, true);
+    pod.start(&bundle);
+    eventually("said", || (pod.entries(&bundle).len() == 2).then_some(()), String::new);
+    let mut attach = |stdin: bool| {
+        let ((in_r, in_w), (out_r, out_w), (err_r, err_w)) = (pipe(), pipe(), pipe());
+        let op = Op::Attach { container: bundle.id.clone(), stdin, stdout: true, stderr: true };
+        let ends = [in_r.as_fd(), out_w.as_fd(), err_w.as_fd()];
+        pod.connection.call(op, &ends[usize::from(!stdin)..], PATIENCE).unwrap();
+        (in_w, fs::File::from(out_r), fs::File::from(err_r))
+    };
+    let (input, first, wrong) = attach(true);
+    let (_, second, _) = attach(false);
+    drop(input);
+    pod.ended();
+    let all = |file: fs::File| std::io::read_to_string(file).unwrap();
+    assert_eq!((all(first), all(wrong), all(second)), ("early\nlate\n".into(), "wrong\n".into(), "late\n".into()));
+}
+
+#[test]
 fn attach_feeds_stdin_and_sees_output() {
     if !possible() {
         return;

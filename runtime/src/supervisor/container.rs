@@ -34,6 +34,17 @@ pub(crate) struct Attached {
 }
 
 impl Attached {
+    /// Passes output on. A client that does not drain is let go.
+    fn tell(&mut self, stream: Stream, data: &[u8]) {
+        let end = match stream {
+            Stream::Stdout => &mut self.stdout,
+            Stream::Stderr => &mut self.stderr,
+        };
+        if end.as_ref().is_some_and(|fd| !write_all_now(fd.as_fd(), data)) {
+            *end = None;
+        }
+    }
+
     fn is_gone(&self) -> bool {
         self.stdin.is_none() && self.pending.is_empty() && self.stdout.is_none() && self.stderr.is_none()
     }
@@ -55,8 +66,32 @@ pub(crate) struct Container {
     /// Write end of its stdin with the event token in use while it is full.
     pub(crate) stdin: Option<(OwnedFd, Option<u64>)>,
     pub(crate) stdin_once: bool,
+    /// What it said before its one client came; `None` when nobody is waited for.
+    pub(crate) held: Option<Held>,
     pub(crate) log: Option<LogWriter>,
     pub(crate) attached: Vec<Attached>,
+}
+
+/// Most bytes kept for a client that has not come yet.
+const MOST_HELD: usize = 64 * 1024;
+
+/// The beginning of a container's output, for the client it was started for (`stdinOnce`): a quick program has said all it has
+/// to say before anybody can attach.
+#[derive(Debug, Default)]
+pub(crate) struct Held {
+    said: Vec<(Stream, Vec<u8>)>,
+    bytes: usize,
+}
+
+impl Held {
+    fn add(&mut self, stream: Stream, data: &[u8]) {
+        let data = &data[..data.len().min(MOST_HELD - self.bytes)];
+        self.bytes += data.len();
+        match self.said.last_mut() {
+            Some((last, said)) if *last == stream => said.extend_from_slice(data),
+            _ => self.said.push((stream, data.to_vec())),
+        }
+    }
 }
 
 /// The pipes of a container without a terminal.
@@ -126,6 +161,7 @@ impl Container {
             master: None,
             stdin: None,
             stdin_once: false,
+            held: None,
             log: None,
             attached: vec![],
         }
@@ -136,20 +172,25 @@ impl Container {
         self.status.state != ContainerState::Exited
     }
 
-    /// Passes output on to the log and to whoever is attached. A client that does not drain is let go.
+    /// Passes output on to the log and to whoever is attached.
     pub(crate) fn output(&mut self, stream: Stream, data: &[u8], batch: &mut Vec<u8>) {
         if let Some(log) = &mut self.log {
             log.append(stream, data, batch);
         }
-        for client in &mut self.attached {
-            let end = match stream {
-                Stream::Stdout => &mut client.stdout,
-                Stream::Stderr => &mut client.stderr,
-            };
-            if end.as_ref().is_some_and(|fd| !write_all_now(fd.as_fd(), data)) {
-                *end = None;
-            }
+        if let Some(held) = &mut self.held {
+            held.add(stream, data);
         }
+        for client in &mut self.attached {
+            client.tell(stream, data);
+        }
+    }
+
+    /// Takes a client in; the first hears what was said before it came.
+    pub(crate) fn attach(&mut self, mut client: Attached) {
+        for (stream, data) in self.held.take().into_iter().flat_map(|h| h.said) {
+            client.tell(stream, &data);
+        }
+        self.attached.push(client);
     }
 
     /// The descriptor stdin is written to.

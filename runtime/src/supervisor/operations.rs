@@ -12,7 +12,7 @@ use rustix::{
 };
 
 use super::{
-    container::{Attached, Container, Pipes, config_path, ready_output, set_nonblocking},
+    container::{Attached, Container, Held, Pipes, config_path, ready_output, set_nonblocking},
     log::{LogWriter, Rotation, Stream},
     protocol::{
         Answer, ContainerState, ContainerStatus, Failure, FailureKind, OLDEST, Op, PidMode, Rootfs, VERSION, WinSize,
@@ -222,6 +222,7 @@ impl Server {
             master: None,
             stdin: input.map(|fd| (fd, None)),
             stdin_once,
+            held: stdin_once.then(Held::default),
             log,
             attached: vec![],
         };
@@ -385,7 +386,7 @@ impl Server {
             attached.stdin = Some((fd, token));
             attached.had_stdin = true;
         }
-        self.container(id)?.attached.push(attached);
+        self.container(id)?.attach(attached);
         Ok(Answer::Done)
     }
 

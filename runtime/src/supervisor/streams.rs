@@ -83,7 +83,7 @@ impl Server {
                 eprintln!("container {id}: {} bytes of output found no room", log.lost());
             }
         }
-        container.log = None;
+        (container.log, container.held) = (None, None);
         let mut closing: Vec<(OwnedFd, u64)> = container.output.iter_mut().filter_map(Option::take).collect();
         closing.extend(container.master.take());
         if let Some((fd, Some(token))) = container.stdin.take() {
