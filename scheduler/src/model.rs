@@ -6,7 +6,7 @@ use isopod_client::quantity::{milli, value};
 use isopod_client::select::Selector;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    Container, Pod, PodAffinityTerm, PodSpec, Taint, Toleration, TopologySpreadConstraint,
+    Container, ContainerStatus, Pod, PodAffinityTerm, PodSpec, PodStatus, Taint, Toleration, TopologySpreadConstraint,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use std::collections::BTreeMap;
@@ -215,6 +215,7 @@ impl PodInfo {
             list.iter().flatten().map(|term| PodTerm::new(&term.pod_affinity_term, pod, term.weight)).collect()
         };
         let scheduled = status.and_then(|s| s.conditions.as_ref()?.iter().find(|c| c.type_ == "PodScheduled"));
+        let sizes = Sizes::of(status);
         let owner = isopod_client::cache::controller_of(&pod.metadata).map(|o| (o.kind.clone(), o.name.clone()));
         Arc::new(Self {
             namespace: pod.namespace().to_owned(),
@@ -231,9 +232,9 @@ impl PodInfo {
             scheduler: spec.scheduler_name.clone().unwrap_or_default(),
             gated: spec.scheduling_gates.as_ref().is_some_and(|g| !g.is_empty()),
             condition: scheduled.map(|c| (c.reason.clone().unwrap_or_default(), c.message.clone().unwrap_or_default())),
-            requests: requests(&spec, false),
+            requests: requests(&spec, &sizes, false),
             nonzero: {
-                let all = requests(&spec, true);
+                let all = requests(&spec, &sizes, true);
                 (all.cpu, all.memory)
             },
             ports: host_ports(&spec),
@@ -278,14 +279,62 @@ impl PodInfo {
     }
 }
 
-fn container_requests(container: &Container, nonzero: bool) -> Resources {
-    let list = container.resources.as_ref().and_then(|r| r.requests.as_ref());
-    let mut all = Resources::parse(list);
+/// What a resize has to do with a pod's requests: until it is done, the larger of old and new counts; one that cannot be is
+/// left out.
+struct Sizes<'a> {
+    statuses: Vec<&'a ContainerStatus>,
+    infeasible: bool,
+    pod: Option<&'a PodStatus>,
+}
+
+type Amounts = BTreeMap<String, Quantity>;
+
+impl<'a> Sizes<'a> {
+    fn of(pod: Option<&'a PodStatus>) -> Self {
+        let lists = pod.map(|s| [&s.container_statuses, &s.init_container_statuses]);
+        let mut conditions = pod.into_iter().flat_map(|s| s.conditions.iter().flatten());
+        Self {
+            statuses: lists.into_iter().flatten().flatten().flatten().filter(|s| s.resources.is_some()).collect(),
+            infeasible: conditions.any(|c| c.type_ == "PodResizePending" && c.reason.as_deref() == Some("Infeasible")),
+            pod,
+        }
+    }
+
+    fn wanted(&self, spec: Option<&'a Amounts>, has_status: bool) -> Option<&'a Amounts> {
+        spec.filter(|_| !(self.infeasible && has_status))
+    }
+
+    fn container(&self, c: &'a Container) -> [Option<&'a Amounts>; 3] {
+        let spec = c.resources.as_ref().and_then(|r| r.requests.as_ref());
+        let status = self.statuses.iter().find(|s| s.name == c.name);
+        let actual = status.and_then(|s| s.resources.as_ref()?.requests.as_ref());
+        let allocated = status.and_then(|s| s.allocated_resources.as_ref());
+        [self.wanted(spec, status.is_some()), actual, allocated]
+    }
+
+    fn whole_pod(&self, spec: &'a PodSpec) -> [Option<&'a Amounts>; 3] {
+        let own = spec.resources.as_ref().and_then(|r| r.requests.as_ref());
+        let actual = self.pod.and_then(|s| s.resources.as_ref()?.requests.as_ref());
+        let allocated = self.pod.and_then(|s| s.allocated_resources.as_ref());
+        [self.wanted(own, actual.is_some()), actual, allocated]
+    }
+}
+
+fn largest(lists: [Option<&Amounts>; 3]) -> Resources {
+    let mut all = Resources::default();
+    lists.into_iter().flatten().for_each(|list| all.max(&Resources::parse(Some(list))));
+    all
+}
+
+fn container_requests(container: &Container, sizes: &Sizes<'_>, nonzero: bool) -> Resources {
+    let lists = sizes.container(container);
+    let mut all = largest(lists);
+    let names = |name: &str| lists.into_iter().flatten().any(|l| l.contains_key(name));
     if nonzero {
-        if !list.is_some_and(|l| l.contains_key("cpu")) {
+        if !names("cpu") {
             all.cpu = 100;
         }
-        if !list.is_some_and(|l| l.contains_key("memory")) {
+        if !names("memory") {
             all.memory = 200 * 1024 * 1024;
         }
     }
@@ -293,15 +342,15 @@ fn container_requests(container: &Container, nonzero: bool) -> Resources {
 }
 
 /// What a pod takes: its containers and sidecars together, or the largest moment of initialisation, plus overhead.
-fn requests(spec: &PodSpec, nonzero: bool) -> Resources {
+fn requests(spec: &PodSpec, sizes: &Sizes<'_>, nonzero: bool) -> Resources {
     let mut total = Resources::default();
     for container in &spec.containers {
-        total.add(&container_requests(container, nonzero));
+        total.add(&container_requests(container, sizes, nonzero));
     }
     let mut sidecars = Resources::default();
     let mut peak = Resources::default();
     for container in spec.init_containers.iter().flatten() {
-        let own = container_requests(container, nonzero);
+        let own = container_requests(container, sizes, nonzero);
         if container.restart_policy.as_deref() == Some("Always") {
             total.add(&own);
             sidecars.add(&own);
@@ -314,7 +363,7 @@ fn requests(spec: &PodSpec, nonzero: bool) -> Resources {
     }
     total.max(&peak);
     if let Some(pod_level) = spec.resources.as_ref().and_then(|r| r.requests.as_ref()) {
-        let own = Resources::parse(Some(pod_level));
+        let own = largest(sizes.whole_pod(spec));
         for name in pod_level.keys() {
             match name.as_str() {
                 "cpu" => total.cpu = own.cpu,
@@ -382,6 +431,32 @@ mod tests {
             assert_eq!(pod(spec.clone()).requests.cpu, want, "{spec}");
         }
         assert_eq!(pod(json!({"containers": [{"name": "c"}]})).nonzero, (100, 209_715_200));
+    }
+
+    #[test]
+    fn a_resize_counts_as_the_larger_until_it_is_done_or_cannot_be() {
+        let with = |status: serde_json::Value| {
+            let pod: Pod =
+                serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "ns"}, "status": status,
+                "spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "8"}}},
+                    {"name": "d", "resources": {"requests": {"cpu": "100m"}}}]}}))
+                .unwrap();
+            PodInfo::new(&pod).requests.cpu
+        };
+        let status = |allocated: &str, actual: &str, reason: &str| {
+            json!({"conditions": [{"type": "PodResizePending", "status": "True", "reason": reason}],
+                "containerStatuses": [{"name": "c", "allocatedResources": {"cpu": allocated},
+                    "resources": {"requests": {"cpu": actual}}}]})
+        };
+        assert_eq!(with(json!({})), 8100);
+        assert_eq!(with(status("1", "1", "Deferred")), 8100);
+        assert_eq!(with(status("1", "1", "Infeasible")), 1100);
+        assert_eq!(with(status("1", "2", "Infeasible")), 2100);
+        assert_eq!(with(status("9", "2", "")), 9100);
+        // Nothing is known of what it has.
+        let mut none = status("1", "1", "Infeasible");
+        none["containerStatuses"] = json!([]);
+        assert_eq!(with(none), 8100);
     }
 
     #[test]
