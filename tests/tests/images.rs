@@ -3,7 +3,11 @@
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
-use isopod_tests::{Cluster, Host, Net, image::Image, registry::Registry};
+use isopod_tests::{
+    Cluster, Host, Net, eventually,
+    image::Image,
+    registry::{CERTIFICATES, Registry},
+};
 
 /// A credential provider for a registry far away.
 fn provider(host: &Host) {
@@ -29,9 +33,9 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
     let registry = Registry::start(&registry_host, "user", "secret");
     let archive = registry_host.disk().join("pulled.tar");
     Image::busybox("pulled:1").file("marker", 0o644, b"from the registry").save(&archive);
-    registry.push(&archive, "team/pulled:1", "user", "secret");
+    registry.push(&archive, "team/pulled:1");
     Image::busybox("broken:1").file("marker", 0o644, b"will be damaged").save(&archive);
-    registry.push(&archive, "team/broken:1", "user", "secret");
+    registry.push(&archive, "team/broken:1");
     let host = net.host("one");
     provider(&host);
     let c = Cluster::start(&host);
@@ -105,4 +109,74 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
         r == "ErrImagePull" || r == "ImagePullBackOff"
     });
     assert!(c.k("get events").contains("not found"));
+}
+
+/// What hosts.toml says of a registry that is its mirror at `secure`, behind TLS, and what comes of a pull.
+const TLS: [(&str, &str, Result<(), &str>); 5] = [
+    // Nobody vouches for its certificate.
+    ("unknown", "client = [['client.crt', 'client.key']]", Err("UnknownIssuer")),
+    // It knows us not.
+    ("nobody", "ca = 'ca.crt'", Err("error sending request for url (https://")),
+    ("missing", "ca = 'none.crt'", Err("none.crt: No such file")),
+    ("known", "ca = 'ca.crt'\nclient = [['client.crt', 'client.key']]", Ok(())),
+    ("unasked", "skip_verify = true\nclient = [['client.crt', 'client.key']]", Ok(())),
+];
+
+#[test]
+fn registries_behind_tls_are_reached_as_hosts_toml_says() {
+    let mut net = Net::new();
+    let there = net.host("registry");
+    let (secure, open) = (Registry::tls(&there, 5443), Registry::open(&there, 5080));
+    let archive = there.disk().join("pulled.tar");
+    for (registry, content) in [(&secure, &b"behind tls"[..]), (&open, b"in the open")] {
+        Image::busybox("app:1").file("marker", 0o644, content).save(&archive);
+        registry.push(&archive, "team/app:1");
+    }
+    Image::busybox("app:2").file("marker", 0o644, b"only there").save(&archive);
+    open.push(&archive, "team/app:2");
+    let host = net.host("one");
+    let c = Cluster::start(&host);
+    let (tls, plain) = (format!("https://{}", secure.address()), format!("http://{}", open.address()));
+    let mirror = |name: &str, text: &str| {
+        let dir = host.path(&format!("/etc/isopod/certs.d/{name}.example"));
+        fs::create_dir_all(&dir).unwrap();
+        for file in ["ca.crt", "client.crt", "client.key"] {
+            fs::copy(there.path(&format!("{CERTIFICATES}/{file}")), dir.join(file)).unwrap();
+        }
+        fs::write(dir.join("hosts.toml"), text).unwrap();
+    };
+    let run = |pod: &str, registry: &str, tag: u8| {
+        c.apply(&format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {pod}}}\nspec:\n  restartPolicy: Never\n  containers:\n  \
+             - {{name: c, image: '{registry}.example/team/app:{tag}', imagePullPolicy: Always, command: [cat, /marker]}}\n"
+        ));
+    };
+    let says = |pod: &str, text: &str| {
+        c.wait_field(&format!("pod {pod}"), ".status.phase", |phase| phase == "Succeeded");
+        assert_eq!(c.k(&format!("logs {pod}")), text);
+    };
+    // Nothing listens where the registries themselves would be: what is told is what its last endpoint said.
+    for (name, with, _) in TLS {
+        mirror(name, &format!("server = \"{tls}\"\n{with}\n"));
+        run(name, name, 1);
+    }
+    // The first that has it gives it.
+    let ours = "ca = 'ca.crt'\nclient = [['client.crt', 'client.key']]";
+    mirror("first", &format!("[host.\"{tls}\"]\n{ours}\n[host.\"{plain}\"]\n"));
+    mirror("second", &format!("[host.\"{plain}\"]\n[host.\"{tls}\"]\n{ours}\n"));
+    run("first", "first", 1);
+    run("second", "second", 1);
+    run("later", "first", 2);
+    for (name, _, want) in TLS {
+        match want {
+            Ok(()) => says(name, "behind tls"),
+            Err(why) => drop(eventually(why, || {
+                let told = c.k(&format!("get events --field-selector involvedObject.name={name},reason=Failed"));
+                if told.contains(why) { Ok(()) } else { Err(told) }
+            })),
+        }
+    }
+    says("first", "behind tls");
+    says("second", "in the open");
+    says("later", "only there");
 }

@@ -122,7 +122,7 @@ impl ImageService for Images {
             Some(auth) => credentials(name, auth)?.into_iter().collect(),
             None => Vec::new(),
         };
-        let pulled = self.ctx.images.ensure(name, PullPolicy::Always, secrets, Arc::new(|_| {})).await;
+        let pulled = self.ctx.images.ensure(name, PullPolicy::Always, secrets, Arc::new(|| {})).await;
         let handle = pulled.map_err(|e| Status::unknown(e.to_string()))?;
         Ok(Response::new(PullImageResponse { image_ref: handle.id }))
     }

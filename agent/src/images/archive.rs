@@ -3,9 +3,10 @@
 //!
 //! An archive is read at random (blobs lie in any order), so a compressed one is first expanded into a scratch file. Each
 //! file is read once, and again when it has changed or one of its images has been removed: its path, size, time and names are
-//! remembered with the index.
+//! remembered with the index. What one may cost this machine is bounded ([`Limits`]).
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{Read, Seek, SeekFrom, Take},
@@ -13,15 +14,34 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use oci_spec::image::{Arch, Descriptor, ImageIndex, ImageManifest, Os};
+use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 use serde::Deserialize;
 
 use super::{
     error::Error,
+    manifest::{Manifest, here},
     pull,
     service::parse_reference,
     store::{self, Digest, Image, Store},
+    unpack,
 };
+
+/// What reading an archive may cost; ordinary ones come nowhere near.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Bytes that any archive may expand to.
+    bytes: u64,
+    /// And that many times its own size, where that is more.
+    ratio: u64,
+    /// Files in it.
+    members: usize,
+    /// Bytes of the headers of one file: its name may be of any length.
+    headers: u64,
+    /// Bytes of a manifest or configuration: these are read into memory.
+    document: u64,
+}
+
+const LIMITS: Limits = Limits { bytes: 1 << 30, ratio: 64, members: 100_000, headers: 1 << 20, document: 16 << 20 };
 
 /// Loads archives in `dir`, in name order: all whose images are not here, or those that may have the image `wanted`. A bad one
 /// does not keep the others out.
@@ -85,10 +105,10 @@ impl Source {
 
     /// A small member, whole.
     fn read(&self, name: &str) -> Result<Vec<u8>, String> {
-        let mut bytes = Vec::new();
+        let (mut bytes, most) = (Vec::new(), LIMITS.document);
         let member = self.open(name).map_err(|error| format!("{name}: {error}"))?;
-        member.take(16 << 20).read_to_end(&mut bytes).map_err(|error| format!("{name}: {error}"))?;
-        Ok(bytes)
+        member.take(most + 1).read_to_end(&mut bytes).map_err(|error| format!("{name}: {error}"))?;
+        if bytes.len() as u64 > most { Err(format!("{name} has more than {most} bytes")) } else { Ok(bytes) }
     }
 
     fn parse<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<T, String> {
@@ -135,22 +155,65 @@ fn open(path: &Path, scratch: &Path) -> Result<Source, String> {
     let mut magic = [0u8; 4];
     let known = file.read(&mut magic).map_err(text)?;
     file.seek(SeekFrom::Start(0)).map_err(text)?;
-    let mut expanded: Option<Box<dyn Read>> = None;
     if known == 4 && magic.starts_with(&[0x1f, 0x8b]) {
-        expanded = Some(Box::new(flate2::read::MultiGzDecoder::new(file.try_clone().map_err(text)?)));
+        let reader = flate2::read::MultiGzDecoder::new(file.try_clone().map_err(text)?);
+        file = expand(LIMITS, file, reader, scratch)?;
     } else if magic == [0x28, 0xb5, 0x2f, 0xfd] {
-        expanded = Some(Box::new(zstd::Decoder::new(file.try_clone().map_err(text)?).map_err(text)?));
+        let mut reader = zstd::Decoder::new(file.try_clone().map_err(text)?).map_err(text)?;
+        reader.window_log_max(unpack::ZSTD_WINDOW).map_err(text)?;
+        file = expand(LIMITS, file, reader, scratch)?;
     }
-    if let Some(mut reader) = expanded {
-        file = File::options().read(true).write(true).create_new(true).open(scratch).map_err(text)?;
-        std::io::copy(&mut reader, &mut file).map_err(text)?;
-        file.seek(SeekFrom::Start(0)).map_err(text)?;
+    let members = members(LIMITS, &file)?;
+    Ok(Source::Tar { file, members })
+}
+
+/// The content of a compressed archive, in a file of its own.
+fn expand(limits: Limits, packed: File, reader: impl Read, scratch: &Path) -> Result<File, String> {
+    let text = |error: std::io::Error| error.to_string();
+    let size = packed.metadata().map_err(text)?.len();
+    let most = limits.bytes.max(size.saturating_mul(limits.ratio));
+    let mut file = File::options().read(true).write(true).create_new(true).open(scratch).map_err(text)?;
+    if std::io::copy(&mut reader.take(most + 1), &mut file).map_err(text)? > most {
+        return Err(format!("{size} bytes expand to more than {most}"));
     }
-    let mut members = BTreeMap::new();
-    let mut links = Vec::new();
-    let mut archive = tar::Archive::new(file.try_clone().map_err(text)?);
+    file.seek(SeekFrom::Start(0)).map_err(text)?;
+    Ok(file)
+}
+
+/// Reads headers alone: content is passed over by seeking.
+struct Headers<'a> {
+    file: &'a File,
+    /// Bytes that the next member may still have of them.
+    left: &'a Cell<u64>,
+}
+
+impl Read for Headers<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.file.read(buffer)?;
+        let left = self.left.get().checked_sub(n as u64);
+        self.left.set(left.ok_or_else(|| std::io::Error::other("a member's headers are too large"))?);
+        Ok(n)
+    }
+}
+
+impl Seek for Headers<'_> {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+/// Where the files of a tar archive begin, and their sizes.
+fn members(limits: Limits, file: &File) -> Result<BTreeMap<String, (u64, u64)>, String> {
+    let text = |error: std::io::Error| error.to_string();
+    let (mut members, mut links) = (BTreeMap::new(), Vec::new());
+    let left = Cell::new(limits.headers);
+    let mut archive = tar::Archive::new(Headers { file, left: &left });
     for entry in archive.entries_with_seek().map_err(text)? {
         let entry = entry.map_err(text)?;
+        left.set(limits.headers);
+        if members.len() + links.len() == limits.members {
+            return Err(format!("more than {} files in it", limits.members));
+        }
         let name = entry.path().map_err(text)?.to_string_lossy().trim_start_matches("./").to_owned();
         if entry.header().entry_type().is_file() {
             members.insert(name, (entry.raw_file_position(), entry.size()));
@@ -164,7 +227,7 @@ fn open(path: &Path, scratch: &Path) -> Result<Source, String> {
             members.insert(name, place);
         }
     }
-    Ok(Source::Tar { file, members })
+    Ok(members)
 }
 
 #[derive(Deserialize)]
@@ -215,22 +278,14 @@ fn load_layout(store: &Store, source: &Source, path: &Path) -> Result<Vec<String
     Ok(loaded)
 }
 
-/// The manifest for this platform behind a descriptor.
+/// The manifest for this machine behind a descriptor.
 fn resolve(source: &Source, descriptor: &Descriptor) -> Result<Option<ImageManifest>, String> {
-    let bytes = source.blob(descriptor)?;
-    let text = |error: serde_json::Error| format!("{}: {error}", descriptor.digest());
-    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(text)?;
-    if value.get("manifests").is_none() {
-        return serde_json::from_value(value).map(Some).map_err(text);
-    }
-    let index: ImageIndex = serde_json::from_value(value).map_err(text)?;
-    let here = if cfg!(target_arch = "aarch64") { Arch::ARM64 } else { Arch::Amd64 };
-    let fits =
-        |d: &&Descriptor| d.platform().as_ref().is_none_or(|p| *p.os() == Os::Linux && *p.architecture() == here);
-    match index.manifests().iter().find(fits) {
-        Some(inner) => serde_json::from_slice(&source.blob(inner)?).map(Some).map_err(text),
-        None => Ok(None),
-    }
+    let read = |d: &Descriptor| Manifest::parse(&source.blob(d)?).map_err(|e| format!("{}: {e}", d.digest()));
+    let inner = match read(descriptor)? {
+        Manifest::Image(manifest) => return Ok(Some(manifest)),
+        Manifest::Index(index) => here(&index).map(read).transpose()?,
+    };
+    Ok(inner.and_then(|m| if let Manifest::Image(manifest) = m { Some(manifest) } else { None }))
 }
 
 /// The name of an image in a layout: containerd's annotation, a full reference, or the file's name with the tag given.
@@ -383,6 +438,34 @@ mod tests {
         assert!(store.list().is_empty());
         assert_eq!(fs::read_dir(dir.path().join("layers")).unwrap().count(), 0);
         assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_an_archive_may_cost_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let (packed, scratch) = (dir.path().join("bomb.tar.zst"), dir.path().join("scratch"));
+        let zeros = zstd::encode_all(&vec![0; 1 << 20][..], 1).unwrap();
+        fs::write(&packed, &zeros).unwrap();
+        let expanded = |limits| {
+            fs::remove_file(&scratch).ok();
+            expand(limits, File::open(&packed).unwrap(), zstd::Decoder::new(&zeros[..]).unwrap(), &scratch)
+                .map(|file| file.metadata().unwrap().len())
+        };
+        let limits = Limits { bytes: 1000, ratio: 2, ..LIMITS };
+        let most = 1000.max(2 * zeros.len());
+        assert_eq!(expanded(limits), Err(format!("{} bytes expand to more than {most}", zeros.len())));
+        assert_eq!(expanded(Limits { bytes: 1 << 20, ..limits }), Ok(1 << 20));
+
+        let of = |limits, tar: Vec<u8>| {
+            fs::write(&packed, tar).unwrap();
+            members(limits, &File::open(&packed).unwrap()).map(|m| m.len())
+        };
+        let many: Vec<String> = (0..5).map(|n| format!("{}{n}", "x".repeat(3000))).collect();
+        let many: Vec<(&str, &[u8])> = many.iter().map(|name| (name.as_str(), &b"content"[..])).collect();
+        assert_eq!(of(Limits { headers: 5000, ..LIMITS }, tar_of(&many)), Ok(5));
+        let few = of(Limits { headers: 4000, ..LIMITS }, tar_of(&many));
+        assert!(few.as_ref().is_err_and(|why| why.contains("headers are too large")), "{few:?}");
+        assert_eq!(of(Limits { members: 4, ..LIMITS }, tar_of(&many)), Err("more than 4 files in it".into()));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use oci_client::{Reference, secrets};
+use oci_spec::distribution::Reference;
 use serde::Deserialize;
 
 use super::{
@@ -50,17 +50,10 @@ impl DockerConfig {
     }
 
     /// Credentials for a repository, the most specific entry first.
-    fn matches(&self, host: &str, repository: &str) -> Vec<(usize, secrets::RegistryAuth)> {
-        let mut found: Vec<_> = self
-            .auths
-            .iter()
-            .filter(|(key, _)| key_matches(key, host, repository))
-            .map(|(key, entry)| {
-                (bare(key).len(), secrets::RegistryAuth::Basic(entry.username.clone(), entry.password.clone()))
-            })
-            .collect();
-        found.sort_by_key(|(length, _)| std::cmp::Reverse(*length));
-        found
+    fn matches(&self, host: &str, repository: &str) -> Vec<&RegistryAuth> {
+        let mut found: Vec<_> = self.auths.iter().filter(|(key, _)| key_matches(key, host, repository)).collect();
+        found.sort_by_key(|(key, _)| std::cmp::Reverse(bare(key).len()));
+        found.into_iter().map(|(_, auth)| auth).collect()
     }
 }
 
@@ -89,33 +82,30 @@ pub(super) fn read(path: &Path) -> Result<DockerConfig, Error> {
     }
 }
 
-/// Everything to try for an image, in order: pull secrets, the node's file, then anonymously.
+/// Everything to try for an image, in order: pull secrets, the node's file; nothing at all where there is neither.
 pub(super) fn candidates(
     reference: &Reference,
     secrets: &[DockerConfig],
     node: &DockerConfig,
-) -> Vec<secrets::RegistryAuth> {
-    let mut all = Vec::new();
-    for config in secrets.iter().chain([node]) {
-        all.extend(config.matches(reference.registry(), reference.repository()).into_iter().map(|(_, auth)| auth));
-    }
-    if all.is_empty() {
-        all.push(secrets::RegistryAuth::Anonymous);
-    }
-    all
+) -> Vec<Option<RegistryAuth>> {
+    let of = |config: &DockerConfig| -> Vec<_> {
+        let found = config.matches(reference.registry(), reference.repository());
+        found.into_iter().cloned().map(Some).collect()
+    };
+    let all: Vec<_> = secrets.iter().chain([node]).flat_map(of).collect();
+    if all.is_empty() { vec![None] } else { all }
 }
 
 /// What is remembered of a credential an image was pulled with: never the credential itself. The node's own and none at
 /// all are everybody's.
-pub(super) fn mark(reference: &Reference, auth: &secrets::RegistryAuth, node: &DockerConfig) -> String {
+pub(super) fn mark(reference: &Reference, auth: Option<&RegistryAuth>, node: &DockerConfig) -> String {
     let (registry, repository) = (reference.registry(), reference.repository());
-    let own = node.matches(registry, repository).into_iter().any(|(_, known)| known == *auth);
-    match auth {
-        secrets::RegistryAuth::Anonymous => ANYBODY.into(),
-        _ if own => ANYBODY.into(),
-        // Their Debug leaves the secret part out.
-        secrets::RegistryAuth::Basic(user, password) => hashed(&[registry, user, password]),
-        secrets::RegistryAuth::Bearer(token) => hashed(&[registry, token]),
+    let Some(auth) = auth.filter(|auth| !node.matches(registry, repository).contains(auth)) else {
+        return ANYBODY.into();
+    };
+    match &auth.identity_token {
+        Some(token) => hashed(&[registry, token]),
+        None => hashed(&[registry, &auth.username, &auth.password]),
     }
 }
 
@@ -126,7 +116,7 @@ fn hashed(parts: &[&str]) -> String {
 
 /// Marks of everything a pod may pull an image with.
 pub(super) fn marks(reference: &Reference, secrets: &[DockerConfig], node: &DockerConfig) -> BTreeSet<String> {
-    candidates(reference, secrets, node).iter().map(|auth| mark(reference, auth, node)).collect()
+    candidates(reference, secrets, node).iter().map(|auth| mark(reference, auth.as_ref(), node)).collect()
 }
 
 /// A key of `auths` without its scheme.
@@ -159,7 +149,6 @@ fn glob_host(pattern: &str, host: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use oci_client::secrets::RegistryAuth;
 
     #[test]
     fn most_specific_entry_wins() {
@@ -170,16 +159,14 @@ mod tests {
         .unwrap();
         let reference: Reference = "r.example:5000/team/app:1".parse().unwrap();
         let found = candidates(&reference, &[config], &DockerConfig::default());
-        assert_eq!(
-            found,
-            vec![RegistryAuth::Basic("b".into(), "2".into()), RegistryAuth::Basic("a".into(), "1".into())]
-        );
+        let found: Vec<_> = found.into_iter().flatten().map(|auth| (auth.username, auth.password)).collect();
+        assert_eq!(found, [("b", "2"), ("a", "1")].map(|(user, password)| (user.to_owned(), password.to_owned())));
     }
 
     #[test]
     fn without_an_entry_the_pull_is_anonymous() {
         let reference: Reference = "busybox".parse().unwrap();
-        assert_eq!(candidates(&reference, &[], &DockerConfig::default()), vec![RegistryAuth::Anonymous]);
+        assert_eq!(candidates(&reference, &[], &DockerConfig::default()), vec![None]);
     }
 
     #[test]

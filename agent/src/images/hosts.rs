@@ -1,7 +1,8 @@
 //! Where a registry's content is fetched from: containerd's `certs.d/HOST/hosts.toml`.
 //!
-//! Supported: `server`, and per `[host."URL"]` `capabilities` (pull/resolve), `ca`, `skip_verify`, `override_path`. Without a file the
-//! registry itself is asked over HTTPS, and one on a loopback address also over HTTP, as other tools do.
+//! Per `[host."URL"]`, and for `server` at the top: `capabilities` (pull/resolve), `ca`, `client` (one certificate), `skip_verify`,
+//! `header`, `override_path`. Without a file the registry itself is asked over HTTPS, and one on a loopback address also over
+//! HTTP, as other tools do.
 //! <https://github.com/containerd/containerd/blob/main/docs/hosts.md>
 
 use std::{
@@ -9,12 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde::Deserialize;
 
 use super::error::Error;
 
 /// One place to fetch from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Endpoint {
     /// `host[:port]`.
     pub(super) host: String,
@@ -24,6 +26,12 @@ pub(super) struct Endpoint {
     pub(super) skip_verify: bool,
     /// PEM files of authorities to trust for it.
     pub(super) ca: Vec<PathBuf>,
+    /// PEM files of the certificate to show it, and its key.
+    pub(super) client: Vec<PathBuf>,
+    /// What every request has besides.
+    pub(super) headers: HeaderMap,
+    /// The registry it stands in for, when it is another.
+    pub(super) mirrors: Option<String>,
     /// What its repositories have in front of their names, with a slash at the end, or nothing.
     pub(super) prefix: String,
 }
@@ -44,21 +52,38 @@ struct HostTable {
     #[serde(default)]
     skip_verify: bool,
     #[serde(default)]
-    ca: Option<OneOrMany>,
+    ca: Option<OneOrMany<PathBuf>>,
     /// The URL's path is the whole path, with its `/v2`.
     #[serde(default)]
     override_path: bool,
     #[serde(default)]
-    client: Option<toml::Value>,
+    client: Option<Certificates>,
     #[serde(default)]
-    header: Option<toml::Value>,
+    header: BTreeMap<String, OneOrMany<String>>,
+}
+
+/// containerd takes a file, a list of files with certificate and key in each, or pairs of files.
+#[derive(Deserialize, Clone)]
+#[serde(untagged)]
+enum Certificates {
+    File(PathBuf),
+    Files(Vec<OneOrMany<PathBuf>>),
 }
 
 #[derive(Deserialize, Clone)]
 #[serde(untagged)]
-enum OneOrMany {
-    One(PathBuf),
-    Many(Vec<PathBuf>),
+enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    fn list(self) -> Vec<T> {
+        match self {
+            Self::One(one) => vec![one],
+            Self::Many(many) => many,
+        }
+    }
 }
 
 /// The endpoints of a registry, in the order to try.
@@ -71,14 +96,17 @@ pub(super) fn endpoints(dir: &Path, registry: &str) -> Result<Vec<Endpoint>, Err
             Err(error) => return Err(Error::Config { path, why: error.to_string() }),
         }
     }
-    let real = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
-    let https =
-        Endpoint { host: real.to_owned(), plain: false, skip_verify: false, ca: Vec::new(), prefix: String::new() };
+    let https = Endpoint { host: host_of(registry).to_owned(), ..Endpoint::default() };
     let mut all = vec![https.clone()];
     if is_loopback(registry) {
         all.push(Endpoint { plain: true, ..https });
     }
     Ok(all)
+}
+
+/// Where a registry really is.
+fn host_of(registry: &str) -> &str {
+    if registry == "docker.io" { "registry-1.docker.io" } else { registry }
 }
 
 fn is_loopback(registry: &str) -> bool {
@@ -100,21 +128,19 @@ fn parse(text: &str, path: &Path, registry: &str) -> Result<Vec<Endpoint>, Error
         }
         all.push(endpoint(&url, &table, dir).map_err(|why| fail(format!("host \"{url}\": {why}")))?);
     }
-    let default = format!("https://{registry}");
+    let default = format!("https://{}", host_of(registry));
     let server = file.server.as_deref().unwrap_or(&default);
     let last = endpoint(server, &file.defaults, dir);
     all.push(last.map_err(|why| fail(format!("server \"{server}\": {why}")))?);
+    for e in all.iter_mut().filter(|e| e.host != host_of(registry)) {
+        e.mirrors = Some(registry.to_owned());
+    }
     let mut seen = BTreeMap::new();
     all.retain(|e| seen.insert((e.host.clone(), e.plain, e.prefix.clone()), ()).is_none());
     Ok(all)
 }
 
 fn endpoint(url: &str, table: &HostTable, dir: &Path) -> Result<Endpoint, String> {
-    for (name, set) in [("client", table.client.is_some()), ("header", table.header.is_some())] {
-        if set {
-            return Err(format!("{name} cannot be had"));
-        }
-    }
     let (plain, rest) = match url.split_once("://") {
         Some(("http", rest)) => (true, rest),
         Some(("https", rest)) => (false, rest),
@@ -133,18 +159,44 @@ fn endpoint(url: &str, table: &HostTable, dir: &Path) -> Result<Endpoint, String
         },
         (path, false) => return Err(format!("the path /{path} can only be had with override_path and a /v2 in front")),
     };
-    let ca = match table.ca.clone() {
-        None => Vec::new(),
-        Some(OneOrMany::One(path)) => vec![path],
-        Some(OneOrMany::Many(paths)) => paths,
-    };
+    let there = |paths: Vec<PathBuf>| paths.into_iter().map(|path| dir.join(path)).collect();
     Ok(Endpoint {
         prefix,
         host: host.to_owned(),
         plain,
         skip_verify: table.skip_verify,
-        ca: ca.into_iter().map(|path| dir.join(path)).collect(),
+        ca: there(table.ca.clone().map(OneOrMany::list).unwrap_or_default()),
+        client: there(client(table)?),
+        headers: headers(table)?,
+        mirrors: None,
     })
+}
+
+/// The files of the one certificate that can be shown; a pair's key may be in the certificate's file.
+fn client(table: &HostTable) -> Result<Vec<PathBuf>, String> {
+    match table.client.clone() {
+        None => Ok(Vec::new()),
+        Some(Certificates::File(path)) => Ok(vec![path]),
+        Some(Certificates::Files(mut list)) => match (list.pop(), list.is_empty()) {
+            (Some(last), true) => {
+                let files: Vec<PathBuf> = last.list().into_iter().filter(|p| !p.as_os_str().is_empty()).collect();
+                if files.len() > 2 { Err("client: want a certificate and its key".into()) } else { Ok(files) }
+            }
+            _ => Err("client: only one certificate can be had".into()),
+        },
+    }
+}
+
+fn headers(table: &HostTable) -> Result<HeaderMap, String> {
+    let mut all = HeaderMap::new();
+    for (name, values) in table.header.clone() {
+        let bad = |e: &dyn std::fmt::Display| format!("header {name:?}: {e}");
+        for value in values.list() {
+            let value = HeaderValue::try_from(value).map_err(|e| bad(&e))?;
+            all.append(HeaderName::try_from(&name).map_err(|e| bad(&e))?, value);
+        }
+    }
+    Ok(all)
 }
 
 #[cfg(test)]
@@ -159,6 +211,30 @@ mod tests {
         let hosts: Vec<_> = all.iter().map(|e| (e.host.as_str(), e.plain)).collect();
         assert_eq!(hosts, [("10.0.0.1:5000", true), ("m.example", false), ("r.example", false)]);
         assert_eq!(all[1].ca, [Path::new("/c/r.example/ca.pem")]);
+        let mirrors: Vec<_> = all.iter().map(|e| e.mirrors.as_deref()).collect();
+        assert_eq!(mirrors, [Some("r.example"), Some("r.example"), None]);
+    }
+
+    #[test]
+    fn a_host_may_want_a_certificate_and_headers() {
+        let of =
+            |more: &str| parse(&format!("[host.\"https://m.example\"]\n{more}\n"), Path::new("/c/h/hosts.toml"), "h");
+        for (text, want) in [
+            ("client = 'both.pem'", vec!["/c/h/both.pem"]),
+            ("client = ['both.pem']", vec!["/c/h/both.pem"]),
+            ("client = [['/a.crt', 'a.key']]", vec!["/a.crt", "/c/h/a.key"]),
+            ("client = [['a.crt', '']]", vec!["/c/h/a.crt"]),
+            ("", vec![]),
+        ] {
+            let want: Vec<_> = want.into_iter().map(PathBuf::from).collect();
+            assert_eq!(of(text).unwrap()[0].client, want, "{text}");
+        }
+        let two = of("client = ['a.pem', 'b.pem']").unwrap_err().to_string();
+        assert!(two.contains("only one certificate"), "{two}");
+        let with = of("header = {x-one = 'a', x-two = ['b', 'c']}").unwrap();
+        let named = |name: &str| with[0].headers.get_all(name).iter().map(|v| v.to_str().unwrap()).collect::<Vec<_>>();
+        assert_eq!((named("x-one"), named("x-two")), (vec!["a"], vec!["b", "c"]));
+        assert!(of("header = {'a b' = 'c'}").unwrap_err().to_string().contains("header \"a b\""));
     }
 
     #[test]
@@ -166,10 +242,8 @@ mod tests {
         let of =
             |more: &str| parse(&format!("[host.\"https://m.example/v2/cache/hub/\"]\n{more}"), Path::new("/c/h"), "h");
         assert_eq!(of("override_path = true\n").unwrap()[0].prefix, "cache/hub/");
-        for (more, why) in [("", "override_path"), ("header = {a = 'b'}\n", "header cannot be had")] {
-            let error = of(more).unwrap_err().to_string();
-            assert!(error.contains(why), "{error}");
-        }
+        let error = of("").unwrap_err().to_string();
+        assert!(error.contains("override_path"), "{error}");
     }
 
     #[test]

@@ -6,10 +6,13 @@
 mod archive;
 mod assemble;
 mod credentials;
+mod download;
 mod error;
 mod hosts;
+mod manifest;
 mod providers;
 mod pull;
+mod registry;
 mod service;
 mod store;
 mod unpack;
@@ -52,22 +55,8 @@ pub struct DockerConfig {
     pub auths: BTreeMap<String, RegistryAuth>,
 }
 
-/// What a pull tells while it goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PullProgress {
-    /// The image is not here (or must be asked for): a pull starts now.
-    Pulling,
-    /// Bytes received so far of the total known so far.
-    Bytes {
-        /// Received.
-        done: u64,
-        /// Of.
-        total: u64,
-    },
-}
-
-/// Called as a pull goes; must not block.
-pub type Progress = Arc<dyn Fn(PullProgress) + Send + Sync>;
+/// Called when an image is not here, or must be asked for, and a pull begins; must not block.
+pub type Begun = Arc<dyn Fn() + Send + Sync>;
 
 /// How long a pull took and what it brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,13 +125,13 @@ impl ImageError {
 /// The images of this machine.
 pub trait ImageService: Send + Sync + 'static {
     /// Makes `image` ready: finds it, or pulls and unpacks it. Concurrent calls for one image share one pull.
-    /// `progress` gets [`PullProgress::Pulling`] at once when a pull starts. Back-off is the caller's.
+    /// Back-off is the caller's.
     fn ensure<'a>(
         &'a self,
         image: &'a str,
         policy: PullPolicy,
         pull_secrets: Vec<DockerConfig>,
-        progress: Progress,
+        begun: Begun,
     ) -> BoxFuture<'a, Result<ImageHandle, ImageError>>;
 
     /// An image that is here, by its id or a name.

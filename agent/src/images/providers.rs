@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use oci_client::Reference;
+use oci_spec::distribution::Reference;
 use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::json;

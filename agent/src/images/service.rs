@@ -8,15 +8,15 @@ use std::{
 };
 
 use futures::{FutureExt, future::BoxFuture};
-use oci_client::Reference;
+use oci_spec::distribution::Reference;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
 
 use crate::rate::Rate;
 
 use super::{
-    DockerConfig, ImageError, ImageHandle, ImageInfo, ImageService, Progress, PullPolicy, PullProgress, archive,
-    assemble, credentials, error::Error, providers::Providers, pull, store,
+    Begun, DockerConfig, ImageError, ImageHandle, ImageInfo, ImageService, PullPolicy, archive, assemble, credentials,
+    error::Error, providers::Providers, pull, store,
 };
 
 /// Most layers downloaded at once on a node.
@@ -163,7 +163,7 @@ impl LocalImages {
         name: &str,
         policy: PullPolicy,
         secrets: Vec<DockerConfig>,
-        progress: Progress,
+        begun: Begun,
     ) -> Result<ImageHandle, Error> {
         let asked = Instant::now();
         let reference = parse_reference(name)?;
@@ -178,7 +178,7 @@ impl LocalImages {
             (PullPolicy::Never, None) => return Err(Error::NeverPull(name.to_owned())),
             _ => {}
         }
-        progress(PullProgress::Pulling);
+        begun();
         let _turn = self.inner.turn(&reference.whole()).await;
         if policy == PullPolicy::IfNotPresent
             && self.may_use(name, &reference, &secrets)?
@@ -235,9 +235,9 @@ impl ImageService for LocalImages {
         image: &'a str,
         policy: PullPolicy,
         pull_secrets: Vec<DockerConfig>,
-        progress: Progress,
+        begun: Begun,
     ) -> BoxFuture<'a, Result<ImageHandle, ImageError>> {
-        async move { Ok(self.ensure_image(image, policy, pull_secrets, progress).await?) }.boxed()
+        async move { Ok(self.ensure_image(image, policy, pull_secrets, begun).await?) }.boxed()
     }
 
     fn find(&self, image: &str) -> Result<Option<ImageHandle>, ImageError> {

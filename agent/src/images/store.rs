@@ -145,6 +145,16 @@ fn drop_downloads(root: &Path, idle: Duration) {
     }
 }
 
+/// Removes configurations of images that are gone.
+fn drop_configs(root: &Path, index: &Index) {
+    let used: BTreeSet<&str> = index.images.values().map(|i| i.config.hex()).collect();
+    for entry in fs::read_dir(root.join("configs/sha256")).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_none_or(|name| !used.contains(name)) {
+            fs::remove_file(entry.path()).ok();
+        }
+    }
+}
+
 impl Store {
     pub(super) fn open(root: &Path) -> Result<Self, Error> {
         let tmp = root.join("tmp");
@@ -170,6 +180,7 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Index::default(),
             Err(error) => return Err(store_error("read", &path)(error)),
         };
+        drop_configs(root, &index);
         Ok(Self {
             root: root.to_owned(),
             index: Mutex::new(index),
@@ -220,10 +231,10 @@ impl Store {
     /// Gives a complete image its names. The configuration's bytes are stored under their digest.
     pub(super) fn add_image(&self, names: &[String], mut image: Image, config: &[u8]) -> Result<(), Error> {
         let path = self.config_path(&image.config);
+        let mut index = self.index.lock();
         if !path.exists() {
             self.write_atomic(&path, config)?;
         }
-        let mut index = self.index.lock();
         // A layer that was here when the pull began may have been freed with the last image that had it.
         if let Some(gone) = image.layers.iter().find(|l| !index.layers.contains_key(l.hex())) {
             let name = names.first().cloned().unwrap_or_default();
@@ -367,6 +378,10 @@ impl Store {
         }
         self.save(&index)?;
         self.changed.send_replace(());
+        if let Ok(config) = Digest::try_from(id.to_owned()) {
+            self.configs.lock().remove(config.hex());
+            fs::remove_file(self.config_path(&config)).ok();
+        }
         for layer in unused {
             let (from, to) = (self.root.join("layers").join(&layer), self.scratch("removed"));
             match fs::rename(&from, &to) {
@@ -443,8 +458,15 @@ mod tests {
         assert_eq!(store.remove(&a.config.to_string()).unwrap(), 0);
         let b = store.lookup("b:1").unwrap().unwrap();
         assert!(b.layers[0].exists());
+        let configs = || fs::read_dir(dir.path().join("configs/sha256")).unwrap().count();
+        assert_eq!(configs(), 1);
         assert_eq!(store.remove(&b.id).unwrap(), 10);
         assert!(!b.layers[0].exists());
+        assert_eq!(configs(), 0);
+        fs::write(dir.path().join("configs/sha256/stray"), "").unwrap();
+        drop(store);
+        Store::open(dir.path()).unwrap();
+        assert_eq!(configs(), 0);
     }
 
     #[test]

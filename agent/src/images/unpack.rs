@@ -57,7 +57,7 @@ const LIMITS: Limits = Limits { bytes: 1 << 30, ratio: 1024, headers: 1 << 20, e
 /// Directories below each other: each costs a descriptor when the layer is removed.
 const DEPTH: usize = 200;
 /// zstd's window is memory: 128 MiB, what its own tools accept.
-const ZSTD_WINDOW: u32 = 27;
+pub(super) const ZSTD_WINDOW: u32 = 27;
 
 /// Unpacks the layer read from `reader` (plain tar, gzip or zstd: told by its first bytes) into the existing, empty `dir`.
 /// The error says which entry and why.

@@ -24,7 +24,7 @@ use crate::{
     config::format_duration,
     context::Context,
     events::Kind,
-    images::{DockerConfig, ImageHandle, PullPolicy, PullProgress},
+    images::{DockerConfig, ImageHandle, PullPolicy},
     objects::{ObjectKind, ObjectRef},
     probes,
     spec::{self, BindMount, env, field::Addresses},
@@ -196,12 +196,10 @@ async fn image(job: &Job) -> Result<ImageHandle, Failure> {
     let secrets = pull_secrets(ctx, &job.pod).await;
     let event = |kind, reason: &str, text: String| ctx.events.container(&job.pod, &c.name, kind, reason, text);
     let (events, pod, name, what) = (ctx.events.clone(), job.pod.clone(), c.name.clone(), image.clone());
-    let progress = Arc::new(move |p: PullProgress| {
-        if p == PullProgress::Pulling {
-            events.container(&pod, &name, Kind::Normal, "Pulling", format!("Pulling image {what:?}"));
-        }
+    let begun = Arc::new(move || {
+        events.container(&pod, &name, Kind::Normal, "Pulling", format!("Pulling image {what:?}"));
     });
-    match ctx.images.ensure(&image, pull_policy(&image, c.image_pull_policy.as_deref()), secrets, progress).await {
+    match ctx.images.ensure(&image, pull_policy(&image, c.image_pull_policy.as_deref()), secrets, begun).await {
         Ok(handle) => {
             let text = match handle.pulled {
                 Some(p) => format!(
@@ -304,7 +302,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
         }
         let mut mounts = mounts(job, &bundle, prepared, &env)?;
         mounts.extend(devices.binds());
-        let own_users = pod.spec.as_ref().is_some_and(|s| s.host_users == Some(false));
+        let own_users = sandbox::own_users(pod);
         let users = own_users.then(|| ctx.users.of(sandbox::uid(pod))).transpose();
         let users = users.map_err(|e| Failure::config(e.to_string()))?;
         let mut document = spec::build(&spec::Inputs {

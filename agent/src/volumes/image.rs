@@ -9,7 +9,7 @@ use std::{
 use k8s_openapi::api::core::v1::{ImageVolumeSource, Pod};
 use nix::mount::MsFlags;
 
-use crate::{context::Context, events::Kind, images::PullProgress, pods::start};
+use crate::{context::Context, events::Kind, pods::start};
 
 /// Pulls the image if that is wanted and mounts it at `target`.
 pub(super) async fn mount(
@@ -21,17 +21,30 @@ pub(super) async fn mount(
     if super::mounts::is_mount(&target) {
         return Ok(target);
     }
+    ctx.metrics.count("kubelet_image_volume_requested_total", []);
+    let made = pulled_and_mounted(ctx, pod, source, target).await;
+    let family = match made {
+        Ok(_) => "kubelet_image_volume_mounted_succeed_total",
+        Err(_) => "kubelet_image_volume_mounted_errors_total",
+    };
+    ctx.metrics.count(family, []);
+    made
+}
+
+async fn pulled_and_mounted(
+    ctx: &Arc<Context>,
+    pod: &Arc<Pod>,
+    source: &ImageVolumeSource,
+    target: PathBuf,
+) -> Result<PathBuf, String> {
     let image = source.reference.clone().filter(|r| !r.is_empty()).ok_or("the image volume has no reference")?;
     let secrets = start::pull_secrets(ctx, pod).await;
     let (events, about, name) = (ctx.events.clone(), pod.clone(), image.clone());
-    let progress = Arc::new(move |p: PullProgress| {
-        if p == PullProgress::Pulling {
-            events.pod(&about, Kind::Normal, "Pulling", format!("Pulling image {name:?}"));
-        }
+    let begun = Arc::new(move || {
+        events.pod(&about, Kind::Normal, "Pulling", format!("Pulling image {name:?}"));
     });
     let policy = start::pull_policy(&image, source.pull_policy.as_deref());
-    let handle =
-        ctx.images.ensure(&image, policy, secrets, progress).await.map_err(|e| format!("{}: {e}", e.reason()))?;
+    let handle = ctx.images.ensure(&image, policy, secrets, begun).await.map_err(|e| format!("{}: {e}", e.reason()))?;
     fs::create_dir_all(&target).map_err(|e| format!("{}: {e}", target.display()))?;
     stack(&handle.layers, &target).map_err(|e| format!("mount image {image:?}: {e}"))?;
     Ok(target)

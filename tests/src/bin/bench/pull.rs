@@ -61,7 +61,7 @@ pub(crate) fn run(cluster: &Cluster) {
     let registry = Registry::start(host, USER.0, USER.1);
     let archive = host.disk().join("large.tar");
     image().save(&archive);
-    registry.push(&archive, NAME, USER.0, USER.1);
+    registry.push(&archive, NAME);
     fs::remove_file(&archive).unwrap();
     let size = host.must("du -sbc /var/lib/registry/docker/registry/v2/blobs | tail -n 1 | cut -f 1");
     let size: f64 = size.trim().parse().unwrap();
