@@ -188,3 +188,26 @@ fn a_pod_survives_the_death_of_its_supervisor() {
         if ran.code == 1 { Ok(()) } else { Err(ran) }
     });
 }
+
+#[test]
+fn a_successor_waits_for_what_is_still_held_here() {
+    let mut net = Net::new();
+    let c = Cluster::start(&net.host("one"));
+    let pod = |n: u8| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{n}}}\nspec:\n  containers:\n  - name: c\n    image: web:1\n    \
+             ports: [{{containerPort: 8080, hostPort: 8123}}]\n    env: [{{name: TEXT, value: p{n}}}]\n"
+        )
+    };
+    c.apply(&pod(0));
+    c.wait_ready("p0");
+    // Gone from the API at once, while its processes and ports go in their own time.
+    for n in 1..5 {
+        c.k(&format!("delete pod p{} --grace-period=0 --force --wait=false", n - 1));
+        c.apply(&pod(n));
+        c.wait_ready(&format!("p{n}"));
+    }
+    let answer = c.host.must("curl -s --retry 5 --retry-connrefused http://10.88.0.1:8123/");
+    assert!(!answer.is_empty());
+    assert_eq!(c.k("get events --field-selector reason=NodePorts -o name"), "");
+}

@@ -11,6 +11,11 @@ pub(super) type Refusal = (String, String);
 /// Pods of this priority and above are critical to the node.
 const CRITICAL: i32 = 2_000_000_000;
 
+/// Whether a refusal is about what other pods hold.
+pub(super) fn is_about_room(reason: &str) -> bool {
+    reason == "NodePorts" || reason.starts_with("OutOf")
+}
+
 /// Why this node cannot take an API pod, if so.
 pub(super) fn admit(ctx: &Context, pod: &Pod) -> Option<Refusal> {
     let spec = pod.spec.as_ref()?;

@@ -35,6 +35,8 @@ struct Entry {
     pod: Arc<Pod>,
     source: Source,
     ending: bool,
+    /// The API server has it no more: others count on what it still holds here.
+    gone: bool,
 }
 
 enum Note {
@@ -50,6 +52,8 @@ struct Manager {
     manifests: Manifests,
     /// Static pods whose older version still ends.
     queued: BTreeMap<FullName, Arc<Pod>>,
+    /// Pods that there is no room for before others, whom the API server has no more, have ended.
+    held: BTreeMap<String, Arc<Pod>>,
     mirrors: BTreeMap<FullName, Pod>,
     mirror_work: HashSet<FullName>,
     synced: bool,
@@ -86,6 +90,7 @@ pub(crate) async fn run(ctx: Arc<Context>, mut manifests: watch::Receiver<Manife
         workers: HashMap::new(),
         manifests: Manifests::new(),
         queued: BTreeMap::new(),
+        held: BTreeMap::new(),
         mirrors: BTreeMap::new(),
         mirror_work: HashSet::new(),
         synced: false,
@@ -175,6 +180,8 @@ impl Manager {
             let given = || ctx.topology.admit(&pod, &ctx.devices, &ctx.metrics);
             if ending || !is_active(&pod) { None } else { given().err().map(|(reason, why)| (reason.into(), why)) }
         });
+        let containers = pod.spec.iter().flat_map(qos::all_containers).count() as u64;
+        self.ctx.metrics.observe("kubelet_containers_per_pod_count", [], Duration::from_secs(containers));
         let starts = !ending && refused.is_none() && is_active(&pod);
         let first = refused.map(|(reason, message)| Command::Fail { reason, message, grace: 1 });
         let handle = worker::spawn(self.ctx.clone(), pod.clone(), source, first, move |uid| {
@@ -191,7 +198,7 @@ impl Manager {
                 }
             });
         }
-        self.workers.insert(uid, Entry { handle, pod, source, ending });
+        self.workers.insert(uid, Entry { handle, pod, source, ending, gone: false });
     }
 
     fn set_manifests(&mut self, now: Manifests) {
@@ -232,6 +239,9 @@ impl Manager {
                     && sandbox::uid(&pod) == uid
                 {
                     self.spawn(pod, Source::Static, None);
+                }
+                for pod in std::mem::take(&mut self.held).into_values() {
+                    self.take(pod);
                 }
                 self.sync_mirrors();
             }
@@ -284,22 +294,25 @@ impl Manager {
         let there: HashSet<String> = list.iter().map(|p| sandbox::uid(p).to_string()).collect();
         self.mirrors.clear();
         self.mirror_work.clear();
-        for p in list {
-            self.apply(p);
-        }
+        self.held.retain(|uid, _| there.contains(uid));
         for (uid, e) in self.workers.iter_mut().filter(|(_, e)| e.source == Source::Api) {
-            if !there.contains(uid) && !e.ending {
+            e.gone = !there.contains(uid);
+            if e.gone && !e.ending {
                 e.ending = true;
                 e.handle.tell(Command::Terminate { grace: e.pod.metadata.deletion_grace_period_seconds });
             }
+        }
+        for p in list {
+            self.apply(p);
         }
         self.synced = true;
         self.sync_mirrors();
     }
 
     fn deleted(&mut self, p: &Pod) {
+        self.held.remove(sandbox::uid(p));
         if let Some(e) = self.workers.get_mut(sandbox::uid(p)) {
-            e.ending = true;
+            (e.ending, e.gone) = (true, true);
             e.handle.tell(Command::Terminate { grace: p.metadata.deletion_grace_period_seconds });
         }
     }
@@ -330,8 +343,21 @@ impl Manager {
             }
             return;
         }
+        self.take(pod);
+    }
+
+    /// Judges a pod that is new here. One that finds no room where others are about to leave waits for them: the scheduler
+    /// knows of them no more.
+    fn take(&mut self, pod: Arc<Pod>) {
         let refused = admission::admit(&self.ctx, &pod);
-        self.spawn(pod, Source::Api, refused);
+        let full = refused.as_ref().is_some_and(|(reason, _)| admission::is_about_room(reason));
+        let stays = pod.metadata.deletion_timestamp.is_none();
+        if full && stays && self.workers.values().any(|e| e.gone) {
+            self.held.insert(sandbox::uid(&pod).to_owned(), pod);
+        } else {
+            self.held.remove(sandbox::uid(&pod));
+            self.spawn(pod, Source::Api, refused);
+        }
     }
 
     /// When the pause after a failure is over; a time that has come is not waited for twice.
