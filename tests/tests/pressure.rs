@@ -37,6 +37,41 @@ spec:
   containers: [{name: c, image: 'busybox:1', command: [sleep, '1000']}]
 "#;
 
+/// Each takes more than there is of one thing.
+const GREEDY: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: writer}
+spec:
+  containers: [{name: c, image: 'busybox:1', command: [sh, -c, 'dd if=/dev/zero of=/f bs=1M count=600; sleep 1000']}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: files}
+spec:
+  containers:
+  - name: c
+    image: busybox:1
+    command: [sh, -c, 'n=0; while [ $n -lt 12000 ]; do : > /v/$n; n=$((n + 1)); done; sleep 1000']
+    volumeMounts: [{name: v, mountPath: /v}]
+  volumes: [{name: v, emptyDir: {}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: forks}
+spec:
+  containers:
+  - name: c
+    image: busybox:1
+    command: [sh, -c, 'n=0; while [ $n -lt 1000 ]; do sleep 1000 & n=$((n + 1)); done; wait']
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: modest}
+spec:
+  containers: [{name: c, image: 'busybox:1', command: [sleep, '1000']}]
+"#;
+
 const WRITERS: &str = r#"
 apiVersion: v1
 kind: Pod
@@ -105,6 +140,37 @@ fn a_node_short_of_memory_sends_pods_away() {
     });
     // The control plane stays, whatever it uses.
     assert_eq!(c.k("get pods -n kube-system --field-selector status.phase=Running -o name").lines().count(), 3);
+}
+
+#[test]
+fn who_takes_all_of_disk_inodes_or_processes_goes() {
+    let mut net = Net::new();
+    let host = net.host("one");
+    // A disk of its own. Room for 500 MB, 7,000 files and 500 processes beside what the node itself needs; other tests come
+    // and go meanwhile, and their processes count too.
+    host.must("mkdir -p /var/lib/isopod && mount -t tmpfs -o size=1g,nr_inodes=17000 disk /var/lib/isopod");
+    let processes: u32 = host.must("cut -d ' ' -f 4 /proc/loadavg | cut -d / -f 2").trim().parse().unwrap();
+    host.must(&format!("echo {} > /proc/sys/kernel/pid_max", processes + 1100));
+    let config = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nclusterDNS: [10.96.0.10]\n\
+                  clusterDomain: cluster.local\nimageGCHighThresholdPercent: 100\nevictionPressureTransitionPeriod: 1s\n\
+                  evictionHard: {memory.available: 100Mi, nodefs.available: 400Mi, nodefs.inodesFree: '8000', pid.available: '600'}\n";
+    fs::write(host.path("/etc/isopod/config.yaml"), config).unwrap();
+    let c = Cluster::start(&host);
+    c.apply(GREEDY);
+    for (pod, resource) in [("writer", "ephemeral-storage"), ("files", "inodes"), ("forks", "pids")] {
+        c.wait_field(&format!("pod {pod}"), ".status.phase", |p| p == "Failed");
+        let status = c.get(&format!("pod {pod}"))["status"].clone();
+        let text = status["message"].as_str().unwrap();
+        assert!(text.starts_with(&format!("The node was low on resource: {resource}. Threshold quantity: ")), "{text}");
+        assert_eq!(status["reason"], "Evicted");
+    }
+    eventually("all is well again", || {
+        let told = ["DiskPressure", "PIDPressure", "MemoryPressure"].map(|kind| condition(&c, "node one", kind));
+        if told.iter().all(|t| t["status"] == "False") { Ok(()) } else { Err(told) }
+    });
+    assert_eq!(c.get("pod modest")["status"]["phase"], "Running");
+    c.k("run late --image=busybox:1 --restart=Never -- true");
+    c.wait_field("pod late", ".status.phase", |p| p == "Succeeded");
 }
 
 #[test]

@@ -31,6 +31,8 @@ use crate::{
 const EVERY: Duration = Duration::from_secs(10);
 /// How long an evicted pod may take to end before the next one goes.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long after a pod is gone its disk and memory are believed to be free: file systems free large files in the background.
+const SETTLE: Duration = Duration::from_secs(1);
 
 fn signed(v: u64) -> i64 {
     i64::try_from(v).unwrap_or(i64::MAX)
@@ -75,6 +77,8 @@ pub(crate) async fn run(ctx: Arc<Context>, stop: CancellationToken) {
             () = stop.cancelled() => return,
             _ = tick.tick() => {}
             () = psi::next(&mut stalls) => {}
+            // Whether another one has to go is seen at once.
+            () = e.gone() => {}
         }
         e.round().await;
     }
@@ -84,23 +88,28 @@ struct Eviction {
     ctx: Arc<Context>,
     monitor: Monitor,
     images: Collector,
-    /// A pod on its way out, and since when.
-    going: Option<(String, Instant)>,
+    going: Option<Going>,
+}
+
+/// A pod on its way out.
+struct Going {
+    uid: String,
+    since: Instant,
+    /// When it was noticed that it had given back all it had.
+    gone: Option<Instant>,
 }
 
 impl Eviction {
     async fn round(&mut self) {
         let ctx = self.ctx.clone();
+        self.forget_gone();
         let seen = observe(&ctx);
         let (pressure, act) = self.monitor.observe(&seen, Instant::now());
         ctx.pressure.send_if_modified(|now| std::mem::replace(now, pressure) != pressure);
         self.images.look(&ctx);
         self.images.by_thresholds(&ctx);
         self.storage_limits().await;
-        let Some(first) = act.first() else { return };
-        if self.still_going() {
-            return;
-        }
+        let Some(first) = act.first().filter(|_| self.going.is_none()) else { return };
         let resource = first.resource();
         tracing::warn!(signal = first.signal, value = first.value, "the node is short of {resource}");
         let text = format!("Attempting to reclaim {resource}");
@@ -114,20 +123,25 @@ impl Eviction {
         self.evict(first, &seen).await;
     }
 
-    /// Whether the last pod told to go still holds what it had.
-    fn still_going(&mut self) -> bool {
-        let Some((uid, since)) = &self.going else { return false };
-        let there = self
-            .ctx
-            .table
-            .all()
-            .iter()
-            .any(|s| s.pod.metadata.uid.as_deref() == Some(uid) && s.containers.values().any(|c| c.running));
-        let wait = there && since.elapsed() < PATIENCE;
-        if !wait {
-            self.going = None;
+    /// Whoever is gone for long enough, or takes too long, is waited for no more.
+    fn forget_gone(&mut self) {
+        self.going.take_if(|g| match g.gone {
+            Some(at) => at.elapsed() >= SETTLE,
+            None => g.since.elapsed() >= PATIENCE,
+        });
+    }
+
+    /// Resolves when the pod on its way out has given back all it had; never without one.
+    async fn gone(&mut self) {
+        let mut changes = self.ctx.table.changes();
+        let Some(going) = &mut self.going else { return std::future::pending().await };
+        while self.ctx.table.holds(&going.uid) {
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
         }
-        wait
+        let at = *going.gone.get_or_insert_with(Instant::now);
+        tokio::time::sleep_until((at + SETTLE).into()).await;
     }
 
     fn candidates(&self) -> Vec<Arc<Snapshot>> {
@@ -176,7 +190,8 @@ impl Eviction {
         tracing::warn!(pod = s.pod.metadata.name, message, "evicting");
         self.ctx.events.pod(&s.pod, Kind::Warning, "Evicted", &message);
         s.worker.fail("Evicted", message, grace);
-        self.going = s.pod.metadata.uid.clone().map(|uid| (uid, Instant::now()));
+        let uid = s.pod.metadata.uid.clone();
+        self.going = uid.map(|uid| Going { uid, since: Instant::now(), gone: None });
     }
 
     /// Pods that use more of the disk than they said they would.

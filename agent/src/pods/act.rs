@@ -190,6 +190,9 @@ impl Worker {
                 self.record.phase("sandbox", Some(took));
                 let m = &self.ctx.metrics;
                 m.count("kubelet_started_pods_total", []);
+                if sandbox::own_users(&self.pod) {
+                    m.count("kubelet_started_user_namespaced_pods_total", []);
+                }
                 m.observe("kubelet_run_podsandbox_duration_seconds", [("runtime_handler", "")], took);
                 self.state.sandbox = Some(live.sandbox.clone());
                 self.state.ips = live.ips.clone();
@@ -201,6 +204,9 @@ impl Worker {
             }
             Err(error) => {
                 self.ctx.metrics.count("kubelet_started_pods_errors_total", []);
+                if sandbox::own_users(&self.pod) {
+                    self.ctx.metrics.count("kubelet_started_user_namespaced_pods_errors_total", []);
+                }
                 let (reason, text) = if error.starts_with(claims::FAILED) {
                     ("FailedPrepareDynamicResources", error.clone())
                 } else {
@@ -449,10 +455,9 @@ impl Worker {
             for released in [crate::csi::release(&ctx, &uid).await, claims::release(&ctx, &uid).await] {
                 done = done.and(released);
             }
-            let data = sandbox::remove_data(&ctx.config.paths.pod(&uid), false);
-            if let (Ok(()), Err(e)) = (&done, data) {
-                done = Err(e.to_string());
-            }
+            let dir = ctx.config.paths.pod(&uid);
+            let data = tokio::task::spawn_blocking(move || sandbox::remove_data(&dir, false)).await;
+            done = done.and(data.map_err(|e| e.to_string()).and_then(|data| data.map_err(|e| e.to_string())));
             let _ = inputs.send(Input::Removed(done));
         });
     }

@@ -77,6 +77,12 @@ impl PodTable {
         self.changed.send_replace(());
     }
 
+    /// Whether something of a pod runs, or is still there of one that ran.
+    pub(crate) fn holds(&self, uid: &str) -> bool {
+        let holds = |s: &Arc<Snapshot>| s.supervisor.is_some() || s.containers.values().any(|c| c.running);
+        self.pods.read().get(uid).is_some_and(holds)
+    }
+
     /// All snapshots.
     pub(crate) fn all(&self) -> Vec<Arc<Snapshot>> {
         self.pods.read().values().cloned().collect()
