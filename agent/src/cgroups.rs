@@ -6,6 +6,7 @@
 
 pub(crate) mod driver;
 mod end;
+mod inside;
 mod usage;
 
 use std::{
@@ -16,6 +17,7 @@ use std::{
 
 pub(crate) use self::{
     driver::Driver,
+    inside::{Moved, Processes},
     usage::Usage,
 };
 use crate::qos::{self, Limits, Qos};

@@ -1,6 +1,6 @@
 //! What the node API on port 10250 asks of the pods.
 
-use std::{os::fd::OwnedFd, path::Path, sync::Arc};
+use std::{os::fd::OwnedFd, path::Path, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
 use serde_json::{Value, json};
@@ -271,13 +271,14 @@ impl Host for NodeHost {
         Box::pin(async { metrics::render(&self.ctx, &stats::volumes(&self.ctx).await) })
     }
 
-    fn answered(&self, method: &str, path: &str) {
+    fn answered(&self, method: &str, path: &str, took: Duration) {
         let labels = [("long_running", "false"), ("method", method), ("path", path), ("server_type", "readwrite")];
         if matches!(
             path,
             "pods" | "metrics" | "stats" | "configz" | "exec" | "attach" | "portForward" | "containerLogs"
         ) {
             self.ctx.metrics.count("kubelet_http_requests_total", labels);
+            self.ctx.metrics.observe("kubelet_http_requests_duration_seconds", labels, took);
         }
     }
 

@@ -12,20 +12,35 @@ use std::{
 use parking_lot::Mutex;
 use serde_json::Value;
 
-use crate::{context::Context, node::info, server::exposition::Exposition};
+use crate::{
+    context::Context,
+    node::info,
+    pods::{sandbox, start},
+    server::exposition::Exposition,
+    stats::disk,
+};
 
 /// Upper bounds of durations in seconds.
 const BOUNDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
 
 /// Every family: name and help. Those that begin with `prober_` are shown on /metrics/probes.
 const FAMILIES: &[(&str, &str)] = &[
+    (
+        "dra_operations_duration_seconds",
+        "Latency histogram in seconds for the duration of handling all ResourceClaims referenced by a pod when the pod starts or stops.",
+    ),
+    ("kubelet_containers_per_pod_count", "The number of containers per pod."),
     ("kubelet_cpu_manager_pinning_errors_total", "The number of cpu core allocations which required pinning failed."),
     ("kubelet_cpu_manager_pinning_requests_total", "The number of cpu core allocations which required pinning."),
     ("kubelet_evictions", "Cumulative number of pod evictions by eviction signal"),
     ("kubelet_graceful_shutdown_end_time_seconds", "Last graceful shutdown end time since unix epoch in seconds"),
     ("kubelet_graceful_shutdown_start_time_seconds", "Last graceful shutdown start time since unix epoch in seconds"),
+    ("kubelet_http_requests_duration_seconds", "Duration in seconds to serve http requests"),
     ("kubelet_http_requests_total", "Number of the http requests received since the server started"),
     ("kubelet_image_garbage_collected_total", "Total number of images garbage collected by the kubelet"),
+    ("kubelet_image_volume_mounted_errors_total", "Number of failed image volume mounts."),
+    ("kubelet_image_volume_mounted_succeed_total", "Number of successful image volume mounts."),
+    ("kubelet_image_volume_requested_total", "Number of requested image volumes."),
     (
         "kubelet_memory_manager_pinning_errors_total",
         "The number of memory pages allocations which required pinning that failed.",
@@ -35,11 +50,31 @@ const FAMILIES: &[(&str, &str)] = &[
         "kubelet_pod_start_duration_seconds",
         "Duration in seconds from kubelet seeing a pod for the first time to the pod starting to run",
     ),
+    (
+        "kubelet_pod_start_sli_duration_seconds",
+        "Duration in seconds to start a pod, excluding time to pull images and run init containers, measured from pod creation timestamp to when all its containers are reported as started and observed via watch",
+    ),
+    (
+        "kubelet_pod_start_total_duration_seconds",
+        "Duration in seconds to start a pod since creation, including time to pull images and run init containers, measured from pod creation timestamp to when all its containers are reported as started and observed via watch",
+    ),
     ("kubelet_run_podsandbox_duration_seconds", "Duration in seconds of the run_podsandbox operations"),
+    (
+        "kubelet_sleep_action_terminated_early_total",
+        "The number of times lifecycle sleep handler got terminated before it finishes",
+    ),
     ("kubelet_started_containers_errors_total", "Cumulative number of errors when starting containers"),
     ("kubelet_started_containers_total", "Cumulative number of containers started"),
     ("kubelet_started_pods_errors_total", "Cumulative number of errors when starting pods"),
     ("kubelet_started_pods_total", "Cumulative number of pods started"),
+    (
+        "kubelet_started_user_namespaced_pods_errors_total",
+        "Cumulative number of errors when starting pods with user namespaces. This metric will only be collected on Linux.",
+    ),
+    (
+        "kubelet_started_user_namespaced_pods_total",
+        "Cumulative number of pods with user namespaces started. This metric is only collected on Linux.",
+    ),
     ("kubelet_terminated_containers_total", "Cumulative number of containers terminated"),
     ("kubelet_topology_manager_admission_duration_ms", "Duration in milliseconds to serve a pod admission request."),
     (
@@ -265,6 +300,17 @@ fn pods(ctx: &Context, e: &mut Exposition) {
     let version = if ctx.cgroups.memory_is_v2() { 2.0 } else { 1.0 };
     e.single("kubelet_cgroup_version", "gauge", "cgroup version on the hosts.", Some(version));
     volumes(&all, e);
+    logs(ctx, &all, e);
+    let resizing = |s: &&std::sync::Arc<crate::pods::table::Snapshot>| {
+        let conditions = s.pod.status.iter().flat_map(|s| s.conditions.iter().flatten());
+        conditions.into_iter().any(|c| c.type_ == "PodResizeInProgress")
+    };
+    let count = all.iter().filter(resizing).count();
+    e.single("kubelet_pod_in_progress_resizes", "gauge", "Number of in-progress resizes for pods.", Some(count as f64));
+    e.begin("dra_resource_claims_in_use", "gauge", "The number of ResourceClaims that are currently in use on the node, by driver name (driver_name label value) and across all drivers (special value <any> for driver_name).");
+    for (driver, count) in ctx.claims.in_use() {
+        e.sample("dra_resource_claims_in_use", &[("driver_name", &driver)], Some(count as f64));
+    }
     let mirrors = all.iter().filter(|s| is_static(s) && s.mirror_uid.is_some()).count();
     e.single(
         "kubelet_mirror_pods",
@@ -272,6 +318,25 @@ fn pods(ctx: &Context, e: &mut Exposition) {
         "The number of mirror pods the kubelet will try to create (one per admitted static pod)",
         Some(mirrors as f64),
     );
+}
+
+/// What the logs of containers use of the disk.
+fn logs(ctx: &Context, all: &[std::sync::Arc<crate::pods::table::Snapshot>], e: &mut Exposition) {
+    let name = "kubelet_container_log_filesystem_used_bytes";
+    e.begin(name, "gauge", "Bytes used by the container's logs on the filesystem.");
+    for s in all {
+        for (container, view) in &s.containers {
+            let path = start::log_path(ctx, &s.pod, container, view.attempt);
+            let Some(used) = path.parent().map(disk::used) else { continue };
+            let labels = [
+                ("container", container.as_str()),
+                ("namespace", sandbox::namespace(&s.pod)),
+                ("pod", sandbox::name(&s.pod)),
+                ("uid", sandbox::uid(&s.pod)),
+            ];
+            e.sample(name, &labels, Some(used.bytes as f64));
+        }
+    }
 }
 
 /// Volumes of the pods by their kind.

@@ -70,6 +70,13 @@ fn pods_are_looked_into() {
     assert_eq!(forwarded.trim(), "web");
     let ran = c.k("run once --image=busybox:1 --rm -i --restart=Never -- echo from-the-pod");
     assert!(ran.contains("from-the-pod"), "{ran}");
+    // Programs that have said all they have to say before anybody can attach.
+    let quick = c.host.must(
+        "export KUBECONFIG=/etc/isopod/kubeconfig; for n in 1 2 3 4 5 6; do \
+         kubectl run quick-$n --image=busybox:1 --rm -i --restart=Never -- echo word-$n > /tmp/quick-$n 2>&1 & done; wait; \
+         cat /tmp/quick-*; rm /tmp/quick-*",
+    );
+    assert!((1..=6).all(|n| quick.matches(&format!("word-{n}\n")).count() == 1), "{quick}");
     let attached = c.k("run reader --image=busybox:1 --rm -i --restart=Never -- cat < /etc/hostname");
     assert!(attached.contains(c.host.must("cat /etc/hostname").trim()), "{attached}");
     // A debugger in the pod, in a copy of it, and on its node; what it reads comes through an attachment.

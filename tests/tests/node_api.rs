@@ -84,6 +84,10 @@ fn numbers_for_those_who_may_see_them() {
     for series in [
         "container_memory_rss{container=\"c\"",
         "container_network_receive_bytes_total{container=\"\",interface=\"eth0\"",
+        "container_fs_writes_bytes_total{container=\"\",device=\"/dev/",
+        "container_fs_limit_bytes{container=\"\",device=\"/dev/",
+        "container_file_descriptors{container=\"c\"",
+        "container_spec_cpu_shares{container=\"c\"",
         "machine_cpu_cores{",
     ] {
         assert!(cadvisor.contains(series), "{series}: {cadvisor}");
@@ -92,6 +96,10 @@ fn numbers_for_those_who_may_see_them() {
     for series in [
         "kubelet_running_pods ",
         "kubelet_started_pods_total ",
+        "kubelet_containers_per_pod_count_count ",
+        "kubelet_pod_start_sli_duration_seconds_count ",
+        "kubelet_http_requests_duration_seconds_count{",
+        "kubelet_container_log_filesystem_used_bytes{container=\"c\",namespace=\"default\",pod=\"busy\"",
         "kubelet_node_name{node=\"one\"} 1",
         "process_start_time_seconds ",
     ] {

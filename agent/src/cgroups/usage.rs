@@ -19,6 +19,9 @@ pub(crate) struct Usage {
     pub(crate) memory_rss: Option<u64>,
     pub(crate) memory_cache: Option<u64>,
     pub(crate) memory_mapped: Option<u64>,
+    pub(crate) memory_kernel: Option<u64>,
+    pub(crate) active_file: Option<u64>,
+    pub(crate) inactive_file: Option<u64>,
     pub(crate) memory_peak: Option<u64>,
     pub(crate) memory_failures: Option<u64>,
     pub(crate) memory_limit: Option<u64>,
@@ -110,6 +113,8 @@ fn memory_v1(u: &mut Usage, dir: &Path) {
     u.memory_rss = of("total_rss");
     u.memory_cache = of("total_cache");
     u.memory_mapped = of("total_mapped_file");
+    u.memory_kernel = number(dir, "memory.kmem.usage_in_bytes");
+    (u.active_file, u.inactive_file) = (of("total_active_file"), of("total_inactive_file"));
     u.memory_peak = number(dir, "memory.max_usage_in_bytes");
     u.memory_failures = number(dir, "memory.failcnt");
     u.memory_limit = number(dir, "memory.limit_in_bytes");
@@ -127,6 +132,8 @@ fn memory_v2(u: &mut Usage, dir: &Path) {
     u.memory_rss = of("anon");
     u.memory_cache = of("file");
     u.memory_mapped = of("file_mapped");
+    u.memory_kernel = of("kernel");
+    (u.active_file, u.inactive_file) = (of("active_file"), of("inactive_file"));
     u.memory_peak = number(dir, "memory.peak");
     let events = table(dir, "memory.events");
     u.memory_failures = events.get("max").copied();
@@ -194,6 +201,7 @@ mod tests {
             memory_usage: Some(1000),
             memory_working_set: Some(900),
             memory_rss: Some(600),
+            inactive_file: Some(100),
             ..Usage::default()
         };
         assert_eq!(old.usage("g"), want);

@@ -10,7 +10,7 @@ mod checkpoint;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use k8s_openapi::api::{
@@ -143,6 +143,16 @@ impl Claims {
         self.state.lock().claims.values().flat_map(|c| c.pods.keys().cloned()).collect()
     }
 
+    /// How many claims are in use: of each driver, and of all.
+    pub(crate) fn in_use(&self) -> BTreeMap<String, usize> {
+        let state = self.state.lock();
+        let mut all = BTreeMap::from([("<any>".to_owned(), state.claims.len())]);
+        for driver in state.claims.values().flat_map(|c| c.drivers.keys()) {
+            *all.entry(driver.clone()).or_default() += 1;
+        }
+        all
+    }
+
     fn save(&self) -> Result<(), String> {
         let state = self.state.lock();
         checkpoint::save(&self.dir, state.claims.values()).map_err(|e| format!("{}: {e}", self.dir.display()))
@@ -207,6 +217,20 @@ pub(crate) async fn prepare(ctx: &Context, pod: &Pod) -> Result<(), String> {
     if names.is_empty() {
         return Ok(());
     }
+    timed(ctx, "PrepareResources", prepare_all(ctx, pod, names)).await
+}
+
+/// Notes how long an operation took.
+async fn timed(ctx: &Context, name: &str, work: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+    let begun = Instant::now();
+    let done = work.await;
+    let failed = if done.is_err() { "true" } else { "false" };
+    let labels = [("is_error", failed), ("operation_name", name)];
+    ctx.metrics.observe("dra_operations_duration_seconds", labels, begun.elapsed());
+    done
+}
+
+async fn prepare_all(ctx: &Context, pod: &Pod, names: BTreeMap<String, String>) -> Result<(), String> {
     let claims = &ctx.claims;
     let client = ctx.api.get().ok_or("there is no API server")?;
     let api: kube::Api<ResourceClaim> = kube::Api::namespaced(client, sandbox::namespace(pod));
@@ -269,6 +293,10 @@ pub(crate) async fn release(ctx: &Context, uid: &str) -> Result<(), String> {
     if !claims.pods().contains(uid) {
         return Ok(());
     }
+    timed(ctx, "UnprepareResources", release_all(claims, uid)).await
+}
+
+async fn release_all(claims: &Claims, uid: &str) -> Result<(), String> {
     let _turn = claims.turn.lock().await;
     let used: Vec<Info> = claims.state.lock().claims.values().filter(|i| i.pods.contains_key(uid)).cloned().collect();
     for info in used {

@@ -57,7 +57,7 @@ pub(super) fn sandbox(ctx: &Context, g: &Group) -> PodSandboxMetrics {
 fn group(ctx: &Context, cgroup: &str, [container, image, name]: [String; 3], s: &Sandbox) -> Vec<Metric> {
     let (namespace, pod) = (s.metadata.namespace.clone(), s.metadata.name.clone());
     let labels = vec![container, format!("/{}", cgroup.trim_start_matches('/')), image, name, namespace, pod];
-    let group = cadvisor::Group::of(ctx.cgroups.usage(cgroup));
+    let group = cadvisor::Group::read(ctx, cgroup);
     let cpu = group.usage.cpu_nanos.map(|nanos| {
         let mut labels = labels.clone();
         labels.insert(1, "total".into());

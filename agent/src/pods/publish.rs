@@ -1,6 +1,6 @@
 //! What a worker writes down and shows: its state on disk, the status for the API server, the snapshot for the node's clients.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::SystemTime};
 
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::watch;
@@ -58,7 +58,13 @@ impl Worker {
             self.dirty = true;
             let ready = status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
             if ready && let Some(took) = self.record.complete("ready") {
-                self.ctx.metrics.observe("kubelet_pod_start_duration_seconds", [], took);
+                let m = &self.ctx.metrics;
+                m.observe("kubelet_pod_start_duration_seconds", [], took);
+                let created = self.pod.metadata.creation_timestamp.as_ref().map(|t| SystemTime::from(t.0));
+                let total = created.and_then(|at| at.elapsed().ok()).map_or(took, |total| total.max(took));
+                m.observe("kubelet_pod_start_total_duration_seconds", [], total);
+                let pulls = self.record.spent("image");
+                m.observe("kubelet_pod_start_sli_duration_seconds", [], total.saturating_sub(pulls));
             }
             self.wanted.send_modify(|w| w.status = Some(status));
         }

@@ -71,6 +71,12 @@ impl StartRecord {
         self.blocked = None;
     }
 
+    /// How long a phase took, as often as there was one.
+    pub(crate) fn spent(&self, phase: &str) -> std::time::Duration {
+        let all = self.phases.iter().filter(|p| p.phase == phase).filter_map(|p| p.took_ms);
+        std::time::Duration::from_secs_f64(all.sum::<f64>().max(0.0) / 1000.0)
+    }
+
     /// Something went wrong; written at once, so that it can be asked for.
     pub(crate) fn blocked(&mut self, why: &str) {
         if !self.complete && self.blocked.as_deref() != Some(why) {

@@ -52,6 +52,11 @@ pub(crate) fn name(pod: &Pod) -> &str {
     pod.metadata.name.as_deref().unwrap_or_default()
 }
 
+/// Whether a pod has a range of users to itself.
+pub(crate) fn own_users(pod: &Pod) -> bool {
+    pod.spec.as_ref().is_some_and(|s| s.host_users == Some(false))
+}
+
 fn host_network(spec: &PodSpec) -> bool {
     spec.host_network == Some(true)
 }
@@ -126,7 +131,7 @@ pub(crate) async fn create_in(
     if let Some(name) = security::forbidden_sysctl(pod, &ctx.config.kubelet.allowed_unsafe_sysctls) {
         return Err(format!("forbidden sysctl: {name:?} not allowlisted"));
     }
-    if spec.host_users == Some(false) {
+    if own_users(pod) {
         if let Some(why) = users::refusal(spec) {
             return Err(format!("can't set spec.HostUsers: false: {why}"));
         }

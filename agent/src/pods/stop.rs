@@ -38,6 +38,9 @@ pub(crate) async fn run(job: Job) {
         let hook = job.container.lifecycle.as_ref().and_then(|l| l.pre_stop.clone());
         let left = job.deadline.borrow().saturating_duration_since(Instant::now());
         if let Some(hook) = hook.filter(|_| !left.is_zero()) {
+            if hook.sleep.as_ref().is_some_and(|s| u64::try_from(s.seconds).is_ok_and(|s| s > left.as_secs())) {
+                job.ctx.metrics.count("kubelet_sleep_action_terminated_early_total", []);
+            }
             let ran = hooks::run(&hook, &job.container, &job.id, &job.supervisor, &job.bundle, job.ip, left);
             if let Err(message) = ran.await {
                 tracing::info!(container = job.container.name, message, "preStop hook failed");

@@ -1,6 +1,6 @@
 //! Requests to the node: routing, parameters, answers.
 
-use std::{convert::Infallible, io, sync::Arc};
+use std::{convert::Infallible, io, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -173,19 +173,26 @@ impl Server {
             let (status, message) = refusal;
             return text(status, message);
         }
-        self.host.answered(request.method().as_str(), path.first().unwrap_or(&""));
+        let (begun, method) = (Instant::now(), request.method().clone());
+        let response = self.allowed(&parts, &path, request).await;
+        self.host.answered(method.as_str(), path.first().unwrap_or(&""), begun.elapsed());
+        response
+    }
+
+    /// Answers a request of somebody who may ask it.
+    async fn allowed(&self, parts: &Parts, path: &[&str], request: Request<Incoming>) -> Response<Body> {
         let debugs = ["runningpods", "containerLogs", "exec", "attach", "portForward", "run"];
         if path.first().is_some_and(|first| debugs.contains(first)) && !self.host.debugging() {
             return text(StatusCode::METHOD_NOT_ALLOWED, "Debug endpoints are disabled.\n");
         }
-        if kube::is_ours(&path) {
-            return self.kube(&path, &parts, request).await;
+        if kube::is_ours(path) {
+            return self.kube(path, parts, request).await;
         }
         let reading = matches!(*request.method(), Method::GET | Method::HEAD);
-        match path.as_slice() {
+        match path {
             ["pods"] if reading => pod_list(&self.host.pods()),
             ["runningpods"] if reading => pod_list(&self.host.running_pods()),
-            ["logs", rest @ ..] if reading => self.system_logs(rest, &parts).await,
+            ["logs", rest @ ..] if reading => self.system_logs(rest, parts).await,
             ["checkpoint", namespace, name, container] if *request.method() == Method::POST => {
                 self.checkpoint(&pod(namespace, name, None), container)
             }
@@ -202,27 +209,27 @@ impl Server {
                 json_response(&self.host.stats(brief).await)
             }
             ["containerLogs", namespace, name, container] if reading => {
-                self.logs(&pod(namespace, name, None), container, &parts).await
+                self.logs(&pod(namespace, name, None), container, parts).await
             }
-            ["exec", namespace, name, container] => self.exec(pod(namespace, name, None), container, &parts, request),
+            ["exec", namespace, name, container] => self.exec(pod(namespace, name, None), container, parts, request),
             ["exec", namespace, name, uid, container] => {
-                self.exec(pod(namespace, name, Some(uid)), container, &parts, request)
+                self.exec(pod(namespace, name, Some(uid)), container, parts, request)
             }
             ["attach", namespace, name, container] => {
-                self.attach(pod(namespace, name, None), container, &parts, request)
+                self.attach(pod(namespace, name, None), container, parts, request)
             }
             ["attach", namespace, name, uid, container] => {
-                self.attach(pod(namespace, name, Some(uid)), container, &parts, request)
+                self.attach(pod(namespace, name, Some(uid)), container, parts, request)
             }
-            ["portForward", namespace, name] => self.port_forward(&pod(namespace, name, None), &parts, request),
+            ["portForward", namespace, name] => self.port_forward(&pod(namespace, name, None), parts, request),
             ["portForward", namespace, name, uid] => {
-                self.port_forward(&pod(namespace, name, Some(uid)), &parts, request)
+                self.port_forward(&pod(namespace, name, Some(uid)), parts, request)
             }
             ["run", namespace, name, container] if *request.method() == Method::POST => {
-                self.run(pod(namespace, name, None), container, &parts).await
+                self.run(pod(namespace, name, None), container, parts).await
             }
             ["run", namespace, name, uid, container] if *request.method() == Method::POST => {
-                self.run(pod(namespace, name, Some(uid)), container, &parts).await
+                self.run(pod(namespace, name, Some(uid)), container, parts).await
             }
             _ => text(StatusCode::NOT_FOUND, "404 page not found\n"),
         }

@@ -237,8 +237,8 @@ pub trait Host: Send + Sync + 'static {
         Box::pin(async { String::new() })
     }
 
-    /// Counts an answered request.
-    fn answered(&self, _method: &str, _path: &str) {}
+    /// Counts an answered request, by the first part of its path.
+    fn answered(&self, _method: &str, _path: &str, _took: Duration) {}
 
     /// The text of /metrics/cadvisor.
     fn cadvisor(&self) -> BoxFuture<'_, String> {

@@ -1,31 +1,42 @@
 //! /metrics/cadvisor: groups and links under the names dashboards ask for.
 
-use std::{fs, sync::Arc};
+use std::{fs, path::Path, sync::Arc};
 
-use super::{interfaces, machine_usage, pod_net_dev};
+use super::{filesystems, interfaces, machine_usage, pod_net_dev};
 use crate::{
-    cgroups::Usage,
+    cgroups::{Moved, Processes, Usage},
     context::Context,
     node::info,
     pods::{sandbox, table::Snapshot},
     quantity,
     server::exposition::Exposition,
+    topology::machine::{Topology, Unit},
 };
 
 /// One group with its labels: container, id, image, name, namespace, pod.
+#[derive(Default)]
 pub(crate) struct Group {
-    labels: [(&'static str, String); 6],
+    pub(super) labels: [(&'static str, String); 6],
     pub(crate) usage: Usage,
+    inside: Processes,
+    pub(super) moved: Moved,
     started: Option<f64>,
-    /// Limits and requests as the spec has them: memory limit, cpu quota.
+    /// Limits and requests as the spec has them: memory limit, cpu quota and its period, cpu shares.
     memory_limit: Option<i64>,
     cpu_quota: Option<i64>,
+    cpu_period: Option<u64>,
+    cpu_shares: Option<u64>,
 }
 
 impl Group {
+    fn of(usage: Usage) -> Self {
+        Self { labels: labels("", "/", "", "", "", ""), usage, ..Self::default() }
+    }
+
     /// One that is only asked for its numbers.
-    pub(crate) fn of(usage: Usage) -> Self {
-        Self { labels: labels("", "/", "", "", "", ""), usage, started: None, memory_limit: None, cpu_quota: None }
+    pub(crate) fn read(ctx: &Context, group: &str) -> Self {
+        let (inside, moved) = (ctx.cgroups.processes(group), ctx.cgroups.moved(group));
+        Self { inside, moved, ..Self::of(ctx.cgroups.usage(group)) }
     }
 }
 
@@ -48,7 +59,7 @@ fn groups(ctx: &Context, s: &Snapshot) -> Vec<Group> {
     let group = ctx.cgroups.pod_group(crate::qos::class(spec), sandbox::uid(pod));
     let one = |container: &str, group: &str, image: &str, id: &str| Group {
         labels: labels(container, &format!("/{group}"), image, id, namespace, name),
-        ..Group::of(ctx.cgroups.usage(group))
+        ..Group::read(ctx, group)
     };
     let mut all = vec![one("", &group, "", "")];
     let status = pod.status.as_ref();
@@ -59,6 +70,9 @@ fn groups(ctx: &Context, s: &Snapshot) -> Vec<Group> {
         let mut g = one(container, &format!("{group}/{}", view.id), &image, &view.id);
         g.memory_limit = quantity::get(limits, "memory");
         g.cpu_quota = quantity::get_millis(limits, "cpu").and_then(|m| crate::qos::quota(m, ctx.cfs_period()?));
+        g.cpu_period = ctx.cfs_period().filter(|_| g.cpu_quota.is_some());
+        let requests = c.and_then(|c| c.resources.as_ref()?.requests.as_ref()).or(limits);
+        g.cpu_shares = Some(crate::qos::shares(quantity::get_millis(requests, "cpu").unwrap_or(0)));
         let list = status.and_then(|s| s.container_statuses.as_ref()).into_iter().flatten();
         let state = list.filter(|c| c.name == *container).find_map(|c| c.state.as_ref()?.running.as_ref());
         g.started = state.and_then(|r| r.started_at.as_ref()).map(|t| t.0.as_second() as f64);
@@ -90,8 +104,17 @@ pub(crate) const FAMILIES: &[(&str, &str, &str, Get)] = &[
         "Total time duration the container has been throttled.",
         |g| seconds(g.usage.cpu_throttled_nanos),
     ),
+    ("container_file_descriptors", "gauge", "Number of open file descriptors for the container.", |g| {
+        Some(g.inside.descriptors as f64)
+    }),
+    ("container_last_seen", "gauge", "Last time a container was seen by the exporter", |_| {
+        std::time::UNIX_EPOCH.elapsed().ok().map(|now| now.as_secs() as f64)
+    }),
     ("container_memory_cache", "gauge", "Number of bytes of page cache memory.", |g| float(g.usage.memory_cache)),
     ("container_memory_failcnt", "counter", "Number of memory usage hits limits.", |g| float(g.usage.memory_failures)),
+    ("container_memory_kernel_usage", "gauge", "Size of kernel memory allocated in bytes.", |g| {
+        float(g.usage.memory_kernel)
+    }),
     ("container_memory_mapped_file", "gauge", "Size of memory mapped files in bytes.", |g| {
         float(g.usage.memory_mapped)
     }),
@@ -100,6 +123,12 @@ pub(crate) const FAMILIES: &[(&str, &str, &str, Get)] = &[
     }),
     ("container_memory_rss", "gauge", "Size of RSS in bytes.", |g| float(g.usage.memory_rss)),
     ("container_memory_swap", "gauge", "Container swap usage in bytes.", |g| float(g.usage.swap)),
+    ("container_memory_total_active_file_bytes", "gauge", "Current total active file in bytes.", |g| {
+        float(g.usage.active_file)
+    }),
+    ("container_memory_total_inactive_file_bytes", "gauge", "Current total inactive file in bytes.", |g| {
+        float(g.usage.inactive_file)
+    }),
     ("container_memory_usage_bytes", "gauge", "Current memory usage in bytes, including all memory.", |g| {
         float(g.usage.memory_usage)
     }),
@@ -109,14 +138,26 @@ pub(crate) const FAMILIES: &[(&str, &str, &str, Get)] = &[
     ("container_oom_events_total", "counter", "Count of out of memory events observed for the container.", |g| {
         float(g.usage.oom_kills)
     }),
-    ("container_processes", "gauge", "Number of processes running inside the container.", |g| float(g.usage.processes)),
+    ("container_processes", "gauge", "Number of processes running inside the container.", |g| {
+        Some(g.inside.count as f64)
+    }),
+    ("container_sockets", "gauge", "Number of open sockets for the container.", |g| Some(g.inside.sockets as f64)),
+    ("container_spec_cpu_period", "gauge", "CPU period of the container.", |g| g.cpu_period.map(|p| p as f64)),
     ("container_spec_cpu_quota", "gauge", "CPU quota of the container.", |g| g.cpu_quota.map(|q| q as f64)),
+    ("container_spec_cpu_shares", "gauge", "CPU share of the container.", |g| float(g.cpu_shares)),
     ("container_spec_memory_limit_bytes", "gauge", "Memory limit for the container.", |g| {
         g.memory_limit.map(|l| l as f64)
     }),
     ("container_start_time_seconds", "gauge", "Start time of the container since unix epoch in seconds.", |g| {
         g.started
     }),
+    ("container_threads", "gauge", "Number of threads running inside the container", |g| float(g.inside.threads)),
+    (
+        "container_threads_max",
+        "gauge",
+        "Maximum number of threads allowed inside the container, infinity if value is zero",
+        |g| float(g.inside.threads_max),
+    ),
 ];
 
 fn float(n: Option<u64>) -> Option<f64> {
@@ -148,6 +189,11 @@ fn machine(ctx: &Context, e: &mut Exposition) {
         e.sample(name, &ids, Some(value));
     };
     gauge("machine_cpu_cores", "Number of logical CPU cores.", f64::from(ctx.machine.cpus));
+    if let Ok(t) = Topology::read(Path::new("/sys")) {
+        let count = |unit| t.count(unit) as f64;
+        gauge("machine_cpu_physical_cores", "Number of physical CPU cores.", count(Unit::Core));
+        gauge("machine_cpu_sockets", "Number of CPU sockets.", count(Unit::Socket));
+    }
     gauge("machine_memory_bytes", "Amount of memory installed on the machine.", ctx.machine.memory as f64);
     gauge("machine_swap_bytes", "Amount of swap memory available on the machine.", info::meminfo("SwapTotal") as f64);
     let version =
@@ -184,6 +230,8 @@ fn render(ctx: &Context) -> String {
             e.sample(name, l, get(g));
         }
     }
+    faults(&all, &borrowed, &mut e);
+    filesystems::write(&all, &mut e);
     links(ctx, &pods, &mut e);
     machine(ctx, &mut e);
     e.single(
@@ -193,6 +241,17 @@ fn render(ctx: &Context) -> String {
         Some(0.0),
     );
     e.finish()
+}
+
+fn faults(all: &[Group], labels: &[[(&str, &str); 6]], e: &mut Exposition) {
+    let name = "container_memory_failures_total";
+    e.begin(name, "counter", "Cumulative count of memory allocation failures.");
+    for (g, l) in all.iter().zip(labels) {
+        for (kind, count) in [("pgfault", g.usage.page_faults), ("pgmajfault", g.usage.major_page_faults)] {
+            let labels: Vec<_> = l.iter().copied().chain([("failure_type", kind), ("scope", "hierarchy")]).collect();
+            e.sample(name, &labels, float(count));
+        }
+    }
 }
 
 fn links(ctx: &Context, pods: &[Arc<Snapshot>], e: &mut Exposition) {

@@ -5,6 +5,7 @@
 
 pub(crate) mod cadvisor;
 pub(crate) mod disk;
+mod filesystems;
 
 use std::{
     collections::HashMap,

@@ -112,7 +112,7 @@ fn check_propagation(mountinfo: &str, place: &Path, propagation: &str) -> Result
     if fits { Ok(()) } else { Err(format!("path {:?} is mounted on {on:?} but it is not {want}", place.display())) }
 }
 
-fn unescape(text: &str) -> String {
+pub(crate) fn unescape(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let bytes = text.as_bytes();
     let mut i = 0;
