@@ -26,6 +26,8 @@ pub(crate) struct Usage {
     pub(crate) memory_failures: Option<u64>,
     pub(crate) memory_limit: Option<u64>,
     pub(crate) swap: Option<u64>,
+    /// Most of it; `None` is no limit of its own.
+    pub(crate) swap_limit: Option<u64>,
     pub(crate) page_faults: Option<u64>,
     pub(crate) major_page_faults: Option<u64>,
     pub(crate) processes: Option<u64>,
@@ -140,6 +142,7 @@ fn memory_v2(u: &mut Usage, dir: &Path) {
     u.oom_kills = events.get("oom_kill").copied();
     u.memory_limit = number(dir, "memory.max");
     u.swap = number(dir, "memory.swap.current");
+    u.swap_limit = number(dir, "memory.swap.max");
     u.page_faults = of("pgfault");
     u.major_page_faults = of("pgmajfault");
 }
@@ -182,6 +185,7 @@ mod tests {
                 ("memory.current", "1000\n"),
                 ("memory.stat", "anon 600\ninactive_file 100\n"),
                 ("memory.max", "max\n"),
+                ("memory.swap.max", "max\n"),
                 ("pids.current", "4\n"),
             ],
         );

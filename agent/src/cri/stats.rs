@@ -79,7 +79,7 @@ pub(super) fn container(ctx: &Context, c: &Container) -> ContainerStats {
         writable_layer: Some(file_system(ctx.config.paths.pods().display().to_string(), layer.bytes, layer.inodes)),
         swap: u.swap.map(|used| SwapUsage {
             timestamp: now(),
-            swap_available_bytes: None,
+            swap_available_bytes: value(u.swap_limit.map(|limit| limit.saturating_sub(used))),
             swap_usage_bytes: value(Some(used)),
         }),
         io: psi(ctx, &c.cgroup, "io").map(|psi| IoUsage { timestamp: now(), psi: Some(psi) }),

@@ -275,7 +275,92 @@ impl Challenge {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{BufRead, BufReader, Read, Write},
+        net::TcpListener,
+    };
+
     use super::*;
+
+    /// A registry whose token server knows `u:p` and the refresh token `r`; the lines it was asked, in order.
+    fn guarded() -> (String, std::thread::JoinHandle<Vec<String>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (own, mut asked) = (address.clone(), Vec::new());
+        let server = std::thread::spawn(move || {
+            loop {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut reader = BufReader::new(stream.try_clone().unwrap());
+                let lines = reader.by_ref().lines().map_while(Result::ok);
+                let head: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
+                let of = |name: &str| head.iter().find_map(|l| l.strip_prefix(name).map(str::to_owned));
+                let size = of("content-length: ").map_or(0, |n| n.parse().unwrap());
+                let mut body = vec![0; size];
+                reader.read_exact(&mut body).unwrap();
+                let (line, body) = (head[0].clone(), String::from_utf8(body).unwrap());
+                asked.push(format!("{line} {body}").trim().replace(" HTTP/1.1", ""));
+                let shown = of("authorization: ").unwrap_or_default();
+                let wants = format!(
+                    "WWW-Authenticate: Bearer realm=\"http://{own}/token\",service=\"s\",scope=\"repository:team/app:pull\"\r\n"
+                );
+                let (status, more, text) = match line.split(' ').nth(1).unwrap() {
+                    "/stop" => return asked,
+                    path if path.starts_with("/token")
+                        && (shown == "Basic dTpw" || body.contains("refresh_token=r")) =>
+                    {
+                        ("200 OK", "", if body.is_empty() { r#"{"token":"t"}"# } else { r#"{"access_token":"t"}"# })
+                    }
+                    path if path.starts_with("/token") => ("401 Unauthorized", "", "{}"),
+                    _ if shown != "Bearer t" => {
+                        ("401 Unauthorized", wants.as_str(), r#"{"errors":[{"code":"UNAUTHORIZED"}]}"#)
+                    }
+                    "/v2/team/app/manifests/1" => ("200 OK", "", "manifest"),
+                    "/v2/team/app/manifests/2" => {
+                        ("404 Not Found", "", r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"?"}]}"#)
+                    }
+                    _ => ("429 Too Many Requests", "", r#"{"errors":[{"code":"TOOMANYREQUESTS","message":"later"}]}"#),
+                };
+                let size = text.len();
+                write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {size}\r\n{more}Connection: close\r\n\r\n{text}")
+                    .unwrap();
+            }
+        });
+        (address, server)
+    }
+
+    #[tokio::test]
+    async fn tokens_are_asked_for_once_and_refusals_told_apart() {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let (address, server) = guarded();
+        let endpoint = Endpoint { host: address.clone(), plain: true, ..Endpoint::default() };
+        let reference = "team/app:1".parse().unwrap();
+        let of = |auth| Registry::new(http(&endpoint).unwrap(), &endpoint, "app:1", &reference, auth);
+        let auth = |username: &str, password: &str, token: Option<&str>| {
+            Some(RegistryAuth {
+                username: username.into(),
+                password: password.into(),
+                identity_token: token.map(Into::into),
+            })
+        };
+        let known = of(auth("u", "p", None));
+        assert_eq!(known.manifest("1").await.unwrap(), b"manifest");
+        assert!(matches!(known.manifest("2").await, Err(Error::NotFound { .. })));
+        let busy = known.manifest("3").await.unwrap_err().to_string();
+        assert!(busy.ends_with("the registry answered 429 Too Many Requests: TOOMANYREQUESTS later"), "{busy}");
+        assert_eq!(of(auth("", "", Some("r"))).manifest("1").await.unwrap(), b"manifest");
+        for nobody in [None, auth("u", "wrong", None)] {
+            assert!(matches!(of(nobody).manifest("1").await, Err(Error::Denied { .. })));
+        }
+        std::net::TcpStream::connect(&address).unwrap().write_all(b"GET /stop HTTP/1.1\r\n\r\n").unwrap();
+        let (asked, manifest) = (server.join().unwrap(), "GET /v2/team/app/manifests/");
+        let token = "/token?scope=repository%3Ateam%2Fapp%3Apull&service=s";
+        let one = |n: u8| format!("{manifest}{n}");
+        let first = [one(1), format!("GET {token}"), one(1), one(2), one(3), one(1)];
+        assert_eq!(asked[..6], first);
+        let form =
+            "scope=repository%3Ateam%2Fapp%3Apull&service=s&grant_type=refresh_token&client_id=isopod&refresh_token=r";
+        assert_eq!(asked[6..8], [format!("POST /token {form}"), one(1)]);
+    }
 
     #[test]
     fn challenges_are_read() {

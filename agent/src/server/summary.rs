@@ -16,6 +16,10 @@ fn swap(stats: &Value) -> Option<f64> {
     stats["swap"]["swapUsageBytes"].as_f64()
 }
 
+fn swap_limit(stats: &Value) -> Option<f64> {
+    Some(swap(stats)? + stats["swap"]["swapAvailableBytes"].as_f64()?)
+}
+
 fn start_seconds(stats: &Value) -> Option<f64> {
     let time: jiff::Timestamp = stats["startTime"].as_str()?.parse().ok()?;
     Some(time.as_second() as f64)
@@ -42,10 +46,11 @@ fn each_container(summary: &Value, mut sample: impl FnMut(&[(&str, &str)], &Valu
 pub(crate) fn resource_metrics(summary: &Value) -> String {
     let mut family = Exposition::default();
     type Get = fn(&Value) -> Option<f64>;
-    let containers: [(&str, &str, &str, Get); 4] = [
+    let containers: [(&str, &str, &str, Get); 5] = [
         ("container_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed by the container.", cpu_seconds),
         ("container_memory_working_set_bytes", "gauge", "Current working set of the container.", working_set),
         ("container_start_time_seconds", "gauge", "Start time of the container since unix epoch.", start_seconds),
+        ("container_swap_limit_bytes", "gauge", "Current amount of the container swap limit in bytes.", swap_limit),
         ("container_swap_usage_bytes", "gauge", "Current amount of the container swap usage in bytes.", swap),
     ];
     for (name, kind, help, get) in containers {
@@ -90,12 +95,14 @@ mod tests {
         let summary = json!({
             "node": {"cpu": {"usageCoreNanoSeconds": 2_500_000_000_u64}, "memory": {"workingSetBytes": 1000}},
             "pods": [{"podRef": {"name": "p", "namespace": "n"},
-                "containers": [{"name": "c", "memory": {"workingSetBytes": 7}, "startTime": "1970-01-01T00:00:09Z"}]}],
+                "containers": [{"name": "c", "memory": {"workingSetBytes": 7},
+                    "swap": {"swapUsageBytes": 5, "swapAvailableBytes": 15}, "startTime": "1970-01-01T00:00:09Z"}]}],
         });
         let text = resource_metrics(&summary);
         for line in [
             "node_cpu_usage_seconds_total 2.5",
             "container_memory_working_set_bytes{container=\"c\",namespace=\"n\",pod=\"p\"} 7",
+            "container_swap_limit_bytes{container=\"c\",namespace=\"n\",pod=\"p\"} 20",
             "container_start_time_seconds{container=\"c\",namespace=\"n\",pod=\"p\"} 9",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} not in\n{text}");

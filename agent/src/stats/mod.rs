@@ -310,6 +310,12 @@ fn node(ctx: &Context, time: &str, brief: bool) -> Value {
     node
 }
 
+fn swap(time: &str, u: &Usage) -> Value {
+    let used = u.swap.unwrap_or(0);
+    let available = u.swap_limit.map(|limit| limit.saturating_sub(used));
+    object([("time", json!(time)), ("swapAvailableBytes", json!(available)), ("swapUsageBytes", json!(used))])
+}
+
 fn pod(ctx: &Context, s: &Snapshot, time: &str, brief: bool, mut volumes: Vec<Value>) -> Option<Value> {
     let (pod, stats) = (&s.pod, &ctx.stats);
     let uid = sandbox::uid(pod);
@@ -333,7 +339,7 @@ fn pod(ctx: &Context, s: &Snapshot, time: &str, brief: bool, mut volumes: Vec<Va
             ("cpu", cpu(stats, &group, time, u.cpu_nanos, ctx.cgroups.pressure(&group, "cpu"))),
             ("memory", memory(time, &u, ctx.cgroups.pressure(&group, "memory"))),
             ("io", io(time, ctx.cgroups.pressure(&group, "io"))),
-            ("swap", json!({"time": time, "swapUsageBytes": u.swap.unwrap_or(0)})),
+            ("swap", swap(time, &u)),
         ]);
         if !brief {
             let (layer, logs) = places(ctx, pod, name, c.attempt);
@@ -357,7 +363,7 @@ fn pod(ctx: &Context, s: &Snapshot, time: &str, brief: bool, mut volumes: Vec<Va
         ("cpu", cpu(stats, &group, time, u.cpu_nanos, ctx.cgroups.pressure(&group, "cpu"))),
         ("memory", memory(time, &u, ctx.cgroups.pressure(&group, "memory"))),
         ("io", io(time, ctx.cgroups.pressure(&group, "io"))),
-        ("swap", json!({"time": time, "swapUsageBytes": u.swap.unwrap_or(0)})),
+        ("swap", swap(time, &u)),
         ("process_stats", json!({"process_count": u.processes.unwrap_or(0)})),
     ]);
     if brief {
