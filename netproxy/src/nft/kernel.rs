@@ -30,7 +30,9 @@ use crate::{
 };
 
 /// Bytes of elements per transaction when everything is loaded; a single change is always one transaction.
-const TRANSACTION_MAX: usize = 4 << 20;
+const TRANSACTION_MAX: usize = 1 << 20;
+/// What may wait to be sent: a single change is one transaction, however large.
+const SEND_ROOM: usize = 16 << 20;
 /// What is read at once: more than the kernel ever sends.
 const ROOM: usize = 64 << 10;
 /// Elements from which on a change is quicker when nobody listens.
@@ -89,7 +91,7 @@ pub(crate) struct Kernel {
 }
 
 /// Calls its argument with every element that should be in the kernel.
-pub(crate) type Wanted<'a> = dyn Fn(&mut dyn FnMut(Element)) + 'a;
+pub(crate) type Wanted<'a> = dyn Fn(&mut dyn FnMut(Element)) + Sync + 'a;
 
 /// Runs nft with a ruleset on its standard input.
 pub(crate) fn run_nft(text: &str) -> Result<(), Error> {
@@ -131,7 +133,7 @@ impl Kernel {
         let address = socket.bind_auto().map_err(|e| Error::Socket("bind", e))?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(|e| Error::Socket("connect", e))?;
         // Batches are sent whole; without the privilege small ones still pass.
-        let _ = setsockopt(&socket, sockopt::SndBufForce, &(4 * TRANSACTION_MAX));
+        let _ = setsockopt(&socket, sockopt::SndBufForce, &SEND_ROOM);
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &(4 << 20));
         let port = address.port_number();
         let (families, chains) = (families(), Chains::default());
@@ -197,26 +199,45 @@ impl Kernel {
         Ok(())
     }
 
+    /// What leads from numbers to chains.
+    fn entries(&self) -> impl Iterator<Item = Element> {
+        self.families.iter().flat_map(|f| self.chains.entries(&Chains::NONE, *f))
+    }
+
     /// Everything that should be in the maps: what leads from numbers to chains, then what the model wants.
     pub(crate) fn with_entries(&self, wanted: &Wanted<'_>, emit: &mut dyn FnMut(Element)) {
-        self.families.iter().flat_map(|f| self.chains.entries(&Chains::NONE, *f)).for_each(&mut *emit);
+        self.entries().for_each(&mut *emit);
         wanted(emit);
     }
 
-    /// Fills empty maps; returns with how many elements.
+    /// Fills empty maps; returns with how many elements. While the kernel takes a transaction in, a thread writes the next.
     pub(super) fn load(&self, maps: &Suspects, wanted: &Wanted<'_>) -> Result<usize, Error> {
-        let (mut batch, mut count, mut outcome) = (Batch::default(), 0, Ok(()));
-        self.with_entries(wanted, &mut |element| {
-            if outcome.is_ok() && maps.has(element.family, element.map) {
-                count += 1;
-                batch.add(&element);
-                if batch.size() > self.transaction_max {
-                    outcome = self.send(std::mem::take(&mut batch));
+        let (entries, table, full) = (self.entries().collect::<Vec<_>>(), &*self.settings.table, self.transaction_max);
+        std::thread::scope(|scope| {
+            let (tell, told) = std::sync::mpsc::sync_channel(1);
+            let writer = scope.spawn(move || {
+                let (mut batch, mut count) = (Batch::default(), 0);
+                // Nobody takes it any more when the kernel has refused one.
+                let send = |batch: Batch| drop(tell.send(batch.encode(table)));
+                let mut emit = |element: Element| {
+                    if maps.has(element.family, element.map) {
+                        count += 1;
+                        batch.add(&element);
+                        if batch.size() > full {
+                            send(std::mem::take(&mut batch));
+                        }
+                    }
+                };
+                entries.into_iter().for_each(&mut emit);
+                wanted(&mut emit);
+                if !batch.is_empty() {
+                    send(batch);
                 }
-            }
-        });
-        outcome.and_then(|()| if batch.is_empty() { Ok(()) } else { self.send(batch) })?;
-        Ok(count)
+                count
+            });
+            told.into_iter().try_for_each(|(bytes, last)| self.transact(&bytes, last))?;
+            Ok(writer.join().unwrap_or_default())
+        })
     }
 
     /// Changes much. For each element the kernel writes a notification when somebody listens, which takes longer than the
@@ -340,8 +361,7 @@ impl Kernel {
     }
 
     fn send(&self, batch: Batch) -> Result<(), Error> {
-        let mut bytes = Vec::new();
-        let last = batch.encode(&self.settings.table, &mut bytes);
+        let (bytes, last) = batch.encode(&self.settings.table);
         self.transact(&bytes, last)
     }
 

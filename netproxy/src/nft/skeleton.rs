@@ -14,6 +14,11 @@ use super::{
     element::{Chain, Element, Family, Key, Map, Value},
     raw,
 };
+use crate::model::plan;
+
+/// Where the number of an endpoint travels from the chain that draws it to the one that looks it up. Of a connection's first
+/// packet alone, and routing sets it anew.
+const INDEX: &str = "meta priority";
 
 /// What the rules depend on besides the family.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +105,7 @@ pub(crate) fn render(family: Family, settings: &Settings, chains: &Chains, exist
     text.primer();
     raw::finders().for_each(|chain| text.chain(chain, &[]));
     text.refusals();
+    text.translations();
     for n in 1..=chains.picks {
         text.picks(n);
     }
@@ -117,9 +123,7 @@ pub(crate) fn render(family: Family, settings: &Settings, chains: &Chains, exist
 /// Only further chains, for a table that is loaded already.
 pub(crate) fn render_more(family: Family, settings: &Settings, old: &Chains, new: &Chains) -> String {
     let mut text = Text { out: String::new(), family, settings };
-    text.line(0, &format!("flush chain {} {} primer", family.nft(), settings.table));
     text.line(0, &format!("table {} {} {{", family.nft(), settings.table));
-    text.primer();
     for n in old.picks + 1..=new.picks {
         text.picks(n);
     }
@@ -194,6 +198,11 @@ pub(crate) fn spell_fields(family: Family, shape: &str, key: &Key) -> Vec<String
         ('a', Family::V6) => <[u8; 16]>::try_from(take(16)).map(|b| std::net::Ipv6Addr::from(b).to_string()),
         ('t', _) => <[u8; 4]>::try_from(take(4)).map(|b| b[0].to_string()),
         ('p', _) => <[u8; 4]>::try_from(take(4)).map(|b| u16::from_be_bytes([b[0], b[1]]).to_string()),
+        // As nft spells priorities.
+        ('i', _) => <[u8; 4]>::try_from(take(4)).map(|b| {
+            let index = u32::from_ne_bytes(b);
+            format!("{:x}:{:x}", index >> 16, index & 0xffff)
+        }),
         _ => <[u8; 4]>::try_from(take(4)).map(|b| u32::from_ne_bytes(b).to_string()),
     };
     shape.chars().map(field).map(|f| f.unwrap_or_else(|_| "?".into())).collect()
@@ -248,9 +257,9 @@ impl Text<'_> {
     fn maps(&mut self) {
         let address = if self.family == Family::V4 { "ipv4_addr" } else { "ipv6_addr" };
         let daddr = self.ip("daddr");
-        // The index has no type name: these maps are declared by example. `th dport` would do for a first load, but
-        // nft 1.0.6 cannot read such a declaration back from the kernel.
-        let example = [daddr.as_str(), "meta l4proto", "tcp dport", "numgen random mod 2"];
+        // Declared by example. `th dport` would do for a first load, but nft 1.0.6 cannot read such a declaration back
+        // from the kernel.
+        let example = [daddr.as_str(), "meta l4proto", "tcp dport", INDEX];
         let named = [address, "inet_proto", "inet_service", "mark"];
         let spell = |map: &Map, words: [&str; 4]| -> String {
             let word = |kind: char| words["atp".find(kind).unwrap_or(3)];
@@ -282,7 +291,7 @@ impl Text<'_> {
     /// example of `tcp dport`, nft 1.0.6 matches TCP only.
     fn primer(&mut self) {
         let (family, key) = (self.family.nft(), self.key());
-        let rule = |key: &str, map: &str| format!("dnat {family} to {key} . numgen random mod 2 map @{map}");
+        let rule = |key: &str, map: &str| format!("dnat {family} to {key} . {INDEX} map @{map}");
         self.chain("primer", &[rule(&key, "endpoints"), rule("meta l4proto . th dport", "np_endpoints")]);
     }
 
@@ -300,24 +309,31 @@ impl Text<'_> {
         self.chain("firewall_check", &[allowed, "drop".into()]);
     }
 
+    /// Draws among `n` endpoints. Whenever a chain that uses a map is loaded, the kernel walks the map: these chains do
+    /// not, they leave what they have drawn in the packet's priority to the one chain that looks it up.
     fn picks(&mut self, n: u32) {
-        let (family, saddr, key) = (self.family.nft(), self.ip("saddr"), self.key());
-        let node_key = "meta l4proto . th dport";
         let mark = format!("meta mark set meta mark or {}", self.mark());
-        let sticky = format!("dnat {family} to {saddr} . {key} map @affinity");
-        let random = format!("numgen random mod {n}");
-        let local = format!("{random} offset {}", crate::model::plan::LOCAL_BASE);
-        let dnat = |key: &str, index: &str, map: &str| format!("dnat {family} to {key} . {index} map @{map}");
-        let outside: Vec<String> = match self.pods("!= ") {
+        let any = |then: &str| format!("{INDEX} set numgen random mod {n} goto {then}");
+        let local = |then: &str| format!("{INDEX} set numgen random mod {n} offset {} goto {then}", plan::LOCAL_BASE);
+        let mut outside: Vec<String> = match self.pods("!= ") {
             _ if self.settings.masquerade_all => vec![mark.clone()],
             others => others.map(|others| format!("{others} {mark}")).into_iter().collect(),
         };
-        let picking = vec![sticky.clone(), dnat(&key, &random, "endpoints")];
-        self.chain(&format!("pick_{n}"), &[outside, picking].concat());
-        self.chain(&format!("mpick_{n}"), &[mark.clone(), sticky.clone(), dnat(&key, &random, "endpoints")]);
-        self.chain(&format!("lpick_{n}"), &[sticky.clone(), dnat(&key, &local, "endpoints")]);
-        self.chain(&format!("np_pick_{n}"), &[mark, sticky.clone(), dnat(node_key, &random, "np_endpoints")]);
-        self.chain(&format!("np_lpick_{n}"), &[sticky, dnat(node_key, &local, "np_endpoints")]);
+        outside.push(any("to_endpoint"));
+        self.chain(&format!("pick_{n}"), &outside);
+        self.chain(&format!("mpick_{n}"), &[mark.clone(), any("to_endpoint")]);
+        self.chain(&format!("lpick_{n}"), &[local("to_endpoint")]);
+        self.chain(&format!("np_pick_{n}"), &[mark, any("to_np_endpoint")]);
+        self.chain(&format!("np_lpick_{n}"), &[local("to_np_endpoint")]);
+    }
+
+    /// Translates to the endpoint a client sticks to, else to the one that was drawn.
+    fn translations(&mut self) {
+        let (family, saddr, key) = (self.family.nft(), self.ip("saddr"), self.key());
+        let sticky = format!("dnat {family} to {saddr} . {key} map @affinity");
+        let drawn = |key: &str, map: &str| format!("dnat {family} to {key} . {INDEX} map @{map}");
+        self.chain("to_endpoint", &[sticky.clone(), drawn(&key, "endpoints")]);
+        self.chain("to_np_endpoint", &[sticky, drawn("meta l4proto . th dport", "np_endpoints")]);
     }
 
     fn policies(&mut self) {

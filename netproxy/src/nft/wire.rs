@@ -229,28 +229,28 @@ impl Batch {
         self.size
     }
 
-    /// Writes the transaction, removals first; the last message asks for an answer. Returns its sequence number.
-    pub(crate) fn encode(mut self, table: &str, out: &mut Vec<u8>) -> u32 {
+    /// The transaction's bytes, removals first, and the sequence number of its last message, which asks for an answer.
+    pub(crate) fn encode(mut self, table: &str) -> (Vec<u8>, u32) {
         self.lists.sort_by_key(|(id, _)| *id);
         let count: usize = self.lists.iter().map(|(_, chunks)| chunks.len()).sum();
         let last = u32::try_from(count).unwrap_or(u32::MAX);
-        out.reserve(self.size + count * 80 + 64);
-        message(out, (BATCH_BEGIN, NLM_F_REQUEST, 0), (0, SUBSYS_NFTABLES), |_| {});
+        let mut out = Vec::with_capacity(self.size + count * 80 + 64);
+        message(&mut out, (BATCH_BEGIN, NLM_F_REQUEST, 0), (0, SUBSYS_NFTABLES), |_| {});
         let mut sequence = 0;
         for ((add, family, map), chunks) in self.lists {
             let (kind, flags) = if add { (MSG_NEWSETELEM, NLM_F_CREATE) } else { (MSG_DELSETELEM, 0) };
             for chunk in chunks {
                 sequence += 1;
                 let ack = if sequence == last { NLM_F_ACK } else { 0 };
-                message(out, (nft(kind), NLM_F_REQUEST | flags | ack, sequence), (family.number(), 0), |m| {
+                message(&mut out, (nft(kind), NLM_F_REQUEST | flags | ack, sequence), (family.number(), 0), |m| {
                     put_string(m, attr::LIST_TABLE, table);
                     put_string(m, attr::LIST_SET, map.name());
                     nest(m, attr::LIST_ELEMENTS, |l| l.extend_from_slice(&chunk));
                 });
             }
         }
-        message(out, (BATCH_END, NLM_F_REQUEST, last + 1), (0, SUBSYS_NFTABLES), |_| {});
-        last
+        message(&mut out, (BATCH_END, NLM_F_REQUEST, last + 1), (0, SUBSYS_NFTABLES), |_| {});
+        (out, last)
     }
 }
 
