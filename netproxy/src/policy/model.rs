@@ -162,10 +162,17 @@ impl Policies {
     }
 
     fn selected<'a>(&'a self, policy: &'a Policy) -> impl Iterator<Item = &'a Name> {
-        let chosen = |n: &&Name| {
-            n.namespace == policy.name.namespace && self.pod(n).is_some_and(|p| policy.pods.matches(&p.labels))
-        };
-        self.local.iter().filter(chosen)
+        let namespace = &policy.name.namespace;
+        let own = self.local.range(Name::new(namespace, "")..).take_while(move |n| n.namespace == *namespace);
+        own.filter(|n| self.pod(n).is_some_and(|p| policy.pods.matches(&p.labels)))
+    }
+
+    /// The policies that select a pod.
+    fn selecting<'a, 'p>(&'a self, pod: &'p Pod) -> impl Iterator<Item = &'a Policy> + use<'a, 'p> {
+        let namespace = &pod.name.namespace;
+        let all = self.policies.range(Name::new(namespace, "")..).map(|(_, policy)| &**policy);
+        let own = all.take_while(move |p| p.name.namespace == *namespace);
+        own.filter(|p| p.pods.matches(&pod.labels))
     }
 
     fn touch_selected(&mut self, policy: &Policy) {
@@ -266,9 +273,7 @@ impl Policies {
         direction: Direction,
         pod: &Pod,
     ) -> Option<Arc<Grants>> {
-        let about = self.policies.values().filter(|p| p.name.namespace == pod.name.namespace);
-        let about = about.filter(|p| p.pods.matches(&pod.labels));
-        let isolating: Vec<_> = about.filter_map(|p| Some((p, direction.of(p)?))).collect();
+        let isolating: Vec<_> = self.selecting(pod).filter_map(|p| Some((p, direction.of(p)?))).collect();
         if isolating.is_empty() {
             return None;
         }
@@ -310,8 +315,7 @@ impl Policies {
 
     /// The policies about a pod in one direction; empty when it is not isolated.
     pub(crate) fn about(&self, pod: &Pod, direction: Direction) -> Vec<&Name> {
-        let of = |p: &&Arc<Policy>| p.name.namespace == pod.name.namespace && p.pods.matches(&pod.labels);
-        self.policies.values().filter(of).filter(|p| direction.of(p).is_some()).map(|p| &p.name).collect()
+        self.selecting(pod).filter(|p| direction.of(p).is_some()).map(|p| &p.name).collect()
     }
 }
 

@@ -247,6 +247,87 @@ fn policies_add_up_and_both_ends_have_a_say() {
     assert!(elements(&all).is_empty());
 }
 
+/// Rows of upstream's own suite that are about one thing each: what it is about, policies, and who passes by what protocol.
+#[test]
+#[allow(clippy::type_complexity, reason = "a table of cases")]
+fn rows_of_upstreams_suite() {
+    use Protocol::{Sctp, Tcp, Udp};
+    let (web, db, two) = ("10.244.0.2", "10.244.0.3", "10.244.0.4");
+    let cases: &[(&str, &[Json], &[(&str, &str, Protocol, bool)])] = &[
+        (
+            "a port of SCTP is none of TCP",
+            &[json!({ "podSelector": {}, "ingress": [{ "ports": [{ "protocol": "SCTP", "port": 80 }] }] })],
+            &[
+                (two, "10.244.0.2:80", Sctp, true),
+                (two, "10.244.0.2:80", Tcp, false),
+                (two, "10.244.0.2:80", Udp, false),
+            ],
+        ),
+        (
+            "ports of UDP, one and a range",
+            &[json!({ "podSelector": {}, "ingress": [{ "ports": [
+                { "protocol": "UDP", "port": 80 }, { "protocol": "UDP", "port": 90, "endPort": 95 }] }] })],
+            &[
+                (two, "10.244.0.2:80", Udp, true),
+                (two, "10.244.0.2:93", Udp, true),
+                (two, "10.244.0.2:93", Tcp, false),
+                (two, "10.244.0.2:96", Udp, false),
+            ],
+        ),
+        (
+            "a hole that another block fills",
+            &[
+                json!({ "podSelector": {}, "policyTypes": ["Egress"], "egress": [{ "to": [{ "ipBlock": {
+                    "cidr": "10.244.0.0/24", "except": ["10.244.0.3/32", "10.244.0.4/32"] } }] }] }),
+                json!({ "podSelector": {}, "policyTypes": ["Egress"], "egress": [{ "to": [{ "ipBlock": {
+                    "cidr": "10.244.0.3/32" } }] }] }),
+            ],
+            &[(web, "10.244.0.3:1", Tcp, true), (web, "10.244.0.4:1", Tcp, false), (web, "10.244.0.9:1", Tcp, true)],
+        ),
+        (
+            "egress is the client's to deny, whatever the server lets in",
+            &[
+                json!({ "podSelector": { "matchLabels": { "app": "web" } }, "policyTypes": ["Egress"] }),
+                json!({ "podSelector": { "matchLabels": { "app": "db" } }, "ingress": [{}] }),
+            ],
+            &[(web, "10.244.0.3:80", Tcp, false), (two, "10.244.0.3:80", Tcp, true), (db, "10.244.0.4:80", Tcp, true)],
+        ),
+        (
+            "every namespace, and those without a label",
+            &[json!({ "podSelector": { "matchLabels": { "app": "web" } }, "ingress": [{ "from": [
+                { "namespaceSelector": { "matchExpressions": [{ "key": "team", "operator": "DoesNotExist" }] } },
+                { "namespaceSelector": {}, "podSelector": { "matchLabels": { "app": "db" } } }] }] })],
+            &[
+                (db, "10.244.0.2:80", Tcp, true),
+                ("10.244.1.4", "10.244.0.2:80", Tcp, true),
+                (two, "10.244.0.2:80", Tcp, false),
+            ],
+        ),
+        (
+            "several rules, each with ports of its own",
+            &[json!({ "podSelector": { "matchLabels": { "app": "web" } }, "ingress": [
+                { "from": [{ "podSelector": { "matchLabels": { "app": "db" } } }], "ports": [{ "port": 80 }] },
+                { "from": [{ "namespaceSelector": { "matchLabels": { "team": "blue" } } }], "ports": [{ "port": "http" }] }] })],
+            &[
+                (db, "10.244.0.2:80", Tcp, true),
+                (db, "10.244.0.2:8080", Tcp, false),
+                (two, "10.244.0.2:8080", Tcp, true),
+                (two, "10.244.0.2:80", Tcp, false),
+            ],
+        ),
+    ];
+    for (what, specs, expected) in cases {
+        let mut all = world();
+        for (number, spec) in specs.iter().enumerate() {
+            all.set_policy(policy("one", &format!("p{number}"), spec.clone()));
+        }
+        flush(&mut all);
+        for (from, to, protocol, want) in *expected {
+            assert_eq!(passes(&all, from, to, *protocol), *want, "{what}: {from} -> {to} {protocol:?}");
+        }
+    }
+}
+
 #[test]
 fn a_change_is_as_small_as_it_can_be() {
     let mut all = world();
