@@ -23,6 +23,8 @@ pub(crate) enum Output {
 /// Options of `services`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    /// Only services of this name, or whose name begins so: NAME or NAMESPACE/NAME.
+    name: Option<String>,
     /// Only services of this namespace.
     #[arg(short, long)]
     namespace: Option<String>,
@@ -37,9 +39,17 @@ const SHOWN: usize = 3;
 pub(crate) fn run(paths: &Paths, args: &Args) -> Result<()> {
     let snapshot = snapshot(paths)?;
     let mut rows = snapshot.services();
-    rows.retain(|row| args.namespace.as_ref().is_none_or(|n| *n == row.namespace));
+    let (space, name) = match args.name.as_deref().unwrap_or_default().split_once('/') {
+        Some((space, name)) => (Some(space), name),
+        None => (args.namespace.as_deref(), args.name.as_deref().unwrap_or_default()),
+    };
+    rows.retain(|row| space.is_none_or(|s| s == row.namespace) && row.name.starts_with(name));
     if args.output == Some(Output::Json) {
         println!("{}", serde_json::to_string_pretty(&rows).context("write JSON")?);
+        return Ok(());
+    }
+    if rows.is_empty() {
+        eprintln!("isopod: no such service has an address");
         return Ok(());
     }
     let shown = if args.output == Some(Output::Wide) { usize::MAX } else { SHOWN };

@@ -21,7 +21,8 @@ use serde::Serialize;
 use crate::{
     dns::zone::Zone,
     model::{
-        objects::{Backend, Place, Policy as TrafficPolicy, Service, ServicePort, Slice},
+        backends::Backends,
+        objects::{Backend, Place, Policy as TrafficPolicy, Service, ServicePort, Slice, Words},
         plan::{Frontend, Pools, Reach},
         shadow::Shadow,
     },
@@ -99,8 +100,9 @@ impl Snapshot {
 
     fn load_services(&mut self, services: Vec<ServiceObject>, slices: Vec<EndpointSlice>) {
         let own = self.config.node_name.clone();
-        slices.iter().filter_map(|s| Slice::parse(s, &own)).for_each(|s| self.shadow.set_slice(s));
-        services.iter().filter_map(Service::parse).for_each(|s| self.shadow.set_service(s));
+        let mut words = Words::default();
+        slices.iter().filter_map(|s| Slice::parse(s, &own, &mut words)).for_each(|s| self.shadow.set_slice(s));
+        services.iter().filter_map(|s| Service::parse(s, &mut words)).for_each(|s| self.shadow.set_service(s));
         let names: Vec<_> = self.shadow.dirty().iter().cloned().collect();
         for name in names {
             let service = self.shadow.service(&name).cloned();
@@ -145,7 +147,7 @@ impl Snapshot {
                 port: port.name.to_string(),
                 at: at(&frontend),
                 via: via(service, port, &frontend, reach, firewalled, denied),
-                endpoints: chosen.iter().map(|b| self.spell(b, &names)).collect(),
+                endpoints: chosen.iter().map(|b| self.spell(&b, &names)).collect(),
             });
         });
         rows
@@ -153,7 +155,7 @@ impl Snapshot {
 }
 
 /// The endpoints a frontend leads clients from outside to.
-fn reached(reach: Reach, pools: &Pools) -> &[Backend] {
+fn reached(reach: Reach, pools: &Pools) -> &Backends {
     match reach {
         Reach::Internal(TrafficPolicy::Local) | Reach::External(TrafficPolicy::Local) => &pools.local,
         _ => &pools.cluster,

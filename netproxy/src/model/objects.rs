@@ -1,6 +1,7 @@
 //! Services, endpoint slices and nodes as this crate needs them: parsed once at the edge, only valid values inside.
 
 use std::{
+    collections::HashSet,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -16,6 +17,25 @@ const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
 const AFFINITY_TIMEOUT: u32 = 10_800;
+
+/// Words that many objects share, each kept once: namespaces, names of ports.
+#[derive(Default)]
+pub(crate) struct Words(HashSet<Arc<str>>);
+
+impl Words {
+    fn get(&mut self, word: &str) -> Arc<str> {
+        if let Some(known) = self.0.get(word) {
+            return known.clone();
+        }
+        if self.0.len() == self.0.capacity() {
+            // Those that nobody uses any more make room first.
+            self.0.retain(|w| Arc::strong_count(w) > 1);
+        }
+        let new: Arc<str> = word.into();
+        self.0.insert(new.clone());
+        new
+    }
+}
 
 /// Namespace and name of a service.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -127,9 +147,9 @@ fn port_number(value: i32) -> u16 {
 
 impl Service {
     /// Reads an API object; `None` when it has no name.
-    pub(crate) fn parse(object: &core::Service) -> Option<Self> {
+    pub(crate) fn parse(object: &core::Service, words: &mut Words) -> Option<Self> {
         let meta = &object.metadata;
-        let name = ServiceName::new(meta.namespace.as_deref()?, meta.name.as_deref()?);
+        let name = ServiceName { namespace: words.get(meta.namespace.as_deref()?), name: meta.name.as_deref()?.into() };
         let spec = object.spec.as_ref()?;
         let mut cluster_ips: Vec<IpAddr> = addresses(&spec.cluster_ips).collect();
         if cluster_ips.is_empty() {
@@ -164,7 +184,7 @@ impl Service {
                 .filter_map(|r| r.trim().parse::<IpNet>().ok())
                 .map(|r| r.trunc())
                 .collect(),
-            ports: spec.ports.iter().flatten().filter_map(ServicePort::parse).collect(),
+            ports: spec.ports.iter().flatten().filter_map(|p| ServicePort::parse(p, words)).collect(),
             affinity: (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
                 timeout
                     .and_then(|c| c.timeout_seconds)
@@ -180,9 +200,9 @@ impl Service {
 }
 
 impl ServicePort {
-    fn parse(port: &core::ServicePort) -> Option<Self> {
+    fn parse(port: &core::ServicePort, words: &mut Words) -> Option<Self> {
         Some(Self {
-            name: port.name.as_deref().unwrap_or_default().into(),
+            name: words.get(port.name.as_deref().unwrap_or_default()),
             protocol: Protocol::parse(port.protocol.as_deref())?,
             port: u16::try_from(port.port).ok()?,
             node_port: port.node_port.map_or(0, port_number),
@@ -232,7 +252,7 @@ pub(crate) struct Slice {
 
 impl Slice {
     /// Reads an API object on the node `own`; `None` when it belongs to no service or carries names instead of addresses.
-    pub(crate) fn parse(object: &discovery::EndpointSlice, own: &str) -> Option<Self> {
+    pub(crate) fn parse(object: &discovery::EndpointSlice, own: &str, words: &mut Words) -> Option<Self> {
         let meta = &object.metadata;
         let service = meta.labels.as_ref()?.get(SERVICE_NAME_LABEL)?;
         if object.address_type == "FQDN" {
@@ -240,15 +260,15 @@ impl Slice {
         }
         let ports = object.ports.iter().flatten().filter_map(|p| {
             Some(SlicePort {
-                name: p.name.as_deref().unwrap_or_default().into(),
+                name: words.get(p.name.as_deref().unwrap_or_default()),
                 protocol: Protocol::parse(p.protocol.as_deref())?,
                 port: u16::try_from(p.port?).ok()?,
             })
         });
         Some(Self {
-            service: ServiceName::new(meta.namespace.as_deref()?, service),
-            name: meta.name.as_deref()?.into(),
             ports: ports.collect(),
+            service: ServiceName { namespace: words.get(meta.namespace.as_deref()?), name: service.as_str().into() },
+            name: meta.name.as_deref()?.into(),
             endpoints: object.endpoints.iter().flatten().filter_map(|e| Endpoint::parse(e, own)).collect(),
             changed: meta.annotations.as_ref().and_then(|a| a.get(TRIGGER_TIME)?.parse().ok()),
         })

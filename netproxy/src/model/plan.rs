@@ -9,6 +9,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
+use super::backends::Backends;
 use super::objects::{Backend, Endpoint, Place, Policy, Protocol, Service, ServicePort, Slice};
 use crate::nft::element::{Chain, Element, Family, Key, Map, Value};
 
@@ -59,9 +60,9 @@ pub(crate) enum Reach {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Pools {
     /// Of the whole cluster.
-    pub(crate) cluster: Vec<Backend>,
+    pub(crate) cluster: Backends,
     /// Of this node.
-    pub(crate) local: Vec<Backend>,
+    pub(crate) local: Backends,
 }
 
 /// Every frontend of a port with how it treats clients; `firewalled` ones only let source ranges in.
@@ -180,10 +181,9 @@ pub(crate) fn select<'a>(
     let or = |first: Vec<Backend>, second: &dyn Fn(&Endpoint) -> bool| {
         if first.is_empty() { collect(second) } else { first }
     };
-    Pools {
-        cluster: or(collect(&|e| ready(e) && topology.allows(e, place)), &leaving),
-        local: or(collect(&|e| ready(e) && e.here), &|e| leaving(e) && e.here),
-    }
+    let cluster = or(collect(&|e| ready(e) && topology.allows(e, place)), &leaving);
+    let local = or(collect(&|e| ready(e) && e.here), &|e| leaving(e) && e.here);
+    Pools { cluster: cluster.into_iter().collect(), local: local.into_iter().collect() }
 }
 
 /// How many ready endpoints are on this node; a pod of both families counts once.
@@ -196,23 +196,25 @@ pub(crate) fn ready_here<'a>(slices: impl Iterator<Item = &'a Slice>) -> usize {
 }
 
 /// Changes `pool` into `wanted` (sorted), moving as few endpoints as possible: the last one takes a removed one's place.
-pub(crate) fn merge(pool: &mut Vec<Backend>, wanted: Vec<Backend>) {
+pub(crate) fn merge(pool: &mut Backends, wanted: &Backends) {
     if pool.is_empty() {
-        *pool = wanted;
-        pool.shrink_to_fit();
+        pool.clone_from(wanted);
         return;
     }
+    let wanted: Vec<Backend> = wanted.iter().collect();
+    let mut list: Vec<Backend> = pool.iter().collect();
     let mut index = 0;
-    while index < pool.len() {
-        if wanted.binary_search(&pool[index]).is_ok() {
+    while index < list.len() {
+        if wanted.binary_search(&list[index]).is_ok() {
             index += 1;
         } else {
-            pool.swap_remove(index);
+            list.swap_remove(index);
         }
     }
-    let mut kept = pool.clone();
+    let mut kept = list.clone();
     kept.sort_unstable();
-    pool.extend(wanted.into_iter().filter(|b| kept.binary_search(b).is_err()));
+    list.extend(wanted.into_iter().filter(|b| kept.binary_search(b).is_err()));
+    *pool = list.into_iter().collect();
 }
 
 /// All pools of a service: port by port, both families.
@@ -243,7 +245,7 @@ pub(crate) fn elements(service: &Service, pools: &[Pools], denied: &[Frontend], 
     }
 }
 
-fn count(list: &[Backend]) -> u32 {
+fn count(list: &Backends) -> u32 {
     u32::try_from(list.len()).unwrap_or(LOCAL_BASE - 1).min(LOCAL_BASE - 1)
 }
 
@@ -267,9 +269,9 @@ impl Writer<'_> {
         self.verdict(Map::Unavailable, Map::NodePortUnavailable, chain);
     }
 
-    fn backends(&mut self, base: u32, list: &[Backend]) {
+    fn backends(&mut self, base: u32, list: &Backends) {
         for (backend, index) in list.iter().zip(base..) {
-            let value = Value::Backend(Key::EMPTY.backend(backend));
+            let value = Value::Backend(Key::EMPTY.backend(&backend));
             self.put(Map::Endpoints, Map::NodePortEndpoints, self.frontend.key().index(index), value);
         }
     }

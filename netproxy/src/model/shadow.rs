@@ -14,7 +14,7 @@ use super::{
     objects::{Backend, Place, Policy, Protocol, Service, ServiceName, ServicePort, Slice},
     plan::{self, Frontend, Pools, Reach},
 };
-use crate::nft::element::{Chain, Element, ElementKey, Family, Key, Map, Value};
+use crate::nft::element::{Chain, Element, Family, Key, Map, Value};
 
 /// A change of the kernel's maps and of what depends on them.
 #[derive(Debug, Default)]
@@ -61,13 +61,11 @@ impl Applied {
     }
 
     /// Elements other services may need as well.
-    fn shared(&self) -> HashSet<Element> {
+    fn shared(&self) -> HashSet<(Map, IpAddr)> {
         let Some(service) = self.service.as_ref().filter(|s| s.ours) else { return HashSet::new() };
-        let member =
-            |map, address: &IpAddr, key| Element { family: Family::of(address), map, key, value: Value::Member };
-        let clusters = service.cluster_ips.iter().map(|a| member(Map::ClusterIps, a, Key::EMPTY.address(a)));
-        let local = self.pools.iter().flat_map(|p| &p.local).map(|b| b.ip());
-        clusters.chain(local.map(|a| member(Map::Hairpin, &a, Key::EMPTY.address(&a).address(&a)))).collect()
+        let clusters = service.cluster_ips.iter().map(|a| (Map::ClusterIps, *a));
+        let local = self.pools.iter().flat_map(|p| p.local.iter()).map(|b| (Map::Hairpin, b.ip()));
+        clusters.chain(local).collect()
     }
 
     /// Numbers of the pools behind a frontend.
@@ -82,7 +80,7 @@ impl Applied {
 
     fn backends(&self, frontend: &Frontend) -> HashSet<Backend> {
         let pools = self.behind(frontend).filter_map(|n| self.pools.get(n));
-        pools.flat_map(|p| p.cluster.iter().chain(&p.local)).copied().collect()
+        pools.flat_map(|p| p.cluster.iter().chain(p.local.iter())).collect()
     }
 
     /// Those that answer, whether or not they get new traffic.
@@ -127,7 +125,7 @@ pub(crate) struct Shadow {
     applied: HashMap<ServiceName, Applied>,
     owners: HashMap<Frontend, ServiceName>,
     waiting: HashMap<Frontend, Vec<ServiceName>>,
-    shared: HashMap<ElementKey, u32>,
+    shared: HashMap<(Map, IpAddr), u32>,
     dirty: HashSet<ServiceName>,
     /// Port and number of endpoints here.
     health_checks: BTreeMap<ServiceName, (u16, usize)>,
@@ -249,9 +247,7 @@ impl Shadow {
     /// Every element that should be in the kernel.
     pub(crate) fn elements(&self, emit: &mut dyn FnMut(Element)) {
         self.applied.values().for_each(|a| a.elements(emit));
-        for (family, map, key, _) in self.shared.keys() {
-            emit(Element { family: *family, map: *map, key: *key, value: Value::Member });
-        }
+        self.shared.keys().for_each(|(map, address)| emit(member(*map, address)));
     }
 
     /// Brings the applied state up to date and says what changes in the kernel.
@@ -320,8 +316,8 @@ impl Shadow {
                     }
                     let picked = plan::select(port, slices.clone(), family, &self.place);
                     let mut pool = old.pools_of(port.protocol, port.port, family).cloned().unwrap_or_default();
-                    plan::merge(&mut pool.cluster, picked.cluster);
-                    plan::merge(&mut pool.local, picked.local);
+                    plan::merge(&mut pool.cluster, &picked.cluster);
+                    plan::merge(&mut pool.local, &picked.local);
                     if port.protocol == Protocol::Udp {
                         let others = plan::spared(port, slices.clone(), family, &pool);
                         spared.extend(others.into_iter().map(|b| (pools.len(), b)));
@@ -365,19 +361,19 @@ impl Shadow {
 
     fn share(&mut self, old: &Applied, new: &Applied, mut delta: Option<&mut Delta>) {
         let (before, after) = (old.shared(), new.shared());
-        for element in after.difference(&before) {
-            let users = self.shared.entry(element.id()).or_default();
+        for shared in after.difference(&before) {
+            let users = self.shared.entry(*shared).or_default();
             *users += 1;
             if *users == 1 {
-                delta.iter_mut().for_each(|d| d.added.push(*element));
+                delta.iter_mut().for_each(|d| d.added.push(member(shared.0, &shared.1)));
             }
         }
-        for element in before.difference(&after) {
-            let Some(users) = self.shared.get_mut(&element.id()) else { continue };
+        for shared in before.difference(&after) {
+            let Some(users) = self.shared.get_mut(shared) else { continue };
             *users -= 1;
             if *users == 0 {
-                self.shared.remove(&element.id());
-                delta.iter_mut().for_each(|d| d.removed.push(*element));
+                self.shared.remove(shared);
+                delta.iter_mut().for_each(|d| d.removed.push(member(shared.0, &shared.1)));
             }
         }
     }
@@ -389,6 +385,13 @@ impl Applied {
         let number = service.ports.iter().position(|p| p.protocol == protocol && p.port == port)?;
         self.pools.get(plan::pool_index(number, family))
     }
+}
+
+/// The element of an address that services share: their own, or that of an endpoint that may be its own client.
+fn member(map: Map, address: &IpAddr) -> Element {
+    let key = Key::EMPTY.address(address);
+    let key = if map == Map::Hairpin { key.address(address) } else { key };
+    Element { family: Family::of(address), map, key, value: Value::Member }
 }
 
 fn diff(old: &Applied, new: &Applied, delta: &mut Delta) {

@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::{
     dns::{server::Server, upstream::Custom},
-    model::objects::{Place, Service, ServiceName, Slice},
+    model::objects::{Place, Service, ServiceName, Slice, Words},
     sync::Input,
 };
 
@@ -119,6 +119,7 @@ where
 /// Watches services until the receiver is gone.
 pub(crate) async fn services(client: Client, inputs: mpsc::Sender<Input>) {
     let mut events = events(Api::<ServiceObject>::all(client), watcher::Config::default());
+    let mut words = Words::default();
     while let Some(event) = events.next().await {
         let input = match event {
             Err(_) => continue,
@@ -129,7 +130,7 @@ pub(crate) async fn services(client: Client, inputs: mpsc::Sender<Input>) {
                 None => continue,
             },
             Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => {
-                match (Service::parse(&object), service_name(&object)) {
+                match (Service::parse(&object, &mut words), service_name(&object)) {
                     (Some(service), _) => Input::Service(Box::new(service)),
                     (None, Some(name)) => Input::ServiceGone(name),
                     (None, None) => continue,
@@ -149,6 +150,7 @@ fn service_name(object: &ServiceObject) -> Option<ServiceName> {
 /// Watches endpoint slices until the receiver is gone.
 pub(crate) async fn slices(client: Client, own: String, inputs: mpsc::Sender<Input>) {
     let mut events = events(Api::<EndpointSlice>::all(client), watcher::Config::default());
+    let mut words = Words::default();
     while let Some(event) = events.next().await {
         let gone = |object: &EndpointSlice| {
             let (namespace, name) = (object.metadata.namespace.as_deref()?, object.metadata.name.as_deref()?);
@@ -160,7 +162,7 @@ pub(crate) async fn slices(client: Client, own: String, inputs: mpsc::Sender<Inp
             Ok(watcher::Event::InitDone) => Some(Input::SlicesEnd),
             Ok(watcher::Event::Delete(object)) => gone(&object),
             Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => {
-                Slice::parse(&object, &own).map(|s| Input::Slice(Box::new(s))).or_else(|| gone(&object))
+                Slice::parse(&object, &own, &mut words).map(|s| Input::Slice(Box::new(s))).or_else(|| gone(&object))
             }
         };
         let Some(input) = input else { continue };
