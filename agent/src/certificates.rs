@@ -29,7 +29,7 @@ use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SanType};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-use crate::context::Context;
+use crate::{config::Config, context::Context};
 
 /// Why there is no certificate.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +80,14 @@ impl Purpose {
         match self {
             Self::Client => "kubernetes.io/kube-apiserver-client-kubelet",
             Self::Serving(..) => "kubernetes.io/kubelet-serving",
+        }
+    }
+
+    /// The family that counts failures to renew it.
+    fn failures(&self) -> &'static str {
+        match self {
+            Self::Client => "kubelet_certificate_manager_client_expiration_renew_errors",
+            Self::Serving(..) => "kubelet_server_expiration_renew_errors",
         }
     }
 
@@ -204,12 +212,34 @@ fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     fs::rename(&new, path)
 }
 
-/// When to renew: after 70 to 90 % of its life, as a kubelet does; `None` for what is no certificate.
-fn due(pem: &[u8], part: f64) -> Option<SystemTime> {
+/// From when to when a certificate is good, in seconds since 1970.
+fn validity(pem: &[u8]) -> Option<(i64, i64)> {
     let (_, pem) = x509_parser::pem::parse_x509_pem(pem).ok()?;
     let certificate = pem.parse_x509().ok()?;
     let validity = certificate.validity();
-    let (from, to) = (validity.not_before.timestamp(), validity.not_after.timestamp());
+    Some((validity.not_before.timestamp(), validity.not_after.timestamp()))
+}
+
+/// Seconds until the node's own certificates end, those that are renewed here: the client's and the server's.
+pub(crate) fn left(config: &Config) -> [Option<f64>; 2] {
+    let (client, serving) = places(config);
+    let now = SystemTime::UNIX_EPOCH.elapsed().map_or(0.0, |d| d.as_secs_f64());
+    [client, serving].map(|place| Some(validity(&place?.certificate()?)?.1 as f64 - now))
+}
+
+/// Where the certificates are that this node renews.
+fn places(config: &Config) -> (Option<Place>, Option<Place>) {
+    let kubelet = &config.kubelet;
+    let client = config.kubeconfig.clone().filter(|_| kubelet.rotate_certificates).map(Place::Kubeconfig);
+    // A certificate that somebody else put there is theirs to renew.
+    let own = kubelet.server_tls_bootstrap && kubelet.tls_cert_file.is_none();
+    let serving = Place::Files { cert: config.serving_cert.clone(), key: config.serving_key.clone() };
+    (client, own.then_some(serving))
+}
+
+/// When to renew: after 70 to 90 % of its life, as a kubelet does; `None` for what is no certificate.
+fn due(pem: &[u8], part: f64) -> Option<SystemTime> {
+    let (from, to) = validity(pem)?;
     let at = from as f64 + (to - from) as f64 * (0.7 + 0.2 * part);
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs_f64(at.max(0.0)))
 }
@@ -223,14 +253,10 @@ const LOOK: Duration = Duration::from_secs(24 * 3600);
 
 /// Keeps both certificates young until `stop`.
 pub(crate) async fn run(ctx: Arc<Context>, stop: CancellationToken) {
-    let (config, kubelet) = (&ctx.config, &ctx.config.kubelet);
-    let client = config.kubeconfig.clone().filter(|_| kubelet.rotate_certificates).map(Place::Kubeconfig);
-    // A certificate that somebody else put there is theirs to renew.
-    let own = kubelet.server_tls_bootstrap && kubelet.tls_cert_file.is_none();
-    let serving = Place::Files { cert: config.serving_cert.clone(), key: config.serving_key.clone() };
+    let (client, serving) = places(&ctx.config);
     let mut addresses = ctx.machine.ips.clone();
     addresses.push(IpAddr::from([127, 0, 0, 1]));
-    let serving = own.then_some((serving, Purpose::Serving(ctx.node_name.to_string(), addresses)));
+    let serving = serving.map(|place| (place, Purpose::Serving(ctx.node_name.to_string(), addresses)));
     let both = async {
         tokio::join!(
             async {
@@ -269,6 +295,7 @@ async fn keep(ctx: &Context, place: &Place, purpose: &Purpose) {
             Err(error) => {
                 let error = crate::images::chain(&error);
                 tracing::warn!(path = %place.path().display(), error, "certificate not renewed");
+                ctx.metrics.count(purpose.failures(), []);
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(PAUSES.1);
             }

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::{
+    certificates,
     context::Context,
     node::info,
     pods::{sandbox, start},
@@ -29,6 +30,7 @@ const FAMILIES: &[(&str, &str)] = &[
         "dra_operations_duration_seconds",
         "Latency histogram in seconds for the duration of handling all ResourceClaims referenced by a pod when the pod starts or stops.",
     ),
+    ("kubelet_certificate_manager_client_expiration_renew_errors", "Counter of certificate renewal errors."),
     ("kubelet_containers_per_pod_count", "The number of containers per pod."),
     ("kubelet_cpu_manager_pinning_errors_total", "The number of cpu core allocations which required pinning failed."),
     ("kubelet_cpu_manager_pinning_requests_total", "The number of cpu core allocations which required pinning."),
@@ -227,6 +229,10 @@ pub(crate) fn render(ctx: &Context, told: &HashMap<String, Vec<Value>>) -> Strin
     e.sample("kubernetes_build_info", &labels, Some(1.0));
     ctx.metrics.write(&mut e, |name| !name.starts_with("prober_"));
     claims(told, &mut e);
+    for (of, left) in ["client", "server"].into_iter().zip(certificates::left(&ctx.config)) {
+        let help = format!("Gauge of the TTL (time-to-live) of the Kubelet's {of} certificate, in seconds.");
+        e.single(&format!("kubelet_certificate_manager_{of}_ttl_seconds"), "gauge", &help, left);
+    }
     process(&mut e, false);
     e.finish()
 }

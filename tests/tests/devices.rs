@@ -88,7 +88,7 @@ fn devices_are_given_to_containers_and_stay_theirs() {
     pod_resources(&c);
     // Restarted containers get the same again, without a word to the plugin's Allocate.
     let allocations = log(&c).matches("AllocateRequest { container_requests: [ContainerAllocate").count();
-    c.k("exec first -- kill 1");
+    c.kubectl("exec first -- kill 1");
     c.wait_field("pod first", ".status.containerStatuses[0].restartCount", |n| n == "1");
     c.wait_ready("first");
     assert_eq!(given(&c, "first"), "b");

@@ -97,6 +97,7 @@ fn numbers_for_those_who_may_see_them() {
         "kubelet_running_pods ",
         "kubelet_started_pods_total ",
         "kubelet_containers_per_pod_count_count ",
+        "kubelet_certificate_manager_server_ttl_seconds ",
         "kubelet_pod_start_sli_duration_seconds_count ",
         "kubelet_http_requests_duration_seconds_count{",
         "kubelet_container_log_filesystem_used_bytes{container=\"c\",namespace=\"default\",pod=\"busy\"",

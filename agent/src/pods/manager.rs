@@ -353,6 +353,12 @@ impl Manager {
         let full = refused.as_ref().is_some_and(|(reason, _)| admission::is_about_room(reason));
         let stays = pod.metadata.deletion_timestamp.is_none();
         if full && stays && self.workers.values().any(|e| e.gone) {
+            let why = refused.map(|(_, message)| message);
+            tracing::info!(
+                pod = sandbox::name(&pod),
+                why,
+                "waits for pods that are gone from the API and still end here"
+            );
             self.held.insert(sandbox::uid(&pod).to_owned(), pod);
         } else {
             self.held.remove(sandbox::uid(&pod));
