@@ -26,6 +26,7 @@ mod server;
 pub mod validation;
 mod webhook;
 
+pub use admission::type_warnings;
 pub use config::{Config, Error, Store};
 pub use isopod_store::EtcdConfig;
 pub use run::run;

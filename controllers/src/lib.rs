@@ -25,6 +25,7 @@ mod node;
 mod ownership;
 mod pod_control;
 mod pods;
+mod policy_types;
 mod quota;
 mod replica;
 mod revisions;
@@ -42,6 +43,7 @@ use isopod_client::record::Flavor;
 use isopod_client::{Objects, Recorder};
 use k8s_openapi::api::apps::v1::ReplicaSet;
 use k8s_openapi::api::core::v1::ReplicationController;
+pub use policy_types::TypeWarnings;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,6 +74,8 @@ pub struct Config {
     pub local_volumes: String,
     /// The image of isopod itself that every agent has.
     pub image: String,
+    /// What admission policies get wrong about types.
+    pub type_warnings: TypeWarnings,
 }
 
 /// Why the controllers ended.
@@ -134,6 +138,7 @@ fn start(ctx: &Arc<Context>, root_ca: String) {
     service_account::start(ctx);
     service_cidrs::start(ctx);
     root_ca::start(ctx, root_ca);
+    policy_types::start(ctx, ctx.config.type_warnings);
     namespace::start(ctx);
     let collector = gc::start(ctx);
     quota::start(ctx, collector);
@@ -171,6 +176,7 @@ mod tests {
             node_grace: Duration::from_secs(50),
             local_volumes: "/volumes".into(),
             image: "isopod".into(),
+            type_warnings: |_, _| Vec::new(),
         }
     }
 

@@ -168,6 +168,14 @@ fn the_api_explains_itself() {
         c.kubectl("create -f - <<'E'\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: bad}\nnonsense: 1\nE");
     assert_ne!(unknown.code, 0);
     assert!(unknown.err.contains("unknown field \"nonsense\""), "{unknown:?}");
+    c.apply(
+        "apiVersion: admissionregistration.k8s.io/v1\nkind: ValidatingAdmissionPolicy\nmetadata: {name: typed}\nspec:\n  \
+         matchConstraints: {resourceRules: [{apiGroups: [apps], apiVersions: [v1], operations: [CREATE], resources: [deployments]}]}\n  \
+         validations: [{expression: \"object.spec.replicas > '1'\"}]\n",
+    );
+    c.wait_field("validatingadmissionpolicy typed", ".status.typeChecking.expressionWarnings[0].warning", |warning| {
+        warning.starts_with("apps/v1, Kind=Deployment: ERROR: <input>:1:22: found no matching overload for '_>_'")
+    });
     // Addresses of another range; it stays until the last of them is given back.
     c.apply(
         "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: more}\nspec: {cidrs: [10.97.0.0/28]}\n---\n\

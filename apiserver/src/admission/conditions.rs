@@ -27,6 +27,11 @@ impl Expression {
         }
     }
 
+    /// What a mutation gets wrong about the names of its messages.
+    pub(super) fn mismatch(&self) -> Option<&str> {
+        self.0.as_ref().ok()?.mismatch.as_deref()
+    }
+
     /// The result, or upstream's words for why there is none.
     pub(super) fn evaluate(&self, scope: &Scope, budget: &mut u64) -> Result<Cel, Failure> {
         match &self.0 {

@@ -32,6 +32,7 @@ use isopod_api::{
 };
 use serde_json::Value;
 
+pub use policies::type_warnings;
 pub(crate) use reinvocation::Reinvocation;
 pub(crate) use shape::Shape;
 

@@ -118,15 +118,27 @@ impl Environments {
         if mutating {
             expressions = expressions.with_mutations();
         }
-        let mut variables = Vec::new();
-        for variable in spec["variables"].as_array().into_iter().flatten() {
-            let name = variable["name"].as_str().unwrap_or_default().to_owned();
-            let program = expressions.compile(variable["expression"].as_str().unwrap_or_default(), &[]);
-            let output = program.as_ref().map_or(Type::Dyn, |p| p.output.clone());
-            expressions = expressions.with_member(&name, output.clone());
-            messages = messages.with_member(&name, output);
-            variables.push(Variable { name, program });
+        let (expressions, variables) = with_variables(expressions, spec);
+        for variable in &variables {
+            messages = messages.with_member(&variable.name, output(variable));
         }
         Self { conditions, expressions, messages, variables }
     }
+}
+
+fn output(variable: &Variable) -> Type {
+    variable.program.as_ref().map_or(Type::Dyn, |program| program.output.clone())
+}
+
+/// An environment with the variables of a policy.
+pub(crate) fn with_variables(mut environment: Environment, spec: &Value) -> (Environment, Vec<Variable>) {
+    let mut variables = Vec::new();
+    for variable in spec["variables"].as_array().into_iter().flatten() {
+        let name = variable["name"].as_str().unwrap_or_default().to_owned();
+        let program = environment.compile(variable["expression"].as_str().unwrap_or_default(), &[]);
+        let variable = Variable { name, program };
+        environment = environment.with_member(&variable.name, output(&variable));
+        variables.push(variable);
+    }
+    (environment, variables)
 }

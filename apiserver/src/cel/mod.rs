@@ -13,6 +13,7 @@ mod functions;
 mod lazy;
 mod lex;
 mod lower;
+mod names;
 mod parse;
 mod signatures;
 mod sizes;
@@ -99,7 +100,9 @@ impl Environment {
     /// Compiles an expression that must have one of the types `wanted`. The error is upstream's.
     pub(crate) fn compile(&self, text: &str, wanted: &[Type]) -> Result<Program, String> {
         let (parsed, checked) = self.checked(text, wanted)?;
-        Ok(Program { text: text.to_owned(), expr: lower::lower(self, parsed.root), output: checked.output })
+        let mismatch = self.mutation.then(|| names::mismatches(&parsed.root)).flatten();
+        let expr = lower::lower(self, parsed.root);
+        Ok(Program { text: text.to_owned(), expr, output: checked.output, mismatch })
     }
 
     fn checked(&self, text: &str, wanted: &[Type]) -> Result<(parse::Parsed, check::Checked), String> {
@@ -162,6 +165,8 @@ pub(crate) struct Program {
     pub(crate) text: String,
     /// Its type.
     pub(crate) output: Type,
+    /// Messages of a mutation that are not where their names say.
+    pub(crate) mismatch: Option<String>,
     expr: IdedExpr,
 }
 

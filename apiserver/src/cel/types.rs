@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
+use isopod_api::schema::{self, Definition};
 use serde_json::Value;
 
 /// A type.
@@ -90,6 +91,55 @@ impl Type {
             Self::Optional(inner) => format!("optional_type({})", inner.brief()),
             Self::Meta(inner) => format!("type({})", inner.brief()),
             other => other.to_string(),
+        }
+    }
+
+    /// What the definition of a kind says, under a name for errors. What is inside of itself is anything.
+    pub(crate) fn of_definition(definition: &Definition, name: &str) -> Self {
+        Self::defined(definition, name, &mut Vec::new())
+    }
+
+    fn defined<'d>(definition: &'d Definition, name: &str, around: &mut Vec<&'d str>) -> Self {
+        if let Some(scalar) = &definition.scalar {
+            return Self::of_type(scalar, name, around);
+        }
+        let again = !definition.name.is_empty() && around.contains(&&*definition.name);
+        if again || definition.opaque && definition.fields.is_empty() {
+            return Self::Dyn;
+        }
+        around.push(&definition.name);
+        let field = |field: &'d schema::Field, around: &mut _| {
+            (super::escape(&field.name), Self::of_type(&field.ty, &format!("{name}.{}", field.name), around))
+        };
+        let fields = definition.fields.iter().map(|f| field(f, around)).collect();
+        around.pop();
+        Self::Object(Arc::new(Object { name: name.to_owned(), fields: Some(fields) }))
+    }
+
+    fn of_type<'d>(found: &'d schema::Type, name: &str, around: &mut Vec<&'d str>) -> Self {
+        match found {
+            schema::Type::Any | schema::Type::Quantity | schema::Type::IntOrString => Self::Dyn,
+            schema::Type::String => Self::String,
+            schema::Type::Bytes => Self::Bytes,
+            schema::Type::Bool => Self::Bool,
+            schema::Type::Int32 | schema::Type::Int64 => Self::Int,
+            schema::Type::Double => Self::Double,
+            schema::Type::Time | schema::Type::MicroTime => Self::Timestamp,
+            schema::Type::Object(of) => Self::defined(of.get(), name, around),
+            schema::Type::Map(map) => Self::map(Self::of_type(&map.value, &format!("{name}.@elem"), around)),
+            schema::Type::List(list) => Self::list(Self::of_type(&list.item, &format!("{name}.@idx"), around)),
+        }
+    }
+
+    /// The same with another type of a field.
+    pub(crate) fn with_field(self, field: &str, found: Self) -> Self {
+        match self {
+            Self::Object(object) => {
+                let mut fields = object.fields.clone().unwrap_or_default();
+                fields.insert(field.to_owned(), found);
+                Self::Object(Arc::new(Object { name: object.name.clone(), fields: Some(fields) }))
+            }
+            other => other,
         }
     }
 

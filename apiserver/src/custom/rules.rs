@@ -33,18 +33,17 @@ pub(crate) struct Rules {
     additional: Option<Box<Rules>>,
 }
 
-/// What the rules of a schema node can name.
-pub(crate) fn environment(schema: &Value, root: bool, optional_old: bool) -> Environment {
-    let own = Type::of_schema(schema, root);
+/// What the rules of a schema node of a type can name.
+pub(crate) fn environment(own: &Type, optional_old: bool) -> Environment {
     let old = if optional_old { Type::Optional(Box::new(own.clone())) } else { own.clone() };
-    Environment::default().with("self", own).with("oldSelf", old)
+    Environment::default().with("self", own.clone()).with("oldSelf", old)
 }
 
 impl Rule {
-    fn compile(schema: &Value, spec: &Value, root: bool) -> Option<Self> {
+    fn compile(own: &Type, spec: &Value) -> Option<Self> {
         let text = spec["rule"].as_str()?.to_owned();
         let optional_old = spec["optionalOldSelf"] == true;
-        let environment = environment(schema, root, optional_old);
+        let environment = environment(own, optional_old);
         let program = match environment.compile(&text, &[Type::Bool]) {
             Ok(program) => program,
             Err(error) => {
@@ -82,10 +81,11 @@ impl Rules {
 
     fn compile_node(schema: &Value, root: bool) -> Option<Self> {
         let below = |schema: &Value| Self::compile_node(schema, false);
-        let rules = schema["x-kubernetes-validations"].as_array().into_iter().flatten();
+        let rules = schema["x-kubernetes-validations"].as_array().map_or(&[][..], Vec::as_slice);
+        let own = if rules.is_empty() { Type::Dyn } else { Type::of_schema(schema, root) };
         let properties = schema["properties"].as_object().into_iter().flatten();
         let node = Self {
-            rules: rules.filter_map(|rule| Rule::compile(schema, rule, root)).collect(),
+            rules: rules.iter().filter_map(|rule| Rule::compile(&own, rule)).collect(),
             properties: properties.filter_map(|(k, v)| Some((k.clone(), below(v)?))).collect(),
             items: schema.get("items").and_then(below).map(Box::new),
             additional: schema.get("additionalProperties").and_then(below).map(Box::new),

@@ -165,8 +165,10 @@ impl Pass {
             self.rule(at, &rule);
         }
         if self.compile && !above.junctor && self.errors.0.len() == before {
-            for rule in at.get("x-kubernetes-validations").items() {
-                compiled(rules, at, &rule, above);
+            let list = at.get("x-kubernetes-validations").items();
+            let own = if list.is_empty() { Type::Dyn } else { Type::of_schema(at.v, above.root) };
+            for rule in list {
+                compiled(rules, at, &rule, above, &own);
             }
         }
     }
@@ -393,22 +395,28 @@ fn defaulted(e: &mut Errs, at: &At<'_>, default: &Value) {
     }
 }
 
-/// Compiles one rule.
-fn compiled(rules: &mut Rules, at: &At<'_>, rule: &At<'_>, above: &Inherited) {
+/// Compiles one rule over values of a type.
+fn compiled(rules: &mut Rules, at: &At<'_>, rule: &At<'_>, above: &Inherited, own: &Type) {
     let Rules { errors: e, costs } = rules;
     let (text, computed) = (rule.get("rule"), rule.get("messageExpression"));
-    match cost(at, rule, above.root, text.s(), Type::Bool) {
+    let environment = custom::rule_environment(own, rule.get("optionalOldSelf").is_true());
+    let place = cel::Place::Value(at.v, above.root || at.v["x-kubernetes-embedded-resource"] == true);
+    match environment.cost(text.s(), &[Type::Bool], place) {
         Ok(once) => {
             let times = above.cardinality.unwrap_or_else(|| cel::cardinality(at.v));
             costs.add(e, &text.path, "rule", once.saturating_mul(times));
         }
-        Err(error) => e.0.push(Error::invalid(&text.path, internal::rule(rule.v), error)),
+        Err(error) => {
+            let shown = mistyped(error, "cel expression must evaluate to a bool");
+            e.0.push(Error::invalid(&text.path, internal::rule(rule.v), shown));
+        }
     }
     if !computed.s().is_empty() {
-        match cost(at, rule, above.root, computed.s(), Type::String) {
+        match environment.cost(computed.s(), &[Type::String], place) {
             Ok(once) => costs.add(e, &computed.path, "messageExpression", once),
             Err(error) => {
-                e.0.push(Error::invalid(&computed.path, internal::rule(rule.v), format!("messageExpression {error}")));
+                let shown = format!("messageExpression {}", mistyped(error, "must evaluate to a string"));
+                e.0.push(Error::invalid(&computed.path, internal::rule(rule.v), shown));
             }
         }
     }
@@ -422,14 +430,9 @@ fn compiled(rules: &mut Rules, at: &At<'_>, rule: &At<'_>, above: &Inherited) {
     }
 }
 
-/// What an expression of a rule can cost, or why it does not compile.
-fn cost(schema: &At<'_>, rule: &At<'_>, root: bool, text: &str, wanted: Type) -> Result<u64, String> {
-    let environment = custom::rule_environment(schema.v, root, rule.get("optionalOldSelf").is_true());
-    let shown =
-        if wanted == Type::Bool { "cel expression must evaluate to a bool" } else { "must evaluate to a string" };
-    let own = cel::Place::Value(schema.v, root || schema.v["x-kubernetes-embedded-resource"] == true);
-    let found = environment.cost(text, &[wanted], own);
-    found.map_err(|error| if error.starts_with("must evaluate") { shown.to_owned() } else { error })
+/// What is said of an expression of the wrong type.
+fn mistyped(error: String, shown: &str) -> String {
+    if error.starts_with("must evaluate") { shown.to_owned() } else { error }
 }
 
 #[cfg(test)]

@@ -51,6 +51,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         node_grace: std::time::Duration::from_secs(args.node_monitor_grace_period),
         local_volumes: args.local_volumes,
         image: manifests::IMAGE.to_owned(),
+        type_warnings: isopod_apiserver::type_warnings,
     };
     let kubeconfig = args.kubeconfig;
     super::serve(1, |stop| async move {

@@ -6,6 +6,7 @@
 mod compiled;
 mod mutating;
 mod params;
+mod typecheck;
 mod validating;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use super::{Request, attributes, matching, matching::Matched};
 use compiled::{Binding, Hooks, Policy};
 
 pub(super) use mutating::MutatingAdmissionPolicy;
+pub use typecheck::type_warnings;
 pub(super) use validating::ValidatingAdmissionPolicy;
 
 /// A policy that applies to a request.

@@ -42,10 +42,11 @@ enum Failed {
 impl Mutation {
     /// The value of the expression.
     fn evaluate(&self, scope: &Scope, budget: &mut u64) -> Result<Value, Failed> {
-        match self.expression.evaluate(scope, budget) {
-            Ok(value) => cel::json(&value).map_err(Failed::Policy),
-            Err(Failure::Error(error)) => Err(Failed::Policy(error)),
-            Err(Failure::Budget) => Err(Failed::Policy(EXPENSIVE.to_owned())),
+        match (self.expression.evaluate(scope, budget), self.expression.mismatch()) {
+            (Ok(_), Some(mismatch)) => Err(Failed::Policy(format!("type mismatch: {mismatch}"))),
+            (Ok(value), None) => cel::json(&value).map_err(Failed::Policy),
+            (Err(Failure::Error(error)), _) => Err(Failed::Policy(error)),
+            (Err(Failure::Budget), _) => Err(Failed::Policy(EXPENSIVE.to_owned())),
         }
     }
 }
@@ -239,6 +240,27 @@ mod tests {
         assert!(run(json!([atomic]), json!({"failurePolicy": "Ignore"})).await.is_ok());
         let status = run(json!([json_patch("[JSONPatch{op: 'remove', path: '/spec/nope'}]")]), json!({})).await;
         assert!(status.unwrap_err().message.contains("JSONPath: "));
+        for (mutation, name, wanted) in [
+            (apply("Object{spec: Object.specx{hostname: 'h'}}"), "Object.specx", "Object.spec"),
+            (
+                apply(
+                    "Object{spec: Object.spec{containers: object.spec.containers.map(c, Object.spec.container{name: c.name})}}",
+                ),
+                "Object.spec.container",
+                "Object.spec.containers",
+            ),
+            (
+                json_patch("[JSONPatch{op: 'add', path: '/spec/x', value: Object.spec.x{a: [Object.spec.x.b{}]}}]"),
+                "Object.spec.x.b",
+                "Object.spec.x.a",
+            ),
+        ] {
+            let message = run(json!([mutation]), json!({})).await.unwrap_err().message;
+            let want = format!(
+                "policy 'p' with binding 'b' denied request: type mismatch: unexpected type name \"{name}\", expected \"{wanted}\", which matches field name path from root Object type"
+            );
+            assert_eq!(message, want);
+        }
         let skipped = json!({"matchConditions": [{"name": "n", "expression": "object.metadata.name == 'y'"}]});
         let pod = run(json!([apply("Object{metadata: Object.metadata{labels: {'z': 'z'}}}")]), skipped).await.unwrap();
         assert_eq!(pod["metadata"]["labels"], json!({"a": "1"}));
