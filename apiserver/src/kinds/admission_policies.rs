@@ -1,6 +1,6 @@
 //! Admission policies and their bindings.
 
-use isopod_api::{field::ErrorList, meta, names};
+use isopod_api::{field::ErrorList, names};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -11,7 +11,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, selector},
+    validation::{At, Errs, meta, selector},
 };
 
 /// `validatingadmissionpolicies` and `mutatingadmissionpolicies`.
@@ -41,14 +41,46 @@ fn match_defaults(v: &mut Value) {
 }
 
 fn match_resources(e: &mut Errs, at: &At<'_>) {
+    e.one_of_if_set(&at.get("matchPolicy"), &["Equivalent", "Exact"]);
     selector::label_selector(e, &at.get("namespaceSelector"));
     selector::label_selector(e, &at.get("objectSelector"));
-    for list in ["resourceRules", "excludeResourceRules"] {
-        for rule in at.get(list).items() {
-            webhooks::rule_with_operations(e, &rule);
+    for rule in ["resourceRules", "excludeResourceRules"].iter().flat_map(|list| at.get(list).items()) {
+        let mut seen = Vec::new();
+        for name in rule.get("resourceNames").items() {
+            e.messages(&name, names::path_segment(name.s()));
+            if seen.contains(&name.s()) {
+                e.duplicate(&name, name.s());
+            }
+            seen.push(name.s());
+        }
+        webhooks::rule_with_operations(e, &rule);
+    }
+}
+
+fn param_kind(e: &mut Errs, at: &At<'_>) {
+    let (version, kind) = (at.get("apiVersion"), at.get("kind"));
+    match meta::group_version(version.s()) {
+        _ if version.s().is_empty() => e.required(&version, ""),
+        Err(why) => e.invalid(&version, &why),
+        Ok((group, number)) => {
+            let wrong = if group.is_empty() { Vec::new() } else { names::dns1123_subdomain(group) };
+            if !wrong.is_empty() {
+                e.invalid_as(&version, group, &wrong.join(","));
+            }
+            let wrong = names::dns1035_label(number);
+            if number.is_empty() {
+                e.invalid(&version, "version must be specified");
+            } else if !wrong.is_empty() {
+                e.invalid_as(&version, number, &wrong.join(","));
+            }
         }
     }
-    e.one_of_if_set(&at.get("matchPolicy"), &["Equivalent", "Exact"]);
+    let wrong = names::dns1035_label(&kind.s().to_lowercase());
+    if kind.s().is_empty() {
+        e.required(&kind, "");
+    } else if !wrong.is_empty() {
+        e.invalid(&kind, &format!("may have mixed case, but should otherwise match: {}", wrong.join(",")));
+    }
 }
 
 impl Strategy for AdmissionPolicy {
@@ -73,11 +105,7 @@ impl Strategy for AdmissionPolicy {
         e.one_of_if_set(&at.get("failurePolicy"), &["Fail", "Ignore"]);
         let param = at.get("paramKind");
         if param.is_set() {
-            for field in ["apiVersion", "kind"] {
-                if param.get(field).s().is_empty() {
-                    e.required(&param.get(field), "");
-                }
-            }
+            param_kind(&mut e, &param);
         }
         let constraints = at.get("matchConstraints");
         if !constraints.is_set() {
@@ -107,7 +135,7 @@ impl Strategy for AdmissionPolicy {
         if self.mutating {
             mutations(&mut e, &at, &environments);
         } else {
-            validations(&mut e, &at, meta::name(obj), &environments);
+            validations(&mut e, &at, isopod_api::meta::name(obj), &environments);
         }
         e.0
     }
@@ -123,6 +151,10 @@ impl Strategy for AdmissionPolicy {
         vec![table::name(obj), json!(count), json!(param), table::age(obj, now)]
     }
 }
+
+/// How many annotations of the audit event a policy may have, and how long the expression of one may be.
+const ANNOTATIONS_MAX: usize = 20;
+const ANNOTATION_MAX: usize = 5 * 1024;
 
 fn validations(e: &mut Errs, spec: &At<'_>, policy: &str, environments: &Environments) {
     let (list, annotations) = (spec.get("validations"), spec.get("auditAnnotations"));
@@ -141,10 +173,15 @@ fn validations(e: &mut Errs, spec: &At<'_>, policy: &str, environments: &Environ
             expressions::expression(e, &message, &environments.messages, &[Type::String]);
         }
         let text = at.get("message");
-        if text.s().contains('\n') {
+        if !text.s().is_empty() && text.s().trim().is_empty() {
+            e.invalid(&text, "message must be non-empty if specified");
+        } else if text.s().trim().contains(['\n', '\r']) {
             e.invalid(&text, "message must not contain line breaks");
         }
         e.one_of_if_set(&at.get("reason"), &["Forbidden", "Invalid", "RequestEntityTooLarge"]);
+    }
+    if annotations.len() > ANNOTATIONS_MAX {
+        e.invalid(&annotations, &format!("must not have more than {ANNOTATIONS_MAX} auditAnnotations"));
     }
     let mut seen = Vec::new();
     for at in annotations.items() {
@@ -153,12 +190,16 @@ fn validations(e: &mut Errs, spec: &At<'_>, policy: &str, environments: &Environ
         for message in names::qualified_name(&full) {
             e.invalid_as(&key, full.clone(), &message);
         }
+        let wanted = [Type::String, Type::Null];
+        if value.s().trim().len() > ANNOTATION_MAX {
+            e.required(&value, &format!("must not exceed {ANNOTATION_MAX} bytes in length"));
+        } else {
+            expressions::required(e, &value, "valueExpression is not specified", &environments.expressions, &wanted);
+        }
         if seen.contains(&key.s()) {
             e.duplicate(&key, key.s());
         }
         seen.push(key.s());
-        let wanted = [Type::String, Type::Null];
-        expressions::required(e, &value, "valueExpression is not specified", &environments.expressions, &wanted);
     }
 }
 
@@ -200,7 +241,8 @@ impl Strategy for AdmissionPolicyBinding {
             e.dns_subdomain(&policy);
         }
         param_ref(&mut e, &at.get("paramRef"));
-        match_resources(&mut e, &at.get("matchResources"));
+        // Upstream misspells the field.
+        match_resources(&mut e, &At::new(at.path.child("matchResouces"), at.get("matchResources").v));
         if !self.mutating {
             actions(&mut e, &at.get("validationActions"));
         }
@@ -225,19 +267,23 @@ fn param_ref(e: &mut Errs, at: &At<'_>) {
         return;
     }
     let (name, label, missing) = (at.get("name"), at.get("selector"), at.get("parameterNotFoundAction"));
-    match (!name.s().is_empty(), label.is_set()) {
-        (true, true) => {
-            e.forbidden(&name, "name and selector are mutually exclusive");
-            e.forbidden(&label, "name and selector are mutually exclusive");
+    let both = !name.s().is_empty() && label.is_set();
+    for at in [&name, &label] {
+        if !at.s().is_empty() {
+            e.messages(at, names::path_segment(at.s()));
         }
-        (false, false) => e.required(at, "one of name or selector must be specified"),
-        (true, false) => e.dns_subdomain(&name),
-        (false, true) => selector::label_selector(e, &label),
+        selector::label_selector(e, at);
+        if both {
+            e.forbidden(at, "name and selector are mutually exclusive");
+        }
+    }
+    if name.s().is_empty() && !label.is_set() {
+        e.required(at, "one of name or selector must be specified");
     }
     if missing.s().is_empty() {
         e.required(&missing, "");
     } else {
-        e.one_of(&missing, &["Allow", "Deny"]);
+        e.one_of(&missing, &["Deny", "Allow"]);
     }
 }
 
@@ -249,12 +295,55 @@ fn actions(e: &mut Errs, at: &At<'_>) {
     for action in at.items() {
         if !["Audit", "Deny", "Warn"].contains(&action.s()) {
             e.unsupported(&action, &["Audit", "Deny", "Warn"]);
-        } else if seen.contains(&action.s()) {
+        }
+        if seen.contains(&action.s()) {
             e.duplicate(&action, action.s());
         }
         seen.push(action.s());
     }
     if seen.contains(&"Deny") && seen.contains(&"Warn") {
         e.invalid(at, "must not contain both Deny and Warn (repeating the same validation failure information in the API response and headers serves no purpose)");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn texts(check: impl Fn(&mut Errs)) -> String {
+        let mut e = Errs::new();
+        check(&mut e);
+        e.0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    }
+
+    #[test]
+    fn kinds_of_parameters() {
+        for (version, kind, want) in [
+            ("example.com/v1", "Foo", ""),
+            ("v1", "ConfigMap", ""),
+            ("", "", "p.apiVersion: Required value; p.kind: Required value"),
+            ("a/b/c", "Foo", "p.apiVersion: Invalid value: \"a/b/c\": unexpected GroupVersion string: a/b/c"),
+            ("a/", "Foo", "p.apiVersion: Invalid value: \"a/\": version must be specified"),
+        ] {
+            let kind = json!({"apiVersion": version, "kind": kind});
+            assert_eq!(texts(|e| param_kind(e, &At::new(isopod_api::field::Path::new("p"), &kind))), want, "{version}");
+        }
+    }
+
+    #[test]
+    fn what_bindings_refer_to() {
+        for (reference, want) in [
+            (json!({"name": "a", "parameterNotFoundAction": "Deny"}), ""),
+            (
+                json!({"name": "a/b", "selector": {}, "parameterNotFoundAction": "X"}),
+                "p.name: Invalid value: \"a/b\": may not contain '/'; p.name: Forbidden: name and selector are mutually exclusive; p.selector: Forbidden: name and selector are mutually exclusive; p.parameterNotFoundAction: Unsupported value: \"X\": supported values: \"Deny\", \"Allow\"",
+            ),
+        ] {
+            let got = texts(|e| param_ref(e, &At::new(isopod_api::field::Path::new("p"), &reference)));
+            assert_eq!(got, want, "{reference}");
+        }
+        let rules = json!({"resourceRules": [{"resourceNames": ["a", "a"], "operations": ["*"], "apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"]}]});
+        let got = texts(|e| match_resources(e, &At::new(isopod_api::field::Path::new("m"), &rules)));
+        assert_eq!(got, "m.resourceRules[0].resourceNames[1]: Duplicate value: \"a\"");
     }
 }

@@ -10,7 +10,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, resources, selector},
+    validation::{At, Errs, meta, resources},
 };
 
 /// `horizontalpodautoscalers`.
@@ -174,6 +174,9 @@ fn spec(e: &mut Errs, at: &At<'_>) {
     }
 }
 
+/// The one kind without an API group that scales.
+const CORE: &str = "ReplicationController";
+
 fn target_reference(e: &mut Errs, at: &At<'_>, need_group: bool) {
     for field in ["kind", "name"] {
         let field = at.get(field);
@@ -184,8 +187,12 @@ fn target_reference(e: &mut Errs, at: &At<'_>, need_group: bool) {
         }
     }
     let version = at.get("apiVersion");
-    if need_group && version.s().is_empty() {
-        e.invalid_str(&version, "apiVersion must specify API group");
+    match meta::group_version(version.s()) {
+        Err(why) => e.invalid(&version, &why),
+        Ok(("", _)) if need_group && at.get("kind").s() != CORE => {
+            e.invalid_str(&version, "apiVersion must specify API group");
+        }
+        Ok(_) => {}
     }
 }
 
@@ -193,8 +200,9 @@ fn metric(e: &mut Errs, at: &At<'_>) {
     let kind = at.get("type");
     if kind.s().is_empty() {
         e.required(&kind, "must specify a metric source type");
-    } else {
-        e.one_of(&kind, SOURCES);
+    }
+    if !SOURCES.contains(&kind.s()) {
+        e.unsupported(&kind, SOURCES);
     }
     let present: Vec<&str> = ["object", "external", "pods", "resource", "containerResource"]
         .into_iter()
@@ -203,15 +211,15 @@ fn metric(e: &mut Errs, at: &At<'_>) {
     if let Some(first) = present.first() {
         source(e, first, &at.get(first));
     }
-    if !SOURCES.contains(&kind.s()) {
-        return e.unsupported(&kind, SOURCES);
-    }
-    let expected = source_key(kind.s());
-    if !at.get(expected).is_set() {
-        e.required(&at.get(expected), "must populate information for the given metric source");
+    let expected = SOURCES.contains(&kind.s()).then(|| source_key(kind.s()));
+    match expected.map(|field| at.get(field)) {
+        // Upstream says so a second time.
+        None => e.unsupported(&kind, SOURCES),
+        Some(field) if !field.is_set() => e.required(&field, "must populate information for the given metric source"),
+        Some(_) => {}
     }
     if present.len() != 1 {
-        for other in present.into_iter().filter(|p| *p != expected) {
+        for other in present.into_iter().filter(|p| Some(*p) != expected) {
             e.forbidden(&at.get(other), "must populate the given metric source only");
         }
     }
@@ -224,8 +232,12 @@ fn source(e: &mut Errs, kind: &str, at: &At<'_>) {
             if at.get("name").s().is_empty() {
                 e.required(&at.get("name"), "must specify a resource name");
             }
-            if kind == "containerResource" && at.get("container").s().is_empty() {
-                e.required(&at.get("container"), "must specify a container");
+            if kind == "containerResource" {
+                let container = at.get("container");
+                match container.s() {
+                    "" => e.required(&container, "must specify a container"),
+                    _ => e.dns_label(&container),
+                }
             }
             target(e, &target_at);
             let (utilization, value) = (target_at.get("averageUtilization"), target_at.get("averageValue"));
@@ -241,10 +253,10 @@ fn source(e: &mut Errs, kind: &str, at: &At<'_>) {
                 target_reference(e, &at.get("describedObject"), false);
             }
             let metric = at.get("metric");
-            if metric.get("name").s().is_empty() {
-                e.required(&metric.get("name"), "must specify a metric name");
+            match metric.get("name").s() {
+                "" => e.required(&metric.get("name"), "must specify a metric name"),
+                name => e.messages(&metric.get("name"), names::path_segment(name)),
             }
-            selector::label_selector(e, &metric.get("selector"));
             target(e, &target_at);
             let (value, average) = (target_at.get("value"), target_at.get("averageValue"));
             if kind == "pods" && !average.is_set() {
@@ -257,6 +269,9 @@ fn source(e: &mut Errs, kind: &str, at: &At<'_>) {
                 };
                 e.required(&average, shown);
             }
+            if kind == "external" && value.is_set() && average.is_set() {
+                e.forbidden(&value, "may not set both a target value for metric and a per-pod target");
+            }
         }
     }
 }
@@ -265,12 +280,9 @@ fn target(e: &mut Errs, at: &At<'_>) {
     let kind = at.get("type");
     if kind.s().is_empty() {
         e.required(&kind, "must specify a metric target type");
-    } else if !["Utilization", "Value", "AverageValue"].contains(&kind.s()) {
-        e.invalid(&kind, "must be either Utilization, Value, or AverageValue");
     }
-    let utilization = at.get("averageUtilization");
-    if utilization.int().is_some_and(|n| n < 1) {
-        e.invalid(&utilization, "must be greater than 0");
+    if !["Utilization", "Value", "AverageValue"].contains(&kind.s()) {
+        e.invalid_str(&kind, "must be either Utilization, Value, or AverageValue");
     }
     for field in ["value", "averageValue"] {
         let value = at.get(field);
@@ -279,6 +291,10 @@ fn target(e: &mut Errs, at: &At<'_>) {
         {
             e.invalid_as(&value, quantity.to_string(), "must be positive");
         }
+    }
+    let utilization = at.get("averageUtilization");
+    if utilization.int().is_some_and(|n| n < 1) {
+        e.invalid(&utilization, "must be greater than 0");
     }
 }
 
@@ -309,5 +325,89 @@ fn behavior_rules(e: &mut Errs, at: &At<'_>) {
         && quantity.milli_value() < 0
     {
         e.invalid_as(&tolerance, quantity.to_string(), "must be greater than or equal to 0");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_autoscalers() {
+        let metric = |source: &str, value: Value| json!([{"type": source, source_key(source): value}]);
+        let both = json!({"type": "Value", "value": "1", "averageValue": "1"});
+        for (field, value, want) in [
+            (
+                "maxReplicas",
+                json!(0),
+                "maxReplicas Required, maxReplicas must be greater than or equal to `minReplicas`",
+            ),
+            ("minReplicas", json!(-1), "minReplicas must be greater than or equal to 1"),
+            (
+                "scaleTargetRef",
+                json!({"kind": "Deployment", "name": "d", "apiVersion": "v1"}),
+                "scaleTargetRef.apiVersion apiVersion must specify API group",
+            ),
+            ("scaleTargetRef", json!({"kind": "ReplicationController", "name": "d", "apiVersion": "v1"}), ""),
+            (
+                "scaleTargetRef",
+                json!({"kind": "X", "name": "d", "apiVersion": "a/b/c"}),
+                "scaleTargetRef.apiVersion unexpected GroupVersion string: a/b/c",
+            ),
+            (
+                "metrics",
+                json!([{}]),
+                "metrics[0].type Required, metrics[0].type Unsupported, metrics[0].type Unsupported",
+            ),
+            ("metrics", json!([{"type": "Pods"}]), "metrics[0].pods Required"),
+            (
+                "metrics",
+                metric("Resource", json!({"name": "cpu", "target": {"averageUtilization": 0, "averageValue": "0"}})),
+                "metrics[0].resource.target.type Required, metrics[0].resource.target.type must be either Utilization, Value, or AverageValue, metrics[0].resource.target.averageValue must be positive, metrics[0].resource.target.averageUtilization must be greater than 0, metrics[0].resource.target.averageValue may not set both a target raw value and a target utilization",
+            ),
+            (
+                "metrics",
+                metric("External", json!({"metric": {"name": "a/b"}, "target": both})),
+                "metrics[0].external.metric.name may not contain '/', metrics[0].external.target.value may not set both a target value for metric and a per-pod target",
+            ),
+            (
+                "metrics",
+                metric(
+                    "Object",
+                    json!({"metric": {"name": "m"}, "describedObject": {"kind": "Service", "name": "s", "apiVersion": "v1"}, "target": {"type": "Value"}}),
+                ),
+                "metrics[0].object.target.averageValue Required",
+            ),
+            (
+                "metrics",
+                metric(
+                    "ContainerResource",
+                    json!({"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 1}}),
+                ),
+                "metrics[0].containerResource.container Required",
+            ),
+            (
+                "behavior",
+                json!({"scaleUp": {"stabilizationWindowSeconds": 4000, "policies": [{"type": "Pods", "value": 0, "periodSeconds": 1801}], "tolerance": "-1"}}),
+                "behavior.scaleUp.stabilizationWindowSeconds must be less than or equal to 3600, behavior.scaleUp.policies[0].value must be greater than zero, behavior.scaleUp.policies[0].periodSeconds must be less than or equal to 1800, behavior.scaleUp.tolerance must be greater than or equal to 0",
+            ),
+        ] {
+            let mut obj = json!({"spec": {"minReplicas": 1, "maxReplicas": 3, "scaleTargetRef": {"kind": "Deployment", "name": "d", "apiVersion": "apps/v1"}}});
+            obj["spec"][field] = value;
+            let mut e = Errs::new();
+            spec(&mut e, &At::field(&obj, "spec"));
+            let shown = |e: &isopod_api::field::Error| {
+                let text = if e.kind == isopod_api::field::ErrorType::Invalid
+                    || e.kind == isopod_api::field::ErrorType::Forbidden
+                {
+                    e.detail.clone()
+                } else {
+                    format!("{:?}", e.kind).replace("NotSupported", "Unsupported")
+                };
+                format!("{} {text}", e.field.trim_start_matches("spec."))
+            };
+            let got: Vec<String> = e.0.iter().map(shown).collect();
+            assert_eq!(got.join(", "), want, "{field}");
+        }
     }
 }

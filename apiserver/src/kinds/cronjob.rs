@@ -10,7 +10,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, pod_warnings},
+    validation::{At, Errs, pod_warnings, same},
 };
 
 /// `cronjobs`.
@@ -27,7 +27,7 @@ impl Strategy for CronJob {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        spec(&mut e, &At::field(obj, "spec"), false);
+        spec(&mut e, &At::field(obj, "spec"), None);
         let name = At::field(obj, "metadata").get("name");
         if name.s().len() > 52 {
             e.invalid(&name, "must be no more than 52 characters");
@@ -38,7 +38,7 @@ impl Strategy for CronJob {
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs::new();
         if cx.subresource != "status" {
-            spec(&mut e, &At::field(new, "spec"), old["spec"]["timeZone"] == new["spec"]["timeZone"]);
+            spec(&mut e, &At::field(new, "spec"), Some(&old["spec"]));
         }
         e.0
     }
@@ -83,21 +83,26 @@ impl Strategy for CronJob {
     }
 }
 
-fn spec(e: &mut Errs, at: &At<'_>, zone_unchanged: bool) {
-    let schedule = at.get("schedule");
+fn spec(e: &mut Errs, at: &At<'_>, old: Option<&Value>) {
+    let (schedule, zone) = (at.get("schedule"), at.get("timeZone"));
     if schedule.s().is_empty() {
         e.required(&schedule, "");
     } else {
         if let Err(message) = cron::check(schedule.s()) {
             e.invalid(&schedule, &message);
         }
-        if schedule.s().contains("TZ") && cron::check(schedule.s()).is_ok() {
+        // A schedule that names its zone may stay.
+        let names_zone = |schedule: &str| schedule.contains("TZ");
+        let named = old.is_some_and(|old| old["schedule"].as_str().is_some_and(names_zone));
+        if names_zone(schedule.s()) && !named {
             e.invalid(&schedule, "cannot use TZ or CRON_TZ in schedule, use timeZone field instead");
+        } else if names_zone(schedule.s()) && zone.is_set() {
+            e.invalid(&schedule, "cannot use both timeZone field and TZ or CRON_TZ in schedule");
         }
     }
     e.non_negative(&at.get("startingDeadlineSeconds"));
-    if !zone_unchanged {
-        time_zone(e, &at.get("timeZone"));
+    if old.is_none_or(|old| !same(&old["timeZone"], zone.v)) {
+        time_zone(e, &zone);
     }
     e.one_of_if_set(&at.get("concurrencyPolicy"), &["Allow", "Forbid", "Replace"]);
     job_validation::cron_template(e, &at.get("jobTemplate"));
@@ -110,10 +115,17 @@ fn time_zone(e: &mut Errs, at: &At<'_>) {
         return;
     }
     if at.s().is_empty() {
-        e.invalid(at, "timeZone must be nil or non-empty string");
-    } else if at.s().eq_ignore_ascii_case("local") {
+        return e.invalid(at, "timeZone must be nil or non-empty string");
+    }
+    let word = |part: &str| part.len() <= 14 && part.chars().all(|c| c.is_ascii_alphanumeric() || "._-+".contains(c));
+    let unknown = format!("unknown time zone {}", at.s());
+    if at.s().split('/').any(|part| matches!(part, "" | "." | "..") || part.starts_with('-') || !word(part)) {
+        return e.invalid(at, &unknown);
+    }
+    if at.s().eq_ignore_ascii_case("local") {
         e.invalid(at, "timeZone must be an explicit time zone as defined in https://www.iana.org/time-zones");
-    } else if jiff::tz::TimeZone::get(at.s()).is_err() {
-        e.invalid(at, &format!("unknown time zone {}", at.s()));
+    }
+    if at.s() != "Local" && jiff::tz::TimeZone::get(at.s()).is_err() {
+        e.invalid(at, &unknown);
     }
 }

@@ -123,6 +123,7 @@ pub(crate) fn spec_defaults(spec: &mut Value) {
     }
 }
 
+/// Labels that are there already stay: validation tells whether they are right.
 fn generate_selector(obj: &mut Value) {
     let (uid, name) = (meta::uid(obj).to_owned(), meta::name(obj).to_owned());
     if !obj["spec"]["template"].is_object() {
@@ -130,16 +131,20 @@ fn generate_selector(obj: &mut Value) {
     }
     // Labels that were defaulted from the template's stay the same as the template's.
     let shared = obj["metadata"]["labels"] == obj["spec"]["template"]["metadata"]["labels"];
+    let labels = &mut obj["spec"]["template"]["metadata"]["labels"];
+    if labels.is_null() {
+        *labels = json!({});
+    }
     for (key, value) in [("controller-uid", &uid), (UID_LABEL, &uid), ("job-name", &name), (NAME_LABEL, &name)] {
-        obj["spec"]["template"]["metadata"]["labels"][key] = json!(value);
+        pod_defaults::set(labels, key, json!(value));
     }
     if shared {
         obj["metadata"]["labels"] = obj["spec"]["template"]["metadata"]["labels"].clone();
     }
-    if obj["spec"]["selector"].is_null() {
-        obj["spec"]["selector"] = json!({});
+    if obj["spec"]["selector"]["matchLabels"].is_null() {
+        obj["spec"]["selector"]["matchLabels"] = json!({});
     }
-    obj["spec"]["selector"]["matchLabels"][UID_LABEL] = json!(uid);
+    pod_defaults::set(&mut obj["spec"]["selector"]["matchLabels"], UID_LABEL, json!(uid));
 }
 
 fn status_text(obj: &Value) -> &'static str {

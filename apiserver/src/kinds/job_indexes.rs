@@ -35,6 +35,18 @@ fn interval(text: &str, completions: i64) -> Result<(i64, i64), String> {
     Ok((first, end))
 }
 
+/// The first index that two lists both name, as far as they can be read.
+pub(super) fn overlap(one: &str, other: &str, completions: i64) -> Option<i64> {
+    let parse = |text: &str| -> Vec<(i64, i64)> {
+        text.split(',').filter_map(|part| interval(part, completions).ok()).collect()
+    };
+    let other = parse(other);
+    parse(one).iter().flat_map(|a| other.iter().map(move |b| (a, b))).find_map(|(a, b)| {
+        let first = a.0.max(b.0);
+        (first <= a.1.min(b.1)).then_some(first)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

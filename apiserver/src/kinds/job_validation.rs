@@ -1,9 +1,9 @@
 //! Validation of Jobs (and of the Job templates of CronJobs).
 
-use isopod_api::{field::Path, names};
+use isopod_api::names;
 use serde_json::{Value, json};
 
-use super::job_indexes;
+use super::{job_indexes, pod_defaults};
 use crate::validation::{
     At, Errs, IMMUTABLE, internal, meta, same, selector,
     template::{labels_match, pod_template, sorted},
@@ -193,6 +193,10 @@ pub(crate) fn cron_template(e: &mut Errs, at: &At<'_>) {
     let spec = at.get("spec");
     template_spec(e, &spec);
     template_and_policy(e, &spec);
+    let selector_at = spec.get("selector");
+    if selector_at.is_set() {
+        e.invalid(&selector_at, "`selector` will be auto-generated");
+    }
     let manual = spec.get("manualSelector");
     if manual.is_true() {
         e.unsupported(&manual, &["nil", "false"]);
@@ -222,17 +226,19 @@ fn failure_policy(e: &mut Errs, spec: &At<'_>) {
         if codes.is_set() {
             exit_codes(e, &codes, &containers);
         }
+        if conditions.len() > 20 {
+            e.too_many(&conditions, conditions.len(), 20);
+        }
         for condition in conditions.items() {
             e.qualified_name(&condition.get("type"));
             e.required_one_of(&condition.get("status"), &["False", "True", "Unknown"]);
         }
         let has_conditions = conditions.len() > 0;
-        let bare = |detail: &str| isopod_api::field::Error::invalid_without_value(&at.path, detail);
         if codes.is_set() && has_conditions {
-            e.0.push(bare("specifying both OnExitCodes and OnPodConditions is not supported"));
+            e.invalid_structure(&at, "specifying both OnExitCodes and OnPodConditions is not supported");
         }
         if !codes.is_set() && !has_conditions {
-            e.0.push(bare("specifying one of OnExitCodes and OnPodConditions is required"));
+            e.invalid_structure(&at, "specifying one of OnExitCodes and OnPodConditions is required");
         }
     }
 }
@@ -257,11 +263,11 @@ fn exit_codes(e: &mut Errs, at: &At<'_>, containers: &[&str]) {
     }
     let mut seen = std::collections::BTreeSet::new();
     for item in values.items() {
-        if !seen.insert(item.int0()) {
-            e.duplicate(&item, item.int0());
-        }
         if operator.s() == "In" && item.int0() == 0 {
             e.invalid(&item, "must not be 0 for the In operator");
+        }
+        if !seen.insert(item.int0()) {
+            e.duplicate(&item, item.int0());
         }
     }
     if !numbers.is_sorted() {
@@ -303,9 +309,7 @@ fn success_policy(e: &mut Errs, spec: &At<'_>, indexed: bool) {
             }
         }
         if let Some(n) = count.int() {
-            if n <= 0 {
-                e.invalid(&count, "must be greater than 0");
-            }
+            e.non_negative(&count);
             if spec.get("completions").int().is_some_and(|c| n > c) {
                 let detail = format!(
                     "must be less than or equal to {} (the number of specified completions)",
@@ -331,7 +335,7 @@ pub(crate) fn update(e: &mut Errs, new: &Value, old: &Value) {
     spec(e, &at);
     completions(e, &at, &before);
     e.immutable(&at.get("selector"), before.get("selector").v);
-    template(e, &at, &before, old);
+    template(e, new, old);
     e.immutable(&at.get("completionMode"), before.get("completionMode").v);
     policy(e, &at.get("podFailurePolicy"), before.get("podFailurePolicy").v, "JobFailurePolicy");
     e.immutable(&at.get("backoffLimitPerIndex"), before.get("backoffLimitPerIndex").v);
@@ -359,56 +363,341 @@ fn completions(e: &mut Errs, at: &At<'_>, before: &At<'_>) {
     }
 }
 
-/// The template may only change its scheduling directives, and only while the Job has never run.
-fn template(e: &mut Errs, at: &At<'_>, before: &At<'_>, old: &Value) {
-    let mut compare = before.get("template").v.clone();
-    let suspended = before.get("suspend").is_true();
-    let started = !old["status"]["startTime"].is_null();
-    if suspended && !started {
-        let new = at.get("template.spec");
-        for field in ["affinity", "nodeSelector", "tolerations", "schedulingGates"] {
-            if let Some(map) = compare["spec"].as_object_mut() {
-                map.remove(field);
-                if new.get(field).is_set() {
-                    map.insert(field.to_owned(), new.get(field).v.clone());
-                }
-            }
+/// The template may only change its scheduling directives and what containers ask for, and only while the Job is
+/// suspended and has nothing running.
+fn template(e: &mut Errs, new: &Value, old: &Value) {
+    let at = At::field(new, "spec").get("template");
+    let mut compare = old["spec"]["template"].clone();
+    let status = &old["status"];
+    let idle = status["startTime"].is_null() || holds(old, "Suspended", "True");
+    if old["spec"]["suspend"] != true || !idle || status["active"].as_i64().unwrap_or_default() != 0 {
+        if !same(at.v, &compare) {
+            e.invalid_as(&at, internal::pod_template(at.v), IMMUTABLE);
         }
-        for field in ["labels", "annotations"] {
-            let value = at.get("template.metadata").get(field).v.clone();
-            if let Some(map) = compare["metadata"].as_object_mut() {
-                map.remove(field);
-                if !value.is_null() {
-                    map.insert(field.to_owned(), value);
-                }
+        return;
+    }
+    let spec = at.get("spec");
+    for field in ["nodeSelector", "tolerations", "schedulingGates"] {
+        compare["spec"][field] = spec.get(field).v.clone();
+    }
+    // Of the affinity only the part about nodes is free.
+    compare["spec"]["affinity"]["nodeAffinity"] = spec.get("affinity.nodeAffinity").v.clone();
+    pod_defaults::drop_nulls(&mut compare["spec"]["affinity"]);
+    for list in ["containers", "initContainers"] {
+        let own = spec.get(list).items();
+        let same_number = compare["spec"][list].as_array().is_some_and(|before| before.len() == own.len());
+        for (before, own) in compare["spec"][list].as_array_mut().into_iter().flatten().zip(own) {
+            if same_number && before["name"] == own.v["name"] {
+                before["resources"] = own.get("resources").v.clone();
             }
         }
     }
-    let template = at.get("template");
-    if !same(template.v, &compare) {
-        e.invalid_as(&template, internal::pod_template(template.v), IMMUTABLE);
+    if !same(spec.v, &compare["spec"]) {
+        e.invalid_as(&spec, internal::pod_spec(spec.v), IMMUTABLE);
     }
 }
 
-/// A changed status.
+/// Whether a condition holds.
+fn holds(obj: &Value, kind: &str, status: &str) -> bool {
+    obj["status"]["conditions"].as_array().into_iter().flatten().any(|c| c["type"] == kind && c["status"] == status)
+}
+
+/// Completed or failed for good.
+fn finished(obj: &Value) -> bool {
+    holds(obj, "Complete", "True") || holds(obj, "Failed", "True")
+}
+
+/// A changed status. What was wrong before may stay, unless what it depends on changes.
 pub(crate) fn status(e: &mut Errs, new: &Value, old: &Value) {
     let (at, before) = (At::field(new, "status"), At::field(old, "status"));
     for field in ["active", "succeeded", "failed", "ready", "terminating"] {
         e.non_negative(&at.get(field));
     }
-    let holds = |status: &At<'_>, kind: &str| {
-        status.get("conditions").items().iter().any(|c| c.get("type").s() == kind && c.get("status").s() == "True")
+    uncounted_once(e, &at.get("uncountedTerminatedPods"));
+    let is = |kind: &str| holds(new, kind, "True");
+    let was = |kind: &str| holds(old, kind, "True");
+    let turned = |kind: &str| is(kind) != was(kind);
+    let changed = |field: &str| !same(at.get(field).v, before.get(field).v);
+    let ends = finished(new) != finished(old);
+    let conditions = at.get("conditions");
+    let both = |e: &mut Errs, one: &str, other: &str| {
+        if is(one) && is(other) {
+            e.invalid_structure(&conditions, &format!("cannot set {one}=True and {other}=true conditions"));
+        }
     };
-    for kind in ["Complete", "Failed", "FailureTarget", "SuccessCriteriaMet"] {
-        if holds(&before, kind) && !holds(&at, kind) {
-            let conditions = At::new(Path::clone(&at.get("conditions").path), at.get("conditions").v);
-            e.invalid(&conditions, &format!("cannot disable the terminal {kind}=True condition"));
+    let needs = |e: &mut Errs, one: &str, other: &str| {
+        if is(one) && !is(other) {
+            let detail = format!("cannot set {one}=True condition without the {other}=true condition");
+            e.invalid_structure(&conditions, &detail);
+        }
+    };
+    if turned("Complete") || turned("Failed") {
+        both(e, "Complete", "Failed");
+    }
+    if turned("Complete") || turned("FailureTarget") {
+        both(e, "Complete", "FailureTarget");
+    }
+    completion_time(e, &at, is("Complete"), turned("Complete"), &changed);
+    if turned("Failed") || changed("failedIndexes") {
+        needs(e, "Failed", "FailureTarget");
+    }
+    if turned("Complete") || turned("SuccessCriteriaMet") {
+        needs(e, "Complete", "SuccessCriteriaMet");
+    }
+    if finished(new) {
+        at_the_end(e, &at, new, &|field| ends || changed(field));
+    }
+    status_indexes(e, &at, new, &changed);
+    if finished(new) && (ends || changed("terminating")) && at.get("terminating").int0() > 0 {
+        e.invalid(&at.get("terminating"), "terminating>0 is invalid for finished job");
+    }
+    let (ready, active) = (at.get("ready"), at.get("active"));
+    if (changed("ready") || changed("active")) && ready.int().is_some_and(|n| n > active.int0()) {
+        e.invalid(&ready, "cannot set more ready pods than active");
+    }
+    both(e, "SuccessCriteriaMet", "Failed");
+    both(e, "SuccessCriteriaMet", "FailureTarget");
+    if !new["spec"]["successPolicy"].is_null() && is("Complete") && !is("SuccessCriteriaMet") {
+        let detail = "cannot set Complete=True for Job with SuccessPolicy unless SuccessCriteriaMet=True";
+        e.invalid_structure(&conditions, detail);
+    }
+    for kind in ["Failed", "Complete", "FailureTarget"] {
+        if was(kind) && !is(kind) {
+            e.invalid_structure(&conditions, &format!("cannot disable the terminal {kind}=True condition"));
         }
     }
-    if holds(&at, "Complete") && holds(&at, "Failed") {
-        e.invalid(&at.get("conditions"), "cannot set Complete=True and Failed=true conditions");
+    counters(e, &at, &before, new, old);
+    if was("SuccessCriteriaMet") && !is("SuccessCriteriaMet") {
+        e.invalid_structure(&conditions, "cannot disable the SuccessCriteriaMet=True condition");
     }
-    if at.get("completionTime").is_set() && !holds(&at, "Complete") {
-        e.invalid(&at.get("completionTime"), "cannot set completionTime when there is no Complete=True condition");
+    if was("Complete") && !was("SuccessCriteriaMet") && is("SuccessCriteriaMet") {
+        let detail = "cannot set SuccessCriteriaMet=True for Job already has Complete=true conditions";
+        e.invalid_structure(&conditions, detail);
+    }
+}
+
+/// Each pod waits to be counted once.
+fn uncounted_once(e: &mut Errs, at: &At<'_>) {
+    let mut seen = std::collections::BTreeSet::new();
+    for pod in ["succeeded", "failed"].iter().flat_map(|list| at.get(list).items()) {
+        if pod.s().is_empty() {
+            e.invalid_str(&pod, "must not be empty");
+        } else if !seen.insert(pod.s()) {
+            e.duplicate(&pod, pod.s());
+        }
+    }
+}
+
+/// A Job has a time of completion when it is complete, and it is not before its start.
+fn completion_time(e: &mut Errs, status: &At<'_>, complete: bool, turned: bool, changed: &dyn Fn(&str) -> bool) {
+    let at = status.get("completionTime");
+    if turned || changed("completionTime") {
+        if at.is_set() && !complete {
+            e.invalid(&at, "cannot set completionTime when there is no Complete=True condition");
+        }
+        if complete && !at.is_set() {
+            e.required(&at, "completionTime is required for Complete jobs");
+        }
+    }
+    let time = |field: &str| status.get(field).s().parse::<jiff::Timestamp>().ok();
+    if (changed("startTime") || changed("completionTime"))
+        && let (Some(start), Some(end)) = (time("startTime"), time("completionTime"))
+        && end < start
+    {
+        e.invalid(&at, "must be equal to or after `startTime`");
+    }
+}
+
+/// What a finished Job may not have any more, or must have.
+fn at_the_end(e: &mut Errs, status: &At<'_>, new: &Value, judged: &dyn Fn(&str) -> bool) {
+    let (active, start) = (status.get("active"), status.get("startTime"));
+    if judged("active") && active.int0() > 0 {
+        e.invalid(&active, "active>0 is invalid for finished job");
+    }
+    let nothing_to_do = new["spec"]["suspend"] == true && new["spec"]["completions"] == 0;
+    if judged("startTime") && !start.is_set() && !nothing_to_do {
+        e.required(&start, "startTime is required for finished job");
+    }
+    let uncounted = status.get("uncountedTerminatedPods");
+    if judged("uncountedTerminatedPods") && uncounted.get("succeeded").len() + uncounted.get("failed").len() > 0 {
+        e.invalid_as(&uncounted, internal::named("Uncounted", uncounted.v), "must be empty for finished job");
+    }
+}
+
+fn status_indexes(e: &mut Errs, status: &At<'_>, new: &Value, changed: &dyn Fn(&str) -> bool) {
+    let (done, lost) = (status.get("completedIndexes"), status.get("failedIndexes"));
+    let (new_done, new_lost) = (changed("completedIndexes"), changed("failedIndexes"));
+    let spec = &new["spec"];
+    let (completions, per_index) = (spec["completions"].as_i64(), !spec["backoffLimitPerIndex"].is_null());
+    for (at, judged) in [(&done, new_done), (&lost, new_lost && per_index)] {
+        if judged
+            && let Some(completions) = completions
+            && let Err(why) = job_indexes::count(at.s(), completions)
+        {
+            let field = at.path.to_string();
+            e.invalid(at, &format!("error parsing {}: {why}", field.trim_start_matches("status.")));
+        }
+    }
+    if new_done && !done.s().is_empty() && spec["completionMode"] != "Indexed" {
+        e.invalid(&done, "cannot set non-empty completedIndexes when non-indexed completion mode");
+    }
+    if new_lost && lost.is_set() && !per_index {
+        e.invalid(&lost, "cannot set non-null failedIndexes when backoffLimitPerIndex is null");
+    }
+    if (new_done || new_lost)
+        && let Some(completions) = completions
+        && let Some(index) = job_indexes::overlap(done.s(), lost.s(), completions)
+    {
+        e.invalid(&lost, &format!("failedIndexes and completedIndexes overlap at index: {index}"));
+    }
+}
+
+/// What only grows, and what is set once.
+fn counters(e: &mut Errs, at: &At<'_>, before: &At<'_>, new: &Value, old: &Value) {
+    let spec = &new["spec"];
+    let elastic = spec["completionMode"] == "Indexed" && same(&spec["completions"], &spec["parallelism"]);
+    for (field, may_shrink) in [("failed", false), ("succeeded", elastic)] {
+        if at.get(field).int0() < before.get(field).int0() && !may_shrink {
+            e.invalid_as(&at.get(field), at.get(field).int0(), &format!("cannot decrease the {field} counter"));
+        }
+    }
+    let end = at.get("completionTime");
+    if end.is_set() && before.get("completionTime").is_set() {
+        e.immutable(&end, before.get("completionTime").v);
+    }
+    let (start, had) = (at.get("startTime"), before.get("startTime"));
+    let resumes = holds(old, "Suspended", "True") && holds(new, "Suspended", "False");
+    if had.is_set() && !same(start.v, had.v) && spec["suspend"] != true && !resumes {
+        e.invalid(&start, "field is immutable for unsuspended job once set");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn texts(e: &Errs) -> String {
+        e.0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    }
+
+    fn with(kinds: &[&str], rest: Value) -> Value {
+        let mut status = rest;
+        status["conditions"] = kinds.iter().map(|kind| json!({"type": kind, "status": "True"})).collect();
+        status
+    }
+
+    #[test]
+    fn statuses() {
+        let (early, late) = ("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z");
+        let ok = json!({"startTime": early, "completionTime": late});
+        let complete = ["SuccessCriteriaMet", "Complete"];
+        let started = json!({"startTime": early});
+        for (spec, old, new, want) in [
+            (json!({}), json!({}), with(&complete, ok.clone()), ""),
+            (
+                json!({}),
+                json!({}),
+                json!({"active": -1}),
+                "status.active: Invalid value: -1: must be greater than or equal to 0",
+            ),
+            (
+                json!({}),
+                json!({}),
+                json!({"uncountedTerminatedPods": {"succeeded": ["a", ""], "failed": ["a"]}}),
+                "status.uncountedTerminatedPods.succeeded[1]: Invalid value: \"\": must not be empty; status.uncountedTerminatedPods.failed[0]: Duplicate value: \"a\"",
+            ),
+            (
+                json!({}),
+                json!({}),
+                with(&["Complete"], started.clone()),
+                "status.completionTime: Required value: completionTime is required for Complete jobs; status.conditions: Invalid value: cannot set Complete=True condition without the SuccessCriteriaMet=true condition",
+            ),
+            (
+                json!({}),
+                json!({}),
+                with(&["Failed", "FailureTarget"], json!({"active": 1, "terminating": 1})),
+                "status.active: Invalid value: 1: active>0 is invalid for finished job; status.startTime: Required value: startTime is required for finished job; status.terminating: Invalid value: 1: terminating>0 is invalid for finished job",
+            ),
+            (
+                json!({}),
+                json!({}),
+                with(&["Failed"], started.clone()),
+                "status.conditions: Invalid value: cannot set Failed=True condition without the FailureTarget=true condition",
+            ),
+            (
+                json!({}),
+                json!({}),
+                with(
+                    &complete,
+                    json!({"startTime": late, "completionTime": early, "uncountedTerminatedPods": {"failed": ["a"]}}),
+                ),
+                "status.completionTime: Invalid value: \"2026-01-01T00:00:00Z\": must be equal to or after `startTime`; status.uncountedTerminatedPods: Invalid value: {\"Succeeded\":null,\"Failed\":[\"a\"]}: must be empty for finished job",
+            ),
+            (
+                json!({}),
+                json!({}),
+                json!({"ready": 1}),
+                "status.ready: Invalid value: 1: cannot set more ready pods than active",
+            ),
+            (
+                json!({"completions": 3}),
+                json!({}),
+                json!({"completedIndexes": "7", "failedIndexes": "1"}),
+                "status.completedIndexes: Invalid value: \"7\": error parsing completedIndexes: too large index: \"7\"; status.completedIndexes: Invalid value: \"7\": cannot set non-empty completedIndexes when non-indexed completion mode; status.failedIndexes: Invalid value: \"1\": cannot set non-null failedIndexes when backoffLimitPerIndex is null",
+            ),
+            (
+                json!({"completions": 9, "completionMode": "Indexed", "backoffLimitPerIndex": 1}),
+                json!({}),
+                json!({"completedIndexes": "1,3-5", "failedIndexes": "2,4-6"}),
+                "status.failedIndexes: Invalid value: \"2,4-6\": failedIndexes and completedIndexes overlap at index: 4",
+            ),
+            (
+                json!({}),
+                json!({"failed": 2, "succeeded": 1, "startTime": early}),
+                json!({"failed": 1, "startTime": late}),
+                "status.failed: Invalid value: 1: cannot decrease the failed counter; status.succeeded: Invalid value: 0: cannot decrease the succeeded counter; status.startTime: Invalid value: \"2026-01-02T00:00:00Z\": field is immutable for unsuspended job once set",
+            ),
+            (
+                json!({}),
+                with(&["SuccessCriteriaMet"], started.clone()),
+                with(&["FailureTarget"], started.clone()),
+                "status.conditions: Invalid value: cannot disable the SuccessCriteriaMet=True condition",
+            ),
+            (
+                json!({}),
+                with(&complete, ok.clone()),
+                started.clone(),
+                "status.conditions: Invalid value: cannot disable the terminal Complete=True condition; status.conditions: Invalid value: cannot disable the SuccessCriteriaMet=True condition",
+            ),
+        ] {
+            let mut e = Errs::new();
+            status(&mut e, &json!({"spec": spec, "status": new}), &json!({"spec": spec, "status": old}));
+            assert_eq!(texts(&e), want, "{new}");
+        }
+    }
+
+    #[test]
+    fn templates_of_suspended_jobs() {
+        let job =
+            |suspend: bool, template: Value| json!({"spec": {"suspend": suspend, "template": {"spec": template}}});
+        let one = json!({"containers": [{"name": "c", "image": "a"}]});
+        let resources = json!({"containers": [{"name": "c", "image": "a", "resources": {"limits": {"cpu": "1"}}}]});
+        let scheduled = json!({"containers": [{"name": "c", "image": "a"}], "nodeSelector": {"a": "b"},
+            "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {}}}});
+        let repelled = json!({"containers": [{"name": "c", "image": "a"}], "affinity": {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [{"topologyKey": "k"}]}}});
+        let image = json!({"containers": [{"name": "c", "image": "b"}]});
+        for (suspend, new, want) in [
+            (true, &resources, ""),
+            (true, &scheduled, ""),
+            (true, &repelled, "spec.template.spec"),
+            (true, &image, "spec.template.spec"),
+            (false, &resources, "spec.template"),
+            (false, &scheduled, "spec.template"),
+        ] {
+            let mut e = Errs::new();
+            template(&mut e, &job(suspend, new.clone()), &job(suspend, one.clone()));
+            let fields: Vec<&str> = e.0.iter().map(|e| e.field.as_str()).collect();
+            assert_eq!(fields.join(" "), want, "{suspend} {new}");
+        }
     }
 }

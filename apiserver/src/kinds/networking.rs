@@ -12,7 +12,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, net, selector},
+    validation::{At, Errs, IMMUTABLE, internal, net, same, selector},
 };
 
 /// `networkpolicies`.
@@ -264,7 +264,10 @@ impl Strategy for IpAddress {
 
     fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs::new();
-        e.immutable(&At::field(new, "spec").get("parentRef"), &old["spec"]["parentRef"]);
+        let parent = At::field(new, "spec").get("parentRef");
+        if !same(parent.v, &old["spec"]["parentRef"]) {
+            e.invalid_as(&parent, internal::named("ParentRef", parent.v), IMMUTABLE);
+        }
         e.0
     }
 

@@ -147,14 +147,13 @@ fn claim_status(e: &mut Errs, status: &At<'_>) {
         }
         broken
     };
-    // Upstream names this field in the singular.
-    let (states, shown) = (status.get("allocatedResourceStatuses"), status.get("allocatedResourceStatus"));
+    let states = status.get("allocatedResourceStatuses");
     for (name, state) in states.entries() {
-        resource(e, &shown, name);
+        resource(e, &states, name);
         if !RESIZES.contains(&state.s()) {
             let mut sorted = RESIZES;
             sorted.sort_unstable();
-            e.unsupported_as(&shown, name, &sorted);
+            e.unsupported_as(&states, name, &sorted);
         }
     }
     let allocated = status.get("allocatedResources");
@@ -263,7 +262,7 @@ mod tests {
         claim_status(&mut e, &At::field(&obj, "status"));
         assert_eq!(
             fields(&e),
-            "status.capacity[storage] status.allocatedResourceStatus status.allocatedResourceStatus status.allocatedResources[storage]"
+            "status.capacity[storage] status.allocatedResourceStatuses status.allocatedResourceStatuses status.allocatedResources[storage]"
         );
     }
 }

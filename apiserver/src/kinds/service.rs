@@ -231,18 +231,21 @@ fn needs_health_check(spec: &Value) -> bool {
 /// When the type changes, what only the old type had is cleared unless it was changed on purpose.
 fn drop_type_dependent(new: &mut Value, old: &Value) {
     let (before, spec) = (&old["spec"], &mut new["spec"]);
-    if needs_address(before) && text(spec, "type") == "ExternalName" && spec["clusterIPs"] == before["clusterIPs"] {
-        for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "internalTrafficPolicy"] {
-            remove(spec, field);
+    if text(before, "type") != "ExternalName" && text(spec, "type") == "ExternalName" {
+        for fields in [&["clusterIP", "clusterIPs"][..], &["ipFamilies"], &["ipFamilyPolicy"]] {
+            if fields.iter().all(|field| spec[*field] == before[*field]) {
+                fields.iter().for_each(|field| remove(spec, field));
+            }
         }
     }
-    if needs_node_port(before) && !needs_node_port(spec) {
-        let same = |a: &Value, b: &Value| {
-            let list =
-                |v: &Value| v["ports"].as_array().map(|l| l.iter().map(|p| p["nodePort"].clone()).collect::<Vec<_>>());
-            list(a) == list(b)
+    let has_node_ports = |spec: &Value| matches!(text(spec, "type"), "NodePort" | "LoadBalancer");
+    if has_node_ports(before) && !has_node_ports(spec) {
+        let all = |v: &Value| -> Vec<i64> {
+            v["ports"].as_array().into_iter().flatten().filter_map(|p| p["nodePort"].as_i64()).collect()
         };
-        if same(before, spec) {
+        let known = all(before);
+        // Ports may come and go with their numbers, but not with new ones.
+        if all(spec).iter().all(|port| *port == 0 || known.contains(port)) {
             for port in spec["ports"].as_array_mut().into_iter().flatten() {
                 remove(port, "nodePort");
             }
@@ -260,6 +263,8 @@ fn drop_type_dependent(new: &mut Value, old: &Value) {
                 remove(spec, field);
             }
         }
+    }
+    if text(spec, "type") != "LoadBalancer" {
         new["status"]["loadBalancer"] = json!({});
     }
     let spec = &mut new["spec"];

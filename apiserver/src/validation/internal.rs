@@ -131,6 +131,8 @@ JobExitCodes: ContainerName=containerName:* Operator=operator:s Values=values:*
 JobPodCondition: Type=type:s Status=status:s
 JobSuccessPolicy: Rules=rules:L(JobSuccessRule)
 JobSuccessRule: SucceededIndexes=succeededIndexes:* SucceededCount=succeededCount:*
+Uncounted: Succeeded=succeeded:* Failed=failed:*
+ParentRef: Group=group:s Resource=resource:s Namespace=namespace:s Name=name:s
 ExemptLevel: NominalConcurrencyShares=nominalConcurrencyShares:* LendablePercent=lendablePercent:*
 ";
 

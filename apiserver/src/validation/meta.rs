@@ -11,6 +11,15 @@ use super::{At, Errs, IMMUTABLE, same};
 
 const MAX_ANNOTATIONS: usize = 256 * 1024;
 
+/// The group and version of an `apiVersion`.
+pub(crate) fn group_version(text: &str) -> Result<(&str, &str), String> {
+    match text.split_once('/') {
+        Some((_, version)) if version.contains('/') => Err(format!("unexpected GroupVersion string: {text}")),
+        Some(pair) => Ok(pair),
+        None => Ok(("", text)),
+    }
+}
+
 /// Which rule a kind's names follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NameRule {

@@ -150,6 +150,11 @@ impl Errs {
         self.0.push(Error::invalid(&at.path, value.into(), detail));
     }
 
+    /// A structure that does not fit together; its value is not shown.
+    pub(crate) fn invalid_structure(&mut self, at: &At<'_>, detail: &str) {
+        self.0.push(Error::invalid_without_value(&at.path, detail));
+    }
+
     /// One invalid string per message.
     pub(crate) fn messages(&mut self, at: &At<'_>, messages: Vec<String>) {
         for message in messages {

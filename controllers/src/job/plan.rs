@@ -201,6 +201,7 @@ pub(crate) fn plan(job: &Job, owned: &[Arc<Pod>], now: Timestamp) -> Plan {
         plan.status.start_time = None;
         plan.delete = active;
         plan.status.active = None;
+        plan.status.ready = Some(0);
         return plan;
     }
     if set_condition(&mut plan.status, "Suspended", "False", "JobResumed", "Job resumed", now) {
@@ -258,6 +259,7 @@ fn count_finished(view: &View<'_>, plan: &mut Plan, owned: &[Arc<Pod>]) -> Optio
         }
     }
     if view.indexed {
+        lost.retain(|index| !done.contains(index));
         if let Some(limit) = view.spec.backoff_limit_per_index {
             for index in (0..view.completions.min(100_000)).filter(|i| !done.contains(i)) {
                 let times = owned.iter().filter(|p| index_of(p) == Some(index) && failed(p)).count();
@@ -384,7 +386,9 @@ fn scale(view: &View<'_>, plan: &mut Plan, owned: &[Arc<Pod>], active: Vec<Arc<P
     if have > wanted {
         let mut sorted = active;
         sorted.sort_by(|a, b| pods::deletion_order(a, 0, b, 0, view.now));
-        plan.delete = sorted.into_iter().take(usize::try_from(have - wanted).unwrap_or(0)).collect();
+        let kept = sorted.split_off(usize::try_from(have - wanted).unwrap_or(0));
+        plan.status.ready = Some(count(kept.iter().filter(|p| pods::is_ready(p)).count()));
+        plan.delete = sorted;
         return;
     }
     if have == wanted {
