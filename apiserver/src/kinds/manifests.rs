@@ -36,6 +36,7 @@ fn base(kind: &str) -> Value {
         "StorageClass" => ("storage.k8s.io/v1", json!({"provisioner": "a.b"})),
         "CSIDriver" => ("storage.k8s.io/v1", json!({"spec": {}})),
         "CSINode" => ("storage.k8s.io/v1", json!({"spec": {"drivers": [{"name": "d", "nodeID": "n"}]}})),
+        "VolumeAttributesClass" => ("storage.k8s.io/v1", json!({"driverName": "a.b", "parameters": {"a": "b"}})),
         "VolumeAttachment" => (
             "storage.k8s.io/v1",
             json!({"spec": {"attacher": "a", "nodeName": "n", "source": {"persistentVolumeName": "p"}}}),
@@ -241,9 +242,18 @@ fn new_objects() {
         (
             "CSIDriver",
             json!({"metadata": {"name": "A_"}, "spec": {"volumeLifecycleModes": ["X"], "tokenRequests": [{"audience": "a"}, {"audience": "a"}]}}),
-            "name: Invalid value: \"A_\": a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*'); \
-             spec.tokenRequests[1].audience: Duplicate value: \"a\"; \
+            "spec.tokenRequests[1].audience: Duplicate value: \"a\"; \
              spec.volumeLifecycleModes: Unsupported value: \"X\": supported values: \"Persistent\", \"Ephemeral\"",
+        ),
+        (
+            "CSINode",
+            json!({"spec": {"drivers": [{"name": "d", "nodeID": "n", "topologyKeys": ["a", "a"]}]}}),
+            "spec.drivers[0]: Duplicate value: \"a\"",
+        ),
+        (
+            "VolumeAttributesClass",
+            json!({"parameters": null}),
+            "parameters: Required value: must contain at least one key/value pair",
         ),
         (
             "VolumeAttachment",
@@ -366,7 +376,14 @@ fn changed_objects() {
             "CSINode",
             json!({}),
             json!({"spec": {"drivers": [{"name": "d", "nodeID": "m", "allocatable": {"count": 3}}]}}),
-            "CSINodeDriver: Invalid value: {\"Name\":\"d\",\"NodeID\":\"m\",\"TopologyKeys\":null,\"Allocatable\":{\"Count\":3}}: field is immutable",
+            "spec.drivers: Invalid value: {\"Name\":\"d\",\"NodeID\":\"m\",\"TopologyKeys\":null,\"Allocatable\":null}: field is immutable",
+        ),
+        (
+            "VolumeAttributesClass",
+            json!({}),
+            json!({"driverName": "A_"}),
+            "driverName: Forbidden: updates to driverName are forbidden.; \
+             driverName: Invalid value: \"a_\": name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')",
         ),
         (
             "VolumeAttachment",

@@ -2,10 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use isopod_api::{
-    field::{ErrorList, Path},
-    meta, names,
-};
+use isopod_api::{field::ErrorList, meta, names};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -53,6 +50,16 @@ fn parameters(e: &mut Errs, at: &At<'_>, required: bool) {
     }
 }
 
+fn provisioner(e: &mut Errs, at: &At<'_>) {
+    if at.s().is_empty() {
+        return e.required(at, "");
+    }
+    let name = at.s().to_lowercase();
+    for message in names::qualified_name(&name) {
+        e.invalid_as(at, name.clone(), &message);
+    }
+}
+
 /// `allowedTopologies`: no term twice, no key twice in a term, no value twice for a key.
 fn topologies(e: &mut Errs, list: &At<'_>) {
     let mut terms: Vec<BTreeMap<&str, BTreeSet<&str>>> = Vec::new();
@@ -84,14 +91,7 @@ fn topologies(e: &mut Errs, list: &At<'_>) {
 impl Strategy for StorageClass {
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        let provisioner = At::field(obj, "provisioner");
-        if provisioner.s().is_empty() {
-            e.required(&provisioner, "");
-        } else {
-            for message in names::qualified_name(&provisioner.s().to_lowercase()) {
-                e.invalid(&provisioner, &message);
-            }
-        }
+        provisioner(&mut e, &At::field(obj, "provisioner"));
         parameters(&mut e, &At::field(obj, "parameters"), false);
         e.one_of_if_set(&At::field(obj, "reclaimPolicy"), &["Delete", "Retain"]);
         let mode = At::field(obj, "volumeBindingMode");
@@ -146,7 +146,6 @@ impl Strategy for StorageClass {
 impl Strategy for CsiDriver {
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        volume_source::csi_driver_name(&mut e, &At::new(Path::new("name"), &obj["metadata"]["name"]));
         let spec = At::field(obj, "spec");
         // Upstream misspells the first.
         for (field, shown) in [
@@ -255,11 +254,17 @@ impl Strategy for CsiNode {
                 e.duplicate(&name, name.s());
             }
             seen.push(name.s());
-            for key in driver.get("topologyKeys").items() {
-                if key.s().is_empty() {
-                    e.required(&key, "");
-                } else {
-                    e.qualified_name(&key);
+            let mut keys = Vec::new();
+            for key in driver.get("topologyKeys").strings() {
+                if key.is_empty() {
+                    e.required(&driver, "");
+                }
+                if keys.contains(&key) {
+                    e.duplicate(&driver, key);
+                }
+                keys.push(key);
+                for message in names::qualified_name(key) {
+                    e.invalid_as(&driver, key, &message);
                 }
             }
         }
@@ -269,14 +274,18 @@ impl Strategy for CsiNode {
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs(self.validate(cx, new));
         let before = At::field(old, "spec").get("drivers").items();
-        let (now, at) = (At::field(new, "spec").get("drivers").items(), At::new(Path::new("CSINodeDriver"), new));
+        let at = At::field(new, "spec").get("drivers");
+        let now = at.items();
         // What a driver can attach may change, nothing else of it.
-        let fixed = |driver: &At<'_>| ["nodeID", "topologyKeys"].map(|field| driver.v[field].clone());
+        let fixed = |driver: &At<'_>| {
+            let mut driver = driver.v.clone();
+            driver["allocatable"] = Value::Null;
+            driver
+        };
         for (old, driver) in before.iter().flat_map(|old| now.iter().map(move |driver| (old, driver))) {
-            if driver.get("name").s() == old.get("name").s()
-                && fixed(driver).iter().zip(&fixed(old)).any(|(a, b)| !same(a, b))
-            {
-                e.invalid_as(&at, internal::named("NodeDriver", driver.v), IMMUTABLE);
+            let (old, driver) = (fixed(old), fixed(driver));
+            if driver["name"] == old["name"] && !same(&driver, &old) {
+                e.invalid_as(&at, internal::named("NodeDriver", &driver), IMMUTABLE);
             }
         }
         e.0
@@ -345,12 +354,12 @@ impl Strategy for VolumeAttachment {
 impl Strategy for VolumeAttributesClass {
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        volume_source::csi_driver_name(&mut e, &At::field(obj, "driverName"));
+        provisioner(&mut e, &At::field(obj, "driverName"));
         parameters(&mut e, &At::field(obj, "parameters"), true);
         e.0
     }
 
-    fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs::new();
         for (field, detail) in [
             ("driverName", "updates to driverName are forbidden."),
@@ -360,6 +369,7 @@ impl Strategy for VolumeAttributesClass {
                 e.forbidden(&At::field(new, field), detail);
             }
         }
+        e.0.extend(self.validate(cx, new));
         e.0
     }
 
@@ -374,9 +384,7 @@ impl Strategy for CsiStorageCapacity {
         let class = At::field(obj, "storageClassName");
         e.dns_subdomain(&class);
         selector::label_selector(&mut e, &At::field(obj, "nodeTopology"));
-        for field in ["capacity", "maximumVolumeSize"] {
-            resources::non_negative_quantity(&mut e, &At::field(obj, field));
-        }
+        resources::non_negative_quantity(&mut e, &At::field(obj, "capacity"));
         e.0
     }
 

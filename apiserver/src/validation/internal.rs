@@ -132,6 +132,8 @@ JobPodCondition: Type=type:s Status=status:s
 JobSuccessPolicy: Rules=rules:L(JobSuccessRule)
 JobSuccessRule: SucceededIndexes=succeededIndexes:* SucceededCount=succeededCount:*
 Uncounted: Succeeded=succeeded:* Failed=failed:*
+ObjectRef: Kind=kind:s Namespace=namespace:s Name=name:s UID=uid:s APIVersion=apiVersion:s ResourceVersion=resourceVersion:s FieldPath=fieldPath:s
+EventSource: Component=component:s Host=host:s
 ParentRef: Group=group:s Resource=resource:s Namespace=namespace:s Name=name:s
 ExemptLevel: NominalConcurrencyShares=nominalConcurrencyShares:* LendablePercent=lendablePercent:*
 ";

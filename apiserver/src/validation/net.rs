@@ -135,7 +135,10 @@ pub(crate) fn cidr_warning(path: &Path, value: &str) -> Option<String> {
 
 /// An address that other machines may use: not unspecified, loopback, link-local or multicast of link scope.
 pub(crate) fn non_special_ip(e: &mut Errs, at: &At<'_>) {
-    let Ok(ip) = parse_ip(at.s()) else {
+    // Leading zeros do not matter here.
+    let octets: Vec<&str> = at.s().split('.').map(|octet| octet.trim_start_matches('0')).collect();
+    let plain = octets.iter().map(|octet| if octet.is_empty() { "0" } else { octet }).collect::<Vec<_>>().join(".");
+    let Ok(ip) = parse_ip(at.s()).or_else(|_| plain.parse::<IpAddr>()) else {
         return e.invalid_str(at, "must be a valid IP address");
     };
     let link_local = match ip {
