@@ -75,9 +75,11 @@ impl Strategy for ResourceClaim {
         }
     }
 
-    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+    fn validate(&self, cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        dra_claims::claim(&mut e, &At::field(obj, "spec").get("devices"));
+        let devices = At::field(obj, "spec").get("devices");
+        dra_claims::admin_access(&mut e, cx, dra_claims::asks_admin_access(&devices).as_ref());
+        dra_claims::claim(&mut e, &devices);
         e.0
     }
 
@@ -89,6 +91,10 @@ impl Strategy for ResourceClaim {
                 e.invalid_as(&spec, internal::named("DeviceClaimSpec", spec.v), IMMUTABLE);
             }
         } else {
+            let had = At::field(old, "status");
+            if dra_claims::has_admin_access(&had).is_none() {
+                dra_claims::admin_access(&mut e, cx, dra_claims::has_admin_access(&At::field(new, "status")).as_ref());
+            }
             dra_claims::status(&mut e, new, old);
         }
         e.0
@@ -118,9 +124,11 @@ impl Strategy for ResourceClaimTemplate {
         claim_defaults(obj.pointer_mut("/spec/spec/devices"));
     }
 
-    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+    fn validate(&self, cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        dra_claims::claim(&mut e, &At::field(obj, "spec").get("spec.devices"));
+        let devices = At::field(obj, "spec").get("spec.devices");
+        dra_claims::admin_access(&mut e, cx, dra_claims::asks_admin_access(&devices).as_ref());
+        dra_claims::claim(&mut e, &devices);
         e.0
     }
 

@@ -2,11 +2,12 @@
 
 use std::collections::HashSet;
 
-use isopod_api::names;
+use isopod_api::{field::Path, gvk::Gvr, names};
 use serde_json::Value;
 
 use crate::{
     cel::{Environment, Type},
+    registry::strategy::Context,
     validation::{
         At, Errs, IMMUTABLE, internal, meta, same, scheduling, volume_source::csi_driver_name as driver_name,
     },
@@ -16,6 +17,37 @@ const LIST: usize = 32;
 const TEXT: usize = 10 * 1024;
 const REFERENCE: &str =
     "must be the name of a request in the claim or the name of a request and a subrequest separated by '/'";
+
+/// The label of namespaces whose claims may have access to devices that are in use.
+const ADMIN_LABEL: &str = "resource.kubernetes.io/admin-access";
+
+/// Whoever asks for admin access (`asked`: where) must be in a namespace that grants it.
+pub(super) fn admin_access(e: &mut Errs, cx: &Context<'_>, asked: Option<&At<'_>>) {
+    let Some(at) = asked else { return };
+    let Some(namespace) = cx.objects.get(&Gvr::new("", "v1", "namespaces"), "", cx.namespace) else {
+        let why =
+            format!("could not retrieve namespace to verify admin access: namespaces {:?} not found", cx.namespace);
+        return e.0.push(isopod_api::field::Error::internal(&at.path, why));
+    };
+    if namespace.value()["metadata"]["labels"][ADMIN_LABEL] != "true" {
+        let label = format!("`{ADMIN_LABEL}: true`");
+        e.forbidden(at, &format!("admin access to devices requires the {label} label on the containing namespace"));
+    }
+}
+
+/// Where the requests of a claim ask for admin access first.
+pub(super) fn asks_admin_access<'a>(devices: &At<'a>) -> Option<At<'a>> {
+    // Upstream leaves `exactly` out, and reports claims and their templates alike.
+    let requests = At::new(Path::new("spec").child("devices").child("requests"), devices.get("requests").v);
+    let first = requests.items().into_iter().find(|at| at.get("exactly.adminAccess").is_true());
+    first.map(|at| at.get("adminAccess"))
+}
+
+/// Where the results of an allocation have admin access first.
+pub(super) fn has_admin_access<'a>(status: &At<'a>) -> Option<At<'a>> {
+    let results = status.get("allocation.devices.results").items();
+    results.into_iter().map(|at| at.get("adminAccess")).find(At::is_true)
+}
 
 /// Each item of a list that is not too long.
 pub(super) fn each<'a>(e: &mut Errs, list: &At<'a>, max: usize, mut item: impl FnMut(&mut Errs, &At<'a>)) {

@@ -422,3 +422,32 @@ fn changed_objects() {
         assert_eq!(found.join("; "), want, "{kind} {before} {after}");
     }
 }
+
+#[test]
+fn admin_access_is_granted_by_namespaces() {
+    use isopod_api::field::Path;
+
+    let gvr = resources::by_gvk(&Gvk::of(&base("ResourceClaim"))).unwrap().gvr();
+    let mut claim = base("ResourceClaim");
+    claim["spec"]["devices"]["requests"][0]["exactly"]["adminAccess"] = json!(true);
+    let status = json!({"allocation": {"devices": {"results": [{}, {"adminAccess": true}]}}});
+    let asked = super::dra_claims::has_admin_access(&crate::validation::At::new(Path::new("status"), &status)).unwrap();
+    assert_eq!(asked.path.to_string(), "status.allocation.devices.results[1].adminAccess");
+    let (objects, user) = (FakeObjects::default(), UserInfo::default());
+    let missing = "Internal error: could not retrieve namespace to verify admin access: namespaces \"n\" not found";
+    let refused = "Forbidden: admin access to devices requires the `resource.kubernetes.io/admin-access: true` label on the containing namespace";
+    for (labels, want) in [
+        (None, Some(missing)),
+        (Some(json!({})), Some(refused)),
+        (Some(json!({"resource.kubernetes.io/admin-access": "true"})), None),
+    ] {
+        if let Some(labels) = labels {
+            objects.put("namespaces", json!({"metadata": {"name": "n", "labels": labels}}));
+        }
+        let (subresource, name, dry_run) = ("", "a", false);
+        let cx = Context { gvr: &gvr, subresource, namespace: "n", name, user: &user, objects: &objects, dry_run };
+        let found = strategy_for(&gvr).validate(&cx, &claim);
+        let shown = found.iter().find(|e| e.field == "spec.devices.requests[0].adminAccess").map(|e| e.body());
+        assert_eq!(shown.as_deref(), want);
+    }
+}
