@@ -8,6 +8,7 @@ pub mod cgroups;
 pub mod cli;
 mod config;
 pub mod cpu_list;
+mod dbus;
 mod devices;
 pub mod error;
 #[cfg(test)]

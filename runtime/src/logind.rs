@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    cgroups::dbus::{Body, Bus},
+    dbus::{Body, Bus},
     error::{Context, Error, Kind, Result},
 };
 
@@ -96,7 +96,7 @@ mod tests {
     use std::{io::Read, os::unix::net::UnixListener, thread};
 
     use super::*;
-    use crate::cgroups::dbus::mock::Server;
+    use crate::dbus::mock::Server;
 
     #[test]
     fn a_lock_is_held_until_the_shutdown_may_go_on() {

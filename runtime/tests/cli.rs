@@ -14,12 +14,17 @@ use std::{
     os::unix::net::UnixListener,
     path::Path,
     process::{Command, Stdio},
-    time::{Duration, Instant},
 };
 
 use common::{Bundle, possible};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
 use serde_json::Value;
 
+/// How long a signal may take.
+const PATIENCE: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 const RUNC: &str = "/usr/sbin/runc";
 
 /// One runtime with a container of its own.
@@ -90,6 +95,15 @@ impl Side {
         state["status"].as_str().unwrap_or("none").to_owned()
     }
 
+    /// Waits a while for the end of the container's process.
+    fn await_end(&self) {
+        let state = serde_json::from_str::<Value>(&self.call("state ID", "").out).unwrap_or_default();
+        let pid = state["pid"].as_i64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        if let Some(Ok(pidfd)) = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+            poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&PATIENCE)).unwrap();
+        }
+    }
+
     fn answer(&self, line: &str) -> Answer {
         let (line, input) = line.split_once("<<").unwrap_or((line, ""));
         let answer = self.call(line, input);
@@ -154,9 +168,9 @@ fn compare(theirs: &Side, ours: &Side, row: &str) -> Option<String> {
     let difference = columns.next().unwrap_or_default();
     let (mut runc, mut own) = (theirs.answer(line), ours.answer(line));
     // A signal needs a moment.
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while runc.state != own.state && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(50));
+    if runc.state != own.state {
+        theirs.await_end();
+        ours.await_end();
         (runc.state, own.state) = (theirs.state(), ours.state());
     }
     let mut wrong = vec![];

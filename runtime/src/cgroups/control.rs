@@ -7,10 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use oci_spec::runtime::LinuxCpu;
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxRdma, LinuxResources};
 use rustix::fs::{Mode, OFlags};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 
 /// A path in the hierarchy mounted at `mount_point`.
 pub(super) fn below(mount_point: &Path, path: &Path) -> PathBuf {
@@ -71,8 +71,24 @@ pub(super) fn all_keyed(file: &Path) -> HashMap<String, u64> {
         .collect()
 }
 
-/// Processors and memory nodes: the same files in both versions.
-pub(super) fn cpuset(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
+/// Writes the limits of a controller that is the same in v1 and v2.
+pub(super) fn apply_alike(dir: &Path, controller: &str, resources: &LinuxResources) -> Result<()> {
+    match controller {
+        "cpuset" => resources.cpu().as_ref().map_or(Ok(()), |c| cpuset(dir, c)),
+        "pids" => resources.pids().as_ref().map_or(Ok(()), |pids| {
+            let limit = pids.limit();
+            write(&dir.join("pids.max"), &if limit <= 0 { "max".to_owned() } else { limit.to_string() })
+        }),
+        "rdma" => resources
+            .rdma()
+            .iter()
+            .flatten()
+            .try_for_each(|(device, limit)| write(&dir.join("rdma.max"), &rdma_line(device, limit))),
+        _ => Ok(()),
+    }
+}
+
+fn cpuset(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
     if let Some(cpus) = cpu.cpus().as_ref().filter(|c| !c.is_empty()) {
         write(&dir.join("cpuset.cpus"), cpus)?;
     }
@@ -80,6 +96,24 @@ pub(super) fn cpuset(dir: &Path, cpu: &LinuxCpu) -> Result<()> {
         write(&dir.join("cpuset.mems"), mems)?;
     }
     Ok(())
+}
+
+fn rdma_line(device: &str, limit: &LinuxRdma) -> String {
+    let limits = [("hca_handle", limit.hca_handles()), ("hca_object", limit.hca_objects())];
+    let words = limits.into_iter().filter_map(|(key, value)| Some(format!(" {key}={}", value?)));
+    format!("{device}{}", words.collect::<String>())
+}
+
+/// With `checkBeforeUpdate` a limit below what is in use is an error instead of an OOM kill.
+pub(super) fn check_before(memory: &LinuxMemory, usage: &Path) -> Result<()> {
+    let limit = memory.limit().filter(|&l| l > 0 && memory.check_before_update() == Some(true));
+    let used = read_number(usage);
+    match limit {
+        Some(limit) if used > limit as u64 => {
+            Err(Error::state(format!("memory limit {limit} is below what is in use ({used})")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Processes of a group and those below.

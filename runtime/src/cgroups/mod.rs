@@ -5,7 +5,6 @@
 //! parent group there. Each join costs a directory and a write, and most of a container's start is such small change.
 
 mod control;
-pub(crate) mod dbus;
 mod devices;
 mod layout;
 mod processes;

@@ -2,11 +2,8 @@
 
 use oci_spec::runtime::LinuxResources;
 
-use super::{
-    dbus::Value,
-    systemd::{connect, limits, set_limits, start_unit, stop_and_wait},
-};
-use crate::error::Result;
+use super::systemd::{connect, limits, set_limits, start_unit, stop_and_wait};
+use crate::{dbus::Value, error::Result};
 
 /// Makes a slice (`a-b.slice` lies in `a.slice`) with limits; one that exists gets them.
 ///

@@ -12,12 +12,10 @@ use std::{
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    dbus::{Body, Bus, Message, Value},
-    v2,
-};
+use super::v2;
 use crate::{
     cpu_list,
+    dbus::{Body, Bus, Message, Value},
     error::{Context, Error, Kind, Result},
     sys::{self, Cloned},
 };

@@ -10,8 +10,7 @@ use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
 use super::{
     Usage,
-    control::{all_keyed, keyed, read_number, write},
-    v2::{apply_alike, check_before},
+    control::{all_keyed, apply_alike, check_before, keyed, read_number, write},
 };
 use crate::error::{Error, Result};
 

@@ -7,12 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxRdma, LinuxResources};
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::{
     Usage,
-    control::{all_keyed, cpuset, keyed, read_number, write},
+    control::{all_keyed, apply_alike, check_before, keyed, read_number, write},
 };
 use crate::error::{Context, Error, Result};
 
@@ -44,29 +44,6 @@ pub(super) fn apply(dir: &Path, controllers: &[String], resources: &LinuxResourc
         }
     }
     Ok(())
-}
-
-/// Writes the limits of a controller that is the same in v1 and v2.
-pub(super) fn apply_alike(dir: &Path, controller: &str, resources: &LinuxResources) -> Result<()> {
-    match controller {
-        "cpuset" => resources.cpu().as_ref().map_or(Ok(()), |c| cpuset(dir, c)),
-        "pids" => resources.pids().as_ref().map_or(Ok(()), |pids| {
-            let limit = pids.limit();
-            write(&dir.join("pids.max"), &if limit <= 0 { "max".to_owned() } else { limit.to_string() })
-        }),
-        "rdma" => resources
-            .rdma()
-            .iter()
-            .flatten()
-            .try_for_each(|(device, limit)| write(&dir.join("rdma.max"), &rdma_line(device, limit))),
-        _ => Ok(()),
-    }
-}
-
-fn rdma_line(device: &str, limit: &LinuxRdma) -> String {
-    let limits = [("hca_handle", limit.hca_handles()), ("hca_object", limit.hca_objects())];
-    let words = limits.into_iter().filter_map(|(key, value)| Some(format!(" {key}={}", value?)));
-    format!("{device}{}", words.collect::<String>())
 }
 
 fn huge_pages(dir: &Path, page: &LinuxHugepageLimit) -> Result<()> {
@@ -134,18 +111,6 @@ pub(crate) fn swap_of(memory_and_swap: i64, limit: i64) -> Result<Option<i64>> {
             Err(Error::invalid(format!("memory+swap limit {total} is below the memory limit {limit}")))
         }
         (total, limit) => Ok(Some(total - limit)),
-    }
-}
-
-/// With `checkBeforeUpdate` a limit below what is in use is an error instead of an OOM kill.
-pub(super) fn check_before(memory: &LinuxMemory, usage: &Path) -> Result<()> {
-    let limit = memory.limit().filter(|&l| l > 0 && memory.check_before_update() == Some(true));
-    let used = read_number(usage);
-    match limit {
-        Some(limit) if used > limit as u64 => {
-            Err(Error::state(format!("memory limit {limit} is below what is in use ({used})")))
-        }
-        _ => Ok(()),
     }
 }
 

@@ -35,7 +35,7 @@ const SIGNAL: u8 = 4;
 
 /// A value of a unit's property.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Value {
+pub(crate) enum Value {
     /// `s`
     Text(String),
     /// `b`
@@ -137,7 +137,7 @@ impl Body {
     }
 
     /// An argument of type `a(sv)`.
-    pub(super) fn properties(mut self, properties: &[(&str, Value)]) -> Self {
+    pub(crate) fn properties(mut self, properties: &[(&str, Value)]) -> Self {
         self.signature.push_str("a(sv)");
         self.array(8, |b| {
             for (name, value) in properties {
@@ -150,7 +150,7 @@ impl Body {
     }
 
     /// An empty argument of type `a(sa(sv))`.
-    pub(super) fn no_further_units(mut self) -> Self {
+    pub(crate) fn no_further_units(mut self) -> Self {
         self.signature.push_str("a(sa(sv))");
         self.array(8, |_| ());
         self
@@ -333,7 +333,7 @@ impl Bus {
     }
 
     /// The next signal.
-    pub(super) fn signal(&mut self) -> Result<Message> {
+    pub(crate) fn signal(&mut self) -> Result<Message> {
         if !self.signals.is_empty() {
             return Ok(self.signals.remove(0));
         }
