@@ -160,7 +160,7 @@ fn hooks_probes_deadlines_and_last_words() {
 #[test]
 fn a_pod_survives_the_death_of_its_supervisor() {
     let mut net = Net::new();
-    let c = Cluster::start(&net.host("one"));
+    let mut c = Cluster::start(&net.host("one"));
     c.apply(
         "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  terminationGracePeriodSeconds: 1\n  initContainers:\n  - {name: i, image: 'busybox:1', \
          command: [sh, -c, 'echo ran >> /host/init'], volumeMounts: [{name: host, mountPath: /host}]}\n  containers:\n  \
@@ -181,6 +181,13 @@ fn a_pod_survives_the_death_of_its_supervisor() {
         let events = c.k("get events --field-selector involvedObject.name=p");
         if events.contains("SandboxChanged") { Ok(()) } else { Err(events) }
     });
+    // Nobody is there to see it: the next agent tells of a pod with another address.
+    c.kill_agent();
+    c.host.must(&format!("kill -9 $(cat /run/isopod/pods/{uid}/supervisor.pid)"));
+    c.up();
+    c.wait_field("pod p", ".status.containerStatuses[0].restartCount", |n| n == "2");
+    let ip = c.get("pod p")["status"]["podIP"].as_str().unwrap().to_owned();
+    assert_eq!(c.get("pod p")["status"]["podIPs"], serde_json::json!([{"ip": ip}]));
     c.k("delete pod p --timeout=30s");
     eventually("nothing is left", || {
         let ran =

@@ -201,8 +201,8 @@ pub(crate) fn forget() {
     }
 }
 
-/// Ends pods step by step; a step ends when its pods are gone or its time is up. Pods that the agent takes over only now belong
-/// to the step that is under way, if not to a later one.
+/// Ends pods step by step; a step ends when its pods are gone or its time is up. Pods that the agent takes over only now are
+/// waited for: their turn may be before the API server's.
 async fn end_pods(table: &PodTable, steps: &[Step]) {
     let mut told = HashSet::new();
     for (at, step) in steps.iter().enumerate() {
@@ -213,6 +213,7 @@ async fn end_pods(table: &PodTable, steps: &[Step]) {
         let most = i64::try_from(step.period.as_secs()).unwrap_or(i64::MAX);
         let mut changes = table.changes();
         let ends = async {
+            table.complete().await;
             loop {
                 let pods: Vec<_> = table.all().into_iter().filter(mine).collect();
                 for s in pods.iter().filter(|s| told.insert(sandbox::uid(&s.pod).to_owned())) {

@@ -165,6 +165,7 @@ impl Manager {
         }
         let uids: Vec<String> = known.iter().map(|p| sandbox::uid(p).to_string()).collect();
         super::manager_clean(&self.ctx, &uids).await;
+        self.ctx.table.expect(uids.into_iter().collect());
         for pod in known {
             let source = if is_static(&pod) { Source::Static } else { Source::Api };
             self.spawn(Arc::new(pod), source, None);

@@ -1,7 +1,7 @@
 //! What the rest of the agent sees of its pods: the latest snapshot each worker published.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::Arc,
 };
@@ -48,12 +48,14 @@ pub(crate) struct Snapshot {
 #[derive(Clone)]
 pub(crate) struct PodTable {
     pods: Arc<RwLock<HashMap<String, Arc<Snapshot>>>>,
+    /// Pods of an earlier agent that are still to be taken over; `None` before it is known which.
+    coming: watch::Sender<Option<HashSet<String>>>,
     changed: watch::Sender<()>,
 }
 
 impl Default for PodTable {
     fn default() -> Self {
-        Self { pods: Arc::default(), changed: watch::channel(()).0 }
+        Self { pods: Arc::default(), coming: watch::channel(None).0, changed: watch::channel(()).0 }
     }
 }
 
@@ -61,7 +63,20 @@ impl PodTable {
     /// Replaces a pod's snapshot.
     pub(crate) fn put(&self, uid: &str, snapshot: Snapshot) {
         self.pods.write().insert(uid.into(), Arc::new(snapshot));
+        self.coming.send_if_modified(|coming| coming.as_mut().is_some_and(|uids| uids.remove(uid)));
         self.changed.send_replace(());
+    }
+
+    /// Which pods of an earlier agent will show up.
+    pub(crate) fn expect(&self, uids: HashSet<String>) {
+        self.coming.send_replace(Some(uids));
+    }
+
+    /// Waits until all pods of an earlier agent are here.
+    pub(crate) async fn complete(&self) {
+        let all = |coming: &Option<HashSet<String>>| coming.as_ref().is_some_and(HashSet::is_empty);
+        // The table itself holds the sender.
+        let _ = self.coming.subscribe().wait_for(all).await;
     }
 
     /// Tells of every later change.
@@ -104,5 +119,41 @@ impl PodTable {
             Some(s) if first.pod.metadata.deletion_timestamp.is_some() => s.clone(),
             _ => first.clone(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    fn snapshot() -> Snapshot {
+        Snapshot {
+            pod: Arc::default(),
+            mirror_uid: None,
+            containers: BTreeMap::new(),
+            attempt: 0,
+            netns: None,
+            host_network: false,
+            supervisor: None,
+            worker: Teller::new(mpsc::unbounded_channel().0),
+        }
+    }
+
+    #[test]
+    fn it_is_complete_when_all_that_were_there_are_here() {
+        let table = PodTable::default();
+        table.put("new", snapshot());
+        assert!(table.complete().now_or_never().is_none(), "what is on disk has not been read");
+        table.expect(["a", "b"].map(str::to_owned).into());
+        table.put("a", snapshot());
+        assert!(table.complete().now_or_never().is_none());
+        let waits = table.complete();
+        table.put("b", snapshot());
+        assert!(waits.now_or_never().is_some());
+        table.expect(HashSet::new());
+        assert!(table.complete().now_or_never().is_some());
     }
 }

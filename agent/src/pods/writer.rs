@@ -13,7 +13,7 @@ use kube::api::{Api as KubeApi, DeleteParams, Patch, PatchParams, Preconditions}
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use crate::api::{Api, is_code};
+use crate::api::{Api, is_code, refusal};
 
 /// What is wanted.
 #[derive(Debug, Clone, Default)]
@@ -93,6 +93,7 @@ pub(crate) async fn run(
 ) {
     let mut sent: Option<Sent> = None;
     let mut corrected: Option<Instant> = None;
+    let mut refused = None;
     let mut pause = Duration::from_millis(200);
     loop {
         let want = wanted.borrow_and_update().clone();
@@ -129,7 +130,13 @@ pub(crate) async fn run(
                         gone = true;
                     }
                     Err(error) => {
-                        tracing::debug!(pod = target.name, %error, "status not written");
+                        match refusal(&error) {
+                            Some(why) if refused.as_ref() != Some(&why) => {
+                                tracing::warn!(pod = target.name, why, "the API server refuses the pod's status");
+                                refused = Some(why);
+                            }
+                            _ => tracing::debug!(pod = target.name, %error, "status not written"),
+                        }
                         retry = Some(pause);
                     }
                 }
@@ -197,7 +204,8 @@ fn gone_conditions(known: Option<&Value>, full: &Value) -> Vec<Value> {
 fn patch(known: Option<&Value>, full: &Value) -> Value {
     let mut out = full.clone();
     let Some(map) = out.as_object_mut() else { return out };
-    for key in ["reason", "message", "podIP"] {
+    // Of what an earlier life of this agent has written nothing may stay either.
+    for key in ["reason", "message", "podIP", "podIPs", "resources", "allocatedResources"] {
         map.entry(key).or_insert(Value::Null);
     }
     if let Some(before) = known.and_then(Value::as_object) {
@@ -217,12 +225,8 @@ fn patch(known: Option<&Value>, full: &Value) -> Value {
         list.extend(gone);
     }
     for key in ["podIPs", "hostIPs"] {
-        let before = known.and_then(|k| k.get(key)).and_then(Value::as_array).is_some_and(|l| !l.is_empty());
         let changed = known.and_then(|k| k.get(key)) != full.get(key);
-        if let Some(list) = map.get_mut(key).and_then(Value::as_array_mut)
-            && before
-            && changed
-        {
+        if let Some(list) = map.get_mut(key).and_then(Value::as_array_mut).filter(|_| changed) {
             list.insert(0, json!({"$patch": "replace"}));
         }
     }
@@ -257,9 +261,13 @@ mod tests {
         assert_eq!(
             patch(Some(&before), &after),
             json!({"phase":"Running","reason":null,"message":null,"podIP":null,"startTime":null,
-                "podIPs":[{"$patch":"replace"},{"ip":"b"}],
+                "resources":null,"allocatedResources":null,"podIPs":[{"$patch":"replace"},{"ip":"b"}],
                 "conditions":[{"type":"Ready","status":"True","reason":null,"message":null},
                     {"$patch":"delete","type":"PodResizeInProgress"}]})
         );
+        // An agent that has just started does not know what was written before.
+        let first = patch(None, &json!({"phase":"Running","hostIPs":[{"ip":"h"}],"conditions":[]}));
+        assert_eq!((&first["podIPs"], &first["hostIPs"]), (&json!(null), &json!([{"$patch":"replace"},{"ip":"h"}])));
+        assert_eq!(patch(None, &after)["podIPs"], json!([{"$patch":"replace"},{"ip":"b"}]));
     }
 }
