@@ -322,5 +322,14 @@ mod tests {
         let doc = parse(&crd_v3("x.example.com", "v1", &[crd], &none));
         check_references(&doc, &doc);
         assert!(doc["components"]["schemas"]["com.example.x.v1.Thing"]["properties"]["metadata"].is_object());
+        // kubectl sends strategic merge patches where they are offered.
+        let patch = &doc["paths"]["/apis/x.example.com/v1/namespaces/{namespace}/things/{name}"]["patch"];
+        let types: Vec<&String> = patch["requestBody"]["content"].as_object().unwrap().keys().collect();
+        assert_eq!(
+            types,
+            ["application/apply-patch+yaml", "application/json-patch+json", "application/merge-patch+json"]
+        );
+        let types: Vec<&String> = patch["responses"]["200"]["content"].as_object().unwrap().keys().collect();
+        assert_eq!(types, ["application/json", "application/yaml"]);
     }
 }

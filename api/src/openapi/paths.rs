@@ -121,9 +121,21 @@ struct Writer<'a> {
     group: &'a str,
     version: &'a str,
     dialect: Dialect,
+    /// Of a CRD: no protobuf, no strategic merge. Clients choose what they send by this.
+    custom: bool,
 }
 
 impl Writer<'_> {
+    /// Media types of patches.
+    fn patches(&self) -> &'static [&'static str] {
+        if self.custom { &PATCH_TYPES[..3] } else { PATCH_TYPES }
+    }
+
+    /// Media types of other bodies.
+    fn bodies(&self) -> &'static [&'static str] {
+        if self.custom { &["application/json", "application/yaml"] } else { &["*/*"] }
+    }
+
     fn operation(&self, op: &Operation<'_>) -> Value {
         let word = group_word(self.group);
         let action = match op.verb {
@@ -181,12 +193,15 @@ impl Writer<'_> {
             _ => op.body.to_owned(),
         };
         if self.dialect == Dialect::V2 {
-            let consumes: Vec<&str> = if op.verb == "patch" { PATCH_TYPES.to_vec() } else { vec!["*/*"] };
-            let mut produces = vec!["application/json", "application/yaml", "application/vnd.kubernetes.protobuf"];
-            if op.verb == "list" {
+            let consumes = if op.verb == "patch" { self.patches() } else { self.bodies() };
+            let mut produces = vec!["application/json", "application/yaml"];
+            if !self.custom {
+                produces.push("application/vnd.kubernetes.protobuf");
+            }
+            if op.verb == "list" && !self.custom {
                 produces.extend(["application/json;stream=watch", "application/vnd.kubernetes.protobuf;stream=watch"]);
             }
-            out.insert("consumes".into(), consumes.into());
+            out.insert("consumes".into(), consumes.to_vec().into());
             out.insert("produces".into(), produces.into());
             out.insert("schemes".into(), json!(["https"]));
             if !body.is_empty() {
@@ -197,7 +212,7 @@ impl Writer<'_> {
             out.insert("parameters".into(), parameters.into());
         }
         if self.dialect == Dialect::V3 && !body.is_empty() {
-            let types: &[&str] = if op.verb == "patch" { PATCH_TYPES } else { &["*/*"] };
+            let types = if op.verb == "patch" { self.patches() } else { self.bodies() };
             let content: Map<String, Value> =
                 types.iter().map(|t| ((*t).to_owned(), json!({"schema": reference(&body, self.dialect)}))).collect();
             let mut request = json!({"content": content});
@@ -223,8 +238,8 @@ impl Writer<'_> {
             if self.dialect == Dialect::V2 {
                 response["schema"] = schema;
             } else {
-                let mut types = MEDIA.to_vec();
-                if op.verb == "list" {
+                let mut types = if self.custom { self.bodies().to_vec() } else { MEDIA.to_vec() };
+                if op.verb == "list" && !self.custom {
                     types.insert(1, "application/json;stream=watch");
                     types.insert(3, "application/vnd.kubernetes.protobuf;stream=watch");
                 }
@@ -349,7 +364,7 @@ fn subresource_path(
 
 /// The paths of a built-in group and version.
 pub(super) fn built_in(group: &str, version: &str, dialect: Dialect) -> Vec<(String, Value)> {
-    let writer = Writer { group, version, dialect };
+    let writer = Writer { group, version, dialect, custom: false };
     let gv = api_version(group, version);
     let mut out = Vec::new();
     for resource in resources::in_version(group, version) {
@@ -371,7 +386,7 @@ pub(super) fn built_in(group: &str, version: &str, dialect: Dialect) -> Vec<(Str
 
 /// The paths of a CRD's version.
 pub(super) fn custom(group: &str, version: &str, crd: &CrdPaths<'_>, dialect: Dialect) -> Vec<(String, Value)> {
-    let writer = Writer { group, version, dialect };
+    let writer = Writer { group, version, dialect, custom: true };
     let (item, list) = (custom_name(group, version, crd.kind), custom_name(group, version, crd.list_kind));
     let mut out = Vec::new();
     let shape = Shape {

@@ -86,8 +86,40 @@ async fn kubectl_writes() {
         applied(&k);
         edited(&k);
         patched(&k);
+        customized(&k);
         deleted(&k);
     });
+}
+
+fn customized(k: &Kubectl) {
+    let schema = json!({"type": "object", "properties": {"spec": {"type": "object", "properties": {
+        "size": {"type": "integer"}, "words": {"type": "array", "items": {"type": "string"}}}}}});
+    k.file("crd.json", &json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": "things.k.example.com"}, "spec": {"group": "k.example.com", "scope": "Namespaced",
+            "names": {"plural": "things", "kind": "Thing", "shortNames": ["thg"]}, "versions": [{"name": "v1",
+                "served": true, "storage": true, "schema": {"openAPIV3Schema": schema},
+                "subresources": {"scale": {"specReplicasPath": ".spec.size", "statusReplicasPath": ".status.size"}}}]}}));
+    k.k("apply -f crd.json");
+    k.k("wait --for=condition=Established crd/things.k.example.com --timeout=10s");
+    let thing = |size: i32, words: Value| json!({"apiVersion": "k.example.com/v1", "kind": "Thing", "metadata": {"name": "t"}, "spec": {"size": size, "words": words}});
+    k.file("thing.json", &thing(1, json!(["a", "b"])));
+    assert_eq!(k.k("apply -f thing.json"), "thing.k.example.com/t created\n");
+    assert_eq!(k.k("apply -f thing.json"), "thing.k.example.com/t unchanged\n");
+    k.file("thing.json", &thing(2, json!(["b"])));
+    let difference = k.output("diff -f thing.json");
+    assert_eq!(difference.status.code(), Some(1), "{}", String::from_utf8_lossy(&difference.stderr));
+    assert_eq!(k.k("apply -f thing.json"), "thing.k.example.com/t configured\n");
+    assert_eq!(k.get("thg t")["spec"], json!({"size": 2, "words": ["b"]}));
+    fs::write(k.0.join("editor"), "#!/bin/sh\nsed -i 's/size: 2/size: 3/' \"$1\"\n").unwrap();
+    assert_eq!(k.k("edit thg t"), "thing.k.example.com/t edited\n");
+    k.k("scale thg t --replicas=4");
+    k.k("label thg t x=y");
+    k.k(r#"patch thg t --type=merge -p '{"spec":{"words":["c"]}}'"#);
+    assert_eq!(k.get("thg -l x=y")["items"][0]["spec"], json!({"size": 4, "words": ["c"]}));
+    let refused = k.refused(r#"patch thg t --type=strategic -p '{"spec":{"words":["c"]}}'"#);
+    assert!(refused.contains("accepted media types include"), "{refused}");
+    k.k("replace -f thing.json");
+    k.k("delete -f crd.json");
 }
 
 fn applied(k: &Kubectl) {
