@@ -457,7 +457,7 @@ fn crd(map: &mut Object) {
     let names = ensure(spec, "names");
     let kind = text(names, "kind").to_owned();
     for (field, value) in [("singular", kind.to_lowercase()), ("listKind", format!("{kind}List"))] {
-        if text(names, field).is_empty() {
+        if text(names, field).is_empty() && (field == "singular" || !kind.is_empty()) {
             names.insert(field.into(), value.into());
         }
     }

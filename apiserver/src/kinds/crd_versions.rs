@@ -25,23 +25,70 @@ fn is_shared(versions: &[At<'_>], field: &str) -> bool {
     versions.first().is_some_and(|first| versions.iter().all(|version| version.v.get(field) == first.v.get(field)))
 }
 
+/// The schemas directly below one.
+fn below(schema: &Value) -> impl Iterator<Item = &Value> {
+    let lists = ["items", "allOf", "anyOf", "oneOf"].into_iter().flat_map(|field| schema[field].as_array());
+    let single = ["items", "not", "additionalProperties", "additionalItems"].into_iter().map(|field| &schema[field]);
+    let named = ["properties", "patternProperties", "definitions", "dependencies"];
+    let named = named.into_iter().flat_map(|field| schema[field].as_object()).flat_map(|map| map.values());
+    lists.flatten().chain(single).chain(named).filter(|schema| schema.is_object())
+}
+
 fn has_default(schema: &Value) -> bool {
-    match schema {
-        Value::Object(map) => {
-            map.get("default").is_some_and(|v| !v.is_null())
-                || map.iter().any(|(field, below)| match field.as_str() {
-                    "properties" | "patternProperties" | "definitions" | "dependencies" => {
-                        below.as_object().into_iter().flatten().any(|(_, v)| has_default(v))
-                    }
-                    "items" | "additionalProperties" | "additionalItems" | "not" | "allOf" | "anyOf" | "oneOf" => {
-                        has_default(below)
-                    }
-                    _ => false,
-                })
+    !schema["default"].is_null() || below(schema).any(has_default)
+}
+
+/// Formats of strings that are checked; dashes do not matter.
+const FORMATS: &[&str] = &[
+    "bsonobjectid",
+    "uri",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "cidr",
+    "mac",
+    "uuid",
+    "uuid3",
+    "uuid4",
+    "uuid5",
+    "isbn",
+    "isbn10",
+    "isbn13",
+    "creditcard",
+    "ssn",
+    "hexcolor",
+    "rgbcolor",
+    "byte",
+    "password",
+    "date",
+    "duration",
+    "datetime",
+    "quantity",
+    "k8sshortname",
+    "k8slongname",
+];
+
+/// Formats of a definition's schemas that nobody checks.
+pub(super) fn unknown_formats(spec: &Value) -> Vec<&str> {
+    fn collect<'a>(out: &mut Vec<&'a str>, schema: &'a Value) {
+        let format = schema["format"].as_str().unwrap_or_default();
+        let known = match schema["type"].as_str().unwrap_or_default() {
+            "" | "string" => FORMATS.contains(&format.replace('-', "").as_str()),
+            "integer" => matches!(format, "int32" | "int64"),
+            "number" => matches!(format, "float" | "double"),
+            _ => false,
+        };
+        if !format.is_empty() && !known && !out.contains(&format) {
+            out.push(format);
         }
-        Value::Array(list) => list.iter().any(has_default),
-        _ => false,
+        below(schema).for_each(|schema| collect(out, schema));
     }
+    let mut out = Vec::new();
+    for version in spec["versions"].as_array().into_iter().flatten() {
+        collect(&mut out, &version["schema"]["openAPIV3Schema"]);
+    }
+    out
 }
 
 fn has_status(version: &At<'_>) -> bool {
@@ -317,6 +364,20 @@ mod tests {
         shared(&mut e, &spec, &Value::Null);
         conversion(&mut e, &spec);
         e.0.iter().map(|x| x.field.trim_start_matches("spec.").to_owned()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn formats_nobody_checks() {
+        let schema = json!({"properties": {
+            "a": {"type": "string", "format": "date-time"},
+            "b": {"type": "integer", "format": "uint32"},
+            "c": {"type": "array", "items": {"type": "string", "format": "foo"}},
+            "d": {"type": "number", "format": "int32"},
+            "e": {"type": "boolean", "format": "date"},
+            "f": {"type": "object", "additionalProperties": {"type": "string", "format": "foo"}, "not": {"format": "k8s-short-name"}},
+        }});
+        let spec = json!({"versions": [{"schema": {"openAPIV3Schema": schema}}]});
+        assert_eq!(unknown_formats(&spec), ["uint32", "foo", "int32", "date"]);
     }
 
     #[test]

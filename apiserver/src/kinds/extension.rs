@@ -27,24 +27,8 @@ impl Strategy for CustomResourceDefinition {
         if !spec.is_object() {
             return super::clean(obj, &[""]);
         }
-        let kind = spec["names"]["kind"].as_str().unwrap_or_default().to_owned();
-        let empty = |v: &Value| v.as_str().unwrap_or_default().is_empty();
-        if empty(&spec["names"]["singular"]) {
-            spec["names"]["singular"] = json!(kind.to_lowercase());
-        }
-        if empty(&spec["names"]["listKind"]) && !kind.is_empty() {
-            spec["names"]["listKind"] = json!(format!("{kind}List"));
-        }
-        pod_defaults::set(spec, "conversion", json!({"strategy": "None"}));
         if let Some(service) = spec.pointer_mut("/conversion/webhook/clientConfig/service") {
             pod_defaults::set(service, "port", json!(443));
-        }
-        let storage = storage_version(spec);
-        let status = &mut obj["status"];
-        if status["storedVersions"].as_array().is_none_or(Vec::is_empty)
-            && let Some(storage) = storage
-        {
-            status["storedVersions"] = json!([storage]);
         }
     }
 
@@ -117,6 +101,18 @@ impl Strategy for CustomResourceDefinition {
             preserves(&mut e, new);
         }
         e.0
+    }
+
+    fn warnings(&self, cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        if !cx.subresource.is_empty() {
+            return Vec::new();
+        }
+        let before = old.map(|old| super::crd_versions::unknown_formats(&old["spec"])).unwrap_or_default();
+        let now = super::crd_versions::unknown_formats(&obj["spec"]);
+        now.iter()
+            .filter(|format| !before.contains(format))
+            .map(|format| format!("unrecognized format {format:?}"))
+            .collect()
     }
 }
 

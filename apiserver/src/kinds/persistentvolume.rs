@@ -181,20 +181,21 @@ impl Strategy for PersistentVolume {
     }
 }
 
+/// The annotation that named the class of a volume or claim before there was a field.
+pub(super) fn beta_class(out: &mut Vec<String>, obj: &Value) {
+    let at = At::field(obj, "metadata").get("annotations").key("volume.beta.kubernetes.io/storage-class");
+    if at.is_set() {
+        out.push(format!("{}: deprecated since v1.8; use \"storageClassName\" attribute instead", at.path));
+    }
+}
+
 /// Fields and annotations that something newer has come for.
 fn volume_warnings(out: &mut Vec<String>, obj: &Value) {
     let (spec, annotations) = (At::field(obj, "spec"), At::field(obj, "metadata").get("annotations"));
-    for (key, text) in [
-        (
-            "volume.beta.kubernetes.io/storage-class",
-            "deprecated since v1.8; use \"storageClassName\" attribute instead",
-        ),
-        (MOUNT_OPTIONS, "deprecated since v1.31; use \"mountOptions\" attribute instead"),
-    ] {
-        let at = annotations.key(key);
-        if at.is_set() {
-            out.push(format!("{}: {text}", at.path));
-        }
+    beta_class(out, obj);
+    let options = annotations.key(MOUNT_OPTIONS);
+    if options.is_set() {
+        out.push(format!("{}: deprecated since v1.31; use \"mountOptions\" attribute instead", options.path));
     }
     let reclaim = spec.get("persistentVolumeReclaimPolicy");
     if reclaim.s() == "Recycle" {

@@ -95,6 +95,7 @@ impl Strategy for PersistentVolumeClaim {
     fn warnings(&self, cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
         let mut out = Vec::new();
         if cx.subresource.is_empty() {
+            super::persistentvolume::beta_class(&mut out, obj);
             pod_warnings::claim(&mut out, &At::field(obj, "spec"));
         }
         out

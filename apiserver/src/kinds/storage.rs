@@ -397,4 +397,16 @@ impl Strategy for CsiStorageCapacity {
         }
         e.0
     }
+
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        let topology = At::field(obj, "nodeTopology");
+        let mut out = Vec::new();
+        pod_warnings::node_term(&mut out, &topology, false);
+        for (label, _) in topology.get("matchLabels").entries() {
+            if let Some(text) = pod_warnings::deprecated_label(label) {
+                out.push(format!("{}: {text}", topology.get("matchLabels").path.child(label)));
+            }
+        }
+        out
+    }
 }
