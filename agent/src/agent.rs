@@ -108,7 +108,8 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     let local =
         LocalImages::open(&paths.image_store(), paths.etc().join("certs.d"), paths.state().join("config.json"))?;
     let asked = paths.etc().join("credential-providers");
-    local.ask(Providers::load(&asked.with_extension("yaml"), asked)?);
+    let providers = Arc::new(Providers::load(&asked.with_extension("yaml"), asked)?);
+    local.ask(providers.clone());
     if let Ok(verification) = config.kubelet.verification() {
         local.verify(verification);
     }
@@ -145,6 +146,7 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
         csi: Csi::default(),
         cri: cri::Store::new(paths.state().join("cri")),
         claims: Claims::open(paths.plugins_root()),
+        providers,
         devices: Devices::open(devices::directory(&paths.plugins_root())),
         access: Access::new(api.clone(), &node_name, &config.kubelet),
         topology,

@@ -16,7 +16,7 @@ use crate::{
     csi::Csi,
     devices::Devices,
     events::Recorder,
-    images::ImageService,
+    images::{ImageService, Providers},
     metrics::Metrics,
     network::PodNetwork,
     node::pressure::Pressure,
@@ -50,6 +50,8 @@ pub(crate) struct Context {
     pub(crate) node_name: Arc<str>,
     pub(crate) api: Api,
     pub(crate) images: Arc<dyn ImageService>,
+    /// Programs that know credentials of pods by their service accounts.
+    pub(crate) providers: Arc<Providers>,
     pub(crate) network: Arc<dyn PodNetwork>,
     pub(crate) objects: Objects,
     pub(crate) services: Services,

@@ -9,14 +9,15 @@ use isopod_tests::{
     registry::{CERTIFICATES, Registry},
 };
 
-/// A credential provider for a registry far away.
+/// A credential provider for a registry far away, which wants to know the pod's service account.
 fn provider(host: &Host) {
     let dir = host.path("/etc/isopod/credential-providers");
     fs::create_dir_all(&dir).unwrap();
     fs::write(
         dir.with_extension("yaml"),
         "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n- name: far\n  \
-         matchImages: ['*.example']\n  defaultCacheDuration: 10m\n  apiVersion: credentialprovider.kubelet.k8s.io/v1\n",
+         matchImages: ['far.example']\n  defaultCacheDuration: 10m\n  apiVersion: credentialprovider.kubelet.k8s.io/v1\n  \
+         tokenAttributes: {serviceAccountTokenAudience: far, cacheType: ServiceAccount, requireServiceAccount: true}\n",
     )
     .unwrap();
     let script = "#!/bin/sh\ncat > /var/lib/provider.asked\necho '{\"kind\": \"CredentialProviderResponse\", \
@@ -103,7 +104,10 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
     c.wait_field("pod mirrored", ".status.phase", |phase| phase == "Succeeded");
     assert_eq!(c.k("logs mirrored"), "from the registry");
     let asked = fs::read_to_string(c.host.path("/var/lib/provider.asked")).unwrap();
-    assert!(asked.contains("\"image\":\"far.example/pulled\""), "{asked}");
+    assert!(
+        asked.contains("\"image\":\"far.example/pulled\"") && asked.contains("\"serviceAccountToken\":\"ey"),
+        "{asked}"
+    );
     c.apply(&pod("missing", "team/none:1", "good"));
     c.wait_field("pod missing", ".status.containerStatuses[0].state.waiting.reason", |r| {
         r == "ErrImagePull" || r == "ImagePullBackOff"

@@ -23,7 +23,7 @@ use futures::future::BoxFuture;
 use oci_spec::image::ImageConfiguration;
 
 pub(crate) use error::chain;
-pub(crate) use providers::Providers;
+pub(crate) use providers::{Account, Owner, Providers};
 pub use service::{LocalImages, Verification};
 
 /// When to contact the registry.

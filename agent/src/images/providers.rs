@@ -4,13 +4,14 @@
 //! `etc/isopod/credential-providers/`. What one says is kept for as long as it says, or the configuration.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     io,
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
 };
 
+use futures::future::BoxFuture;
 use oci_spec::distribution::Reference;
 use parking_lot::Mutex;
 use serde::Deserialize;
@@ -50,7 +51,79 @@ struct Provider {
     #[serde(default)]
     env: Vec<Variable>,
     #[serde(default)]
-    token_attributes: Option<serde_json::Value>,
+    token_attributes: Option<TokenAttributes>,
+}
+
+/// What a provider wants to know of a pod's service account.
+#[derive(Deserialize, Clone)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TokenAttributes {
+    service_account_token_audience: String,
+    cache_type: CacheType,
+    require_service_account: bool,
+    #[serde(default)]
+    required_service_account_annotation_keys: Vec<String>,
+    #[serde(default)]
+    optional_service_account_annotation_keys: Vec<String>,
+}
+
+/// Whom an answer is good for.
+#[derive(Deserialize, Clone, Copy, PartialEq, Eq)]
+enum CacheType {
+    ServiceAccount,
+    Token,
+}
+
+/// A pod's service account, as far as providers care.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Account {
+    /// Namespace, name and UID.
+    pub(crate) id: String,
+    /// Of the pod whose tokens are asked for.
+    pub(crate) pod: String,
+    pub(crate) annotations: BTreeMap<String, String>,
+}
+
+/// Whose credentials are asked for.
+pub(crate) trait Owner: Sync {
+    /// The pod's service account; a static pod has none.
+    fn account(&self) -> BoxFuture<'_, Result<Option<Account>, String>>;
+    /// A token of it for an audience.
+    fn token<'a>(&'a self, audience: &'a str) -> BoxFuture<'a, Result<String, String>>;
+}
+
+/// What a provider is told of one.
+#[derive(Default)]
+struct Subject {
+    /// Whom the answer is good for; everybody, when it is empty.
+    key: String,
+    token: Option<String>,
+    annotations: BTreeMap<String, String>,
+}
+
+impl TokenAttributes {
+    /// What may be told of an account; nothing, when it lacks what has to be told.
+    fn annotations(&self, account: &Account) -> Option<BTreeMap<String, String>> {
+        let of = |key: &String| Some((key.clone(), account.annotations.get(key)?.clone()));
+        let required: Option<BTreeMap<_, _>> = self.required_service_account_annotation_keys.iter().map(of).collect();
+        let optional = self.optional_service_account_annotation_keys.iter().filter_map(of);
+        required.map(|all| all.into_iter().chain(optional).collect())
+    }
+
+    fn check(&self) -> Result<(), &'static str> {
+        let (required, optional) =
+            (&self.required_service_account_annotation_keys, &self.optional_service_account_annotation_keys);
+        if self.service_account_token_audience.is_empty() {
+            return Err("serviceAccountTokenAudience is empty");
+        }
+        if !self.require_service_account && !required.is_empty() {
+            return Err("requiredServiceAccountAnnotationKeys without requireServiceAccount");
+        }
+        if required.iter().any(|key| optional.contains(key)) {
+            return Err("an annotation is both required and optional");
+        }
+        Ok(())
+    }
 }
 
 #[derive(Deserialize, Clone)]
@@ -87,8 +160,8 @@ struct Auth {
 pub(crate) struct Providers {
     dir: PathBuf,
     list: Vec<Provider>,
-    /// By provider and by image, registry or nothing.
-    said: Mutex<HashMap<(String, String), (Instant, DockerConfig)>>,
+    /// By provider, whom it is good for, and image, registry or nothing.
+    said: Mutex<HashMap<(String, String, String), (Instant, DockerConfig)>>,
 }
 
 impl Providers {
@@ -104,23 +177,66 @@ impl Providers {
         Ok(Self { dir, list: file.providers, said: Mutex::default() })
     }
 
-    /// What the providers of an image say.
+    /// Providers of an image: those that want to know a service account, or those that do not.
+    fn matching(&self, reference: &Reference, accounts: bool) -> impl Iterator<Item = &Provider> {
+        let (registry, repository) = (reference.registry(), reference.repository());
+        let all = self.list.iter().filter(move |p| p.token_attributes.is_some() == accounts);
+        all.filter(move |p| p.match_images.iter().any(|m| key_matches(m, registry, repository)))
+    }
+
+    /// What the providers of an image say, whoever wants it.
     pub(super) async fn of(&self, reference: &Reference) -> DockerConfig {
         let mut all = DockerConfig::default();
-        let (registry, repository) = (reference.registry(), reference.repository());
-        for p in self.list.iter().filter(|p| p.match_images.iter().any(|m| key_matches(m, registry, repository))) {
-            match self.asked(p, registry, repository).await {
+        for p in self.matching(reference, false) {
+            match self.asked(p, reference, Subject::default(), None).await {
                 Ok(said) => all.auths.extend(said.auths),
-                // Others may know, or none is needed.
-                Err(why) => tracing::warn!(provider = p.name, registry, repository, why, "no credentials"),
+                Err(why) => none(p, reference, &why),
             }
         }
         all
     }
 
-    async fn asked(&self, p: &Provider, registry: &str, repository: &str) -> Result<DockerConfig, String> {
-        let image = format!("{registry}/{repository}");
-        let key = |of: &str| (p.name.clone(), of.to_owned());
+    /// What those say that want to know a pod's service account.
+    pub(crate) async fn of_pod(&self, image: &str, owner: &dyn Owner) -> Vec<DockerConfig> {
+        let Ok(reference) = image.parse::<Reference>() else { return Vec::new() };
+        let mut all = Vec::new();
+        for p in self.matching(&reference, true) {
+            match self.asked_for(p, &reference, owner).await {
+                Ok(said) => all.push(said),
+                Err(why) => none(p, &reference, &why),
+            }
+        }
+        all
+    }
+
+    async fn asked_for(&self, p: &Provider, reference: &Reference, owner: &dyn Owner) -> Result<DockerConfig, String> {
+        let Some(attributes) = &p.token_attributes else { return Ok(DockerConfig::default()) };
+        let Some(account) = owner.account().await? else {
+            return match attributes.require_service_account {
+                true => Ok(DockerConfig::default()),
+                false => self.asked(p, reference, Subject::default(), None).await,
+            };
+        };
+        let annotations = attributes.annotations(&account).ok_or("the service account lacks an annotation")?;
+        let key = match attributes.cache_type {
+            CacheType::ServiceAccount => format!("{} {annotations:?}", account.id),
+            CacheType::Token => account.pod,
+        };
+        let subject = Subject { key, token: None, annotations };
+        self.asked(p, reference, subject, Some((owner, &attributes.service_account_token_audience))).await
+    }
+
+    async fn asked(
+        &self,
+        p: &Provider,
+        reference: &Reference,
+        mut subject: Subject,
+        owner: Option<(&dyn Owner, &str)>,
+    ) -> Result<DockerConfig, String> {
+        let registry = reference.registry();
+        let image = format!("{registry}/{}", reference.repository());
+        let whose = subject.key.clone();
+        let key = |of: &str| (p.name.clone(), whose.clone(), of.to_owned());
         {
             let mut said = self.said.lock();
             said.retain(|_, (until, _)| *until > Instant::now());
@@ -128,7 +244,10 @@ impl Providers {
                 return Ok(known.clone());
             }
         }
-        let answer = self.run(p, &image).await?;
+        if let Some((owner, audience)) = owner {
+            subject.token = Some(owner.token(audience).await?);
+        }
+        let answer = self.run(p, &image, &subject).await?;
         let of = match answer.cache_key_type.as_str() {
             "Image" => image.as_str(),
             "Registry" => registry,
@@ -147,13 +266,17 @@ impl Providers {
         Ok(config)
     }
 
-    async fn run(&self, p: &Provider, image: &str) -> Result<Answer, String> {
+    async fn run(&self, p: &Provider, image: &str, subject: &Subject) -> Result<Answer, String> {
         let program = self.dir.join(&p.name);
         let failed = |e: io::Error| format!("{}: {e}", program.display());
         let mut command = Command::new(&program);
         command.args(&p.args).envs(p.env.iter().map(|v| (&v.name, &v.value))).kill_on_drop(true);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let request = json!({"kind": "CredentialProviderRequest", "apiVersion": p.api_version, "image": image});
+        let mut request = json!({"kind": "CredentialProviderRequest", "apiVersion": p.api_version, "image": image});
+        if let Some(token) = &subject.token {
+            request["serviceAccountToken"] = json!(token);
+            request["serviceAccountAnnotations"] = json!(subject.annotations);
+        }
         let work = async {
             let mut child = command.spawn().map_err(failed)?;
             if let Some(mut stdin) = child.stdin.take() {
@@ -176,6 +299,11 @@ impl Providers {
     }
 }
 
+/// Others may know, or none is needed.
+fn none(p: &Provider, reference: &Reference, why: &str) {
+    tracing::warn!(provider = p.name, image = %reference, why, "no credentials");
+}
+
 /// What is wrong with a configuration.
 fn check(file: &File, dir: &Path) -> Result<(), String> {
     let versions = VERSIONS.map(|v| format!("kubelet.config.k8s.io/{v}"));
@@ -193,8 +321,13 @@ fn check(file: &File, dir: &Path) -> Result<(), String> {
         if !versions.contains(&p.api_version) {
             return Err(format!("provider {name:?}: apiVersion {:?} is none of {versions:?}", p.api_version));
         }
-        if p.token_attributes.is_some() {
-            return Err(format!("provider {name:?}: tokenAttributes cannot be had"));
+        if let Some(attributes) = &p.token_attributes {
+            attributes.check().map_err(|why| format!("provider {name:?}: tokenAttributes: {why}"))?;
+            if p.api_version != "credentialprovider.kubelet.k8s.io/v1" {
+                return Err(format!(
+                    "provider {name:?}: tokenAttributes go with credentialprovider.kubelet.k8s.io/v1 only"
+                ));
+            }
         }
         if !dir.join(name).is_file() {
             return Err(format!("provider {name:?}: there is no {}", dir.join(name).display()));
@@ -248,6 +381,46 @@ mod tests {
         );
     }
 
+    struct Fake(Option<Account>);
+
+    impl Owner for Fake {
+        fn account(&self) -> BoxFuture<'_, Result<Option<Account>, String>> {
+            Box::pin(async { Ok(self.0.clone()) })
+        }
+
+        fn token<'a>(&'a self, audience: &'a str) -> BoxFuture<'a, Result<String, String>> {
+            Box::pin(async move { Ok(format!("token for {audience}")) })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_may_want_to_know_the_service_account() {
+        let attributes = "  tokenAttributes: {serviceAccountTokenAudience: aud, cacheType: ServiceAccount, requireServiceAccount: \
+             true, requiredServiceAccountAnnotationKeys: [role], optionalServiceAccountAnnotationKeys: [zone]}\n";
+        let (dir, all) = providers(SCRIPT, attributes);
+        let all = all.unwrap();
+        let image = "r.example.com/team/app:1";
+        assert!(all.of(&image.parse().unwrap()).await.auths.is_empty(), "without a pod it is not asked");
+        let annotated = |list: &[(&str, &str)]| list.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let account = |id: &str, list: &[(&str, &str)]| {
+            Some(Account { id: id.into(), pod: format!("pod of {id}"), annotations: annotated(list) })
+        };
+        let ask = async |account: Option<Account>| {
+            all.of_pod(image, &Fake(account)).await.iter().filter(|c| !c.auths.is_empty()).count()
+        };
+        let a = account("a", &[("role", "puller"), ("zone", "z"), ("other", "o")]);
+        // The second pod of the account gets what the first was told; another account does not.
+        assert_eq!((ask(a.clone()).await, ask(a).await), (1, 1));
+        assert_eq!(ask(account("b", &[("role", "puller")])).await, 1);
+        assert_eq!((ask(account("c", &[("zone", "z")])).await, ask(None).await), (0, 0));
+        let asked = std::fs::read_to_string(dir.path().join("vault.asked")).unwrap();
+        let asked: Vec<serde_json::Value> = asked.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(asked.len(), 2);
+        assert_eq!(asked[0]["serviceAccountToken"], "token for aud");
+        assert_eq!(asked[0]["serviceAccountAnnotations"], json!({"role": "puller", "zone": "z"}));
+        assert_eq!(asked[1]["serviceAccountAnnotations"], json!({"role": "puller"}));
+    }
+
     #[tokio::test]
     async fn failures_are_no_credentials_and_bad_files_are_refused() {
         let reference: Reference = "r.example.com/team/app:1".parse().unwrap();
@@ -256,7 +429,12 @@ mod tests {
             assert!(all.unwrap().of(&reference).await.auths.is_empty(), "{script}");
         }
         for (more, why) in [
-            ("  tokenAttributes: {}\n", "tokenAttributes"),
+            ("  tokenAttributes: {}\n", "serviceAccountTokenAudience"),
+            (
+                "  tokenAttributes: {serviceAccountTokenAudience: a, cacheType: Token, requireServiceAccount: false, \
+                 requiredServiceAccountAnnotationKeys: [x]}\n",
+                "requiredServiceAccountAnnotationKeys without",
+            ),
             ("  madeUp: 1\n", "madeUp"),
             ("- {name: a/b, matchImages: [x], defaultCacheDuration: 1m, apiVersion: x}\n", "a/b"),
             ("- {name: vault, matchImages: [x], defaultCacheDuration: 1m, apiVersion: v9}\n", "v9"),

@@ -120,8 +120,8 @@ impl LocalImages {
     }
 
     /// Programs to ask for credentials.
-    pub(crate) fn ask(&self, providers: Providers) {
-        *self.inner.providers.write() = Arc::new(providers);
+    pub(crate) fn ask(&self, providers: Arc<Providers>) {
+        *self.inner.providers.write() = providers;
     }
 
     /// Whether pods have to show credentials for images that are here already.

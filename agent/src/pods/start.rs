@@ -10,8 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::future::BoxFuture;
 use isopod_runtime::supervisor::protocol::{Op, Rootfs};
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::{Container, Pod, ServiceAccount};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -24,10 +25,11 @@ use crate::{
     config::format_duration,
     context::Context,
     events::Kind,
-    images::{DockerConfig, ImageHandle, PullPolicy},
+    images::{Account, DockerConfig, ImageHandle, Owner, PullPolicy},
     objects::{ObjectKind, ObjectRef},
     probes,
     spec::{self, BindMount, env, field::Addresses},
+    tokens::{self, Wish},
     volumes::{self, Mounted},
 };
 
@@ -193,7 +195,7 @@ pub(crate) fn pull_policy(image: &str, said: Option<&str>) -> PullPolicy {
 async fn image(job: &Job) -> Result<ImageHandle, Failure> {
     let (ctx, c) = (&job.ctx, &job.container);
     let image = c.image.clone().unwrap_or_default();
-    let secrets = pull_secrets(ctx, &job.pod).await;
+    let secrets = pull_secrets(ctx, &job.pod, &image).await;
     let event = |kind, reason: &str, text: String| ctx.events.container(&job.pod, &c.name, kind, reason, text);
     let (events, pod, name, what) = (ctx.events.clone(), job.pod.clone(), c.name.clone(), image.clone());
     let begun = Arc::new(move || {
@@ -227,7 +229,7 @@ async fn image(job: &Job) -> Result<ImageHandle, Failure> {
 }
 
 /// Credentials of the pod's imagePullSecrets; one that is not there is told.
-pub(crate) async fn pull_secrets(ctx: &Context, pod: &Pod) -> Vec<DockerConfig> {
+pub(crate) async fn pull_secrets(ctx: &Context, pod: &Pod, image: &str) -> Vec<DockerConfig> {
     let references = pod.spec.as_ref().and_then(|s| s.image_pull_secrets.clone()).unwrap_or_default();
     let mut out = Vec::new();
     for r in references {
@@ -245,7 +247,34 @@ pub(crate) async fn pull_secrets(ctx: &Context, pod: &Pod) -> Vec<DockerConfig> 
         let old = || o.keys.get(".dockercfg").and_then(|t| DockerConfig::parse_legacy(t).ok());
         out.extend(new.or_else(old));
     }
+    out.extend(ctx.providers.of_pod(image, &ForPod { ctx, pod }).await);
     out
+}
+
+/// The pod that credentials are asked for.
+struct ForPod<'a> {
+    ctx: &'a Context,
+    pod: &'a Pod,
+}
+
+impl Owner for ForPod<'_> {
+    fn account(&self) -> BoxFuture<'_, Result<Option<Account>, String>> {
+        Box::pin(async {
+            let name = self.pod.spec.as_ref().and_then(|s| s.service_account_name.as_deref()).unwrap_or_default();
+            let Some(client) = self.ctx.api.get().filter(|_| !name.is_empty()) else { return Ok(None) };
+            let namespace = sandbox::namespace(self.pod);
+            let accounts: kube::Api<ServiceAccount> = kube::Api::namespaced(client, namespace);
+            let found = accounts.get(name).await.map_err(|e| format!("service account {namespace}/{name}: {e}"))?;
+            let id = format!("{namespace}/{name}/{}", found.metadata.uid.unwrap_or_default());
+            let annotations = found.metadata.annotations.unwrap_or_default();
+            Ok(Some(Account { id, pod: sandbox::uid(self.pod).into(), annotations }))
+        })
+    }
+
+    fn token<'a>(&'a self, audience: &'a str) -> BoxFuture<'a, Result<String, String>> {
+        let wish = Wish { audience: Some(audience.to_owned()), seconds: 3600 };
+        Box::pin(async move { tokens::request(&self.ctx.api, self.pod, &wish).await.map(|t| t.text) })
+    }
 }
 
 async fn environment(job: &Job, addresses: &Addresses) -> Result<Vec<(String, String)>, Failure> {

@@ -38,7 +38,7 @@ async fn pulled_and_mounted(
     target: PathBuf,
 ) -> Result<PathBuf, String> {
     let image = source.reference.clone().filter(|r| !r.is_empty()).ok_or("the image volume has no reference")?;
-    let secrets = start::pull_secrets(ctx, pod).await;
+    let secrets = start::pull_secrets(ctx, pod, &image).await;
     let (events, about, name) = (ctx.events.clone(), pod.clone(), image.clone());
     let begun = Arc::new(move || {
         events.pod(&about, Kind::Normal, "Pulling", format!("Pulling image {name:?}"));

@@ -44,11 +44,7 @@ impl NodeAuthorizer {
         }
         let resource = attributes.resource.as_str();
         let narrowed = attributes.group.is_empty()
-            && match resource {
-                "secrets" | "configmaps" | "persistentvolumeclaims" => true,
-                "serviceaccounts" => attributes.subresource == "token",
-                _ => false,
-            };
+            && matches!(resource, "secrets" | "configmaps" | "persistentvolumeclaims" | "serviceaccounts");
         if !narrowed {
             return Decision::Allow(String::new());
         }
