@@ -148,6 +148,7 @@ fn a_flushed_table_is_back_within_a_second() {
             other => Err(format!("{other:?}")),
         });
         let took = flushed.elapsed();
+        println!("{services} services, {edit}: repaired after {took:?}");
         assert!(took < Duration::from_secs(1), "{edit}: repaired after {took:?}");
         let mut back = [0; 4];
         std::io::Write::write_all(&mut open, b"ping").unwrap();

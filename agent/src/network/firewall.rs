@@ -96,9 +96,14 @@ fn read(own: &str, listing: &Value) -> Seen {
     seen
 }
 
+/// By the program for nftables: of that name alone there may be one for what the kernel had before.
 fn change(program: &'static str, verb: &str, chain: &Chain, rule: &[String]) -> Result<Output, Error> {
-    let words = ["-w", verb, &chain.name].into_iter().chain(rule.iter().map(String::as_str));
-    run(program, &words.collect::<Vec<_>>())
+    let words: Vec<&str> = ["-w", verb, &chain.name].into_iter().chain(rule.iter().map(String::as_str)).collect();
+    let of_nftables = if program == "ip6tables" { "ip6tables-nft" } else { "iptables-nft" };
+    match run(of_nftables, &words) {
+        Err(Error::Run(_, e)) if e.kind() == io::ErrorKind::NotFound => run(program, &words),
+        other => other,
+    }
 }
 
 /// Lets pods' packets through; tells whether our own table is there.

@@ -360,7 +360,7 @@ mod tests {
         let mut db = service("prod", "db", &[], &[("sql", 5432, 0)]);
         db.kind = Kind::Headless;
         let mut endpoints = slice(&db.name, "sql", 5432, &[("10.244.0.7", "n1"), ("10.244.1.7", "n2")]);
-        endpoints.endpoints[0].rare = named("db-0");
+        endpoints.endpoints.edit(|n, e| e.rare = named("db-0").filter(|_| n == 0));
         zone.update(&db.name.clone(), Some(&db), [endpoints].iter());
         let mut out = service("prod", "out", &[], &[]);
         out.kind = Kind::External("example.com".into());
@@ -386,8 +386,8 @@ mod tests {
         Record::Service { port, host }
     }
 
-    fn named(hostname: &str) -> Option<Box<Rare>> {
-        Some(Box::new(Rare { hostname: Some(hostname.into()), ..Rare::default() }))
+    fn named(hostname: &str) -> Option<Arc<Rare>> {
+        Some(Arc::new(Rare { hostname: Some(hostname.into()), ..Rare::default() }))
     }
 
     #[test]
@@ -435,11 +435,9 @@ mod tests {
     fn hosts_are_what_their_slices_say_together() {
         let name = ServiceName::new("prod", "db");
         let mut first = slice(&name, "sql", 5432, &[("10.244.0.7", "n1"), ("10.244.0.8", "n1"), ("10.244.0.9", "n1")]);
-        first.endpoints[0].rare = named("db");
-        first.endpoints[1].rare = named("db");
-        first.endpoints[2].ready = false;
+        first.endpoints.edit(|n, e| (e.rare, e.ready) = (named("db").filter(|_| n < 2), n < 2));
         let mut second = slice(&name, "web", 80, &[("10.244.0.7", "n1")]);
-        second.endpoints[0].rare = named("db");
+        second.endpoints.edit(|_, e| e.rare = named("db"));
         let mut headless = service("prod", "db", &[], &[]);
         headless.kind = Kind::Headless;
         let mut zone = Zone::new("cluster.local");

@@ -1,8 +1,8 @@
 //! Endpoints as services hold them: there may be a million, so each takes no more than its bytes.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
-use super::objects::Backend;
+use super::objects::{Backend, Endpoint, Rare};
 
 /// Endpoints of one family in the order of their indices: address and port, six bytes each, or eighteen.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -59,7 +59,7 @@ impl Backends {
         self.len() == 0
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = Backend> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Backend> + Clone {
         let (four, six): (&[_], &[_]) = match self {
             Self::V4(all) => (all, &[]),
             Self::V6(all) => (&[], all),
@@ -69,6 +69,63 @@ impl Backends {
 
     pub(crate) fn contains(&self, backend: &Backend) -> bool {
         self.iter().any(|b| b == *backend)
+    }
+}
+
+const READY: u16 = 1;
+const SERVING: u16 = 2;
+const TERMINATING: u16 = 4;
+const HERE: u16 = 8;
+const RARE: u16 = 16;
+
+/// The endpoints of a slice, which are all of one family.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Endpoints {
+    /// Addresses, and in the place of ports what is true of them.
+    packed: Backends,
+    /// What few have, by their numbers.
+    rare: Box<[(usize, Arc<Rare>)]>,
+}
+
+impl FromIterator<Endpoint> for Endpoints {
+    fn from_iter<T: IntoIterator<Item = Endpoint>>(all: T) -> Self {
+        let mut all = all.into_iter().peekable();
+        let v6 = all.peek().is_some_and(|e| e.address.is_ipv6());
+        let (mut packed, mut rare) = (Vec::new(), Vec::new());
+        for endpoint in all.filter(|e| e.address.is_ipv6() == v6) {
+            let bit = |bit, set| if set { bit } else { 0 };
+            let Endpoint { address, ready, serving, terminating, here, rare: more } = endpoint;
+            let state = bit(READY, ready) | bit(SERVING, serving) | bit(TERMINATING, terminating) | bit(HERE, here);
+            let state = state | bit(RARE, more.is_some());
+            rare.extend(more.map(|more| (packed.len(), more)));
+            packed.push(Backend::new(address, state));
+        }
+        Self { packed: packed.into_iter().collect(), rare: rare.into() }
+    }
+}
+
+impl Endpoints {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Endpoint> + Clone {
+        self.packed.iter().enumerate().map(|(number, packed)| {
+            let is = |bit| packed.port() & bit != 0;
+            let rare = || Some(self.rare[self.rare.binary_search_by_key(&number, |(n, _)| *n).ok()?].1.clone());
+            Endpoint {
+                address: packed.ip(),
+                ready: is(READY),
+                serving: is(SERVING),
+                terminating: is(TERMINATING),
+                here: is(HERE),
+                rare: if is(RARE) { rare() } else { None },
+            }
+        })
+    }
+
+    /// Changes what a test made.
+    #[cfg(test)]
+    pub(crate) fn edit(&mut self, mut change: impl FnMut(usize, &mut Endpoint)) {
+        let mut all: Vec<Endpoint> = self.iter().collect();
+        all.iter_mut().enumerate().for_each(|(number, endpoint)| change(number, endpoint));
+        *self = all.into_iter().collect();
     }
 }
 
@@ -87,5 +144,21 @@ mod tests {
             assert_eq!(packed.len(), all.len());
             assert!(all.iter().all(|b| packed.contains(b)) && !packed.contains(&Backend::new([9, 9, 9, 9].into(), 9)));
         }
+    }
+
+    #[test]
+    fn endpoints_come_back_as_they_were() {
+        let all: Vec<Endpoint> = (0..40u8)
+            .map(|n| Endpoint {
+                address: [10, 0, 0, n].into(),
+                ready: n & 1 != 0,
+                serving: n & 2 != 0,
+                terminating: n & 4 != 0,
+                here: n & 8 != 0,
+                rare: (n % 5 == 0)
+                    .then(|| Arc::new(Rare { hostname: Some(format!("h{n}").into()), ..Rare::default() })),
+            })
+            .collect();
+        assert_eq!(all.iter().cloned().collect::<Endpoints>().iter().collect::<Vec<_>>(), all);
     }
 }

@@ -9,6 +9,8 @@ use std::{
 use ipnet::IpNet;
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 
+use super::backends::Endpoints;
+
 /// Label naming another proxy as the one in charge of a service.
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// Label of a slice naming its service.
@@ -219,8 +221,7 @@ pub(crate) struct Endpoint {
     pub(crate) terminating: bool,
     /// Whether it is on this node.
     pub(crate) here: bool,
-    /// Apart: there may be a million endpoints, and most have none of it.
-    pub(crate) rare: Option<Box<Rare>>,
+    pub(crate) rare: Option<Arc<Rare>>,
 }
 
 /// What few endpoints have.
@@ -245,7 +246,7 @@ pub(crate) struct Slice {
     pub(crate) service: ServiceName,
     pub(crate) name: Box<str>,
     pub(crate) ports: Box<[SlicePort]>,
-    pub(crate) endpoints: Box<[Endpoint]>,
+    pub(crate) endpoints: Endpoints,
     /// When the change happened that it reflects.
     pub(crate) changed: Option<jiff::Timestamp>,
 }
@@ -295,7 +296,7 @@ impl Endpoint {
             serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
             terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
             here: object.node_name.as_deref() == Some(own),
-            rare: (rare != Rare::default()).then(|| Box::new(rare)),
+            rare: (rare != Rare::default()).then(|| Arc::new(rare)),
         })
     }
 }

@@ -105,14 +105,14 @@ enum Topology {
 
 impl Topology {
     /// Hints count only when every ready endpoint has them and some point here.
-    fn choose<'a>(ready: impl Iterator<Item = &'a Endpoint>, place: &Place) -> Self {
+    fn choose(ready: impl Iterator<Item = Endpoint>, place: &Place) -> Self {
         let (mut all_nodes, mut some_node, mut all_zones, mut some_zone) = (true, false, true, false);
         for endpoint in ready {
             let rare = endpoint.rare.as_deref();
             all_nodes &= rare.is_some_and(|r| r.for_nodes.is_some());
-            some_node |= Self::SameNode.allows(endpoint, place);
+            some_node |= Self::SameNode.allows(&endpoint, place);
             all_zones &= rare.is_some_and(|r| r.for_zones.is_some());
-            some_zone |= Self::SameZone.allows(endpoint, place);
+            some_zone |= Self::SameZone.allows(&endpoint, place);
         }
         match () {
             () if all_nodes && some_node => Self::SameNode,
@@ -139,7 +139,7 @@ fn behind<'a>(
     port: &ServicePort,
     slices: impl Iterator<Item = &'a Slice> + Clone,
     family: Family,
-) -> impl Iterator<Item = (&'a Endpoint, u16)> + Clone {
+) -> impl Iterator<Item = (Endpoint, u16)> + Clone {
     let endpoints = slices.flat_map(move |slice| {
         let target = slice.ports.iter().find(|p| p.name == port.name && p.protocol == port.protocol);
         let port = target.map(|p| p.port);
@@ -189,7 +189,7 @@ pub(crate) fn select<'a>(
 /// How many ready endpoints are on this node; a pod of both families counts once.
 pub(crate) fn ready_here<'a>(slices: impl Iterator<Item = &'a Slice>) -> usize {
     let mut seen = [const { BTreeSet::new() }; Family::ALL.len()];
-    for endpoint in slices.flat_map(|s| &s.endpoints).filter(|e| e.ready && e.here) {
+    for endpoint in slices.flat_map(|s| s.endpoints.iter()).filter(|e| e.ready && e.here) {
         seen[Family::of(&endpoint.address).index()].insert(endpoint.address);
     }
     seen.iter().map(BTreeSet::len).max().unwrap_or(0)

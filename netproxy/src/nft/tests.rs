@@ -155,12 +155,12 @@ fn make_slice(number: u8, half: bool, members: u16, ready: u16) -> Slice {
         .collect();
     let pairs: Vec<(&str, &str)> = list.iter().map(|(a, n)| (a.as_str(), *n)).collect();
     let mut made = slice(&name, "a", 8080, &pairs);
-    for (n, endpoint) in made.endpoints.iter_mut().enumerate() {
+    made.endpoints.edit(|n, endpoint| {
         if ready & 1 << n != 0 {
             endpoint.ready = false;
             endpoint.terminating = n % 2 == 0;
         }
-    }
+    });
     made.name = if half { "upper" } else { "lower" }.into();
     if number.is_multiple_of(2) {
         made.ports[0].protocol = if members.is_multiple_of(2) { Protocol::Udp } else { Protocol::Tcp };

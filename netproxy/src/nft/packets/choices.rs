@@ -3,9 +3,9 @@
 use super::*;
 
 /// Hints of a zone and of a node.
-fn hints(zone: Option<&str>, node: Option<&str>) -> Option<Box<Rare>> {
+fn hints(zone: Option<&str>, node: Option<&str>) -> Option<std::sync::Arc<Rare>> {
     let list = |name: Option<&str>| name.map(|n| [n.into()].into());
-    Some(Box::new(Rare { hostname: None, for_zones: list(zone), for_nodes: list(node) }))
+    Some(std::sync::Arc::new(Rare { hostname: None, for_zones: list(zone), for_nodes: list(node) }))
 }
 
 /// Which endpoints a service has for its clients: those that terminate when there is nobody else, hints, none at all.
@@ -355,7 +355,7 @@ fn udp_flows_move_when_their_endpoint_goes() {
         world.apply();
         assert_eq!(who(udp(&socket, to)), "a", "a flow to a live endpoint stays");
         let mut leaving = members(&name, &["a", "b"], Protocol::Udp);
-        (leaving.endpoints[0].ready, leaving.endpoints[0].terminating) = (false, true);
+        leaving.endpoints.edit(|n, e| (e.ready, e.terminating) = (n > 0, n == 0));
         world.shadow.set_slice(leaving);
         world.apply();
         assert_eq!(who(udp(&socket, to)), "a", "and to one that leaves, as long as it serves");

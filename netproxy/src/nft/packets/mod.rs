@@ -216,10 +216,10 @@ impl World {
     fn put_shaped(&mut self, service: Service, endpoints: &[&str], shape: fn(&str, &mut Endpoint)) {
         for family in Family::ALL {
             let mut made = members(&service.name, endpoints, service.ports[0].protocol, family);
-            for endpoint in &mut made.endpoints {
+            made.endpoints.edit(|_, endpoint| {
                 let name = PODS.iter().find(|(_, a)| a[family.index()] == endpoint.address.to_string()).unwrap().0;
                 shape(name, endpoint);
-            }
+            });
             self.shadow.set_slice(made);
         }
         self.shadow.set_service(service);
