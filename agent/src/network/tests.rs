@@ -286,6 +286,40 @@ fn pods_pass_other_peoples_firewalls() {
     });
 }
 
+/// The kernel is slower when anybody listens: while much is loaded nobody does, and what happened meanwhile is seen afterwards.
+#[test]
+fn nobody_listens_while_much_is_loaded() {
+    alone(|root| async move {
+        let loading = tokio::sync::watch::Sender::new(false);
+        let config = NetworkConfig { loading: loading.subscribe(), ..NetworkConfig::new(Paths::new(&root)) };
+        let network = BridgeNetwork::start(config).await.unwrap();
+        network.set_pod_cidr(vec!["10.244.3.0/24".parse().unwrap()]);
+        // Netfilter's sockets in the group of nftables' news, by the kernel's own list.
+        let listeners = || {
+            let text = std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap();
+            let listens = |line: &&str| {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                fields[1] == "12" && u32::from_str_radix(fields[3], 16).unwrap() & 1 << 6 != 0
+            };
+            text.lines().skip(1).filter(listens).count()
+        };
+        let until = async |what: &str, there: &dyn Fn() -> bool| {
+            let begun = Instant::now();
+            while !there() {
+                assert!(begun.elapsed() < Duration::from_secs(5), "{what}");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let tables = || run("nft list tables");
+        until("the table is there", &|| tables().contains("hostports") && listeners() == 1).await;
+        loading.send_replace(true);
+        until("nobody listens", &|| listeners() == 0).await;
+        run("nft flush ruleset");
+        loading.send_replace(false);
+        until("the table is back", &|| tables().contains("hostports") && listeners() == 1).await;
+    });
+}
+
 #[test]
 fn a_new_process_takes_over_and_removes_strays() {
     alone(|root| async move {

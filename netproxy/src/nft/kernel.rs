@@ -85,9 +85,9 @@ pub(crate) struct Kernel {
     doubt: bool,
     /// Bytes of elements per transaction when much is changed.
     pub(super) transaction_max: usize,
-    /// Transactions until the process dies.
+    /// Called after each transaction.
     #[cfg(test)]
-    pub(super) budget: Cell<Option<usize>>,
+    pub(super) after: Option<Box<dyn Fn(&Self) + Send>>,
 }
 
 /// Calls its argument with every element that should be in the kernel.
@@ -149,7 +149,7 @@ impl Kernel {
             doubt: false,
             transaction_max: TRANSACTION_MAX,
             #[cfg(test)]
-            budget: Cell::new(None),
+            after: None,
         })
     }
 
@@ -367,10 +367,6 @@ impl Kernel {
 
     /// Sends a transaction and waits for its answer; errors of single messages come before it.
     fn transact(&self, bytes: &[u8], last: u32) -> Result<(), Error> {
-        #[cfg(test)]
-        if let Some(left) = self.budget.get() {
-            self.budget.set(Some(left.checked_sub(1).ok_or(Error::Restless)?));
-        }
         self.socket.send(bytes, 0).map_err(|e| Error::Socket("send on", e))?;
         let mut failed = None;
         loop {
@@ -382,6 +378,8 @@ impl Kernel {
                 // An error of the whole transaction carries the first message's number and nothing follows.
                 if message.sequence == last || message.sequence == 0 {
                     self.sent.set(self.sent.get() + u32::from(failed.is_none()));
+                    #[cfg(test)]
+                    self.after.iter().for_each(|after| after(self));
                     return failed.map_or(Ok(()), |errno| self.refused(errno));
                 }
             }

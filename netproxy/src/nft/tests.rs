@@ -2,7 +2,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Instant,
 };
 
@@ -357,52 +360,43 @@ fn whole(kernel: &Kernel) -> usize {
     seen
 }
 
-/// Wherever a process is killed between two transactions, what leads anywhere leads to whole services.
+/// Wherever a process is killed between two transactions, what leads anywhere leads to whole services, and nothing that was
+/// there has gone.
 #[test]
 fn a_change_that_is_cut_off_leaves_services_whole() {
     type Way = fn(&mut Kernel, &mut Shadow) -> Result<(), Error>;
+    let again: Way = |kernel, shadow| {
+        shadow.catch_up();
+        kernel.reconcile(&wanted(shadow)).map(drop)
+    };
     let ways: [(&str, bool, Way); 3] = [
-        ("a first load", false, |kernel, shadow| {
-            cut_model(shadow, true);
-            shadow.catch_up();
-            kernel.reconcile(&wanted(shadow)).map(drop)
-        }),
-        ("a change", true, |kernel, shadow| {
-            cut_model(shadow, true);
-            kernel.apply(&shadow.flush())
-        }),
-        ("a new process", true, |kernel, shadow| {
-            cut_model(shadow, true);
-            shadow.catch_up();
-            kernel.reconcile(&wanted(shadow)).map(drop)
-        }),
+        ("a first load", false, again),
+        ("a change", true, |kernel, shadow| kernel.apply(&shadow.flush())),
+        ("a new process", true, again),
     ];
     for (what, loaded, way) in ways {
         in_own_network(move || {
-            let mut cuts = 0;
-            loop {
-                let mut shadow = Shadow::new(here());
-                let mut kernel = Kernel::open(settings(), None).unwrap();
-                kernel.transaction_max = 5000;
-                if loaded {
-                    cut_model(&mut shadow, false);
-                    shadow.catch_up();
-                    kernel.reconcile(&wanted(&shadow)).unwrap();
-                }
-                let before = whole(&kernel);
-                kernel.budget.set(Some(cuts));
-                let outcome = way(&mut kernel, &mut shadow);
-                kernel.budget.set(None);
-                let after = whole(&kernel);
-                assert!(after >= before, "{what}, {cuts} transactions: {before} -> {after}");
-                if outcome.is_ok() {
-                    same(&shadow, &kernel);
-                    break;
-                }
-                kernel.destroy().unwrap();
-                cuts += 1;
+            let mut shadow = Shadow::new(here());
+            let mut kernel = Kernel::open(settings(), None).unwrap();
+            if loaded {
+                cut_model(&mut shadow, false);
+                again(&mut kernel, &mut shadow).unwrap();
             }
-            assert!(cuts >= 4, "{what}: only {cuts} places to cut");
+            let (before, cuts) = (whole(&kernel), Arc::new(AtomicUsize::new(0)));
+            let count = cuts.clone();
+            // Some four elements at a time.
+            kernel.transaction_max = 200;
+            kernel.after = Some(Box::new(move |kernel| {
+                let now = whole(kernel);
+                let cut = count.fetch_add(1, Ordering::SeqCst);
+                assert!(now >= before, "{what}, after transaction {cut}: {before} -> {now}");
+            }));
+            cut_model(&mut shadow, true);
+            way(&mut kernel, &mut shadow).unwrap();
+            kernel.after = None;
+            same(&shadow, &kernel);
+            let cuts = cuts.load(Ordering::SeqCst);
+            assert!(cuts > 80, "{what}: only {cuts} places to cut");
         });
     }
 }
