@@ -85,6 +85,10 @@ impl<T: Clone> ByMap<T> {
 pub(crate) struct Suspects(ByMap<bool>);
 
 impl Suspects {
+    fn is_empty(&self) -> bool {
+        !self.0.0.iter().flatten().any(|suspect| *suspect)
+    }
+
     pub(super) fn has(&self, family: Family, map: Map) -> bool {
         self.0.0[family.index()][map as usize]
     }
@@ -107,6 +111,9 @@ impl Kernel {
 
     pub(super) fn correct(&mut self, heard: &Heard, wanted: &Wanted<'_>) -> Result<Difference, Error> {
         let (suspects, mut present) = self.suspects(heard, wanted)?;
+        if suspects.is_empty() {
+            return Ok(Difference { removed: 0, added: 0 });
+        }
         if present.is_empty() {
             let added = self.quietly(|kernel| kernel.load(&suspects, wanted))?;
             return Ok(Difference { removed: 0, added });
