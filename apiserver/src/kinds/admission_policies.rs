@@ -4,7 +4,7 @@ use isopod_api::{field::ErrorList, names};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{expressions, pod_defaults, webhooks};
+use super::{expressions, webhooks};
 use crate::{
     cel::{self, Type, admission::Environments},
     registry::{
@@ -23,21 +23,6 @@ pub(crate) struct AdmissionPolicy {
 pub(crate) struct AdmissionPolicyBinding {
     /// Bindings of mutating policies have no actions.
     pub(crate) mutating: bool,
-}
-
-fn match_defaults(v: &mut Value) {
-    if !v.is_object() {
-        return;
-    }
-    pod_defaults::set(v, "matchPolicy", json!("Equivalent"));
-    pod_defaults::set(v, "namespaceSelector", json!({}));
-    pod_defaults::set(v, "objectSelector", json!({}));
-    for list in ["resourceRules", "excludeResourceRules"] {
-        for rule in v[list].as_array_mut().into_iter().flatten() {
-            pod_defaults::set(rule, "scope", json!("*"));
-        }
-    }
-    pod_defaults::drop_nulls(v);
 }
 
 fn match_resources(e: &mut Errs, at: &At<'_>) {
@@ -84,15 +69,6 @@ fn param_kind(e: &mut Errs, at: &At<'_>) {
 }
 
 impl Strategy for AdmissionPolicy {
-    fn default(&self, obj: &mut Value) {
-        if !obj["spec"].is_object() {
-            return super::clean(obj, &[""]);
-        }
-        pod_defaults::set(&mut obj["spec"], "failurePolicy", json!("Fail"));
-        match_defaults(&mut obj["spec"]["matchConstraints"]);
-        super::clean(obj, &["/spec", ""]);
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         if !self.mutating {
             obj["status"] = json!({});
@@ -226,11 +202,6 @@ fn mutations(e: &mut Errs, spec: &At<'_>, environments: &Environments) {
 }
 
 impl Strategy for AdmissionPolicyBinding {
-    fn default(&self, obj: &mut Value) {
-        match_defaults(&mut obj["spec"]["matchResources"]);
-        super::clean(obj, &["/spec", ""]);
-    }
-
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let at = At::field(obj, "spec");

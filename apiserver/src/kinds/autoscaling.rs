@@ -4,7 +4,6 @@ use isopod_api::{field::ErrorList, names};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -19,29 +18,6 @@ pub(crate) struct HorizontalPodAutoscaler;
 const SOURCES: &[&str] = &["ContainerResource", "External", "Object", "Pods", "Resource"];
 
 impl Strategy for HorizontalPodAutoscaler {
-    fn default(&self, obj: &mut Value) {
-        let spec = &mut obj["spec"];
-        if !spec.is_object() {
-            return super::clean(obj, &[""]);
-        }
-        pod_defaults::set(spec, "minReplicas", json!(1));
-        let v1 = obj["apiVersion"] == "autoscaling/v1";
-        let spec = &mut obj["spec"];
-        if v1 {
-            return;
-        }
-        if spec["metrics"].as_array().is_none_or(Vec::is_empty) {
-            let target = json!({"type": "Utilization", "averageUtilization": 80});
-            spec["metrics"] = json!([{"type": "Resource", "resource": {"name": "cpu", "target": target}}]);
-        }
-        if spec["behavior"].is_object() {
-            let behavior = &mut spec["behavior"];
-            scaling_rules(&mut behavior["scaleUp"], Some(0), &[("Pods", 4), ("Percent", 100)]);
-            scaling_rules(&mut behavior["scaleDown"], None, &[("Percent", 100)]);
-        }
-        pod_defaults::drop_nulls(spec);
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({"desiredReplicas": 0, "currentMetrics": null});
     }
@@ -83,19 +59,6 @@ impl Strategy for HorizontalPodAutoscaler {
             table::age(obj, now),
         ]
     }
-}
-
-fn scaling_rules(rules: &mut Value, window: Option<i64>, policies: &[(&str, i64)]) {
-    if rules.is_null() {
-        *rules = json!({});
-    }
-    pod_defaults::set(rules, "selectPolicy", json!("Max"));
-    if let Some(seconds) = window {
-        pod_defaults::set(rules, "stabilizationWindowSeconds", json!(seconds));
-    }
-    let policies: Vec<Value> =
-        policies.iter().map(|(kind, value)| json!({"type": kind, "value": value, "periodSeconds": 15})).collect();
-    pod_defaults::set(rules, "policies", json!(policies));
 }
 
 fn targets(obj: &Value) -> String {

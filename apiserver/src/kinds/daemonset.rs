@@ -4,7 +4,6 @@ use isopod_api::field::ErrorList;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -26,18 +25,6 @@ const GENERATION: &str = "deprecated.daemonset.template.generation";
 impl Strategy for DaemonSet {
     fn default(&self, obj: &mut Value) {
         super::template_defaults(obj, "/spec/template/spec");
-        let strategy = &mut obj["spec"]["updateStrategy"];
-        if strategy["type"].as_str().unwrap_or_default().is_empty() {
-            strategy["type"] = json!("RollingUpdate");
-        }
-        if strategy["type"] == "RollingUpdate" {
-            if strategy["rollingUpdate"].is_null() {
-                strategy["rollingUpdate"] = json!({});
-            }
-            pod_defaults::set(&mut strategy["rollingUpdate"], "maxUnavailable", json!(1));
-            pod_defaults::set(&mut strategy["rollingUpdate"], "maxSurge", json!(0));
-        }
-        pod_defaults::drop_nulls(strategy);
         if isopod_api::meta::annotation(obj, GENERATION).is_none() {
             isopod_api::meta::set_annotation(obj, GENERATION, "1");
         }

@@ -4,7 +4,6 @@ use isopod_api::field::ErrorList;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -22,19 +21,6 @@ pub(crate) struct Deployment;
 impl Strategy for Deployment {
     fn default(&self, obj: &mut Value) {
         super::template_defaults(obj, "/spec/template/spec");
-        let strategy = &mut obj["spec"]["strategy"];
-        if strategy["type"].as_str().unwrap_or_default().is_empty() {
-            strategy["type"] = json!("RollingUpdate");
-        }
-        if strategy["type"] == "RollingUpdate" {
-            let rolling = &mut strategy["rollingUpdate"];
-            if rolling.is_null() {
-                *rolling = json!({});
-            }
-            pod_defaults::set(rolling, "maxUnavailable", json!("25%"));
-            pod_defaults::set(rolling, "maxSurge", json!("25%"));
-        }
-        pod_defaults::drop_nulls(strategy);
     }
 
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {

@@ -4,7 +4,7 @@ use isopod_api::{field::ErrorList, meta};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{dra_claims, dra_slices, pod_defaults};
+use super::{dra_claims, dra_slices};
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -21,26 +21,6 @@ pub(crate) struct ResourceClaim;
 pub(crate) struct ResourceClaimTemplate;
 /// `resourceslices`.
 pub(crate) struct ResourceSlice;
-
-fn claim_defaults(devices: Option<&mut Value>) {
-    let Some(requests) = devices.and_then(|d| d.get_mut("requests")).and_then(Value::as_array_mut) else { return };
-    for request in requests {
-        if let Some(exactly) = request.get_mut("exactly") {
-            count_defaults(exactly);
-        }
-        for alternative in request.get_mut("firstAvailable").and_then(Value::as_array_mut).into_iter().flatten() {
-            count_defaults(alternative);
-        }
-    }
-}
-
-fn count_defaults(v: &mut Value) {
-    pod_defaults::set(v, "allocationMode", json!("ExactCount"));
-    if v["allocationMode"] == "ExactCount" && v["count"].as_i64().unwrap_or_default() == 0 {
-        v["count"] = json!(1);
-    }
-    pod_defaults::drop_nulls(v);
-}
 
 impl Strategy for DeviceClass {
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
@@ -61,10 +41,6 @@ impl Strategy for DeviceClass {
 }
 
 impl Strategy for ResourceClaim {
-    fn default(&self, obj: &mut Value) {
-        claim_defaults(obj.pointer_mut("/spec/devices"));
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({});
     }
@@ -120,10 +96,6 @@ impl Strategy for ResourceClaim {
 }
 
 impl Strategy for ResourceClaimTemplate {
-    fn default(&self, obj: &mut Value) {
-        claim_defaults(obj.pointer_mut("/spec/spec/devices"));
-    }
-
     fn validate(&self, cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let devices = At::field(obj, "spec").get("spec.devices");
@@ -149,15 +121,6 @@ impl Strategy for ResourceClaimTemplate {
 }
 
 impl Strategy for ResourceSlice {
-    fn default(&self, obj: &mut Value) {
-        let now = meta::now();
-        for device in obj.pointer_mut("/spec/devices").and_then(Value::as_array_mut).into_iter().flatten() {
-            for taint in device.get_mut("taints").and_then(Value::as_array_mut).into_iter().flatten() {
-                pod_defaults::set(taint, "timeAdded", json!(now));
-            }
-        }
-    }
-
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         dra_slices::spec(&mut e, &At::field(obj, "spec"), &Value::Null);

@@ -4,7 +4,6 @@ use isopod_api::field::ErrorList;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -107,18 +106,6 @@ fn endpoint_port(e: &mut Errs, at: &At<'_>, named: bool) {
 }
 
 impl Strategy for EndpointSlice {
-    fn default(&self, obj: &mut Value) {
-        for port in obj["ports"].as_array_mut().into_iter().flatten() {
-            pod_defaults::set(port, "name", json!(""));
-            pod_defaults::set(port, "protocol", json!("TCP"));
-        }
-        if obj["ports"].is_null()
-            && let Some(map) = obj.as_object_mut()
-        {
-            map.insert("ports".to_owned(), Value::Null);
-        }
-    }
-
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let kind = At::field(obj, "addressType");

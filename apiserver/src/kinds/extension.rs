@@ -4,7 +4,6 @@ use isopod_api::{field::ErrorList, meta, names};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -22,16 +21,6 @@ pub(crate) struct CustomResourceDefinition;
 pub(crate) struct ApiService;
 
 impl Strategy for CustomResourceDefinition {
-    fn default(&self, obj: &mut Value) {
-        let spec = &mut obj["spec"];
-        if !spec.is_object() {
-            return super::clean(obj, &[""]);
-        }
-        if let Some(service) = spec.pointer_mut("/conversion/webhook/clientConfig/service") {
-            pod_defaults::set(service, "port", json!(443));
-        }
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         let stored = storage_version(&obj["spec"]);
         obj["status"] = json!({"conditions": null, "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": stored.into_iter().collect::<Vec<_>>()});
@@ -233,13 +222,6 @@ fn protected_group(e: &mut Errs, obj: &Value) {
 }
 
 impl Strategy for ApiService {
-    fn default(&self, obj: &mut Value) {
-        if obj["spec"]["service"].is_object() {
-            pod_defaults::set(&mut obj["spec"]["service"], "port", json!(443));
-        }
-        super::clean(obj, &["/spec", ""]);
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({});
         if obj["spec"].get("service").is_none() {

@@ -6,7 +6,6 @@ use isopod_api::{field::ErrorList, meta};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -21,14 +20,6 @@ pub(crate) struct FlowSchema;
 pub(crate) struct PriorityLevel;
 
 impl Strategy for FlowSchema {
-    fn default(&self, obj: &mut Value) {
-        let spec = &mut obj["spec"];
-        if spec.is_object() && spec["matchingPrecedence"].as_i64().unwrap_or_default() == 0 {
-            spec["matchingPrecedence"] = json!(1000);
-        }
-        super::clean(obj, &["/spec", ""]);
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({});
     }
@@ -267,21 +258,6 @@ fn url_path(e: &mut Errs, at: &At<'_>) {
 }
 
 impl Strategy for PriorityLevel {
-    fn default(&self, obj: &mut Value) {
-        for kind in ["exempt", "limited"] {
-            let Some(own) = obj.pointer_mut(&format!("/spec/{kind}")).filter(|v| v.is_object()) else { continue };
-            pod_defaults::set(own, "nominalConcurrencyShares", json!(if kind == "exempt" { 0 } else { 30 }));
-            pod_defaults::set(own, "lendablePercent", json!(0));
-            if let Some(queuing) = own.pointer_mut("/limitResponse/queuing").filter(|v| v.is_object()) {
-                for (field, value) in [("handSize", 8), ("queues", 64), ("queueLengthLimit", 50)] {
-                    if queuing[field].as_i64().unwrap_or_default() == 0 {
-                        queuing[field] = json!(value);
-                    }
-                }
-            }
-        }
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({});
     }

@@ -21,13 +21,7 @@ const NAME_LABEL: &str = "batch.kubernetes.io/job-name";
 
 impl Strategy for Job {
     fn default(&self, obj: &mut Value) {
-        let labels = obj.pointer("/spec/template/metadata/labels").cloned().unwrap_or(Value::Null);
-        spec_defaults(&mut obj["spec"]);
         super::template_defaults(obj, "/spec/template/spec");
-        let unlabelled = obj.pointer("/metadata/labels").and_then(Value::as_object).is_none_or(|l| l.is_empty());
-        if unlabelled && labels.as_object().is_some_and(|l| !l.is_empty()) {
-            obj["metadata"]["labels"] = labels;
-        }
     }
 
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
@@ -92,34 +86,6 @@ impl Strategy for Job {
             images,
             json!(table::selector(&obj["spec"]["selector"])),
         ]
-    }
-}
-
-/// Defaults of a Job's spec (also inside a CronJob's template).
-pub(crate) fn spec_defaults(spec: &mut Value) {
-    if !spec.is_object() {
-        return;
-    }
-    if spec["completions"].is_null() && spec["parallelism"].is_null() {
-        spec["completions"] = json!(1);
-    }
-    pod_defaults::drop_nulls(spec);
-    pod_defaults::set(spec, "parallelism", json!(1));
-    let limit = if spec.get("backoffLimitPerIndex").is_some() { i32::MAX } else { 6 };
-    pod_defaults::set(spec, "backoffLimit", json!(limit));
-    pod_defaults::set(spec, "completionMode", json!("NonIndexed"));
-    pod_defaults::set(spec, "suspend", json!(false));
-    let replacement = if spec.get("podFailurePolicy").is_some() { "Failed" } else { "TerminatingOrFailed" };
-    pod_defaults::set(spec, "podReplacementPolicy", json!(replacement));
-    pod_defaults::set(spec, "manualSelector", json!(false));
-    if let Some(rules) = spec.pointer_mut("/podFailurePolicy/rules").and_then(Value::as_array_mut) {
-        for rule in rules {
-            if let Some(conditions) = rule.get_mut("onPodConditions").and_then(Value::as_array_mut) {
-                for condition in conditions {
-                    pod_defaults::set(condition, "status", json!("True"));
-                }
-            }
-        }
     }
 }
 
@@ -193,20 +159,6 @@ mod tests {
         generate_selector(&mut job);
         assert_eq!(job["spec"]["selector"], json!({"matchLabels": {UID_LABEL: "u"}}));
         assert_eq!(job["spec"]["template"]["metadata"]["labels"]["job-name"], "j");
-    }
-
-    #[test]
-    fn defaults_depend_on_each_other() {
-        for (spec, field, want) in [
-            (json!({}), "completions", json!(1)),
-            (json!({"parallelism": 2}), "completions", Value::Null),
-            (json!({"backoffLimitPerIndex": 1}), "backoffLimit", json!(i32::MAX)),
-            (json!({"podFailurePolicy": {}}), "podReplacementPolicy", json!("Failed")),
-        ] {
-            let mut spec = spec;
-            spec_defaults(&mut spec);
-            assert_eq!(spec.get(field).unwrap_or(&Value::Null), &want, "{field}");
-        }
     }
 
     #[test]

@@ -16,16 +16,6 @@ use crate::{
 pub(crate) struct Namespace;
 
 impl Strategy for Namespace {
-    fn default(&self, obj: &mut Value) {
-        let name = meta::name(obj).to_owned();
-        if !name.is_empty() {
-            meta::set_label(obj, "kubernetes.io/metadata.name", &name);
-        }
-        if obj["status"]["phase"].as_str().unwrap_or_default().is_empty() {
-            obj["status"]["phase"] = json!("Active");
-        }
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         let name = meta::name(obj).to_owned();
         meta::set_label(obj, "kubernetes.io/metadata.name", &name);

@@ -6,7 +6,6 @@ use isopod_api::field::ErrorList;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -25,26 +24,6 @@ pub(crate) struct IpAddress;
 pub(crate) struct ServiceCidr;
 
 impl Strategy for NetworkPolicy {
-    fn default(&self, obj: &mut Value) {
-        let spec = &mut obj["spec"];
-        if !spec.is_object() {
-            return super::clean(obj, &[""]);
-        }
-        for direction in ["ingress", "egress"] {
-            for rule in spec[direction].as_array_mut().into_iter().flatten() {
-                for port in rule["ports"].as_array_mut().into_iter().flatten() {
-                    pod_defaults::set(port, "protocol", json!("TCP"));
-                }
-                pod_defaults::drop_nulls(rule);
-            }
-        }
-        if spec["policyTypes"].as_array().is_none_or(Vec::is_empty) {
-            let egress = spec["egress"].as_array().is_some_and(|l| !l.is_empty());
-            spec["policyTypes"] = if egress { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) };
-        }
-        pod_defaults::drop_nulls(spec);
-    }
-
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let spec = At::field(obj, "spec");
@@ -152,13 +131,6 @@ fn ip_block(e: &mut Errs, at: &At<'_>) {
 }
 
 impl Strategy for IngressClass {
-    fn default(&self, obj: &mut Value) {
-        if obj["spec"]["parameters"].is_object() {
-            pod_defaults::set(&mut obj["spec"]["parameters"], "scope", json!("Cluster"));
-        }
-        super::clean(obj, &["/spec", ""]);
-    }
-
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let (controller, parameters) =

@@ -20,45 +20,13 @@ pub(crate) struct Node;
 
 impl Strategy for Node {
     fn default(&self, obj: &mut Value) {
-        if !obj["spec"].is_object() {
-            obj["spec"] = json!({});
-        }
-        let spec = &mut obj["spec"];
         // podCIDR is the first of podCIDRs.
-        let single = spec["podCIDR"].as_str().unwrap_or_default().to_owned();
-        let list = spec["podCIDRs"].as_array().map(Vec::len).unwrap_or_default();
-        if !single.is_empty() && list == 0 {
-            spec["podCIDRs"] = json!([single]);
-        } else if single.is_empty() && list > 0 {
-            spec["podCIDR"] = spec["podCIDRs"][0].clone();
+        let first = obj.pointer("/spec/podCIDRs/0").cloned();
+        if let Some(first) = first
+            && obj["spec"]["podCIDR"].as_str().unwrap_or_default().is_empty()
+        {
+            obj["spec"]["podCIDR"] = first;
         }
-        let status = &mut obj["status"];
-        if !status.is_object() {
-            *status = json!({});
-        }
-        if status["allocatable"].is_null() && !status["capacity"].is_null() {
-            status["allocatable"] = status["capacity"].clone();
-        }
-        if status["daemonEndpoints"]["kubeletEndpoint"]["Port"].is_null() {
-            status["daemonEndpoints"]["kubeletEndpoint"]["Port"] = json!(0);
-        }
-        for field in [
-            "machineID",
-            "systemUUID",
-            "bootID",
-            "kernelVersion",
-            "osImage",
-            "containerRuntimeVersion",
-            "kubeletVersion",
-            "kubeProxyVersion",
-            "operatingSystem",
-            "architecture",
-        ] {
-            if status["nodeInfo"][field].is_null() {
-                status["nodeInfo"][field] = json!("");
-            }
-        }
-        super::clean(obj, &["/spec", "/status", ""]);
     }
 
     fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {

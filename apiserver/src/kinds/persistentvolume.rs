@@ -7,7 +7,6 @@ use isopod_api::{
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -81,16 +80,6 @@ pub(super) fn class(obj: &Value) -> Value {
 }
 
 impl Strategy for PersistentVolume {
-    fn default(&self, obj: &mut Value) {
-        if obj["status"]["phase"].as_str().unwrap_or_default().is_empty() {
-            obj["status"]["phase"] = json!("Pending");
-        }
-        if obj["spec"]["hostPath"].is_object() {
-            pod_defaults::set(&mut obj["spec"]["hostPath"], "type", json!(""));
-        }
-        super::clean(obj, &["/spec", ""]);
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({"phase": "Pending", "lastPhaseTransitionTime": meta::now()});
     }

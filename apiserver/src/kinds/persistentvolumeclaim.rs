@@ -55,13 +55,6 @@ fn data_sources(spec: &mut Value) {
 }
 
 impl Strategy for PersistentVolumeClaim {
-    fn default(&self, obj: &mut Value) {
-        if obj["status"]["phase"].as_str().unwrap_or_default().is_empty() {
-            obj["status"]["phase"] = json!("Pending");
-        }
-        super::clean(obj, &["/spec", ""]);
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({"phase": "Pending"});
         data_sources(&mut obj["spec"]);

@@ -178,26 +178,6 @@ fn scope_selector(e: &mut Errs, spec: &At<'_>) {
 }
 
 impl Strategy for LimitRange {
-    fn default(&self, obj: &mut Value) {
-        for limit in obj["spec"]["limits"].as_array_mut().into_iter().flatten() {
-            if limit["type"] != "Container" {
-                continue;
-            }
-            let copy = |limit: &mut Value, to: &str, from: &str| {
-                for (name, value) in limit[from].as_object().cloned().into_iter().flatten() {
-                    if limit[to].get(&name).is_none() {
-                        limit[to][name.as_str()] = value;
-                    }
-                }
-            };
-            copy(limit, "default", "max");
-            copy(limit, "defaultRequest", "default");
-            copy(limit, "defaultRequest", "min");
-            super::pod_defaults::drop_nulls(limit);
-        }
-        super::clean(obj, &["/spec", ""]);
-    }
-
     fn allow_create_on_update(&self) -> bool {
         true
     }

@@ -4,7 +4,6 @@ use isopod_api::{field::ErrorList, names};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -80,28 +79,6 @@ fn policy_rule(e: &mut Errs, at: &At<'_>, namespaced: bool) {
 }
 
 impl Strategy for RoleBinding {
-    fn default(&self, obj: &mut Value) {
-        if !obj["roleRef"].is_object() {
-            obj["roleRef"] = json!({});
-        }
-        let empty = |v: &Value| v.as_str().unwrap_or_default().is_empty();
-        if empty(&obj["roleRef"]["apiGroup"]) {
-            obj["roleRef"]["apiGroup"] = json!(GROUP);
-        }
-        for field in ["kind", "name"] {
-            if obj["roleRef"][field].is_null() {
-                obj["roleRef"][field] = json!("");
-            }
-        }
-        for subject in obj["subjects"].as_array_mut().into_iter().flatten() {
-            if empty(&subject["apiGroup"]) && (subject["kind"] == "User" || subject["kind"] == "Group") {
-                subject["apiGroup"] = json!(GROUP);
-            }
-            pod_defaults::drop_nulls(subject);
-        }
-        super::clean(obj, &[""]);
-    }
-
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let role = At::field(obj, "roleRef");

@@ -101,17 +101,6 @@ impl Strategy for ReplicaSet {
 
 impl Strategy for ReplicationController {
     fn default(&self, obj: &mut Value) {
-        let labels = obj["spec"]["template"]["metadata"]["labels"].clone();
-        let empty = |v: &Value| v.as_object().is_none_or(|m| m.is_empty());
-        if !empty(&labels) {
-            if empty(&obj["spec"]["selector"]) {
-                obj["spec"]["selector"] = labels.clone();
-            }
-            if empty(&obj["metadata"]["labels"]) {
-                obj["metadata"]["labels"] = labels;
-            }
-        }
-        super::clean(obj, &["/metadata", "/spec/template/metadata", "/spec/template", "/spec", ""]);
         super::template_defaults(obj, "/spec/template/spec");
     }
 

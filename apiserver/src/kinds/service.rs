@@ -27,57 +27,6 @@ fn text<'a>(v: &'a Value, field: &str) -> &'a str {
 }
 
 impl Strategy for Service {
-    fn default(&self, obj: &mut Value) {
-        let spec = &mut obj["spec"];
-        if !spec.is_object() {
-            *spec = json!({});
-        }
-        let default_text = |spec: &mut Value, field: &str, value: &str| {
-            if text(spec, field).is_empty() {
-                spec[field] = json!(value);
-            }
-        };
-        default_text(spec, "sessionAffinity", "None");
-        if text(spec, "sessionAffinity") == "None" {
-            remove(spec, "sessionAffinityConfig");
-        } else if text(spec, "sessionAffinity") == "ClientIP"
-            && spec.pointer("/sessionAffinityConfig/clientIP/timeoutSeconds").is_none_or(Value::is_null)
-        {
-            spec["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": 10800}});
-        }
-        default_text(spec, "type", "ClusterIP");
-        for port in spec["ports"].as_array_mut().into_iter().flatten() {
-            default_text(port, "protocol", "TCP");
-            let target = &port["targetPort"];
-            if target.is_null() || target == &json!(0) || target == &json!("") {
-                port["targetPort"] = port["port"].clone();
-            }
-        }
-        let kind = text(spec, "type").to_owned();
-        let external = kind == "NodePort" || kind == "LoadBalancer";
-        let external_ips = kind == "ClusterIP" && spec["externalIPs"].as_array().is_some_and(|l| !l.is_empty());
-        if external || external_ips {
-            default_text(spec, "externalTrafficPolicy", "Cluster");
-        }
-        if external || kind == "ClusterIP" {
-            default_text(spec, "internalTrafficPolicy", "Cluster");
-        }
-        if kind == "LoadBalancer" {
-            pod_defaults::set(spec, "allocateLoadBalancerNodePorts", json!(true));
-        }
-        pod_defaults::drop_nulls(spec);
-        if kind == "LoadBalancer"
-            && let Some(ingress) = obj.pointer_mut("/status/loadBalancer/ingress").and_then(Value::as_array_mut)
-        {
-            for entry in ingress {
-                if entry["ip"].as_str().is_some_and(|ip| !ip.is_empty()) && entry["ipMode"].is_null() {
-                    entry["ipMode"] = json!("VIP");
-                }
-                pod_defaults::drop_nulls(entry);
-            }
-        }
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({"loadBalancer": {}});
     }
@@ -466,4 +415,39 @@ fn ports(spec: &Value) -> String {
         }
     };
     table::or_none(spec["ports"].as_array().into_iter().flatten().map(port).collect::<Vec<_>>().join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_new_type_drops() {
+        let spec = |kind: &str, port: i64, address: &str| {
+            json!({"spec": {"type": kind, "clusterIP": address, "clusterIPs": [address],
+            "ipFamilies": ["IPv4"], "ports": [{"port": 80, "nodePort": port}], "allocateLoadBalancerNodePorts": true,
+            "internalTrafficPolicy": "Cluster"}, "status": {"loadBalancer": {"ingress": [{"ip": "1.2.3.4"}]}}})
+        };
+        let old = spec("LoadBalancer", 30001, "10.0.0.1");
+        for (new, absent, present) in [
+            (
+                spec("ClusterIP", 30001, "10.0.0.1"),
+                &["/spec/ports/0/nodePort", "/spec/allocateLoadBalancerNodePorts", "/status/loadBalancer/ingress"][..],
+                &["/spec/clusterIP"][..],
+            ),
+            (spec("ClusterIP", 30002, "10.0.0.1"), &[], &["/spec/ports/0/nodePort"]),
+            (
+                spec("ExternalName", 30001, "10.0.0.1"),
+                &["/spec/clusterIP", "/spec/clusterIPs", "/spec/ipFamilies", "/spec/ports/0/nodePort"],
+                &["/spec/internalTrafficPolicy"],
+            ),
+            (spec("ExternalName", 30001, "10.0.0.2"), &["/spec/ipFamilies"], &["/spec/clusterIP"]),
+            (spec("LoadBalancer", 30001, "10.0.0.1"), &[], &["/spec/ports/0/nodePort", "/status/loadBalancer/ingress"]),
+        ] {
+            let mut new = new;
+            drop_type_dependent(&mut new, &old);
+            assert!(absent.iter().all(|pointer| new.pointer(pointer).is_none()), "{new}");
+            assert!(present.iter().all(|pointer| new.pointer(pointer).is_some()), "{new}");
+        }
+    }
 }

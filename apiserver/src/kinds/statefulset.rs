@@ -6,7 +6,6 @@ use isopod_api::field::{Error, ErrorList};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::pod_defaults;
 use crate::{
     registry::{
         strategy::{Context, Strategy},
@@ -26,41 +25,9 @@ pub(crate) struct StatefulSet;
 impl Strategy for StatefulSet {
     fn default(&self, obj: &mut Value) {
         super::template_defaults(obj, "/spec/template/spec");
-        let spec = &mut obj["spec"];
-        if !spec.is_object() {
-            *spec = json!({});
-        }
-        let strategy = &mut spec["updateStrategy"];
-        if strategy["type"].as_str().unwrap_or_default().is_empty() {
-            strategy["type"] = json!("RollingUpdate");
-            if strategy["rollingUpdate"].is_null() {
-                strategy["rollingUpdate"] = json!({});
-            }
-        }
-        if strategy["type"] == "RollingUpdate" && strategy["rollingUpdate"].is_object() {
-            pod_defaults::set(&mut strategy["rollingUpdate"], "partition", json!(0));
-        }
-        pod_defaults::drop_nulls(strategy);
         // The feature is off by default.
-        if let Some(rolling) = strategy.get_mut("rollingUpdate").and_then(Value::as_object_mut) {
-            rolling.remove("maxUnavailable");
-        }
-        let retention = &mut spec["persistentVolumeClaimRetentionPolicy"];
-        for field in ["whenDeleted", "whenScaled"] {
-            if retention[field].as_str().unwrap_or_default().is_empty() {
-                retention[field] = json!("Retain");
-            }
-        }
-        for claim in spec["volumeClaimTemplates"].as_array_mut().into_iter().flatten() {
-            pod_defaults::set(claim, "apiVersion", json!("v1"));
-            pod_defaults::set(claim, "kind", json!("PersistentVolumeClaim"));
-            if claim["status"].is_null() {
-                claim["status"] = json!({});
-            }
-            pod_defaults::set(&mut claim["status"], "phase", json!("Pending"));
-            pod_defaults::set(&mut claim["spec"], "volumeMode", json!("Filesystem"));
-        }
-        pod_defaults::drop_nulls(spec);
+        let rolling = obj.pointer_mut("/spec/updateStrategy/rollingUpdate").and_then(Value::as_object_mut);
+        rolling.and_then(|rolling| rolling.remove("maxUnavailable"));
     }
 
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {

@@ -229,15 +229,6 @@ impl Strategy for CsiDriver {
 }
 
 impl Strategy for CsiNode {
-    fn default(&self, obj: &mut Value) {
-        if obj["spec"]["drivers"].is_null() {
-            if !obj["spec"].is_object() {
-                obj["spec"] = json!({});
-            }
-            obj["spec"]["drivers"] = Value::Null;
-        }
-    }
-
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let mut seen = Vec::new();
@@ -297,12 +288,6 @@ impl Strategy for CsiNode {
 }
 
 impl Strategy for VolumeAttachment {
-    fn default(&self, obj: &mut Value) {
-        if obj["status"]["attached"].is_null() {
-            obj["status"]["attached"] = json!(false);
-        }
-    }
-
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({"attached": false});
     }

@@ -4,7 +4,7 @@ use isopod_api::{field::ErrorList, names};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{expressions, pod_defaults};
+use super::expressions;
 use crate::{
     cel::admission::{self, Offers},
     registry::{
@@ -21,27 +21,6 @@ pub(crate) struct WebhookConfiguration {
 }
 
 impl Strategy for WebhookConfiguration {
-    fn default(&self, obj: &mut Value) {
-        for webhook in obj["webhooks"].as_array_mut().into_iter().flatten() {
-            pod_defaults::set(webhook, "failurePolicy", json!("Fail"));
-            pod_defaults::set(webhook, "matchPolicy", json!("Equivalent"));
-            pod_defaults::set(webhook, "namespaceSelector", json!({}));
-            pod_defaults::set(webhook, "objectSelector", json!({}));
-            pod_defaults::set(webhook, "timeoutSeconds", json!(10));
-            if self.mutating {
-                pod_defaults::set(webhook, "reinvocationPolicy", json!("Never"));
-            }
-            for rule in webhook["rules"].as_array_mut().into_iter().flatten() {
-                pod_defaults::set(rule, "scope", json!("*"));
-            }
-            if let Some(service) = webhook.pointer_mut("/clientConfig/service") {
-                pod_defaults::set(service, "port", json!(443));
-            }
-            pod_defaults::drop_nulls(webhook);
-        }
-        super::clean(obj, &[""]);
-    }
-
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let list = At::field(obj, "webhooks");

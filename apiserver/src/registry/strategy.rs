@@ -47,7 +47,8 @@ pub type Reservation = Option<Box<dyn std::any::Any + Send>>;
 
 /// The behaviour of one kind. Every method has the generic behaviour as its default.
 pub trait Strategy: Send + Sync {
-    /// Defaults that depend on other fields, beyond the schema's constants. Idempotent.
+    /// What is done to decoded objects after the schema's defaults: fields of features that are off go, for instance.
+    /// Idempotent.
     fn default(&self, _obj: &mut Value) {}
 
     /// Clears what clients may not set on create (status, generation is handled generically).
