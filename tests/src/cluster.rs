@@ -125,6 +125,13 @@ impl Cluster {
         self.wait_up();
     }
 
+    /// An agent where `isopod up` has put everything already.
+    pub fn start_agent(&mut self) {
+        let log = fs::File::create(self.host.disk().join("agent.out")).unwrap();
+        let mut command = self.host.command(self.bin.join("isopod").to_str().unwrap());
+        self.up = Some(command.arg("agent").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap());
+    }
+
     /// Runs kubectl with a whole command line (split by a shell on the host).
     pub fn kubectl(&self, line: &str) -> Ran {
         self.host.sh(&format!("KUBECONFIG=/etc/isopod/kubeconfig kubectl {line}"))

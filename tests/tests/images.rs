@@ -174,10 +174,10 @@ fn registries_behind_tls_are_reached_as_hosts_toml_says() {
     for (name, _, want) in TLS {
         match want {
             Ok(()) => says(name, "behind tls"),
-            Err(why) => drop(eventually(why, || {
+            Err(why) => eventually(why, || {
                 let told = c.k(&format!("get events --field-selector involvedObject.name={name},reason=Failed"));
                 if told.contains(why) { Ok(()) } else { Err(told) }
-            })),
+            }),
         }
     }
     says("first", "behind tls");

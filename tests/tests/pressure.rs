@@ -166,7 +166,7 @@ fn who_takes_all_of_disk_inodes_or_processes_goes() {
     }
     eventually("all is well again", || {
         let told = ["DiskPressure", "PIDPressure", "MemoryPressure"].map(|kind| condition(&c, "node one", kind));
-        if told.iter().all(|t| t["status"] == "False") { Ok(()) } else { Err(told) }
+        if told.iter().all(|t| t["status"] == "False") { Ok(()) } else { Err(Vec::from(told)) }
     });
     assert_eq!(c.get("pod modest")["status"]["phase"], "Running");
     c.k("run late --image=busybox:1 --restart=Never -- true");

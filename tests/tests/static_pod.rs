@@ -52,3 +52,27 @@ fn mirror_pods_follow_static_pods() {
         if ran.err.contains("NotFound") { Ok(()) } else { Err(ran) }
     });
 }
+
+/// Its end cannot be told to anybody, and must not wait for that.
+#[test]
+fn the_api_servers_manifest_goes_and_comes_back() {
+    let mut net = Net::new();
+    let mut c = Cluster::start(&net.host("one"));
+    let gone = |c: &Cluster| {
+        c.host.must("mkdir -p /root/aside && mv /etc/isopod/manifests/kube-apiserver.yaml /root/aside/");
+        eventually("the API server has ended", || {
+            let ran = c.host.sh("pgrep -f '^/isopod apiserver'");
+            if ran.code == 1 { Ok(()) } else { Err(ran) }
+        });
+    };
+    let back = |c: &Cluster| {
+        c.host.must("mv /root/aside/kube-apiserver.yaml /etc/isopod/manifests/");
+        eventually("it answers again", || c.kubectl("--request-timeout=5s get --raw /readyz").ok());
+    };
+    gone(&c);
+    back(&c);
+    gone(&c);
+    c.kill_agent();
+    c.start_agent();
+    back(&c);
+}

@@ -282,10 +282,10 @@ fn load_layout(store: &Store, source: &Source, path: &Path) -> Result<Vec<String
 fn resolve(source: &Source, descriptor: &Descriptor) -> Result<Option<ImageManifest>, String> {
     let read = |d: &Descriptor| Manifest::parse(&source.blob(d)?).map_err(|e| format!("{}: {e}", d.digest()));
     let inner = match read(descriptor)? {
-        Manifest::Image(manifest) => return Ok(Some(manifest)),
+        Manifest::Image(manifest) => return Ok(Some(*manifest)),
         Manifest::Index(index) => here(&index).map(read).transpose()?,
     };
-    Ok(inner.and_then(|m| if let Manifest::Image(manifest) = m { Some(manifest) } else { None }))
+    Ok(inner.and_then(|m| if let Manifest::Image(manifest) = m { Some(*manifest) } else { None }))
 }
 
 /// The name of an image in a layout: containerd's annotation, a full reference, or the file's name with the tag given.

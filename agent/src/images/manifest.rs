@@ -4,8 +4,8 @@ use oci_spec::image::{Arch, Descriptor, ImageIndex, ImageManifest, Os};
 
 /// A manifest.
 pub(super) enum Manifest {
-    Image(ImageManifest),
-    Index(ImageIndex),
+    Image(Box<ImageManifest>),
+    Index(Box<ImageIndex>),
 }
 
 impl Manifest {
@@ -13,9 +13,9 @@ impl Manifest {
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         let value: serde_json::Value = serde_json::from_slice(bytes)?;
         if value.get("manifests").is_some() {
-            serde_json::from_value(value).map(Self::Index)
+            serde_json::from_value(value).map(Box::new).map(Self::Index)
         } else {
-            serde_json::from_value(value).map(Self::Image)
+            serde_json::from_value(value).map(Box::new).map(Self::Image)
         }
     }
 }

@@ -155,13 +155,16 @@ struct Auth {
     password: String,
 }
 
+/// Which provider, whom it is good for, and image, registry or nothing.
+type Asked = (String, String, String);
+
 /// All of a node's providers, and what they said.
 #[derive(Default)]
 pub(crate) struct Providers {
     dir: PathBuf,
     list: Vec<Provider>,
-    /// By provider, whom it is good for, and image, registry or nothing.
-    said: Mutex<HashMap<(String, String, String), (Instant, DockerConfig)>>,
+    /// Until when it holds.
+    said: Mutex<HashMap<Asked, (Instant, DockerConfig)>>,
 }
 
 impl Providers {

@@ -306,9 +306,13 @@ impl Worker {
         let starts = ctx.config.paths.starts();
         let record = StartRecord::new(&starts, sandbox::namespace(&pod), sandbox::name(&pod), &uid);
         let state_path = ctx.config.paths.pod(&uid).join("state.json");
-        // A static pod that went down with its machine is run again when that is back.
-        let went_down = |s: &PodState| s.failure.as_ref().is_some_and(|f| f.reason == super::TERMINATED.0);
-        let state = PodState::load(&state_path).filter(|s| source == Source::Api || !went_down(s));
+        // A static pod that went down with its machine, or whose manifest went and came back, is run again.
+        let again = |s: &PodState| {
+            let went_down = s.failure.as_ref().is_some_and(|f| f.reason == super::TERMINATED.0);
+            // What ended by itself keeps no sandbox.
+            went_down || s.finished && s.sandbox.is_some()
+        };
+        let state = PodState::load(&state_path).filter(|s| source == Source::Api || !again(s));
         let state = state.unwrap_or_else(|| PodState::new(now()));
         let held = super::references(&pod).iter().map(|key| ctx.objects.hold(key)).collect();
         let mut worker = Self {

@@ -97,6 +97,10 @@ pub(crate) async fn run(
     let mut pause = Duration::from_millis(200);
     loop {
         let want = wanted.borrow_and_update().clone();
+        if want.last && !target.delete {
+            // A mirror goes with its manifest; the API server may be the very pod that has ended.
+            return;
+        }
         let now = uid.borrow_and_update().clone();
         let other = seen.borrow_and_update().clone();
         let mut hold = None;
@@ -142,7 +146,7 @@ pub(crate) async fn run(
                 }
             }
             if want.last && retry.is_none() {
-                if gone || !target.delete {
+                if gone {
                     return;
                 }
                 let parameters = DeleteParams {

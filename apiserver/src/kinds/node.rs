@@ -215,19 +215,17 @@ fn config_source(e: &mut Errs, source: &At<'_>, of_spec: bool) {
             _ => {}
         }
     }
-    let checks: [(&str, fn(&str) -> Vec<String>); 3] = [
-        ("namespace", names::dns1123_label),
-        ("name", names::dns1123_subdomain),
-        ("kubeletConfigKey", names::config_map_key),
-    ];
-    for (field, check) in checks {
+    let mut check = |field: &str, check: fn(&str) -> Vec<String>| {
         let field = at.get(field);
         if field.s().is_empty() {
             e.required(&field, "");
         } else {
             e.messages(&field, check(field.s()));
         }
-    }
+    };
+    check("namespace", names::dns1123_label);
+    check("name", names::dns1123_subdomain);
+    check("kubeletConfigKey", names::config_map_key);
 }
 
 /// What the kubelet says it can do: names in order.

@@ -87,8 +87,12 @@ pub(crate) struct Kernel {
     pub(super) transaction_max: usize,
     /// Called after each transaction.
     #[cfg(test)]
-    pub(super) after: Option<Box<dyn Fn(&Self) + Send>>,
+    pub(super) after: Option<Look>,
 }
+
+/// A look at the kernel between two transactions.
+#[cfg(test)]
+type Look = Box<dyn Fn(&Kernel) + Send>;
 
 /// Calls its argument with every element that should be in the kernel.
 pub(crate) type Wanted<'a> = dyn Fn(&mut dyn FnMut(Element)) + Sync + 'a;
