@@ -1,8 +1,10 @@
 //! Whether this node takes a pod that was bound to it: the checks the scheduler cannot be trusted with.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1::{Node, Pod, PodSpec};
 
-use super::manager;
+use super::{manager, table::Snapshot};
 use crate::{context::Context, qos, spec::security};
 
 /// Why a pod is rejected: `status.reason` and `status.message`.
@@ -11,13 +13,8 @@ pub(super) type Refusal = (String, String);
 /// Pods of this priority and above are critical to the node.
 const CRITICAL: i32 = 2_000_000_000;
 
-/// Whether a refusal is about what other pods hold.
-pub(super) fn is_about_room(reason: &str) -> bool {
-    reason == "NodePorts" || reason.starts_with("OutOf")
-}
-
-/// Why this node cannot take an API pod, if so.
-pub(super) fn admit(ctx: &Context, pod: &Pod) -> Option<Refusal> {
+/// Why this node cannot take an API pod beside `others`, if so.
+pub(super) fn admit(ctx: &Context, others: &[Arc<Snapshot>], pod: &Pod) -> Option<Refusal> {
     let spec = pod.spec.as_ref()?;
     if *ctx.shutdown.borrow() {
         let text = "Pod was rejected: Pod was rejected as the node is shutting down.";
@@ -34,11 +31,11 @@ pub(super) fn admit(ctx: &Context, pod: &Pod) -> Option<Refusal> {
         return Some(refusal);
     }
     let node = ctx.node.read().clone();
-    room(ctx, spec).or_else(|| ports(ctx, spec)).or_else(|| matches(node.as_deref()?, pod))
+    room(ctx, others, spec).or_else(|| ports(others, spec)).or_else(|| matches(node.as_deref()?, pod))
 }
 
 /// Room for what it requests; critical pods make room for themselves.
-fn room(ctx: &Context, spec: &PodSpec) -> Option<Refusal> {
+fn room(ctx: &Context, others: &[Arc<Snapshot>], spec: &PodSpec) -> Option<Refusal> {
     if spec.priority.unwrap_or(0) >= CRITICAL {
         return None;
     }
@@ -49,13 +46,13 @@ fn room(ctx: &Context, spec: &PodSpec) -> Option<Refusal> {
         );
         Some((format!("OutOf{resource}"), message))
     };
-    let pods = ctx.table.all().iter().filter(|s| manager::is_active(&s.pod)).count() as i64;
+    let pods = others.iter().filter(|s| manager::is_active(&s.pod)).count() as i64;
     let most = i64::from(crate::node::info::max_pods(&ctx.config.kubelet, machine.cpus));
     if pods + 1 > most {
         return short("pods", 1, pods, most);
     }
     let (cpu, _) = qos::pod_amount(spec, "cpu");
-    let used = manager::requested(ctx, "cpu");
+    let used = manager::requested(others, "cpu");
     if cpu > 0 && used + cpu > machine.allocatable.cpu_milli {
         return short("cpu", cpu, used, machine.allocatable.cpu_milli);
     }
@@ -63,7 +60,7 @@ fn room(ctx: &Context, spec: &PodSpec) -> Option<Refusal> {
         [("memory", machine.allocatable.memory), ("ephemeral-storage", machine.allocatable.storage)]
     {
         let wanted = qos::pod_amount(spec, resource).0 / 1000;
-        let used = manager::requested(ctx, resource) / 1000;
+        let used = manager::requested(others, resource) / 1000;
         if wanted > 0 && used + wanted > capacity {
             return short(resource, wanted, used, capacity);
         }
@@ -84,13 +81,12 @@ fn host_ports(spec: &PodSpec) -> Vec<(String, i32, String)> {
         .collect()
 }
 
-fn ports(ctx: &Context, spec: &PodSpec) -> Option<Refusal> {
+fn ports(others: &[Arc<Snapshot>], spec: &PodSpec) -> Option<Refusal> {
     let wanted = host_ports(spec);
     if wanted.is_empty() {
         return None;
     }
-    let all = ctx.table.all();
-    let taken: Vec<_> = all
+    let taken: Vec<_> = others
         .iter()
         .filter(|s| manager::is_active(&s.pod))
         .filter_map(|s| s.pod.spec.as_ref())

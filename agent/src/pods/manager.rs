@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     admission, sandbox,
+    table::Snapshot,
     worker::{self, Command, Handle, Source},
     writer::Seen,
 };
@@ -350,10 +351,11 @@ impl Manager {
     /// Judges a pod that is new here. One that finds no room where others are about to leave waits for them: the scheduler
     /// knows of them no more.
     fn take(&mut self, pod: Arc<Pod>) {
-        let refused = admission::admit(&self.ctx, &pod);
-        let full = refused.as_ref().is_some_and(|(reason, _)| admission::is_about_room(reason));
+        let mut others = self.ctx.table.all();
+        let refused = admission::admit(&self.ctx, &others, &pod);
+        others.retain(|s| self.workers.get(sandbox::uid(&s.pod)).is_none_or(|e| !e.gone));
         let stays = pod.metadata.deletion_timestamp.is_none();
-        if full && stays && self.workers.values().any(|e| e.gone) {
+        if stays && refused.is_some() && admission::admit(&self.ctx, &others, &pod).is_none() {
             let why = refused.map(|(_, message)| message);
             tracing::info!(
                 pod = sandbox::name(&pod),
@@ -424,9 +426,8 @@ pub(super) fn is_active(pod: &Pod) -> bool {
 }
 
 /// Sum of what running pods request of a resource, in thousandths.
-pub(super) fn requested(ctx: &Context, resource: &str) -> i64 {
-    let all = ctx.table.all();
-    all.iter()
+pub(super) fn requested(pods: &[Arc<Snapshot>], resource: &str) -> i64 {
+    pods.iter()
         .filter(|s| is_active(&s.pod))
         .filter_map(|s| Some(qos::pod_amount(s.pod.spec.as_ref()?, resource).0))
         .sum()

@@ -225,7 +225,8 @@ impl Worker {
 
     fn consider(&mut self, wanted: &PodSpec) {
         let now = self.pod.spec.clone().unwrap_or_default();
-        let of = |r: &str| manager::requested(&self.ctx, r) - qos::pod_amount(&now, r).0;
+        let all = self.ctx.table.all();
+        let of = |r: &str| manager::requested(&all, r) - qos::pod_amount(&now, r).0;
         let others = (of("cpu").max(0), (of("memory") / 1000).max(0));
         let pending =
             match self.pinned(wanted).unwrap_or_else(|| judge(wanted, &now, others, self.ctx.machine.allocatable)) {

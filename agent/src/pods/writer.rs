@@ -129,7 +129,8 @@ pub(crate) async fn run(
                     // Another pod of this name, or none: this one's status interests nobody any more.
                     Err(e)
                         if is_code(&e, 404)
-                            || (is_code(&e, 409) && Box::pin(replaced(&pods, &target.name, &uid)).await) =>
+                            || ((is_code(&e, 409) || is_code(&e, 422))
+                                && Box::pin(replaced(&pods, &target.name, &uid)).await) =>
                     {
                         gone = true;
                     }
@@ -185,7 +186,7 @@ pub(crate) async fn run(
     }
 }
 
-/// Whether a conflict means that the object is another one by now, not that somebody else was writing too.
+/// Whether a refusal means that the object is another one by now (a uid never changes).
 async fn replaced(pods: &KubeApi<Pod>, name: &str, uid: &str) -> bool {
     matches!(pods.get_metadata_opt(name).await, Ok(now) if now.as_ref().and_then(|p| p.metadata.uid.as_deref()) != Some(uid))
 }

@@ -346,6 +346,10 @@ fn written_with_status(resource: &Resource) -> &'static [&'static str] {
 
 /// Takes `members` of a written metadata.
 fn set_metadata(new: &mut Value, written: &Value, members: &[&str]) {
+    if !members.is_empty() {
+        // Who names an object by its uid means this one and no successor: validation tells.
+        meta::set_uid(new, written["uid"].as_str().unwrap_or_default());
+    }
     for member in members {
         meta::set(new, member, written.get(*member).cloned().unwrap_or_default());
     }

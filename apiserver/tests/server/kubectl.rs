@@ -173,6 +173,11 @@ fn edited(k: &Kubectl) {
 
 fn patched(k: &Kubectl) {
     k.k(r#"patch deployment web --type=strategic -p '{"spec":{"template":{"spec":{"containers":[{"name":"d","image":"j"}]}}}}'"#);
+    // A uid in a patch means this object, also for those who write its status.
+    for sub in ["", "--subresource=status"] {
+        let refused = k.refused(&format!(r#"patch deployment web {sub} -p '{{"metadata":{{"uid":"another"}}}}'"#));
+        assert!(refused.contains(r#"metadata.uid: Invalid value: "another": field is immutable"#), "{refused}");
+    }
     let containers =
         |k: &Kubectl| k.get("deployment web")["spec"]["template"]["spec"]["containers"].as_array().unwrap().len();
     assert_eq!(containers(k), 2);
