@@ -29,4 +29,4 @@ mod webhook;
 pub use admission::type_warnings;
 pub use config::{Config, Error, Store};
 pub use isopod_store::EtcdConfig;
-pub use run::run;
+pub use run::{run, run_on};

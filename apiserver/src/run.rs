@@ -6,6 +6,7 @@ use std::{
 };
 
 use isopod_store::{Embedded, Engine, Etcd};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -31,9 +32,16 @@ const TIDY: Duration = Duration::from_secs(60);
 
 /// Runs the API server until `stop` fires: opens the store, loads the caches, writes the initial objects, serves.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
-    let config = Arc::new(config);
     // The address first: it is the cheapest thing that can be wrong.
-    let server = Server::bind(&config).await?;
+    let bound = TcpListener::bind(config.bind).await;
+    let listener = bound.map_err(|source| Error::Bind { address: config.bind, source })?;
+    run_on(config, listener, stop).await
+}
+
+/// The same on a socket that listens already, whatever address the configuration has.
+pub async fn run_on(config: Config, listener: TcpListener, stop: CancellationToken) -> Result<(), Error> {
+    let config = Arc::new(config);
+    let server = Server::new(&config, listener)?;
     let engine = open_store(&config.store).await?;
     let result = serve(&config, server, Arc::clone(&engine), stop).await;
     let closing = tokio::task::spawn_blocking(move || engine.close());

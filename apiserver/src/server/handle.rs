@@ -3,8 +3,8 @@
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
 
 use futures::FutureExt;
-use http::{HeaderValue, Method, Request, Response, header, request::Parts};
-use hyper::body::Incoming;
+use http::{HeaderValue, Method, Request, Response, Version, header, request::Parts};
+use hyper::body::{Body as _, Incoming};
 use isopod_api::status::Status;
 use serde_json::json;
 
@@ -25,11 +25,11 @@ use crate::{
 };
 
 /// One request on its way.
-pub(super) struct Call {
+pub(super) struct Call<'b> {
     /// Method, headers, extensions.
     pub(super) parts: Parts,
     /// The body, until it is read.
-    pub(super) body: Option<Incoming>,
+    pub(super) body: &'b mut Option<Incoming>,
     /// What it is about.
     pub(super) info: RequestInfo,
     /// Its query.
@@ -55,11 +55,14 @@ pub(super) async fn handle(
         negotiate(request.headers().get(header::ACCEPT).and_then(|v| v.to_str().ok()), false, Binary::Served);
     let media = accepted.map_or(Accepted::JSON.media, |accepted| accepted.media);
     let errors = Style { accepted: Accepted { media, ..Accepted::JSON }, ..style };
-    let head = request.method() == Method::HEAD;
+    let (head, version) = (request.method() == Method::HEAD, request.version());
     let running = app.counters.start(&info);
     let long = info.long_running();
     let counted = info.clone();
-    let call = answer(&app, certificate.as_ref().as_ref(), request, info, query, style);
+    let (parts, body) = request.into_parts();
+    let expects = parts.headers.contains_key(header::EXPECT);
+    let mut body = Some(body);
+    let call = answer(&app, certificate.as_ref().as_ref(), (parts, &mut body), info, query, style);
     let call = AssertUnwindSafe(call).catch_unwind();
     let outcome = if long {
         call.await
@@ -80,7 +83,15 @@ pub(super) async fn handle(
     drop(running);
     let known = counted.resource_request && response.status() != 404;
     app.counters.answered(&counted, known, response.status().as_u16(), started.elapsed());
+    // Who waits for a word to send the body has had none, unless it was too much of a body.
+    let waits = expects && response.status() != 413;
     let headers = response.headers_mut();
+    if let Some(left) = body.filter(|left| !left.is_end_stream())
+        && (waits || !limits::drain(left).await)
+        && version < Version::HTTP_2
+    {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     if let Ok(id) = HeaderValue::from_str(&uuid::Uuid::new_v4().to_string()) {
         headers.insert("Audit-Id", id);
     }
@@ -112,23 +123,24 @@ pub(super) fn header_text(parts: &Parts, name: header::HeaderName) -> Option<&st
 async fn answer(
     app: &Arc<App>,
     certificate: Option<&UserInfo>,
-    request: Request<Incoming>,
+    (parts, body): (Parts, &mut Option<Incoming>),
     info: RequestInfo,
     query: Query,
     style: Style,
 ) -> Result<Response<Body>, Status> {
-    let user = chain::authenticate(&*app.tokens, certificate, request.headers())?;
-    let user = impersonate(&*app.authorizer, user, request.headers())?;
+    let user = chain::authenticate(&*app.tokens, certificate, &parts.headers)?;
+    let user = impersonate(&*app.authorizer, user, &parts.headers)?;
     let _place = match info.long_running() {
         true => None,
         false => app.in_flight.enter(&user, !matches!(&*info.verb, "get" | "list")).await?,
     };
     authorize(app, &info, &user)?;
-    if let Some(service) = app.aggregator.service(&info.path) {
-        return app.aggregator.forward(&service, &user, request).await;
+    if let Some(service) = app.aggregator.service(&info.path)
+        && let Some(body) = body.take()
+    {
+        return app.aggregator.forward(&service, &user, Request::from_parts(parts, body)).await;
     }
-    let (parts, body) = request.into_parts();
-    let mut call = Call { parts, body: Some(body), info, query, user, style };
+    let mut call = Call { parts, body, info, query, user, style };
     if let Ok(accepted) = negotiate(header_text(&call.parts, header::ACCEPT), false, Binary::Served) {
         call.style.pretty |= accepted.pretty;
     }
@@ -158,7 +170,7 @@ fn authorize(app: &App, info: &RequestInfo, user: &UserInfo) -> Result<(), Statu
 }
 
 /// Requests that are about no resource.
-async fn plain(app: &Arc<App>, call: Call) -> Result<Response<Body>, Status> {
+async fn plain(app: &Arc<App>, call: Call<'_>) -> Result<Response<Body>, Status> {
     let path = call.info.path.trim_matches('/').to_owned();
     if let Some(response) = app.health.answer(&path, &call.query) {
         return Ok(response);

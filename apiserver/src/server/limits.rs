@@ -12,7 +12,7 @@ use crate::authn::UserInfo;
 
 /// Largest request body.
 const BODY_MAX: usize = 3 * 1024 * 1024;
-/// What is read of a body that is too large, at most.
+/// What is read of a body that is too large or not wanted, at most.
 const DRAIN_MAX: usize = 16 * BODY_MAX;
 /// For how long.
 const DRAIN_TIME: Duration = Duration::from_secs(5);
@@ -51,15 +51,15 @@ impl InFlight {
     }
 }
 
-/// Reads a request's body up to the limit.
-pub(crate) async fn read_body(mut body: Incoming) -> Result<Bytes, Status> {
+/// Reads a request's body up to the limit; of a larger one the rest stays.
+pub(super) async fn read_body(place: &mut Option<Incoming>) -> Result<Bytes, Status> {
+    let Some(body) = place else { return Ok(Bytes::new()) };
     let broken = |error: hyper::Error| Status::bad_request(format!("unable to read the request body: {error}"));
     // Most bodies are one frame, which is not copied.
     let (mut first, mut all) = (Bytes::new(), BytesMut::new());
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
         if first.len().max(all.len()) + data.len() > BODY_MAX {
-            drain(body).await;
             return Err(Status::too_large(format!("limit is {BODY_MAX}")));
         }
         if first.is_empty() && all.is_empty() {
@@ -71,20 +71,24 @@ pub(crate) async fn read_body(mut body: Incoming) -> Result<Bytes, Status> {
         }
         all.extend_from_slice(&data);
     }
+    *place = None;
     Ok(if all.is_empty() { first } else { all.freeze() })
 }
 
-/// Reads on for a while what nobody wants: a client that is still sending when the connection ends never sees the answer.
-async fn drain(mut body: Incoming) {
+/// Reads on for a while what nobody wants, and tells whether that was all: a client that is still sending when the
+/// connection ends never sees the answer, and no connection with an unread body can take another request.
+pub(super) async fn drain(mut body: Incoming) -> bool {
     let reading = async {
         let mut left = DRAIN_MAX;
-        while let Some(Ok(frame)) = body.frame().await {
+        while let Some(frame) = body.frame().await {
+            let Ok(frame) = frame else { return false };
             left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
             if left == 0 {
-                return;
+                return false;
             }
         }
+        true
     };
     // Who is slower than that is cut off.
-    let _ = tokio::time::timeout(DRAIN_TIME, reading).await;
+    tokio::time::timeout(DRAIN_TIME, reading).await.unwrap_or(false)
 }

@@ -77,12 +77,9 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Binds the address and reads the certificates.
-    pub(crate) async fn bind(config: &Config) -> Result<Self, Error> {
-        let acceptor = TlsAcceptor::from(Arc::new(tls::config(config)?));
-        let bind = |source| Error::Bind { address: config.bind, source };
-        let listener = TcpListener::bind(config.bind).await.map_err(bind)?;
-        Ok(Self { listener, acceptor })
+    /// Reads the certificates.
+    pub(crate) fn new(config: &Config, listener: TcpListener) -> Result<Self, Error> {
+        Ok(Self { listener, acceptor: TlsAcceptor::from(Arc::new(tls::config(config)?)) })
     }
 
     /// Where it listens.

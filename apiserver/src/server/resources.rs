@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Answers a request about a resource.
-pub(super) async fn answer(app: &Arc<App>, mut call: Call) -> Result<Response<Body>, Status> {
+pub(super) async fn answer(app: &Arc<App>, mut call: Call<'_>) -> Result<Response<Body>, Status> {
     let info = &call.info;
     let gvr = Gvr::new(&info.group, &info.version, &info.resource);
     let Some(resource) = app.registry.resource(&gvr) else {
@@ -161,7 +161,7 @@ fn terminating(resource: &Resource, verb: &str) -> Option<Status> {
 }
 
 /// Refuses verbs a path does not have.
-fn check_method(resource: &Resource, call: &Call, method: &Method) -> Result<(), Status> {
+fn check_method(resource: &Resource, call: &Call<'_>, method: &Method) -> Result<(), Status> {
     let info = &call.info;
     let refuse = || Err(Status::method_not_allowed());
     if info.verb.is_empty() || *method == Method::HEAD {
@@ -181,7 +181,7 @@ fn check_method(resource: &Resource, call: &Call, method: &Method) -> Result<(),
     if allowed && resource.offers("", &info.verb) { Ok(()) } else { refuse() }
 }
 
-fn rendering(call: &Call, resource: &Resource) -> Result<Rendering, Status> {
+fn rendering(call: &Call<'_>, resource: &Resource) -> Result<Rendering, Status> {
     let list = call.info.is_collection() && matches!(&*call.info.verb, "list" | "deletecollection");
     if let Some(asked) = call.style.accepted.list.filter(|asked| *asked != list && call.info.verb != "watch") {
         let package = match resource.gvk.group.as_str() {
@@ -201,7 +201,7 @@ fn rendering(call: &Call, resource: &Resource) -> Result<Rendering, Status> {
     Rendering::new(call.style.accepted.transform, &call.query)
 }
 
-async fn get(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
+async fn get(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<Response<Body>, Status> {
     let rendering = rendering(&call, resource)?;
     let info = &call.info;
     if !matches!(&*info.subresource, "" | "status" | "scale" | "approval" | "ephemeralcontainers" | "resize") {
@@ -239,7 +239,7 @@ async fn component(app: &App, resource: &Resource, name: &str) -> Result<Option<
     found.map(Some).ok_or_else(|| Status::not_found(&resource.group_resource(), name))
 }
 
-async fn list_objects(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
+async fn list_objects(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<Response<Body>, Status> {
     let rendering = rendering(&call, resource)?;
     let selection = Selection::parse(resource, &call.info.namespace, "", &call.query)?;
     if resource.store.is_none() {
@@ -252,7 +252,7 @@ async fn list_objects(app: &App, resource: &Arc<Resource>, call: Call) -> Result
     Ok(render::list(resource, listing.objects, true, metadata, rendering, call.style))
 }
 
-async fn watch_objects(app: &App, resource: &Arc<Resource>, call: Call) -> Result<Response<Body>, Status> {
+async fn watch_objects(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<Response<Body>, Status> {
     let rendering = rendering(&call, resource)?;
     let info = &call.info;
     let selection = Selection::parse(resource, &info.namespace, &info.name, &call.query)?;
@@ -271,7 +271,7 @@ struct Input<'c> {
     content_type: Option<String>,
 }
 
-fn input<'c>(call: &'c Call, kind: &str, apply: bool) -> Result<Input<'c>, Status> {
+fn input<'c>(call: &'c Call<'_>, kind: &str, apply: bool) -> Result<Input<'c>, Status> {
     let agent = header_text(&call.parts, header::USER_AGENT).unwrap_or("");
     let options = WriteOptions::read(&call.query, agent, kind, apply)?;
     let content_type = header_text(&call.parts, header::CONTENT_TYPE).map(str::to_owned);
@@ -291,14 +291,6 @@ fn failed(style: Style, status: &Status, warnings: &[String]) -> Response<Body> 
     response
 }
 
-/// Reads the body.
-async fn take_body(call: &mut Call) -> Result<Bytes, Status> {
-    match call.body.take() {
-        Some(body) => limits::read_body(body).await,
-        None => Ok(Bytes::new()),
-    }
-}
-
 /// The kind a (sub)resource's bodies are of.
 fn body_kind(resource: &Resource, subresource: &str) -> Gvk {
     match resource.info.subresource(subresource) {
@@ -310,8 +302,8 @@ fn body_kind(resource: &Resource, subresource: &str) -> Gvk {
     }
 }
 
-async fn create(app: &Arc<App>, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
-    let body = take_body(&mut call).await?;
+async fn create(app: &Arc<App>, resource: &Arc<Resource>, call: Call<'_>) -> Result<Response<Body>, Status> {
+    let body = limits::read_body(call.body).await?;
     let style = call.style;
     if let Some(custom) = &resource.custom {
         custom.definition.settled().await;
@@ -349,13 +341,13 @@ async fn create(app: &Arc<App>, resource: &Arc<Resource>, mut call: Call) -> Res
     })
 }
 
-fn target<'c>(resource: &'c Arc<Resource>, call: &'c Call) -> Target<'c> {
+fn target<'c>(resource: &'c Arc<Resource>, call: &'c Call<'_>) -> Target<'c> {
     let info = &call.info;
     Target { resource, namespace: &info.namespace, name: &info.name, subresource: &info.subresource }
 }
 
-async fn update(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
-    let body = take_body(&mut call).await?;
+async fn update(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<Response<Body>, Status> {
+    let body = limits::read_body(call.body).await?;
     let Input { mut writer, content_type } = input(&call, "UpdateOptions", false)?;
     let rendering = rendering(&call, resource)?;
     let target = target(resource, &call);
@@ -380,7 +372,7 @@ async fn update(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<R
     })
 }
 
-fn answer_bytes(resource: &Resource, call: &Call, object: &Object, rendering: Rendering) -> Bytes {
+fn answer_bytes(resource: &Resource, call: &Call<'_>, object: &Object, rendering: Rendering) -> Bytes {
     match call.info.subresource.as_str() {
         "scale" => {
             let scale = render::scale(&scale::seen(resource, &resource.value(object)), rendering);
@@ -390,9 +382,9 @@ fn answer_bytes(resource: &Resource, call: &Call, object: &Object, rendering: Re
     }
 }
 
-async fn patch(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
+async fn patch(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<Response<Body>, Status> {
     let kind = PatchKind::parse(header_text(&call.parts, header::CONTENT_TYPE), resource.custom.is_some())?;
-    let body = take_body(&mut call).await?;
+    let body = limits::read_body(call.body).await?;
     let Input { mut writer, .. } = input(&call, "PatchOptions", kind == PatchKind::Apply)?;
     let rendering = rendering(&call, resource)?;
     let request = PatchRequest { target: target(resource, &call), kind, body: &body };
@@ -405,8 +397,8 @@ async fn patch(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Re
     })
 }
 
-async fn delete(app: &App, resource: &Arc<Resource>, mut call: Call) -> Result<Response<Body>, Status> {
-    let body = take_body(&mut call).await?;
+async fn delete(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<Response<Body>, Status> {
+    let body = limits::read_body(call.body).await?;
     let content_type = header_text(&call.parts, header::CONTENT_TYPE);
     let options = delete_options(&body, content_type, &call.query)?;
     let rendering = rendering(&call, resource)?;

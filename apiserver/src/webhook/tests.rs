@@ -5,7 +5,7 @@ use serde_json::json;
 use super::{testing::WebhookServer, *};
 use crate::admission::testing::FakeObjects;
 
-const SHORT: Duration = Duration::from_secs(5);
+const SHORT: Duration = Duration::from_secs(30);
 
 async fn post(client: &Client, config: &Value, objects: &FakeObjects, timeout: Duration) -> Result<Value, String> {
     let target = Arc::new(Target::new(config)?);
@@ -15,10 +15,10 @@ async fn post(client: &Client, config: &Value, objects: &FakeObjects, timeout: D
 #[tokio::test]
 async fn urls_and_errors() {
     let server = WebhookServer::start(&["127.0.0.1"], |body| match body["@path"].as_str().unwrap_or_default() {
-        "/ok?timeout=5s" => (200, json!({"n": body["n"]})),
+        "/ok?timeout=30s" => (200, json!({"n": body["n"]})),
         "/hang?timeout=1s" => (0, Value::Null),
-        "/status?timeout=5s" => (400, json!({"kind": "Status", "message": "said so"})),
-        "/broken?timeout=5s" => (500, json!("boom")),
+        "/status?timeout=30s" => (400, json!({"kind": "Status", "message": "said so"})),
+        "/broken?timeout=30s" => (500, json!("boom")),
         other => (404, json!(other)),
     })
     .await;
@@ -42,7 +42,7 @@ async fn urls_and_errors() {
     wrong["caBundle"] = other.config("/")["caBundle"].clone();
     let unknown = post(&client, &wrong, &objects, SHORT).await.unwrap_err();
     let want = format!(
-        "Post \"https://{at}/ok?timeout=5s\": tls: failed to verify certificate: x509: certificate signed by unknown authority"
+        "Post \"https://{at}/ok?timeout=30s\": tls: failed to verify certificate: x509: certificate signed by unknown authority"
     );
     assert_eq!(unknown, want);
     let config = server.config("/ok");
@@ -65,7 +65,7 @@ async fn services_lead_to_their_endpoints() {
     let server = WebhookServer::start(&["hook.ns.svc"], |body| (200, json!({"path": body["@path"]}))).await;
     let (client, objects) = (Client::default(), FakeObjects::new([]));
     let config = server.service("ns", "hook", 8443);
-    let failed = |text: &str| Err(format!("Post \"https://hook.ns.svc:8443/svc?timeout=5s\": {text}"));
+    let failed = |text: &str| Err(format!("Post \"https://hook.ns.svc:8443/svc?timeout=30s\": {text}"));
     assert_eq!(post(&client, &config, &objects, SHORT).await, failed("service \"hook\" not found"));
     let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "hook", "namespace": "ns"},
         "spec": {"ports": [{"name": "tls", "port": 8443}]}});
@@ -76,7 +76,7 @@ async fn services_lead_to_their_endpoints() {
         "ports": [{"name": "tls", "port": server.address.port()}],
         "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": true}}]});
     objects.put(&crate::admission::testing::gvr_of(&slice), slice);
-    assert_eq!(post(&client, &config, &objects, SHORT).await, Ok(json!({"path": "/svc?timeout=5s"})));
+    assert_eq!(post(&client, &config, &objects, SHORT).await, Ok(json!({"path": "/svc?timeout=30s"})));
     let other = server.service("ns", "hook", 1);
     let error = post(&client, &other, &objects, SHORT).await.unwrap_err();
     assert!(error.contains("no service port 1 found for service \"hook\""), "{error}");

@@ -117,7 +117,7 @@ fn changed(k: &Kubectl, all: &[Value]) {
         for (n, part) in all.chunks(all.len().div_ceil(4)).enumerate() {
             scope.spawn(move || {
                 list(k, &format!("part-{n}.json"), part);
-                let wait = "--for=jsonpath='{.metadata.annotations.note}'=seen --timeout=20s";
+                let wait = "--for=jsonpath='{.metadata.annotations.note}'=seen --timeout=2m";
                 each(&k.k(&format!("wait -f part-{n}.json {wait}")), " condition met", part.len());
             });
         }
@@ -216,7 +216,7 @@ fn deleted(k: &Kubectl, all: &[Value]) {
         list(k, "left.json", &left);
         k.k(r#"patch -f left.json --type=merge -p '{"metadata":{"finalizers":null}}'"#);
         k.k("replace --raw /api/v1/namespaces/every/finalize -f namespace.json");
-        k.k("wait -f all.json --for=delete --timeout=10s");
+        k.k("wait -f all.json --for=delete --timeout=2m");
     }
 }
 

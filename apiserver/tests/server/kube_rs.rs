@@ -1,7 +1,5 @@
 //! A Rust client: kube-rs with its typed and dynamic API, watcher, server-side apply and custom resources.
 
-use std::time::Duration;
-
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::{
     api::core::v1::{ConfigMap, Namespace},
@@ -16,7 +14,7 @@ use kube::{
 };
 use serde_json::json;
 
-use super::{Server, TOKEN};
+use super::{PATIENCE, Server, TOKEN};
 
 fn client(server: &Server) -> Client {
     let mut config = Config::new(server.url("").parse().unwrap());
@@ -87,7 +85,7 @@ async fn watched(client: &Client) {
 }
 
 async fn next(seen: &mut (impl futures::Stream<Item = watcher::Result<ConfigMap>> + Unpin)) -> String {
-    let next = tokio::time::timeout(Duration::from_secs(10), seen.try_next()).await;
+    let next = tokio::time::timeout(PATIENCE, seen.try_next()).await;
     next.expect("an event").unwrap().unwrap().data.unwrap()["key"].clone()
 }
 
@@ -117,7 +115,7 @@ async fn custom(client: &Client) {
                 "status": {"type": "object", "properties": {"seen": {"type": "boolean"}}}}}}}]}}));
     crds.create(&PostParams::default(), &crd.unwrap()).await.unwrap();
     let established = wait::await_condition(crds, "things.x.example.com", wait::conditions::is_crd_established());
-    tokio::time::timeout(Duration::from_secs(10), established).await.expect("established").unwrap();
+    tokio::time::timeout(PATIENCE, established).await.expect("established").unwrap();
     let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("x.example.com", "v1", "Thing"));
     let things: Api<DynamicObject> = Api::default_namespaced_with(client.clone(), &resource);
     let made =

@@ -5,12 +5,14 @@ use std::{
     fs,
     path::PathBuf,
     process::{Command, Output, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
 };
 
 use isopod_api::resources;
 use serde_json::{Value, json};
 
-use super::{Server, TOKEN};
+use super::{PATIENCE, Server, TOKEN};
 
 /// kubectl with a home of its own.
 pub(super) struct Kubectl(pub(super) PathBuf);
@@ -100,7 +102,7 @@ fn customized(k: &Kubectl) {
                 "served": true, "storage": true, "schema": {"openAPIV3Schema": schema},
                 "subresources": {"scale": {"specReplicasPath": ".spec.size", "statusReplicasPath": ".status.size"}}}]}}));
     k.k("apply -f crd.json");
-    k.k("wait --for=condition=Established crd/things.k.example.com --timeout=10s");
+    k.k("wait --for=condition=Established crd/things.k.example.com --timeout=2m");
     let thing = |size: i32, words: Value| json!({"apiVersion": "k.example.com/v1", "kind": "Thing", "metadata": {"name": "t"}, "spec": {"size": size, "words": words}});
     k.file("thing.json", &thing(1, json!(["a", "b"])));
     assert_eq!(k.k("apply -f thing.json"), "thing.k.example.com/t created\n");
@@ -191,11 +193,10 @@ fn patched(k: &Kubectl) {
     assert!(scale.starts_with("NAME   DESIRED   AVAILABLE   AGE\nweb    7         0 "), "{scale}");
     assert!(k.k("get deployment web --subresource=status -o name").contains("deployment.apps/web"));
     k.k("create configmap late --from-literal=state=no");
-    let mut waiting =
-        k.command("wait --for=jsonpath='{.data.state}'=yes configmap/late --timeout=20s").spawn().unwrap();
+    let mut waiting = k.command("wait --for=jsonpath='{.data.state}'=yes configmap/late --timeout=2m").spawn().unwrap();
     k.k(r#"patch configmap late -p '{"data":{"state":"yes"}}'"#);
     assert!(waiting.wait().unwrap().success());
-    let mut waiting = k.command("wait --for=delete configmap/late --timeout=20s").spawn().unwrap();
+    let mut waiting = k.command("wait --for=delete configmap/late --timeout=2m").spawn().unwrap();
     k.k("delete configmap late");
     assert!(waiting.wait().unwrap().success());
 }
@@ -308,7 +309,7 @@ fn asked(k: &Kubectl) {
     assert!(k.k("get csr").contains("Pending"));
     k.k("certificate approve jane");
     assert!(k.k("get csr jane").contains("Approved"));
-    assert!(k.k("wait csr/jane --for=condition=Approved --timeout=10s").contains("condition met"));
+    assert!(k.k("wait csr/jane --for=condition=Approved --timeout=2m").contains("condition met"));
     k.file("csr.json", &json!({"apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest",
         "metadata": {"name": "john"}, "spec": {"request": request, "signerName": "example.com/none", "usages": ["client auth"]}}));
     k.k("create -f csr.json");
@@ -327,23 +328,27 @@ fn watched(k: &Kubectl) {
         k.command("get configmaps --watch-only -o name --output-watch-events").stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(watch.stdout.take().unwrap()));
     // The watch has no sign of its own: objects are made until it has seen one.
-    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     let first = std::thread::scope(|scope| {
         scope.spawn(|| {
+            let started = Instant::now();
             for i in 0.. {
-                if stop.load(std::sync::atomic::Ordering::Relaxed) || i == 100 {
-                    break;
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                if started.elapsed() > PATIENCE {
+                    return watch.kill().unwrap();
                 }
                 k.k(&format!("create configmap seen-{i}"));
             }
         });
         let first = lines.next();
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        stop.store(true, Ordering::Relaxed);
         first
     });
-    watch.kill().unwrap();
+    let _ = watch.kill();
     watch.wait().unwrap();
-    let first = first.unwrap().unwrap();
+    let first = first.expect("the watch shows something").unwrap();
     assert!(first.contains("configmap/seen-"), "{first}");
 }
 

@@ -23,9 +23,12 @@ use std::time::Duration;
 use reqwest::Method;
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::net::TcpListener;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 const TOKEN: &str = "token-of-an-admin";
+/// How long anything may take that is waited for: a loaded machine with two cores is slow.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A running server; it ends with this.
 struct Server {
@@ -40,10 +43,12 @@ impl Server {
         // Another test may have been first.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let dir = TempDir::new().unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        // Held from here on: nobody else gets this port.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
         let config = setup::config(dir.path(), port, TOKEN).unwrap();
         let stop = CancellationToken::new();
-        tokio::spawn(isopod_apiserver::run(config, stop.clone()));
+        let running = tokio::spawn(isopod_apiserver::run_on(config, listener, stop.clone()));
         let ca = std::fs::read(dir.path().join("ca.crt")).unwrap();
         let mut headers = reqwest::header::HeaderMap::new();
         headers.insert("authorization", format!("Bearer {TOKEN}").parse().unwrap());
@@ -55,10 +60,11 @@ impl Server {
         let server = Self { port, dir, client, _stop: stop.drop_guard() };
         let ready = async {
             while !server.ready().await {
+                assert!(!running.is_finished(), "the server does not start");
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(30), ready).await.expect("the server does not become ready");
+        tokio::time::timeout(PATIENCE, ready).await.expect("the server does not become ready");
         server
     }
 
@@ -80,19 +86,20 @@ impl Server {
         self.send(method, path, kind, body).await
     }
 
-    /// The same with any body.
+    /// The same with any body; what is no JSON comes as text, such as the answer to a path nobody serves (yet).
     async fn send(&self, method: Method, path: &str, kind: &str, body: String) -> (u16, Value) {
         let mut request = self.client.request(method, self.url(path));
         if !body.is_empty() {
             request = request.header("content-type", kind).body(body);
         }
         let answer = request.send().await.unwrap();
-        (answer.status().as_u16(), serde_json::from_str(&answer.text().await.unwrap()).unwrap())
+        let (code, text) = (answer.status().as_u16(), answer.text().await.unwrap());
+        (code, serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
     /// Asks again until an answer is right: what is written shows a little later.
     async fn until(&self, method: Method, path: &str, body: &Value, right: impl Fn(u16, &Value) -> bool) -> Value {
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        let deadline = tokio::time::Instant::now() + PATIENCE;
         loop {
             let (code, answer) = self.answer(method.clone(), path, body).await;
             if right(code, &answer) {

@@ -65,7 +65,7 @@ async fn webhooks_and_policies_see_the_version_they_name() {
     let rule = json!({"apiGroups": ["x.example.com"], "apiVersions": ["v2"], "operations": ["CREATE", "UPDATE"], "resources": ["things"]});
     let config = json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingWebhookConfiguration",
         "metadata": {"name": "h"}, "webhooks": [{"name": "h.example.com", "clientConfig": hook.config("/admit"),
-            "rules": [rule], "sideEffects": "None", "admissionReviewVersions": ["v1"],
+            "timeoutSeconds": 30, "rules": [rule], "sideEffects": "None", "admissionReviewVersions": ["v1"],
             "matchConditions": [{"name": "c", "expression": "has(object.spec.new)"}]}]});
     let policy = json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicy",
         "metadata": {"name": "p"}, "spec": {"matchConstraints": {"resourceRules": [rule]},
