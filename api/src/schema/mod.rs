@@ -39,6 +39,11 @@ use serde_json::{Value, value::RawValue};
 
 use crate::{gvk::Gvk, status::Status};
 
+/// Reads a time of RFC 3339; the error is Go's.
+pub fn time(text: &str) -> Result<jiff::Timestamp, String> {
+    go_time::parse(text, go_time::TIME)
+}
+
 /// A type of a value.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Type {

@@ -6,10 +6,6 @@ use serde_json::Value;
 use super::{list, text};
 use crate::cel::{self, Environment, Failure, Program, Scope, Type};
 
-/// What is said when the budget is used up.
-pub(super) const EXPENSIVE: &str =
-    "validation failed due to running out of cost budget, no further validation rules will be run";
-
 /// An expression that may not compile.
 pub(super) struct Expression(pub(super) Result<Program, (String, String)>);
 
@@ -63,7 +59,7 @@ impl Conditions {
 
     /// Whether all of them hold. One that is false decides, whatever the others say; errors count by the failure policy.
     pub(super) fn hold(&self, scope: &Scope, fail: bool) -> Result<bool, String> {
-        let mut budget = cel::BUDGET;
+        let mut budget = cel::CONDITIONS_BUDGET;
         let mut errors = Vec::new();
         for condition in &self.0 {
             match condition.evaluate(scope, &mut budget) {
@@ -71,7 +67,7 @@ impl Conditions {
                 Ok(_) => {}
                 Err(Failure::Error(error)) => errors.push(error),
                 Err(Failure::Budget) => {
-                    errors = vec![EXPENSIVE.to_owned()];
+                    errors = vec![cel::EXPENSIVE.to_owned()];
                     break;
                 }
             }

@@ -40,7 +40,7 @@ impl Lazy {
             ExecutionError::function_error(name, format!("composited variable \"{name}\" fails to {what}: {error}"))
         };
         let found = match &self.variables[at].program {
-            Ok(program) => Cel::resolve(&program.expr, context.ptx).map_err(|e| failed("evaluate", &explain(&e))),
+            Ok(program) => program.resolve(context.ptx).map_err(|e| failed("evaluate", &explain(&e))),
             Err(error) => Err(failed("compile", error)),
         };
         self.known.lock()[at] = Some(found.clone());

@@ -1,7 +1,9 @@
 //! From a checked tree to one the cel crate evaluates as upstream does.
 //!
 //! - Macros become comprehensions, also those the crate does not know (two variables, `cel.bind`, `optMap`, `sortBy`).
-//!   Every round of a loop calls `@tick`, which ends expressions that cost too much.
+//!   Every round of a loop pays `@tick` what it costs, and methods that go through a text pay `@read` for it, in
+//!   upstream's units: what is used or called costs 1, new lists, maps and messages more. Of what `&&`, `||` and `?:` join
+//!   all is paid for, also what is passed over.
 //! - Selections become index calls: the crate answers `false` for a field of what is no map.
 //! - Messages become maps; `variables.x` becomes `@variable('x')`, evaluated when it is first asked for.
 
@@ -18,6 +20,68 @@ const PAIR: &str = "@pair";
 /// Lowers a tree that [`super::check`] accepted.
 pub(super) fn lower(environment: &Environment, expr: IdedExpr) -> IdedExpr {
     Lowering { environment }.expr(expr)
+}
+
+/// Methods that go through the text they are called on.
+const READERS: [&str; 13] = [
+    "contains",
+    "endsWith",
+    "find",
+    "findAll",
+    "indexOf",
+    "lastIndexOf",
+    "lowerAscii",
+    "matches",
+    "replace",
+    "split",
+    "startsWith",
+    "trim",
+    "upperAscii",
+];
+/// Making a list.
+const LIST: u64 = 10;
+/// Making a map.
+const MAP: u64 = 30;
+/// Making a message.
+const MESSAGE: u64 = 40;
+
+/// What a checked tree costs besides the rounds of its loops.
+pub(super) fn own_cost(expr: &IdedExpr) -> u64 {
+    let all = |exprs: &[IdedExpr]| exprs.iter().map(own_cost).sum::<u64>();
+    match &expr.expr {
+        Expr::Ident(_) => 1,
+        Expr::Select(select) => own_cost(&select.operand) + u64::from(!select.test),
+        Expr::Call(found) => match (&found.target, found.func_name.as_str()) {
+            (None, operators::LOGICAL_AND | operators::LOGICAL_OR | operators::CONDITIONAL) => all(&found.args),
+            // Whether there is a field costs what leads to it.
+            (None, operators::HAS) => all(&found.args).saturating_sub(1),
+            (Some(target), name) if overhead(name) > 0 && found.args.len() > 1 => own_cost(target) + 1,
+            (target, _) => 1 + target.as_deref().map_or(0, own_cost) + all(&found.args),
+        },
+        Expr::List(list) => LIST + all(&list.elements),
+        Expr::Map(map) => MAP + map.entries.iter().map(entry_cost).sum::<u64>(),
+        Expr::Struct(message) => MESSAGE + message.entries.iter().map(entry_cost).sum::<u64>(),
+        Expr::Literal(_) | Expr::Comprehension(_) | Expr::Unspecified => 0,
+    }
+}
+
+fn entry_cost(entry: &IdedEntryExpr) -> u64 {
+    match &entry.expr {
+        EntryExpr::MapEntry(entry) => own_cost(&entry.key) + own_cost(&entry.value),
+        EntryExpr::StructField(field) => own_cost(&field.value),
+    }
+}
+
+/// What a round of a loop costs besides its body: its condition, what there is so far, what is made of both.
+fn overhead(name: &str) -> u64 {
+    match name {
+        "all" => 3,
+        "exists" => 4,
+        "exists_one" | "existsOne" => 2,
+        "map" | "filter" | "transformList" | "sortBy" => 2 + LIST,
+        "transformMap" => 2 + MAP,
+        _ => 0,
+    }
 }
 
 struct Lowering<'e> {
@@ -87,17 +151,20 @@ struct Loop {
     going: IdedExpr,
     step: IdedExpr,
     end: IdedExpr,
+    /// What a round costs.
+    cost: u64,
 }
 
 impl Loop {
     fn build(self) -> IdedExpr {
+        let cost = i64::try_from(self.cost).unwrap_or(i64::MAX);
         node(Expr::Comprehension(Box::new(ComprehensionExpr {
             iter_range: self.range,
             iter_var: self.variable,
             iter_var2: None,
             accu_var: RESULT.into(),
             accu_init: self.start,
-            loop_cond: conditional(call("@tick", Vec::new()), self.going, boolean(false)),
+            loop_cond: conditional(call("@tick", vec![integer(cost)]), self.going, boolean(false)),
             loop_step: self.step,
             result: self.end,
         })))
@@ -205,7 +272,9 @@ impl Lowering<'_> {
                 // Functions with a dot in their name keep it.
                 let prefix = path(&target);
                 let plain = matches!(target.expr, Expr::Ident(_)) && self.environment.variable(&prefix).is_none();
+                let reads = !plain && READERS.contains(&func_name.as_str());
                 let target = if plain { target } else { self.expr(target) };
+                let target = if reads { call("@read", vec![target]) } else { target };
                 let args = args.into_iter().map(|a| self.expr(a)).collect();
                 node(Expr::Call(CallExpr { func_name, target: Some(Box::new(target)), args }))
             }
@@ -221,6 +290,7 @@ impl Lowering<'_> {
         bodies: Vec<IdedExpr>,
         scoped: impl Fn(IdedExpr) -> IdedExpr,
     ) -> IdedExpr {
+        let round: u64 = bodies.iter().map(own_cost).sum();
         let mut bodies = bodies.into_iter().map(|b| self.expr(b));
         let body = bodies.next().unwrap_or_else(|| boolean(true));
         let second = bodies.next();
@@ -258,6 +328,7 @@ impl Lowering<'_> {
                 (list(Vec::new()), boolean(true), step, result())
             }
         };
-        Loop { range, variable, start, going, step: scoped(step), end }.build()
+        let cost = round + overhead(name);
+        Loop { range, variable, start, going, step: scoped(step), end, cost }.build()
     }
 }

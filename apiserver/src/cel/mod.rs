@@ -1,8 +1,8 @@
 //! CEL: one way to compile and evaluate expressions for admission policies, webhooks and the rules of custom resources.
 //!
 //! An [`Environment`] says which variables there are. [`Environment::compile`] parses, checks types and lowers an
-//! expression into a [`Program`]; its errors are upstream's texts. A [`Scope`] holds the values of one evaluation. Loops are
-//! counted, and an expression that takes too many rounds ends with [`Failure::Budget`]. No I/O, no clock.
+//! expression into a [`Program`]; its errors are upstream's texts. A [`Scope`] holds the values of one evaluation. What runs
+//! is paid for in upstream's units; who shares a budget that is used up ends with [`Failure::Budget`]. No I/O, no clock.
 
 pub(crate) mod admission;
 mod authorizer;
@@ -21,7 +21,7 @@ mod types;
 
 use std::{collections::HashMap, fmt::Write as _, sync::Arc};
 
-use kube_cel::cel::{Context, IdedExpr, Value as Cel, objects::OptionalValue};
+use kube_cel::cel::{Context, IdedExpr, ResolveResult, Value as Cel, objects::OptionalValue};
 
 pub(crate) use authorizer::{authorizer, request_resource};
 pub(crate) use convert::{escape, json, typed, untyped};
@@ -29,13 +29,21 @@ pub(crate) use lazy::Variable;
 pub(crate) use sizes::{Place, cardinality};
 pub(crate) use types::Type;
 
-use functions::{ROOT, explain, with_budget};
+pub(crate) use functions::OVER;
+use functions::{ROOT, explain, spend, with_budget};
 use parse::Issue;
 
 /// The variable that holds variables.
 const VARIABLES: &str = "variables";
-/// Rounds of loops one policy or object may take.
-pub(crate) const BUDGET: u64 = 500_000;
+/// What the expressions of one policy, or the rules of one object, may cost together.
+pub(crate) const BUDGET: u64 = 10_000_000;
+/// The same for the match conditions of one policy or webhook.
+pub(crate) const CONDITIONS_BUDGET: u64 = BUDGET / 4;
+/// What is said when a budget is used up.
+pub(crate) const EXPENSIVE: &str =
+    "validation failed due to running out of cost budget, no further validation rules will be run";
+/// What one expression may cost.
+const CALL_LIMIT: u64 = BUDGET / 10;
 
 /// What expressions can name.
 #[derive(Clone, Default)]
@@ -101,8 +109,9 @@ impl Environment {
     pub(crate) fn compile(&self, text: &str, wanted: &[Type]) -> Result<Program, String> {
         let (parsed, checked) = self.checked(text, wanted)?;
         let mismatch = self.mutation.then(|| names::mismatches(&parsed.root)).flatten();
+        let cost = lower::own_cost(&parsed.root);
         let expr = lower::lower(self, parsed.root);
-        Ok(Program { text: text.to_owned(), expr, output: checked.output, mismatch })
+        Ok(Program { text: text.to_owned(), expr, cost, output: checked.output, mismatch })
     }
 
     fn checked(&self, text: &str, wanted: &[Type]) -> Result<(parse::Parsed, check::Checked), String> {
@@ -168,6 +177,8 @@ pub(crate) struct Program {
     /// Messages of a mutation that are not where their names say.
     pub(crate) mismatch: Option<String>,
     expr: IdedExpr,
+    /// Of what runs once.
+    cost: u64,
 }
 
 /// Why there is no result.
@@ -175,20 +186,28 @@ pub(crate) struct Program {
 pub(crate) enum Failure {
     /// The evaluation failed: upstream's words.
     Error(String),
-    /// It took too long.
+    /// Nothing is left to pay for it.
     Budget,
 }
 
 impl Program {
     /// The result in a scope. `budget` is shared by the expressions of one object and goes down.
     pub(crate) fn evaluate(&self, scope: &Scope, budget: &mut u64) -> Result<Cel, Failure> {
-        let (result, left) = with_budget(*budget, || Cel::resolve(&self.expr, &scope.context));
-        *budget = left.unwrap_or(0);
+        let limit = CALL_LIMIT.min(*budget);
+        let (result, left) = with_budget(limit, || self.resolve(&scope.context));
+        *budget -= limit - left.unwrap_or(0);
         match (left, result) {
-            (None, _) => Err(Failure::Budget),
+            (None, _) if limit < CALL_LIMIT => Err(Failure::Budget),
+            (None, _) => Err(Failure::Error(OVER.to_owned())),
             (_, Ok(value)) => Ok(value),
             (_, Err(error)) => Err(Failure::Error(explain(&error))),
         }
+    }
+
+    /// Runs it at the cost of whoever runs.
+    fn resolve(&self, context: &Context<'_>) -> ResolveResult {
+        spend(self.cost)?;
+        Cel::resolve(&self.expr, context)
     }
 }
 

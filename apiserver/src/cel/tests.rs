@@ -160,7 +160,22 @@ fn variables_wait_until_they_are_asked_for() {
 fn work_is_bounded() {
     let numbers: Vec<i64> = (0..300).collect();
     let text = "object.all(x, object.all(y, object.all(z, x + y + z >= 0)))";
-    assert_eq!(run(text, &json!(numbers)), Err(Failure::Budget));
+    assert_eq!(run(text, &json!(numbers)), Err(Failure::Error(OVER.into())));
+    let program = environment().compile("object.all(x, x >= 0)", &[]).unwrap();
+    let mut scope = Scope::new();
+    scope.set("object", untyped(&json!(numbers)));
+    // Naming the list, and for each of 300 numbers: the loop 3, the name 1, the comparison 1.
+    let mut budget = 10_000;
+    program.evaluate(&scope, &mut budget).unwrap();
+    assert_eq!(budget, 10_000 - 2 - 300 * 5);
+    let mut budget = 1_000;
+    assert_eq!(program.evaluate(&scope, &mut budget), Err(Failure::Budget));
+    assert_eq!(budget, 0);
+    let long = json!("x".repeat(1_000_000));
+    assert_eq!(
+        run("[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11].all(n, object.contains('y') || n > 0)", &long),
+        Err(Failure::Error(OVER.into()))
+    );
     let nested = format!("{}1{} == 1", "(".repeat(2000), ")".repeat(2000));
     assert!(problem(&nested, &[]).contains("recursion limit"));
 }

@@ -1,11 +1,15 @@
 //! `x-kubernetes-validations`: CEL rules of a schema.
 //!
 //! Rules are compiled once per version into a tree that has only the schema's nodes with rules below them. The rules of
-//! one object share a budget; those that come when it is used up are refused.
+//! one object share a budget; when it is used up the object is refused. A rule broken by a value that has not changed is a
+//! warning.
 
 use std::collections::BTreeMap;
 
-use isopod_api::field::{Error, ErrorList, Path};
+use isopod_api::{
+    field::{Error, ErrorList, ErrorType, Path},
+    text::quote,
+};
 use kube_cel::cel::Value as Cel;
 use serde_json::Value;
 
@@ -96,46 +100,61 @@ impl Rules {
     }
 
     /// What the rules say about an object.
-    pub(super) fn check(&self, schema: &Value, obj: &Value, old: Option<&Value>) -> ErrorList {
-        let mut errors = ErrorList::new();
-        let mut check = Check { budget: cel::BUDGET, errors: &mut errors };
-        self.node(schema, obj, old, &Path::nil(), true, &mut check);
-        errors
+    pub(super) fn check(&self, schema: &Value, obj: &Value, old: Option<&Value>) -> Verdict {
+        let mut check = Check { budget: cel::BUDGET, over: false, verdict: Verdict::default() };
+        let place = Place { schema, value: obj, old, above: None, at: &Path::nil(), root: true };
+        self.node(&place, &mut check);
+        check.verdict
     }
 
-    fn node(&self, schema: &Value, value: &Value, old: Option<&Value>, at: &Path, root: bool, check: &mut Check<'_>) {
-        if value.is_null() || check.budget == 0 {
+    fn node(&self, place: &Place<'_>, check: &mut Check) {
+        if place.value.is_null() || check.over {
             return;
         }
         if !self.rules.is_empty() {
-            let mut judged = Judged { schema, value, old, at, root, scope: None };
-            for rule in &self.rules {
-                judged.by(rule, check);
-            }
+            self.judge(place, check);
         }
-        match value {
+        let below = |schema, value, old, at: Path, rules: &Self, check: &mut Check| {
+            rules.node(&Place { schema, value, old, above: Some(place), at: &at, root: false }, check);
+        };
+        match place.value {
             Value::Object(map) => {
-                for (name, below) in &self.properties {
+                for (name, rules) in &self.properties {
                     if let Some(value) = map.get(name) {
-                        let old = old.and_then(|o| o.get(name));
-                        below.node(&schema["properties"][name.as_str()], value, old, &at.child(name), false, check);
+                        let old = place.old.and_then(|o| o.get(name));
+                        let schema = &place.schema["properties"][name.as_str()];
+                        below(schema, value, old, place.at.child(name), rules, check);
                     }
                 }
-                if let Some(below) = &self.additional {
+                if let Some(rules) = &self.additional {
                     for (name, value) in map {
-                        let old = old.and_then(|o| o.get(name));
-                        below.node(&schema["additionalProperties"], value, old, &at.key(name), false, check);
+                        let old = place.old.and_then(|o| o.get(name));
+                        below(&place.schema["additionalProperties"], value, old, place.at.key(name), rules, check);
                     }
                 }
             }
             Value::Array(items) => {
-                let Some(below) = &self.items else { return };
+                let Some(rules) = &self.items else { return };
                 for (i, item) in items.iter().enumerate() {
-                    let before = correlated(schema, item, old);
-                    below.node(&schema["items"], item, before, &at.index(i), false, check);
+                    let before = correlated(place.schema, item, place.old);
+                    below(&place.schema["items"], item, before, place.at.index(i), rules, check);
                 }
             }
             _ => {}
+        }
+    }
+
+    /// The rules of one node about its value.
+    fn judge(&self, place: &Place<'_>, check: &mut Check) {
+        if check.budget == 0 {
+            return check.stop(place.untyped(place.at, cel::EXPENSIVE));
+        }
+        let mut scope = Scope::new();
+        scope.set("self", cel::typed(place.schema, place.value, place.root));
+        for rule in &self.rules {
+            if !check.over {
+                rule.judge(place, &mut scope, check);
+            }
         }
     }
 }
@@ -149,99 +168,154 @@ fn correlated<'o>(schema: &Value, item: &Value, old: Option<&'o Value>) -> Optio
     old?.as_array()?.iter().find(|o| keys.iter().all(|k| o.get(k) == item.get(k)))
 }
 
+/// The longest message an expression may make.
+const MESSAGE_MAX: usize = 5 * 1024;
+
+/// What the rules say about an object.
+#[derive(Default)]
+pub(super) struct Verdict {
+    /// What is wrong with it.
+    pub(super) errors: ErrorList,
+    /// What is wrong with values that have been there before: they are warned of.
+    pub(super) warnings: Vec<String>,
+}
+
 /// One look at an object: what is left to spend, what was found.
-struct Check<'e> {
+struct Check {
     budget: u64,
-    errors: &'e mut ErrorList,
+    /// No rule is looked at any more.
+    over: bool,
+    verdict: Verdict,
+}
+
+impl Check {
+    fn stop(&mut self, error: Error) {
+        self.verdict.errors.push(error);
+        self.over = true;
+    }
 }
 
 /// A value under the rules of its node.
-struct Judged<'v> {
+struct Place<'v> {
     schema: &'v Value,
     value: &'v Value,
+    /// What it was, when that can be told.
     old: Option<&'v Value>,
+    above: Option<&'v Place<'v>>,
     at: &'v Path,
     root: bool,
-    scope: Option<Scope>,
 }
 
-impl Judged<'_> {
-    fn by(&mut self, rule: &Rule, check: &mut Check<'_>) {
-        if rule.transition && self.old.is_none() && !rule.optional_old {
-            return;
+impl Place<'_> {
+    /// Whether it has been like this before; what has no past of its own is judged by what it is part of.
+    fn unchanged(&self) -> bool {
+        match (self.old, self.above) {
+            (Some(old), _) => old == self.value,
+            (None, Some(above)) => above.unchanged(),
+            (None, None) => false,
         }
-        // What did not change is not judged again.
-        if check.budget == 0 || !rule.transition && self.old == Some(self.value) {
-            return;
+    }
+
+    /// An error that shows the type in place of the value, as those of the evaluation do.
+    fn untyped(&self, path: &Path, detail: impl Into<String>) -> Error {
+        Error::invalid(path, self.schema["type"].as_str().unwrap_or_default(), detail)
+    }
+
+    /// An error that shows a scalar.
+    fn invalid(&self, path: &Path, detail: String) -> Error {
+        match self.value {
+            Value::Object(_) | Value::Array(_) => Error::invalid_without_value(path, detail),
+            value => Error::invalid(path, value.clone(), detail),
         }
-        let (schema, root) = (self.schema, self.root);
-        let scope = self.scope.get_or_insert_with(|| {
-            let mut scope = Scope::new();
-            scope.set("self", cel::typed(schema, self.value, root));
-            scope
-        });
-        if rule.transition {
-            let before = self.old.map(|o| cel::typed(schema, o, root));
-            let before = if rule.optional_old { cel::optional(before) } else { before.unwrap_or(Cel::Null) };
-            scope.set("oldSelf", before);
-        }
-        let failure = match rule.program.evaluate(scope, &mut check.budget) {
-            Ok(Cel::Bool(true)) => return,
-            Ok(_) => None,
-            Err(failure) => Some(rule.unevaluated(&failure)),
-        };
-        if let Some(detail) = failure {
-            return check.errors.push(invalid(self.at, self.value, false, detail));
-        }
-        let detail = rule.detail(scope, &mut check.budget);
-        let (path, moved) = match &rule.field_path {
-            Some(relative) => (extend(self.at, relative), true),
-            None => (self.at.clone(), false),
-        };
-        check.errors.push(match rule.reason.as_str() {
-            "FieldValueForbidden" => Error::forbidden(&path, detail),
-            "FieldValueRequired" => Error::required(&path, detail),
-            "FieldValueDuplicate" => {
-                let mut error = Error::duplicate(&path, self.value.clone());
-                error.detail = detail;
-                error
-            }
-            _ => invalid(&path, self.value, moved, detail),
-        });
     }
 }
 
 impl Rule {
-    /// Why the rule has no result.
-    fn unevaluated(&self, failure: &Failure) -> String {
-        let label = self.message.as_deref().unwrap_or(&self.text).trim();
-        match failure {
-            Failure::Budget => format!(
-                "'operation cancelled: actual cost limit exceeded': no further validation rules will be run due to call cost exceeding limit for rule: {label}"
-            ),
-            Failure::Error(error) if error.starts_with("no such overload") => format!(
-                "'{error}': call arguments did not match a supported operator, function or macro signature for rule: {label}"
-            ),
-            Failure::Error(error) => format!("{error} evaluating rule: {label}"),
+    fn judge(&self, place: &Place<'_>, scope: &mut Scope, check: &mut Check) {
+        if self.transition {
+            if place.old.is_none() && !self.optional_old {
+                return;
+            }
+            let before = place.old.map(|o| cel::typed(place.schema, o, place.root));
+            let before = if self.optional_old { cel::optional(before) } else { before.unwrap_or(Cel::Null) };
+            scope.set("oldSelf", before);
+        }
+        match self.program.evaluate(scope, &mut check.budget) {
+            Ok(Cel::Bool(true)) => return,
+            Ok(_) => {}
+            Err(Failure::Budget) => return check.stop(place.untyped(place.at, cel::EXPENSIVE)),
+            Err(Failure::Error(error)) => {
+                let over = error.starts_with(cel::OVER);
+                check.verdict.errors.push(place.untyped(place.at, self.unevaluated(&error)));
+                check.over |= over;
+                return;
+            }
+        }
+        let path = self.field_path.as_deref().map_or_else(|| place.at.clone(), |relative| extend(place.at, relative));
+        let error = match self.detail(scope, &mut check.budget) {
+            Ok(detail) => self.broken(place, &path, detail),
+            Err(detail) => {
+                check.over = true;
+                place.untyped(&path, detail)
+            }
+        };
+        if !self.transition && place.unchanged() {
+            check.verdict.warnings.push(error.to_string());
+        } else {
+            check.verdict.errors.push(error);
         }
     }
 
-    /// The message of a broken rule.
-    fn detail(&self, scope: &Scope, budget: &mut u64) -> String {
-        let computed = self.message_program.as_ref().and_then(|p| match p.evaluate(scope, budget) {
-            Ok(Cel::String(text)) => Some(text.trim().to_owned()).filter(|t| !t.is_empty() && !t.contains('\n')),
-            _ => None,
-        });
-        computed.or_else(|| self.message.clone()).unwrap_or_else(|| format!("failed rule: {}", self.text))
+    fn broken(&self, place: &Place<'_>, path: &Path, detail: String) -> Error {
+        match self.reason.as_str() {
+            "FieldValueForbidden" => Error::forbidden(path, detail),
+            "FieldValueRequired" => Error::required(path, detail),
+            "FieldValueDuplicate" => {
+                let mut error = place.invalid(path, String::new());
+                error.kind = ErrorType::Duplicate;
+                error
+            }
+            _ => place.invalid(path, detail),
+        }
     }
-}
 
-/// Only scalars are shown.
-fn invalid(path: &Path, value: &Value, moved: bool, detail: String) -> Error {
-    match value {
-        Value::Object(_) | Value::Array(_) => Error::invalid_without_value(path, detail),
-        _ if moved => Error::invalid_without_value(path, detail),
-        value => Error::invalid(path, value.clone(), detail),
+    /// Why the rule has no result.
+    fn unevaluated(&self, error: &str) -> String {
+        let label = self.message.as_deref().unwrap_or(&self.text).trim();
+        if error.starts_with("no such overload") {
+            return format!(
+                "'{error}': call arguments did not match a supported operator, function or macro signature for rule: {label}"
+            );
+        }
+        if error.starts_with(cel::OVER) {
+            return format!(
+                "'{error}': no further validation rules will be run due to call cost exceeds limit for rule: {label}"
+            );
+        }
+        format!("{error} evaluating rule: {label}")
+    }
+
+    /// The message of a broken rule; the error says why there is nothing left for others.
+    fn detail(&self, scope: &Scope, budget: &mut u64) -> Result<String, String> {
+        let given = || self.message.clone().unwrap_or_else(|| format!("failed rule: {}", self.text.trim()));
+        let Some(program) = &self.message_program else { return Ok(given()) };
+        Ok(match program.evaluate(scope, budget) {
+            Ok(Cel::String(text)) => {
+                let text = text.trim();
+                let fits = !text.is_empty() && text.len() <= MESSAGE_MAX && !text.contains('\n');
+                if fits { text.to_owned() } else { given() }
+            }
+            Err(Failure::Budget) => {
+                return Err("messageExpression evaluation failed due to running out of cost budget, no further validation rules will be run".into());
+            }
+            Err(Failure::Error(error)) if error.starts_with(cel::OVER) => {
+                return Err(format!(
+                    "no further validation rules will be run due to call cost exceeds limit for messageExpression: {}",
+                    quote(&program.text)
+                ));
+            }
+            _ => given(),
+        })
     }
 }
 
@@ -275,7 +349,7 @@ mod tests {
 
     fn errors(schema: &Value, new: Value, old: Option<Value>) -> Vec<String> {
         let rules = Rules::compile(schema).unwrap();
-        rules.check(schema, &new, old.as_ref()).iter().map(ToString::to_string).collect()
+        rules.check(schema, &new, old.as_ref()).errors.iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -308,6 +382,44 @@ mod tests {
         let schema = json!({"type": "array", "items": {"type": "integer"},
             "x-kubernetes-validations": [{"rule": "self.all(x, self.all(y, self.all(z, true)))"}]});
         let big: Vec<i32> = (0..300).collect();
-        assert!(errors(&schema, json!(big), None)[0].contains("cost"));
+        let label = "self.all(x, self.all(y, self.all(z, true)))";
+        let want = format!(
+            "<nil>: Invalid value: \"array\": '{}': no further validation rules will be run due to call cost exceeds limit for rule: {label}",
+            cel::OVER
+        );
+        assert_eq!(errors(&schema, json!(big), None), [want]);
+
+        // 12 values at some 900,000 each are more than all rules of an object may cost.
+        let item = json!({"type": "array", "items": {"type": "integer"},
+            "x-kubernetes-validations": [{"rule": "self.all(x, self.all(y, x + y >= 0))"}]});
+        let schema = json!({"type": "object", "properties": {"l": {"type": "array", "items": item}}});
+        let row: Vec<i32> = (0..340).collect();
+        let found = errors(&schema, json!({"l": vec![row; 20]}), None);
+        assert_eq!(found.len(), 1);
+        assert!(found[0].ends_with(&format!("]: Invalid value: \"array\": {}", cel::EXPENSIVE)), "{found:?}");
+    }
+
+    #[test]
+    fn what_was_wrong_before_is_a_warning() {
+        let rule = |rule: &str| json!([{"rule": rule, "message": "no"}]);
+        let schema = json!({"type": "object", "properties": {
+            "a": {"type": "integer", "x-kubernetes-validations": rule("self > 0")},
+            "l": {"type": "array", "items": {"type": "string", "x-kubernetes-validations": rule("self != 'x'")}},
+            "m": {"type": "object", "x-kubernetes-validations": rule("self.k == 'v'"), "additionalProperties": {"type": "string"}}}});
+        let verdict = |new: Value, old: Value| {
+            let verdict = Rules::compile(&schema).unwrap().check(&schema, &new, Some(&old));
+            let errors: Vec<String> = verdict.errors.iter().map(ToString::to_string).collect();
+            (errors, verdict.warnings)
+        };
+        let text = |text: &str| vec![text.to_owned()];
+        let bad = "a: Invalid value: 0: no";
+        assert_eq!(verdict(json!({"a": 0}), json!({"a": 0})), (vec![], text(bad)));
+        assert_eq!(verdict(json!({"a": 0}), json!({"a": -1})), (text(bad), vec![]));
+        let item = "l[0]: Invalid value: \"x\": no";
+        assert_eq!(verdict(json!({"l": ["x"], "a": 1}), json!({"l": ["x"]})), (vec![], text(item)));
+        assert_eq!(verdict(json!({"l": ["x", "y"]}), json!({"l": ["x"]})), (text(item), vec![]));
+        // What cannot be told is an error, changed or not.
+        let failed = text("m: Invalid value: \"object\": no such key: k evaluating rule: no");
+        assert_eq!(verdict(json!({"m": {}}), json!({"m": {}})), (failed, vec![]));
     }
 }

@@ -41,7 +41,7 @@ impl Behaviour {
             errors.push(Error::invalid(&Path::nil(), "null", detail));
             return;
         }
-        errors.extend(rules.check(self.version.schema.schema(), obj, old));
+        errors.extend(rules.check(self.version.schema.schema(), obj, old).errors);
     }
 
     fn check_scale(&self, obj: &Value, errors: &mut ErrorList) {
@@ -82,6 +82,11 @@ impl Strategy for Behaviour {
         };
         self.check(new, Some(old), &mut errors);
         errors
+    }
+
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
+        let (Some(rules), Some(_)) = (&self.version.rules, old) else { return Vec::new() };
+        rules.check(self.version.schema.schema(), obj, old).warnings
     }
 
     fn allow_unconditional_update(&self) -> bool {

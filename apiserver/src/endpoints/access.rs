@@ -44,8 +44,27 @@ fn internal_value(attributes: &Value) -> Value {
     json!({ "Path": text(attributes, "path"), "Verb": text(attributes, "verb") })
 }
 
-fn validate(spec: &Value, subject: Subject, namespace: &str) -> ErrorList {
-    let path = Path::new("spec");
+/// Nothing may be said about the review itself but its namespace, if it has one.
+fn nameless(metadata: &Value, subject: Subject) -> Option<FieldError> {
+    let local = subject == Subject::Local;
+    let allowed = |field: &str| field == "managedFields" || local && field == "namespace";
+    let set = metadata.as_object()?.iter().any(|(field, value)| !allowed(field) && !is_empty(value));
+    let detail = if local { "must be empty except for namespace" } else { "must be empty" };
+    set.then(|| FieldError::invalid(&Path::new("metadata"), metadata.clone(), detail))
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+fn validate(review: &Value, subject: Subject, namespace: &str) -> ErrorList {
+    let (spec, path) = (&review["spec"], Path::new("spec"));
     let mut errors = ErrorList::new();
     let (resource, other) = (&spec["resourceAttributes"], &spec["nonResourceAttributes"]);
     match (resource.is_object(), other.is_object()) {
@@ -70,6 +89,7 @@ fn validate(spec: &Value, subject: Subject, namespace: &str) -> ErrorList {
         selector::reviewed(&mut selectors, &at);
     }
     errors.append(&mut selectors.0);
+    errors.extend(nameless(&review["metadata"], subject));
     if subject == Subject::Local {
         if other.is_object() {
             let detail = "disallowed on this kind of request";
@@ -172,7 +192,7 @@ impl Create for AccessReview {
         Box::pin(async move {
             let mut answer = request.object;
             let spec = &answer["spec"];
-            let errors = validate(spec, self.subject, request.namespace);
+            let errors = validate(&answer, self.subject, request.namespace);
             if !errors.is_empty() {
                 return Err(Status::invalid(&GroupKind::new(&request.gvr.group, ""), "", errors));
             }
@@ -217,7 +237,7 @@ mod tests {
     use super::*;
 
     fn messages(spec: Value, subject: Subject) -> Vec<String> {
-        validate(&spec, subject, "ns").iter().map(ToString::to_string).collect()
+        validate(&json!({ "spec": spec }), subject, "ns").iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -234,6 +254,17 @@ mod tests {
                 "spec.resourceAttributes: Invalid value: null: exactly one of nonResourceAttributes or resourceAttributes must be specified"
             ]
         );
+        let named = |metadata: Value, subject: Subject| {
+            let spec = json!({"user": "u", "resourceAttributes": {"namespace": "ns"}});
+            let errors = validate(&json!({"metadata": metadata, "spec": spec}), subject, "ns");
+            errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+        };
+        let metadata = json!({"namespace": "ns", "managedFields": []});
+        assert_eq!(named(metadata.clone(), Subject::Local), "");
+        let want = "metadata: Invalid value: {\"namespace\":\"ns\",\"managedFields\":[]}: must be empty";
+        assert_eq!(named(metadata, Subject::Named), want);
+        let want = "metadata: Invalid value: {\"name\":\"x\"}: must be empty except for namespace";
+        assert_eq!(named(json!({"name": "x"}), Subject::Local), want);
         let with = |field: &str, selector: Value| {
             let mut asked = json!({"user": "u", "resourceAttributes": {"resource": "pods"}});
             asked["resourceAttributes"][field] = selector;

@@ -1,6 +1,6 @@
 //! Connections to the containers of a pod: log, exec, attach, port-forward. They end at the pod's node.
 
-use std::sync::Arc;
+use std::{num::IntErrorKind, sync::Arc};
 
 use futures::future::BoxFuture;
 use http::Response;
@@ -8,8 +8,9 @@ use http_body_util::{BodyExt, Empty};
 use isopod_api::{
     field::{Error as FieldError, ErrorList, Path},
     gvk::{GroupKind, Gvr},
-    meta,
+    meta, schema,
     status::Status,
+    text::quote,
 };
 use serde_json::Value;
 
@@ -94,6 +95,9 @@ fn validate_log(name: &str, query: &Query) -> Result<(), Status> {
             .map(Some)
             .map_err(|_| Status::bad_request(format!("strconv.ParseInt: parsing {text:?}: invalid syntax"))),
     };
+    if let Some(text) = query.get("sinceTime").filter(|text| !text.is_empty() && *text != "null") {
+        schema::time(text).map_err(Status::bad_request)?;
+    }
     let tail = number("tailLines")?;
     if let Some(lines) = tail.filter(|lines| *lines < 0) {
         errors.push(FieldError::invalid(&Path::new("tailLines"), lines, "must be greater than or equal to 0"));
@@ -123,6 +127,19 @@ fn validate_log(name: &str, query: &Query) -> Result<(), Status> {
         return Ok(());
     }
     Err(Status::invalid(&GroupKind::new("", "PodLogOptions"), name, errors))
+}
+
+/// Ports of a query, with commas between them.
+fn ports(text: &str) -> Result<(), Status> {
+    let wrong = text.split(',').find_map(|port| Some((port, port.parse::<u16>().err()?)));
+    wrong.map_or(Ok(()), |(port, error)| {
+        let why = match error.kind() {
+            IntErrorKind::PosOverflow => "value out of range",
+            _ => "invalid syntax",
+        };
+        let quoted = quote(port);
+        Err(Status::bad_request(format!("cannot convert to []int32: strconv.ParseUint: parsing {quoted}: {why}")))
+    })
 }
 
 impl What {
@@ -182,8 +199,10 @@ fn no_content() -> Response<Body> {
 impl PodConnect {
     async fn answer(&self, request: ConnectRequest) -> Result<Response<Body>, Status> {
         let query = Query::parse(request.request.uri().query().unwrap_or_default());
-        if self.what == What::Log {
-            validate_log(&request.name, &query)?;
+        match self.what {
+            What::Log => validate_log(&request.name, &query)?,
+            What::PortForward => query.all("ports").try_for_each(ports)?,
+            What::Exec | What::Attach => {}
         }
         let gvr = Gvr::new("", "v1", "pods");
         let pod = request.objects.get(&gvr, &request.namespace, &request.name);
@@ -259,6 +278,17 @@ mod tests {
     fn log_options_are_checked() {
         let check = |query: &str| validate_log("p", &Query::parse(query)).map_err(|status| status.message);
         assert_eq!(check("tailLines=5&follow=true"), Ok(()));
+        assert_eq!(
+            check("sinceTime=x"),
+            Err("parsing time \"x\" as \"2006-01-02T15:04:05Z07:00\": cannot parse \"x\" as \"2006\"".into())
+        );
+        let port = |text: &str| ports(text).map_err(|status| status.message);
+        assert_eq!(port("80,443"), Ok(()));
+        let wrong = |port: &str, why: &str| {
+            Err(format!("cannot convert to []int32: strconv.ParseUint: parsing \"{port}\": {why}"))
+        };
+        assert_eq!(port("80,x"), wrong("x", "invalid syntax"));
+        assert_eq!(port("65536"), wrong("65536", "value out of range"));
         assert_eq!(
             check("tailLines=-1"),
             Err("PodLogOptions \"p\" is invalid: tailLines: Invalid value: -1: must be greater than or equal to 0"

@@ -111,6 +111,13 @@ fn bind(request: &CreateRequest<'_>, account: &str) -> Result<Bound, Status> {
 impl TokenRequest {
     fn answer(&self, request: CreateRequest<'_>) -> Result<Value, Status> {
         let issuer = self.issuer.as_ref().ok_or_else(|| Status::internal("no signing key"))?;
+        let kind = GroupKind::new("authentication.k8s.io", "TokenRequest");
+        let own = meta::name(&request.object);
+        if !own.is_empty() && own != request.name {
+            let path = Path::new("metadata").child("name");
+            let error = FieldError::invalid(&path, own, "must match the service account name if specified");
+            return Err(Status::invalid(&kind, request.name, vec![error]));
+        }
         let account = fetch(&*request.objects, "serviceaccounts", request.namespace, request.name)?;
         let spec = &request.object["spec"];
         let seconds = spec["expirationSeconds"].as_i64().unwrap_or(DEFAULT_SECONDS);
@@ -123,7 +130,7 @@ impl TokenRequest {
             errors.push(FieldError::invalid(&path, seconds, "may not specify a duration larger than 2^32 seconds"));
         }
         if !errors.is_empty() {
-            return Err(Status::invalid(&GroupKind::new("authentication.k8s.io", "TokenRequest"), "", errors));
+            return Err(Status::invalid(&kind, "", errors));
         }
         let bound = bind(&request, request.name)?;
         let mut audiences: Vec<String> =

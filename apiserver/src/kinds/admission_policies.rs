@@ -25,6 +25,10 @@ pub(crate) struct AdmissionPolicyBinding {
     pub(crate) mutating: bool,
 }
 
+/// What can be mutated.
+const MUTATED: &[&str] = &["*", "CONNECT", "CREATE", "UPDATE"];
+
+/// `matchConstraints` of a policy, `matchResources` of a binding.
 fn match_resources(e: &mut Errs, at: &At<'_>) {
     e.one_of_if_set(&at.get("matchPolicy"), &["Equivalent", "Exact"]);
     selector::label_selector(e, &at.get("namespaceSelector"));
@@ -90,6 +94,9 @@ impl Strategy for AdmissionPolicy {
             match_resources(&mut e, &constraints);
             if constraints.get("resourceRules").len() == 0 {
                 e.required(&constraints.get("resourceRules"), "");
+            }
+            if self.mutating {
+                mutated_operations(&mut e, &constraints);
             }
         }
         let environments = Environments::new(at.v, self.mutating);
@@ -179,6 +186,15 @@ fn validations(e: &mut Errs, spec: &At<'_>, policy: &str, environments: &Environ
     }
 }
 
+/// Deletions cannot be mutated. Upstream does not say which rule is wrong.
+fn mutated_operations(e: &mut Errs, at: &At<'_>) {
+    let rules = at.get("resourceRules");
+    let path = rules.path.child("operations");
+    for operation in rules.items().iter().flat_map(|rule| rule.get("operations").items()) {
+        e.one_of(&At::new(path.clone(), operation.v), MUTATED);
+    }
+}
+
 fn mutations(e: &mut Errs, spec: &At<'_>, environments: &Environments) {
     let list = spec.get("mutations");
     if list.len() == 0 {
@@ -190,13 +206,24 @@ fn mutations(e: &mut Errs, spec: &At<'_>, environments: &Environments) {
             e.required(&kind, "");
             continue;
         }
-        e.one_of(&kind, &["ApplyConfiguration", "JSONPatch"]);
-        let (field, wanted) = match kind.s() {
-            "JSONPatch" => ("jsonPatch", cel::list_of_patches()),
-            _ => ("applyConfiguration", cel::object()),
+        let (field, other, wanted) = match kind.s() {
+            "JSONPatch" => ("jsonPatch", "applyConfiguration", cel::list_of_patches()),
+            "ApplyConfiguration" => ("applyConfiguration", "jsonPatch", cel::object()),
+            _ => {
+                e.unsupported(&kind, &["ApplyConfiguration", "JSONPatch"]);
+                continue;
+            }
         };
-        let text = at.get(field).get("expression");
-        expressions::required(e, &text, "expression is not specified", &environments.expressions, &[wanted]);
+        let (own, other_at) = (at.get(field), at.get(other));
+        if own.is_set() {
+            expressions::required(e, &own.get("expression"), "", &environments.expressions, &[wanted]);
+        } else {
+            e.required(&own, &format!("must be specified when patchType is {}", kind.s()));
+        }
+        if other_at.is_set() {
+            let detail = format!("must not be specified when patchType is {}", kind.s());
+            e.invalid_as(&other_at, format!("{{{other}}}"), &detail);
+        }
     }
     e.required_one_of(&spec.get("reinvocationPolicy"), &["IfNeeded", "Never"]);
 }
@@ -212,9 +239,13 @@ impl Strategy for AdmissionPolicyBinding {
             e.dns_subdomain(&policy);
         }
         param_ref(&mut e, &at.get("paramRef"));
-        // Upstream misspells the field.
-        match_resources(&mut e, &At::new(at.path.child("matchResouces"), at.get("matchResources").v));
-        if !self.mutating {
+        let resources = at.get("matchResources");
+        if self.mutating {
+            match_resources(&mut e, &resources);
+            mutated_operations(&mut e, &resources);
+        } else {
+            // Upstream misspells the field.
+            match_resources(&mut e, &At::new(at.path.child("matchResouces"), resources.v));
             actions(&mut e, &at.get("validationActions"));
         }
         e.0
@@ -299,6 +330,45 @@ mod tests {
             let kind = json!({"apiVersion": version, "kind": kind});
             assert_eq!(texts(|e| param_kind(e, &At::new(isopod_api::field::Path::new("p"), &kind))), want, "{version}");
         }
+    }
+
+    #[test]
+    fn what_mutations_need() {
+        let found = |operation: &str, mutation: Value| {
+            let rule =
+                json!({"operations": [operation], "apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"]});
+            let spec = json!({"matchConstraints": {"resourceRules": [rule]}, "mutations": [mutation]});
+            let at = At::new(isopod_api::field::Path::new("s"), &spec);
+            texts(|e| {
+                mutated_operations(e, &at.get("matchConstraints"));
+                mutations(e, &at, &Environments::new(&spec, true));
+            })
+        };
+        let (patch, apply) = (json!({"expression": "[]"}), json!({"expression": "Object{}"}));
+        let policy = "; s.reinvocationPolicy: Required value";
+        for (mutation, want) in [
+            (
+                json!({"patchType": "JSONPatch", "jsonPatch": patch, "applyConfiguration": apply}),
+                "s.mutations[0].applyConfiguration: Invalid value: \"{applyConfiguration}\": must not be specified when patchType is JSONPatch",
+            ),
+            (
+                json!({"patchType": "ApplyConfiguration", "jsonPatch": patch}),
+                "s.mutations[0].applyConfiguration: Required value: must be specified when patchType is ApplyConfiguration; s.mutations[0].jsonPatch: Invalid value: \"{jsonPatch}\": must not be specified when patchType is ApplyConfiguration",
+            ),
+            (
+                json!({"patchType": "X", "jsonPatch": patch}),
+                "s.mutations[0].patchType: Unsupported value: \"X\": supported values: \"ApplyConfiguration\", \"JSONPatch\"",
+            ),
+            (
+                json!({"patchType": "JSONPatch", "jsonPatch": {"expression": " "}}),
+                "s.mutations[0].jsonPatch.expression: Required value",
+            ),
+        ] {
+            assert_eq!(found("UPDATE", mutation.clone()), format!("{want}{policy}"), "{mutation}");
+        }
+        let deletes = "s.matchConstraints.resourceRules.operations: Unsupported value: \"DELETE\": supported values: \"*\", \"CONNECT\", \"CREATE\", \"UPDATE\"";
+        let fine = json!({"patchType": "JSONPatch", "jsonPatch": patch});
+        assert_eq!(found("DELETE", fine), format!("{deletes}{policy}"));
     }
 
     #[test]

@@ -113,7 +113,14 @@ impl Registry {
                 let mut new = edit(&Value::Null, &mut writer.warnings)?;
                 metadata::place(resource, namespace, &mut new)?;
                 metadata::check_name(&new, target.name)?;
-                if !meta::uid(&new).is_empty() && !rules.from_current {
+                if !meta::uid(&new).is_empty() && rules.from_current {
+                    let uid = meta::uid(&new);
+                    let message = format!(
+                        "uid mismatch: the provided object specified uid {uid}, and no existing object was found"
+                    );
+                    return Err(Status::conflict(&resource.group_resource(), target.name, message));
+                }
+                if !meta::uid(&new).is_empty() {
                     return Err(uid_conflict(
                         resource,
                         &shown_key(resource, namespace, target.name),

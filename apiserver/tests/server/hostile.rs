@@ -17,6 +17,23 @@ fn thing(name: &str, spec: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_is_refused_early_can_ask_again() {
+    let server = Server::start().await;
+    let (code, answer) = server.answer(Method::GET, THINGS, &Value::Null).await;
+    assert_eq!((code, answer), (404, "404 page not found\n".into()), "of a group that nobody serves");
+    let ca = std::fs::read(server.dir.path().join("ca.crt")).unwrap();
+    let client = reqwest::Client::builder().tls_certs_only([reqwest::Certificate::from_pem(&ca).unwrap()]);
+    let client = client.http1_only().build().unwrap();
+    // What nobody wants of a body is read all the same, so that the connection is good for more.
+    for _ in 0..2 {
+        let request = client.post(server.url("/version")).bearer_auth(crate::TOKEN).body("x".repeat(2_000_000));
+        let answer = request.send().await.unwrap();
+        assert_eq!((answer.status().as_u16(), answer.headers().get("connection")), (405, None));
+        assert_eq!(answer.json::<Value>().await.unwrap()["reason"], "MethodNotAllowed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn depth_is_refused_before_it_hurts() {
     let server = Server::start().await;
     let open = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});

@@ -16,7 +16,7 @@ use super::{
     select,
 };
 use crate::{
-    admission::{Plugin, Request, attributes, conditions::EXPENSIVE},
+    admission::{Plugin, Request, attributes},
     cel::{self, Failure, Scope},
 };
 
@@ -46,7 +46,7 @@ impl Mutation {
             (Ok(_), Some(mismatch)) => Err(Failed::Policy(format!("type mismatch: {mismatch}"))),
             (Ok(value), None) => cel::json(&value).map_err(Failed::Policy),
             (Err(Failure::Error(error)), _) => Err(Failed::Policy(error)),
-            (Err(Failure::Budget), _) => Err(Failed::Policy(EXPENSIVE.to_owned())),
+            (Err(Failure::Budget), _) => Err(Failed::Policy(cel::EXPENSIVE.to_owned())),
         }
     }
 }

@@ -13,7 +13,7 @@ use super::{
     select,
 };
 use crate::{
-    admission::{Plugin, Request, attributes, conditions::EXPENSIVE},
+    admission::{Plugin, Request, attributes},
     cel::{self, Failure, Scope},
 };
 
@@ -56,7 +56,7 @@ fn validate(policy: &Policy, scope: &Scope, budget: &mut u64) -> Vec<Objection> 
                 out.push(Objection { index, message, reason: validation.reason });
             }
             Err(Failure::Error(error)) if policy.fail => out.push(objection(index, error)),
-            Err(Failure::Budget) if policy.fail => return vec![objection(0, EXPENSIVE.to_owned())],
+            Err(Failure::Budget) if policy.fail => return vec![objection(0, cel::EXPENSIVE.to_owned())],
             Err(Failure::Budget) => return Vec::new(),
             Err(Failure::Error(_)) => {}
         }
@@ -94,7 +94,7 @@ fn annotate(policy: &Policy, scope: &Scope, budget: &mut u64) -> (Vec<(String, S
                 other.type_of()
             )),
             Err(Failure::Error(error)) => errors.push(error),
-            Err(Failure::Budget) => errors.push(EXPENSIVE.to_owned()),
+            Err(Failure::Budget) => errors.push(cel::EXPENSIVE.to_owned()),
         }
     }
     (values, if policy.fail { errors } else { Vec::new() })
