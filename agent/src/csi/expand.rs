@@ -1,13 +1,12 @@
 //! Looking after a mounted volume: it grows when its PersistentVolume has grown, and is published again when its driver
 //! wants that.
 //!
-//! A node may get claims and volumes, not watch them: those that can grow are asked for every [`LOOK`].
+//! That a volume has grown is told by a watch of that one object, which isopod's API server allows an agent. One that allows
+//! only to get it is asked again, with growing pauses.
 
-use std::{
-    collections::HashMap,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, future::pending, pin::pin, sync::Arc, time::Duration};
 
+use futures::StreamExt;
 use k8s_openapi::{
     api::{
         core::v1::{PersistentVolume, PersistentVolumeClaim},
@@ -15,7 +14,10 @@ use k8s_openapi::{
     },
     apimachinery::pkg::api::resource::Quantity,
 };
-use kube::api::{Patch, PatchParams};
+use kube::{
+    api::{Patch, PatchParams},
+    runtime::watcher,
+};
 use serde_json::json;
 
 use super::{
@@ -30,8 +32,10 @@ use crate::{
     quantity,
 };
 
-/// How often the claim of a volume that can grow is looked at.
-const LOOK: Duration = Duration::from_secs(10);
+/// First pause after a volume could not be watched or grown ...
+const PAUSE: Duration = Duration::from_secs(1);
+/// ... and the longest.
+const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// How often a volume is published again for a driver that wants that.
 const REPUBLISH: Duration = Duration::from_secs(60);
 
@@ -109,53 +113,84 @@ pub(super) fn keep(w: Wanted, spec: CSIDriverSpec) -> Option<tokio::task::AbortH
 }
 
 async fn follow(w: Wanted, spec: CSIDriverSpec) {
-    let again = spec.requires_republish == Some(true);
-    let mut published = Instant::now();
     loop {
         // Until its driver is there (after a restart of the agent) there is nothing to do.
         let mut drivers = w.ctx.csi.drivers.subscribe();
         let driver = drivers.wait_for(|all| all.contains_key(&w.driver)).await;
         let Ok(Some(driver)) = driver.map(|all| all.get(&w.driver).cloned()) else { return };
-        let grows = driver.can(Can::ExpandVolume) && matches!(w.from, From::Persistent { .. });
-        match (grows, again) {
-            (true, _) => tokio::time::sleep(LOOK).await,
-            (false, true) => tokio::time::sleep(REPUBLISH).await,
-            // Only another driver under this name could want something.
-            (false, false) => {
-                if drivers.changed().await.is_err() {
-                    return;
-                }
-                continue;
-            }
+        let another = drivers.wait_for(|all| all.get(&w.driver).is_none_or(|d| !Arc::ptr_eq(d, &driver)));
+        // What is dropped half-way is begun again with the new driver: both are idempotent.
+        tokio::select! {
+            ended = another => if ended.is_err() { return },
+            () = grow_when_told(&w, &driver) => {}
+            () = republish(&w, &driver, &spec) => {}
         }
-        if grows && let Err(error) = look(&w, &driver).await {
-            tracing::warn!(pod = sandbox::name(&w.pod), error, "volume keeps its size");
+    }
+}
+
+/// Publishes a volume again for a driver that wants that; never ends.
+async fn republish(w: &Wanted, driver: &Driver, spec: &CSIDriverSpec) {
+    if spec.requires_republish != Some(true) {
+        return pending().await;
+    }
+    loop {
+        tokio::time::sleep(REPUBLISH).await;
+        let _turn = w.ctx.csi.turn(&w.driver, &w.handle).await;
+        let staged = driver.can(Can::StageUnstageVolume) && matches!(w.from, From::Persistent { .. });
+        let context = if w.is_attached(spec) { w.attached().await } else { Ok(HashMap::new()) };
+        let published = match context {
+            Ok(context) => w.publish(driver, spec, context, staged).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = published {
+            tracing::warn!(pod = sandbox::name(&w.pod), error, "volume not published again");
         }
-        if again && published.elapsed() >= REPUBLISH {
-            published = Instant::now();
-            let _turn = w.ctx.csi.turn(&w.driver, &w.handle).await;
-            let staged = driver.can(Can::StageUnstageVolume) && matches!(w.from, From::Persistent { .. });
-            let context = if w.is_attached(&spec) { w.attached().await } else { Ok(HashMap::new()) };
-            let published = match context {
-                Ok(context) => w.publish(&driver, &spec, context, staged).await,
-                Err(error) => Err(error),
-            };
-            if let Err(error) = published {
-                tracing::warn!(pod = sandbox::name(&w.pod), error, "volume not published again");
+    }
+}
+
+/// Grows a volume when its object says that it has; never ends.
+async fn grow_when_told(w: &Wanted, driver: &Driver) {
+    let From::Persistent { volume, .. } = &w.from else { return pending().await };
+    let (true, Some(client)) = (driver.can(Can::ExpandVolume), w.ctx.api.wait().await) else { return pending().await };
+    let name = volume.metadata.name.as_deref().unwrap_or_default();
+    let volumes: kube::Api<PersistentVolume> = kube::Api::all(client);
+    let mut changes = pin!(watcher::watch_object(volumes.clone(), name));
+    let mut pause = PAUSE;
+    loop {
+        let done = match changes.next().await {
+            Some(Ok(Some(now))) => look(w, driver, &now).await,
+            Some(Ok(None)) => continue,
+            // The server is away, or does not let this volume be watched.
+            Some(Err(error)) => Err(error.to_string()),
+            None => return pending().await,
+        };
+        let Err(mut error) = done else {
+            pause = PAUSE;
+            continue;
+        };
+        // As it is now, until it can be asked for and has the size it should have.
+        loop {
+            tracing::debug!(pod = sandbox::name(&w.pod), error, "volume may keep its size");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+            match volumes.get(name).await {
+                Ok(now) => match look(w, driver, &now).await {
+                    Ok(()) => break,
+                    Err(again) => error = again,
+                },
+                Err(again) => error = again.to_string(),
             }
         }
     }
 }
 
-async fn look(w: &Wanted, driver: &Driver) -> Result<(), String> {
-    let From::Persistent { volume, claim } = &w.from else { return Ok(()) };
-    let Some(client) = w.ctx.api.get() else { return Ok(()) };
-    let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client.clone(), sandbox::namespace(&w.pod));
-    let volumes: kube::Api<PersistentVolume> = kube::Api::all(client);
-    let volume = volumes.get(volume.metadata.name.as_deref().unwrap_or_default()).await.map_err(|e| e.to_string())?;
+async fn look(w: &Wanted, driver: &Driver, volume: &PersistentVolume) -> Result<(), String> {
+    let From::Persistent { claim, .. } = &w.from else { return Ok(()) };
+    let client = w.ctx.api.get().ok_or("there is no API server")?;
+    let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client, sandbox::namespace(&w.pod));
     let claim = claims.get(claim.metadata.name.as_deref().unwrap_or_default()).await.map_err(|e| e.to_string())?;
     let _turn = w.ctx.csi.turn(&w.driver, &w.handle).await;
-    grow(w, driver, driver.can(Can::StageUnstageVolume), &volume, &claim).await
+    grow(w, driver, driver.can(Can::StageUnstageVolume), volume, &claim).await
 }
 
 #[cfg(test)]

@@ -1,11 +1,14 @@
 //! Plugins: their registration, and the list of devices each keeps telling.
 
 use std::{
+    io,
     path::{Path, PathBuf},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
 
+use futures::StreamExt;
 use tonic::{Request, Response, Status};
 
 use super::{Device, Devices};
@@ -20,12 +23,16 @@ use crate::{
         },
         words,
     },
+    sources,
 };
 
 /// The one version of the API.
 const API: &str = "v1beta1";
 /// How long a plugin may take to listen after its registration, and to answer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// First pause after a socket that refuses.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The service on `kubelet.sock`.
 pub(super) fn service(ctx: Arc<Context>) -> RegistrationServer<Registrar> {
@@ -116,14 +123,25 @@ impl Devices {
     }
 }
 
-/// A plugin may register before it listens.
-async fn connect(endpoint: &Path) -> Result<DevicePluginClient<Channel>, String> {
-    let patience = tokio::time::Instant::now() + PATIENCE;
+/// A plugin may register before it listens: its socket is waited for. One that is there and refuses is of an earlier life, or
+/// about to listen: it is tried again, with growing pauses, because the kernel tells nobody of that.
+async fn connect(endpoint: &Path, patience: Duration) -> Result<DevicePluginClient<Channel>, String> {
+    let told = |e: io::Error| format!("{}: {e}", endpoint.display());
+    let dir = endpoint.parent().unwrap_or(endpoint);
+    // The watch comes first, so that a socket made meanwhile is not missed.
+    let mut appeared = pin!(sources::directory_events(dir).map_err(told)?);
+    let mut patience = pin!(tokio::time::sleep(patience));
+    let mut pause = PAUSE;
     loop {
-        match Channel::unix(endpoint).await {
+        let error = match Channel::unix(endpoint).await {
             Ok(channel) => return Ok(DevicePluginClient::new(channel)),
-            Err(e) if tokio::time::Instant::now() >= patience => return Err(format!("{}: {e}", endpoint.display())),
-            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            Err(error) => error,
+        };
+        let refused = error.kind() == io::ErrorKind::ConnectionRefused;
+        tokio::select! {
+            () = &mut patience => return Err(told(error)),
+            event = appeared.next() => if event.is_none() { return Err(told(error)) },
+            () = tokio::time::sleep(pause), if refused => pause *= 2,
         }
     }
 }
@@ -135,7 +153,7 @@ async fn listen(
     generation: u64,
     options: Option<DevicePluginOptions>,
 ) -> Result<(), String> {
-    let mut client = connect(endpoint).await?;
+    let mut client = connect(endpoint, PATIENCE).await?;
     let options = match options {
         Some(o) => o,
         None => client.get_device_plugin_options(Empty {}).await.map_err(|s| words(&s))?.into_inner(),
@@ -156,4 +174,33 @@ async fn listen(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_plugin_that_listens_late_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("p.sock");
+        let late = async {
+            // What an earlier plugin left refuses; the new one takes its place.
+            drop(UnixListener::bind(&socket).unwrap());
+            tokio::task::yield_now().await;
+            std::fs::remove_file(&socket).unwrap();
+            UnixListener::bind(&socket).unwrap().accept().await.unwrap()
+        };
+        let (client, _) = tokio::join!(connect(&socket, PATIENCE), late);
+        assert!(client.is_ok(), "{}", client.err().unwrap_or_default());
+    }
+
+    #[tokio::test]
+    async fn nobody_is_waited_for_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = connect(&dir.path().join("p.sock"), Duration::from_millis(20)).await.err().unwrap();
+        assert!(error.ends_with("p.sock: No such file or directory (os error 2)"), "{error}");
+    }
 }

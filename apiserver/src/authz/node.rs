@@ -39,7 +39,8 @@ impl NodeAuthorizer {
     /// The verdict; no opinion on everybody who is no agent.
     pub fn authorize(&self, attributes: &Attributes) -> Decision {
         let Some(node) = node_name(&attributes.user) else { return Decision::NoOpinion(String::new()) };
-        if !attributes.resource_request || !rules().iter().any(|rule| rule.allows(attributes)) {
+        let allowed = || rules().iter().any(|rule| rule.allows(attributes)) || follows_volume(attributes);
+        if !attributes.resource_request || !allowed() {
             return Decision::NoOpinion(String::new());
         }
         let resource = attributes.resource.as_str();
@@ -81,6 +82,13 @@ impl NodeAuthorizer {
             }
         })
     }
+}
+
+/// Beyond the role: who may get every PersistentVolume may watch one by its name, too. Else an agent would have to ask again
+/// and again whether a volume has grown.
+fn follows_volume(a: &Attributes) -> bool {
+    let one = a.group.is_empty() && a.resource == "persistentvolumes" && a.subresource.is_empty() && !a.name.is_empty();
+    one && matches!(a.verb.as_str(), "list" | "watch")
 }
 
 fn list<'a>(value: &'a Value, field: &str) -> &'a [Value] {
@@ -181,6 +189,21 @@ mod tests {
         assert!(mounted_with(&volume, "ns", "stage"));
         assert!(!mounted_with(&volume, "other", "stage"));
         assert!(!mounted_with(&volume, "ns", "control"));
+    }
+
+    #[test]
+    fn one_volume_may_be_watched_and_all_may_not() {
+        let of = |verb: &str, name: &str, subresource: &str| Attributes {
+            verb: verb.into(),
+            resource: "persistentvolumes".into(),
+            name: name.into(),
+            subresource: subresource.into(),
+            ..Attributes::default()
+        };
+        assert!(follows_volume(&of("watch", "a", "")) && follows_volume(&of("list", "a", "")));
+        for (verb, name, subresource) in [("watch", "", ""), ("update", "a", ""), ("watch", "a", "status")] {
+            assert!(!follows_volume(&of(verb, name, subresource)), "{verb} {name} {subresource}");
+        }
     }
 
     #[test]
