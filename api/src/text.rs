@@ -28,6 +28,15 @@ pub fn quote(s: &str) -> String {
     out
 }
 
+/// `strconv.ParseInt` to base 10, with its error's text.
+pub fn parse_int(text: &str) -> Result<i64, String> {
+    use std::num::IntErrorKind::{NegOverflow, PosOverflow};
+    text.parse().map_err(|e: std::num::ParseIntError| {
+        let why = if matches!(e.kind(), PosOverflow | NegOverflow) { "value out of range" } else { "invalid syntax" };
+        format!("strconv.ParseInt: parsing {}: {why}", quote(text))
+    })
+}
+
 /// `%v` of a decoded JSON value: `map[a:1 b:[x y]]`, keys sorted.
 pub fn go_value(v: &Value) -> String {
     match v {

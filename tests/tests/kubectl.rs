@@ -51,6 +51,11 @@ fn pods_are_looked_into() {
          for i in $(seq 200); do grep -q 'started web' /tmp/followed && break; sleep 0.05; done; kill $pid; cat /tmp/followed",
     );
     assert!(followed.contains("started web"), "{followed}");
+    let refused = |query: &str| c.kubectl(&format!("get --raw '/api/v1/namespaces/default/pods/web/log?{query}'")).err;
+    assert!(refused("sinceTime=abc").contains("cannot parse \"abc\" as \"2006\""), "{}", refused("sinceTime=abc"));
+    let both = refused("sinceSeconds=1&sinceTime=2020-01-01T00:00:00Z");
+    assert!(both.contains("at most one of `sinceTime` or `sinceSeconds` may be specified"), "{both}");
+    assert!(c.k("logs web --since-time=2020-01-01T00:00:00+01:00 --limit-bytes=7").starts_with("started"));
     assert_eq!(c.k("exec web -- hostname").trim(), "web");
     assert_eq!(c.kubectl("exec web -- sh -c 'exit 7'").code, 7);
     assert_eq!(c.k("exec -i web -- cat < /etc/hostname"), c.host.must("cat /etc/hostname"));

@@ -5,7 +5,10 @@ use http::{Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
-use super::http::{Body, Parts, Server, json_response, pod};
+use super::{
+    http::{Body, Parts, Server, json_response, pod},
+    logs::BadOptions,
+};
 
 /// Whether a path belongs here.
 pub(super) fn is_ours(path: &[&str]) -> bool {
@@ -18,6 +21,17 @@ fn refuse(code: StatusCode, reason: &str, message: String) -> Response<Body> {
     let mut response = json_response(&status);
     *response.status_mut() = code;
     response
+}
+
+/// Options of a log that cannot be followed, as a Status: the node's own callers read that, and people can.
+pub(super) fn bad_log_options(pod: &str, error: &BadOptions) -> Response<Body> {
+    match error {
+        BadOptions::Unreadable(why) => refuse(StatusCode::BAD_REQUEST, "BadRequest", why.clone()),
+        BadOptions::Invalid(why) => {
+            let text = format!("PodLogOptions {pod:?} is invalid: {why}");
+            refuse(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", text)
+        }
+    }
 }
 
 fn not_found(kind: &str, name: &str) -> Response<Body> {
@@ -219,9 +233,7 @@ impl Server {
     }
 
     fn one(&self, namespace: &str, name: &str) -> Option<Value> {
-        let all = self.host.pods();
-        let found = all.iter().find(|p| p["metadata"]["namespace"] == namespace && p["metadata"]["name"] == name);
-        found.map(|p| (**p).clone())
+        self.host.pod(namespace, name).map(|p| (*p).clone())
     }
 
     fn namespaces(&self) -> Vec<Value> {

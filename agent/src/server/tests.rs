@@ -411,6 +411,13 @@ async fn plain_requests() {
     assert_eq!(fixture.get("/healthz").await, (StatusCode::OK, "ok".to_owned()));
     let logs = fixture.get("/containerLogs/default/p/c?tailLines=1").await;
     assert_eq!(logs, (StatusCode::OK, "two\n".to_owned()));
+    for (query, want, said) in [
+        ("sinceTime=abc", StatusCode::BAD_REQUEST, "parsing time \\\"abc\\\""),
+        ("tailLines=-1", StatusCode::UNPROCESSABLE_ENTITY, "PodLogOptions \\\"p\\\" is invalid: tailLines"),
+    ] {
+        let (status, text) = fixture.get(&format!("/containerLogs/default/p/c?{query}")).await;
+        assert!(status == want && text.contains(said), "{query}: {status} {text}");
+    }
     let (status, text) = fixture.get("/containerLogs/default/p/zz").await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert!(text.contains("is waiting to start"), "{text}");

@@ -43,10 +43,7 @@ impl Query {
     pub(crate) fn integer(&self, key: &str) -> Result<Option<i64>, String> {
         match self.get(key) {
             None | Some("") => Ok(None),
-            Some(text) => match text.parse() {
-                Ok(number) => Ok(Some(number)),
-                Err(_) => Err(format!("strconv.ParseInt: parsing {text:?}: invalid syntax")),
-            },
+            Some(text) => isopod_api::text::parse_int(text).map(Some),
         }
     }
 }

@@ -3,6 +3,7 @@
 pub(crate) mod cri;
 pub(crate) mod reader;
 
+use isopod_api::pod_log::PodLogOptions;
 use jiff::{SignedDuration, Timestamp};
 
 use cri::StreamKind;
@@ -26,47 +27,48 @@ pub(crate) struct Options {
     pub(crate) stream: Option<StreamKind>,
 }
 
-/// A parameter that does not parse.
+/// Why a query is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("invalid {name} {value:?}")]
-pub(crate) struct BadOption {
-    name: &'static str,
-    value: String,
+pub(crate) enum BadOptions {
+    /// A parameter does not parse.
+    #[error("{0}")]
+    Unreadable(String),
+    /// What they say makes no sense.
+    #[error("{0}")]
+    Invalid(String),
 }
 
 impl Options {
     /// Reads the query's parameters, decoded.
-    pub(crate) fn parse(query: &[(String, String)], now: Timestamp) -> Result<Self, BadOption> {
-        let mut options = Options::default();
-        for (name, value) in query {
-            let bad = |name| BadOption { name, value: value.clone() };
-            match name.as_str() {
-                "follow" => options.follow = truth(value),
-                "previous" => options.previous = truth(value),
-                "timestamps" => options.timestamps = truth(value),
-                "tailLines" | "tail" if value != "all" => {
-                    options.tail = Some(value.parse().map_err(|_| bad("tailLines"))?);
-                }
-                "limitBytes" => {
-                    options.limit = Some(value.parse().ok().filter(|n| *n > 0).ok_or_else(|| bad("limitBytes"))?);
-                }
-                "sinceSeconds" => {
-                    let seconds: i64 = value.parse().ok().filter(|n| *n > 0).ok_or_else(|| bad("sinceSeconds"))?;
-                    options.since = now.checked_sub(SignedDuration::from_secs(seconds)).ok();
-                }
-                "sinceTime" => options.since = Some(value.parse().map_err(|_| bad("sinceTime"))?),
-                "stream" => {
-                    options.stream = match value.as_str() {
-                        "All" | "" => None,
-                        "Stdout" => Some(StreamKind::Stdout),
-                        "Stderr" => Some(StreamKind::Stderr),
-                        _ => return Err(bad("stream")),
-                    }
-                }
-                _ => {}
-            }
+    pub(crate) fn parse(query: &[(String, String)], now: Timestamp) -> Result<Self, BadOptions> {
+        let get = |name: &str| query.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+        let said = PodLogOptions::parse(|name| match name {
+            // An old name, with a word of its own for no limit.
+            "tailLines" => get("tail").filter(|n| !n.is_empty()).map_or(get(name), |n| Some(n).filter(|n| *n != "all")),
+            _ => get(name),
+        })
+        .map_err(BadOptions::Unreadable)?;
+        let errors = said.validate();
+        if !errors.is_empty() {
+            let told: Vec<String> = errors.iter().map(ToString::to_string).collect();
+            return Err(BadOptions::Invalid(told.join(", ")));
         }
-        Ok(options)
+        let flag = |name: &str| get(name).is_some_and(truth);
+        let age = said.since_seconds.map(SignedDuration::from_secs);
+        let amount = |n: Option<i64>| n.and_then(|n| u64::try_from(n).ok());
+        Ok(Self {
+            follow: flag("follow"),
+            previous: flag("previous"),
+            timestamps: flag("timestamps"),
+            since: said.since_time.or_else(|| now.checked_sub(age?).ok()),
+            tail: amount(said.tail_lines),
+            limit: amount(said.limit_bytes),
+            stream: match said.stream.as_deref() {
+                Some("Stdout") => Some(StreamKind::Stdout),
+                Some("Stderr") => Some(StreamKind::Stderr),
+                _ => None,
+            },
+        })
     }
 }
 
@@ -79,7 +81,7 @@ pub(crate) fn truth(value: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn parse(pairs: &[(&str, &str)]) -> Result<Options, BadOption> {
+    fn parse(pairs: &[(&str, &str)]) -> Result<Options, BadOptions> {
         let query: Vec<_> = pairs.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect();
         Options::parse(&query, "2026-01-01T00:01:00Z".parse().unwrap())
     }
@@ -93,7 +95,7 @@ mod tests {
             ("tailLines", "5"),
             ("limitBytes", "9"),
             ("sinceSeconds", "60"),
-            ("stream", "Stderr"),
+            ("stream", "All"),
         ]);
         let expected = Options {
             follow: true,
@@ -102,15 +104,19 @@ mod tests {
             since: Some("2026-01-01T00:00:00Z".parse().unwrap()),
             tail: Some(5),
             limit: Some(9),
-            stream: Some(StreamKind::Stderr),
+            stream: None,
         };
         assert_eq!(options, Ok(expected));
+        assert_eq!(parse(&[("stream", "Stderr")]).unwrap().stream, Some(StreamKind::Stderr));
+        assert_eq!(parse(&[("tail", "3")]).unwrap().tail, Some(3));
+        assert_eq!(parse(&[("tail", "all"), ("tailLines", "3")]).unwrap().tail, None);
     }
 
     #[test]
     fn nonsense_is_refused() {
-        for (name, value) in [("tailLines", "-1"), ("limitBytes", "0"), ("sinceTime", "x"), ("stream", "Both")] {
-            assert!(parse(&[(name, value)]).is_err(), "{name}={value}");
+        for (name, value) in [("tailLines", "-1"), ("limitBytes", "0"), ("stream", "Both")] {
+            assert!(matches!(parse(&[(name, value)]), Err(BadOptions::Invalid(_))), "{name}={value}");
         }
+        assert!(matches!(parse(&[("sinceTime", "x")]), Err(BadOptions::Unreadable(_))));
     }
 }
