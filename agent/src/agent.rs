@@ -178,6 +178,7 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     tasks.spawn(topology::live::run(ctx.clone(), stop.clone()));
     tasks.spawn(csi::node::run(ctx.clone(), stop.clone()));
     tasks.spawn(node::eviction::run(ctx.clone(), stop.clone()));
+    tasks.spawn(node::oom::run(ctx.clone(), stop.clone()));
     tasks.spawn(node::shutdown::run(ctx.clone(), stop.clone()));
     let k = &ctx.config.kubelet;
     if k.healthz_port > 0 {

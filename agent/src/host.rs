@@ -1,6 +1,11 @@
 //! What the node API on port 10250 asks of the pods.
 
-use std::{os::fd::OwnedFd, path::Path, sync::Arc, time::Duration};
+use std::{
+    os::fd::OwnedFd,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::future::BoxFuture;
 use serde_json::{Value, json};
@@ -31,7 +36,7 @@ fn io(e: std::io::Error) -> HostError {
 }
 
 impl NodeHost {
-    fn pod(&self, r: &PodRef) -> Result<Arc<Snapshot>, HostError> {
+    fn snapshot(&self, r: &PodRef) -> Result<Arc<Snapshot>, HostError> {
         let found = self.ctx.table.find(&r.namespace, &r.name, r.uid.as_deref());
         found.ok_or_else(|| HostError::NotFound(format!("pod {:?} not found", format!("{}/{}", r.namespace, r.name))))
     }
@@ -60,7 +65,7 @@ impl NodeHost {
     }
 
     fn running(&self, r: &PodRef, container: &str) -> Result<(Arc<Snapshot>, ContainerView, Supervisor), HostError> {
-        let s = self.pod(r)?;
+        let s = self.snapshot(r)?;
         let view = s.containers.get(container).filter(|c| c.running).cloned();
         let supervisor = s.supervisor.clone();
         match (view, supervisor) {
@@ -177,10 +182,25 @@ pub(crate) async fn attach_to(
     Ok(Session { stdin, stdout, stderr, resize, exit })
 }
 
+/// Labels of requests that are counted.
+fn counted<'a>(method: &'a str, path: &'a str) -> Option<[(&'static str, &'a str); 4]> {
+    let long = match path {
+        "exec" | "attach" | "portForward" | "containerLogs" => "true",
+        "pods" | "metrics" | "stats" | "configz" => "false",
+        _ => return None,
+    };
+    Some([("long_running", long), ("method", method), ("path", path), ("server_type", "readwrite")])
+}
+
 impl Host for NodeHost {
     fn pods(&self) -> Vec<Arc<Value>> {
         let all = self.ctx.table.all();
         all.iter().filter_map(|s| serde_json::to_value(s.pod.as_ref()).ok()).map(Arc::new).collect()
+    }
+
+    fn pod(&self, namespace: &str, name: &str) -> Option<Arc<Value>> {
+        let found = self.ctx.table.find(namespace, name, None)?;
+        serde_json::to_value(found.pod.as_ref()).ok().map(Arc::new)
     }
 
     fn running_pods(&self) -> Vec<Arc<Value>> {
@@ -204,7 +224,7 @@ impl Host for NodeHost {
     }
 
     fn log_source(&self, pod: &PodRef, container: &str, previous: bool) -> Result<LogSource, HostError> {
-        let s = self.pod(pod)?;
+        let s = self.snapshot(pod)?;
         let Some(view) = s.containers.get(container) else { return Err(self.waiting(&s, container)) };
         if !previous {
             let path = start::log_path(&self.ctx, &s.pod, container, view.attempt);
@@ -222,19 +242,25 @@ impl Host for NodeHost {
         Box::pin(async move {
             let (s, view, supervisor) = self.running(&r.pod, &r.container)?;
             let bundle = exec::bundle(&self.ctx.config.paths, sandbox::uid(&s.pod), &r.container, view.attempt);
-            exec_in(supervisor, &view.id, &bundle, &r.command, r.stdio).await
+            let begun = Instant::now();
+            let session = exec_in(supervisor, &view.id, &bundle, &r.command, r.stdio).await;
+            self.ctx.metrics.operation("exec", begun, session.is_ok());
+            session
         })
     }
 
     fn attach(&self, r: AttachRequest) -> BoxFuture<'_, Result<Session, HostError>> {
         Box::pin(async move {
             let (_, view, supervisor) = self.running(&r.pod, &r.container)?;
-            attach_to(supervisor, &view.id, view.tty, r.stdio, view.exit_code.clone()).await
+            let begun = Instant::now();
+            let session = attach_to(supervisor, &view.id, view.tty, r.stdio, view.exit_code.clone()).await;
+            self.ctx.metrics.operation("attach", begun, session.is_ok());
+            session
         })
     }
 
     fn network_namespace(&self, pod: &PodRef) -> Result<NetNs, HostError> {
-        let s = self.pod(pod)?;
+        let s = self.snapshot(pod)?;
         if s.host_network {
             return Ok(NetNs::Host);
         }
@@ -271,15 +297,22 @@ impl Host for NodeHost {
         Box::pin(async { metrics::render(&self.ctx, &stats::volumes(&self.ctx).await) })
     }
 
+    fn asked(&self, method: &str, path: &str) {
+        if let Some(labels) = counted(method, path) {
+            self.ctx.metrics.add("kubelet_http_inflight_requests", labels, 1.0);
+        }
+    }
+
     fn answered(&self, method: &str, path: &str, took: Duration) {
-        let labels = [("long_running", "false"), ("method", method), ("path", path), ("server_type", "readwrite")];
-        if matches!(
-            path,
-            "pods" | "metrics" | "stats" | "configz" | "exec" | "attach" | "portForward" | "containerLogs"
-        ) {
+        if let Some(labels) = counted(method, path) {
+            self.ctx.metrics.add("kubelet_http_inflight_requests", labels, -1.0);
             self.ctx.metrics.count("kubelet_http_requests_total", labels);
             self.ctx.metrics.observe("kubelet_http_requests_duration_seconds", labels, took);
         }
+    }
+
+    fn websocket(&self, subresource: &str) {
+        self.ctx.metrics.count("kubelet_websocket_streaming_requests_total", [("subresource", subresource)]);
     }
 
     fn probes(&self) -> String {

@@ -3,15 +3,18 @@
 //! What happens is counted where it happens ([`Metrics::count`], [`Metrics::observe`]); what is, is looked up when somebody
 //! asks ([`render`]).
 
+mod families;
+pub(crate) mod process;
+
 use std::{
     collections::{BTreeMap, HashMap},
-    fs,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 use serde_json::Value;
 
+use self::families::FAMILIES;
 use crate::{
     certificates,
     context::Context,
@@ -23,73 +26,6 @@ use crate::{
 
 /// Upper bounds of durations in seconds.
 const BOUNDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
-
-/// Every family: name and help. Those that begin with `prober_` are shown on /metrics/probes.
-const FAMILIES: &[(&str, &str)] = &[
-    (
-        "dra_operations_duration_seconds",
-        "Latency histogram in seconds for the duration of handling all ResourceClaims referenced by a pod when the pod starts or stops.",
-    ),
-    ("kubelet_certificate_manager_client_expiration_renew_errors", "Counter of certificate renewal errors."),
-    ("kubelet_containers_per_pod_count", "The number of containers per pod."),
-    ("kubelet_cpu_manager_pinning_errors_total", "The number of cpu core allocations which required pinning failed."),
-    ("kubelet_cpu_manager_pinning_requests_total", "The number of cpu core allocations which required pinning."),
-    ("kubelet_evictions", "Cumulative number of pod evictions by eviction signal"),
-    ("kubelet_graceful_shutdown_end_time_seconds", "Last graceful shutdown end time since unix epoch in seconds"),
-    ("kubelet_graceful_shutdown_start_time_seconds", "Last graceful shutdown start time since unix epoch in seconds"),
-    ("kubelet_http_requests_duration_seconds", "Duration in seconds to serve http requests"),
-    ("kubelet_http_requests_total", "Number of the http requests received since the server started"),
-    ("kubelet_image_garbage_collected_total", "Total number of images garbage collected by the kubelet"),
-    ("kubelet_image_volume_mounted_errors_total", "Number of failed image volume mounts."),
-    ("kubelet_image_volume_mounted_succeed_total", "Number of successful image volume mounts."),
-    ("kubelet_image_volume_requested_total", "Number of requested image volumes."),
-    (
-        "kubelet_memory_manager_pinning_errors_total",
-        "The number of memory pages allocations which required pinning that failed.",
-    ),
-    ("kubelet_memory_manager_pinning_requests_total", "The number of memory pages allocations which required pinning."),
-    (
-        "kubelet_pod_start_duration_seconds",
-        "Duration in seconds from kubelet seeing a pod for the first time to the pod starting to run",
-    ),
-    (
-        "kubelet_pod_start_sli_duration_seconds",
-        "Duration in seconds to start a pod, excluding time to pull images and run init containers, measured from pod creation timestamp to when all its containers are reported as started and observed via watch",
-    ),
-    (
-        "kubelet_pod_start_total_duration_seconds",
-        "Duration in seconds to start a pod since creation, including time to pull images and run init containers, measured from pod creation timestamp to when all its containers are reported as started and observed via watch",
-    ),
-    ("kubelet_run_podsandbox_duration_seconds", "Duration in seconds of the run_podsandbox operations"),
-    (
-        "kubelet_sleep_action_terminated_early_total",
-        "The number of times lifecycle sleep handler got terminated before it finishes",
-    ),
-    ("kubelet_started_containers_errors_total", "Cumulative number of errors when starting containers"),
-    ("kubelet_started_containers_total", "Cumulative number of containers started"),
-    ("kubelet_started_pods_errors_total", "Cumulative number of errors when starting pods"),
-    ("kubelet_started_pods_total", "Cumulative number of pods started"),
-    (
-        "kubelet_started_user_namespaced_pods_errors_total",
-        "Cumulative number of errors when starting pods with user namespaces. This metric will only be collected on Linux.",
-    ),
-    (
-        "kubelet_started_user_namespaced_pods_total",
-        "Cumulative number of pods with user namespaces started. This metric is only collected on Linux.",
-    ),
-    ("kubelet_terminated_containers_total", "Cumulative number of containers terminated"),
-    ("kubelet_topology_manager_admission_duration_ms", "Duration in milliseconds to serve a pod admission request."),
-    (
-        "kubelet_topology_manager_admission_errors_total",
-        "The number of admission request failures where resources could not be aligned.",
-    ),
-    (
-        "kubelet_topology_manager_admission_requests_total",
-        "The number of admission requests where resources have to be aligned.",
-    ),
-    ("prober_probe_duration_seconds", "Duration in seconds for a probe response."),
-    ("prober_probe_total", "Cumulative number of a liveness, readiness or startup probe for a container by result."),
-];
 
 /// Labels of a sample.
 type Labels = Vec<(&'static str, String)>;
@@ -104,7 +40,15 @@ enum Cell {
 /// What has been counted.
 #[derive(Debug, Default)]
 pub(crate) struct Metrics {
-    cells: Mutex<BTreeMap<&'static str, BTreeMap<Labels, Cell>>>,
+    cells: Mutex<Cells>,
+}
+
+type Cells = BTreeMap<&'static str, BTreeMap<Labels, Cell>>;
+
+/// The samples of a family; of one that is not in the table nobody would ever hear.
+fn samples<'a>(cells: &'a mut Cells, family: &'static str) -> &'a mut BTreeMap<Labels, Cell> {
+    debug_assert!(FAMILIES.iter().any(|(name, _)| *name == family), "{family} is no family");
+    cells.entry(family).or_default()
 }
 
 fn owned<const N: usize>(labels: [(&'static str, &str); N]) -> Labels {
@@ -115,7 +59,7 @@ impl Metrics {
     /// One more.
     pub(crate) fn count<const N: usize>(&self, family: &'static str, labels: [(&'static str, &str); N]) {
         let mut cells = self.cells.lock();
-        let cell = cells.entry(family).or_default().entry(owned(labels)).or_insert(Cell::Count(0));
+        let cell = samples(&mut cells, family).entry(owned(labels)).or_insert(Cell::Count(0));
         if let Cell::Count(n) = cell {
             *n += 1;
         }
@@ -123,8 +67,37 @@ impl Metrics {
 
     /// Something happened just now.
     pub(crate) fn set_now(&self, family: &'static str) {
-        let now = std::time::UNIX_EPOCH.elapsed().map_or(0.0, |d| d.as_secs_f64());
-        self.cells.lock().entry(family).or_default().insert(Labels::new(), Cell::Level(now));
+        self.set(family, std::time::UNIX_EPOCH.elapsed().map_or(0.0, |d| d.as_secs_f64()));
+    }
+
+    /// Something is so much.
+    pub(crate) fn set(&self, family: &'static str, value: f64) {
+        samples(&mut self.cells.lock(), family).insert(Labels::new(), Cell::Level(value));
+    }
+
+    /// Something that happens once took so long; later ones are not the first.
+    pub(crate) fn first(&self, family: &'static str, took: Duration) {
+        let mut cells = self.cells.lock();
+        samples(&mut cells, family).entry(Labels::new()).or_insert(Cell::Level(took.as_secs_f64()));
+    }
+
+    /// Something is more (or less) than it was.
+    pub(crate) fn add<const N: usize>(&self, family: &'static str, labels: [(&'static str, &str); N], by: f64) {
+        let mut cells = self.cells.lock();
+        let cell = samples(&mut cells, family).entry(owned(labels)).or_insert(Cell::Level(0.0));
+        if let Cell::Level(n) = cell {
+            *n += by;
+        }
+    }
+
+    /// Something was done to a sandbox, a container or an image.
+    pub(crate) fn operation(&self, what: &str, begun: Instant, good: bool) {
+        let labels = [("operation_type", what)];
+        self.count("kubelet_runtime_operations_total", labels);
+        if !good {
+            self.count("kubelet_runtime_operations_errors_total", labels);
+        }
+        self.observe("kubelet_runtime_operations_duration_seconds", labels, begun.elapsed());
     }
 
     /// Something took so long.
@@ -136,7 +109,7 @@ impl Metrics {
     ) {
         let mut cells = self.cells.lock();
         let empty = Cell::Spread { counts: [0; BOUNDS.len()], all: 0, sum: 0.0 };
-        let cell = cells.entry(family).or_default().entry(owned(labels)).or_insert(empty);
+        let cell = samples(&mut cells, family).entry(owned(labels)).or_insert(empty);
         if let Cell::Spread { counts, all, sum } = cell {
             let seconds = took.as_secs_f64();
             for (count, _) in counts.iter_mut().zip(BOUNDS).filter(|(_, bound)| seconds <= *bound) {
@@ -150,7 +123,8 @@ impl Metrics {
     /// Drops the samples of a pod that is gone.
     pub(crate) fn forget_pod(&self, namespace: &str, pod: &str) {
         let of = |labels: &Labels, key: &str, value: &str| labels.iter().any(|(k, v)| *k == key && v == value);
-        for samples in self.cells.lock().values_mut() {
+        let mut cells = self.cells.lock();
+        for (_, samples) in cells.iter_mut().filter(|(family, _)| family.starts_with("prober_")) {
             samples.retain(|l, _| !(of(l, "pod", pod) && of(l, "namespace", namespace)));
         }
     }
@@ -196,7 +170,7 @@ fn sample(e: &mut Exposition, name: &str, labels: &[(&str, &str)], cell: &Cell) 
 pub(crate) fn probes(ctx: &Context) -> String {
     let mut e = Exposition::default();
     ctx.metrics.write(&mut e, |name| name.starts_with("prober_"));
-    process(&mut e, true);
+    process::write(&mut e, true);
     e.finish()
 }
 
@@ -233,7 +207,7 @@ pub(crate) fn render(ctx: &Context, told: &HashMap<String, Vec<Value>>) -> Strin
         let help = format!("Gauge of the TTL (time-to-live) of the Kubelet's {of} certificate, in seconds.");
         e.single(&format!("kubelet_certificate_manager_{of}_ttl_seconds"), "gauge", &help, left);
     }
-    process(&mut e, false);
+    process::write(&mut e, false);
     e.finish()
 }
 
@@ -345,53 +319,20 @@ fn logs(ctx: &Context, all: &[std::sync::Arc<crate::pods::table::Snapshot>], e: 
     }
 }
 
-/// Volumes of the pods by their kind.
+/// Volumes of the pods by their kind: all, and those that are there. Containers are made when all of a pod's are.
 fn volumes(all: &[std::sync::Arc<crate::pods::table::Snapshot>], e: &mut Exposition) {
-    let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
-    let specs = all.iter().filter_map(|s| s.pod.spec.as_ref()?.volumes.as_ref()).flatten();
-    for v in specs.filter_map(|v| serde_json::to_value(v).ok()) {
-        let kind = v.as_object().and_then(|o| o.keys().find(|k| *k != "name").cloned()).unwrap_or_default();
-        *kinds.entry(kind).or_default() += 1;
-    }
-    e.begin("volume_manager_total_volumes", "gauge", "Number of volumes in Volume Manager");
-    for (kind, count) in &kinds {
-        let mut plugin = String::from("kubernetes.io/");
-        for c in kind.trim_end_matches("Source").chars() {
-            if c.is_ascii_uppercase() {
-                plugin.push('-');
-            }
-            plugin.push(c.to_ascii_lowercase());
+    let name = "volume_manager_total_volumes";
+    e.begin(name, "gauge", "Number of volumes in Volume Manager");
+    for (state, mounted) in [("actual_state_of_world", true), ("desired_state_of_world", false)] {
+        let mut plugins: BTreeMap<String, usize> = BTreeMap::new();
+        let here = all.iter().filter(|s| !mounted || s.supervisor.is_some() && !s.containers.is_empty());
+        for v in here.filter_map(|s| s.pod.spec.as_ref()?.volumes.as_ref()).flatten() {
+            *plugins.entry(crate::volumes::plugin(v)).or_default() += 1;
         }
-        let labels = [("plugin_name", plugin.as_str()), ("state", "desired_state_of_world")];
-        e.sample("volume_manager_total_volumes", &labels, Some(*count as f64));
+        for (plugin, count) in &plugins {
+            e.sample(name, &[("plugin_name", plugin.as_str()), ("state", state)], Some(*count as f64));
+        }
     }
-}
-
-/// What every process tells; `brief` is when it began only.
-fn process(e: &mut Exposition, brief: bool) {
-    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields: Vec<f64> = stat
-        .rsplit_once(')')
-        .map(|(_, rest)| rest.split_whitespace().skip(1).map(|f| f.parse().unwrap_or(0.0)).collect())
-        .unwrap_or_default();
-    let at = |i: usize| fields.get(i).copied();
-    let boot = fs::read_to_string("/proc/stat").unwrap_or_default();
-    let boot = boot.lines().find_map(|l| l.strip_prefix("btime ")?.trim().parse::<f64>().ok());
-    let started = at(18).zip(boot).map(|(ticks, boot)| boot + ticks / 100.0);
-    e.single("process_start_time_seconds", "gauge", "Start time of the process since unix epoch in seconds.", started);
-    if brief {
-        return;
-    }
-    let cpu = at(10).zip(at(11)).map(|(u, s)| (u + s) / 100.0);
-    e.single("process_cpu_seconds_total", "counter", "Total user and system CPU time spent in seconds.", cpu);
-    e.single("process_virtual_memory_bytes", "gauge", "Virtual memory size in bytes.", at(19));
-    let resident = at(20).map(|pages| pages * 4096.0);
-    e.single("process_resident_memory_bytes", "gauge", "Resident memory size in bytes.", resident);
-    let open = fs::read_dir("/proc/self/fd").ok().map(|d| d.count() as f64);
-    let limit =
-        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).ok().map(|(soft, _)| soft as f64);
-    e.single("process_max_fds", "gauge", "Maximum number of open file descriptors.", limit);
-    e.single("process_open_fds", "gauge", "Number of open file descriptors.", open);
 }
 
 #[cfg(test)]
@@ -424,17 +365,31 @@ mod tests {
     }
 
     #[test]
-    fn every_process_has_begun() {
+    fn operations_are_counted_and_levels_go_both_ways() {
+        let m = Metrics::default();
+        m.operation("run_podsandbox", Instant::now(), true);
+        m.operation("run_podsandbox", Instant::now(), false);
+        let labels = [("path", "exec")];
+        m.add("kubelet_http_inflight_requests", labels, 1.0);
+        m.add("kubelet_http_inflight_requests", labels, -1.0);
+        m.first("kubelet_first_network_pod_start_sli_duration_seconds", Duration::from_secs(2));
+        m.first("kubelet_first_network_pod_start_sli_duration_seconds", Duration::from_secs(9));
         let mut e = Exposition::default();
-        process(&mut e, false);
+        m.write(&mut e, |_| true);
         let text = e.finish();
-        for name in [
-            "process_start_time_seconds",
-            "process_cpu_seconds_total",
-            "process_resident_memory_bytes",
-            "process_open_fds",
+        for line in [
+            "kubelet_runtime_operations_total{operation_type=\"run_podsandbox\"} 2",
+            "kubelet_runtime_operations_errors_total{operation_type=\"run_podsandbox\"} 1",
+            "kubelet_runtime_operations_duration_seconds_count{operation_type=\"run_podsandbox\"} 2",
+            "kubelet_http_inflight_requests{path=\"exec\"} 0",
+            "kubelet_first_network_pod_start_sli_duration_seconds 2",
         ] {
-            assert!(text.lines().any(|l| l.starts_with(&format!("{name} "))), "{name}: {text}");
+            assert!(text.lines().any(|l| l == line), "{line}: {text}");
         }
+    }
+
+    #[test]
+    fn families_are_in_order() {
+        assert!(FAMILIES.is_sorted_by_key(|(name, _)| *name), "out of order");
     }
 }

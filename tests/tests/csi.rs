@@ -146,6 +146,14 @@ fn volumes_are_staged_published_grown_and_taken_down_also_across_restarts() {
     let grown = driver.wait(&["NodeExpandVolumeRequest"]);
     assert!(grown.contains("required_bytes: 2147483648"), "{grown}");
     c.wait_field("pvc a", ".status.capacity.storage", |s| s == "2Gi");
+    eventually("FileSystemResizeSuccessful", || {
+        let events = c.k("get events --field-selector reason=FileSystemResizeSuccessful");
+        if events.contains("MountVolume.NodeExpandVolume succeeded for volume \"a\" 2Gi") {
+            Ok(())
+        } else {
+            Err(events)
+        }
+    });
     // The volume stays staged until its last pod is gone.
     c.k("delete pod early");
     driver.wait(&["NodeUnpublishVolumeRequest", "handle-a"]);
@@ -208,7 +216,22 @@ fn a_volume_that_is_attached_waits_for_its_attachment() {
     c.apply(&pod("wrong", "disk"));
     let path = ".status.containerStatuses[0].state.waiting.message";
     c.wait_field("pod wrong", path, |m| m.contains("volumeMode Block, but is specified in volumeMounts"));
-    c.k("delete pod raw wrong");
+    // A disk that is not there.
+    c.apply(&format!(
+        "apiVersion: v1\nkind: PersistentVolume\nmetadata: {{name: nodisk}}\nspec:\n  capacity: {{storage: 1Gi}}\n  \
+         accessModes: [ReadWriteOnce]\n  volumeMode: Block\n  storageClassName: ''\n  local: {{path: /dev/no-such-disk}}\n  \
+         claimRef: {{namespace: default, name: nodisk}}\n  nodeAffinity: {{required: {{nodeSelectorTerms: [{{matchExpressions: \
+         [{{key: kubernetes.io/hostname, operator: In, values: [one]}}]}}]}}}}\n\
+         ---\napiVersion: v1\nkind: PersistentVolumeClaim\nmetadata: {{name: nodisk}}\nspec:\n  accessModes: [ReadWriteOnce]\n  \
+         volumeMode: Block\n  storageClassName: ''\n  resources: {{requests: {{storage: 1Gi}}}}\n  volumeName: nodisk\n{}",
+        pod("diskless", "nodisk")
+            .replace("volumeMounts: [{name: v, mountPath: /v}]", "volumeDevices: [{name: v, devicePath: /dev/disk}]")
+    ));
+    eventually("FailedMapVolume", || {
+        let events = c.k("get events --field-selector involvedObject.name=diskless,reason=FailedMapVolume");
+        if events.contains("MapVolume.SetUpDevice failed for volume \"v\"") { Ok(()) } else { Err(events) }
+    });
+    c.k("delete pod raw wrong diskless");
     eventually("nothing of it left", || Some(left(&c)).filter(|l| !l.is_empty()).map_or(Ok(()), Err));
     // A driver that refuses is heard.
     c.apply(&format!(

@@ -88,10 +88,24 @@ fn numbers_for_those_who_may_see_them() {
         "container_fs_limit_bytes{container=\"\",device=\"/dev/",
         "container_file_descriptors{container=\"c\"",
         "container_spec_cpu_shares{container=\"c\"",
+        "container_spec_memory_reservation_limit_bytes{container=\"c\"",
+        "container_cpu_load_average_10s{container=\"c\"",
+        "container_cpu_load_d_average_10s{container=\"c\"",
+        "container_ulimits_soft{container=\"c\"",
         "machine_cpu_cores{",
+        "machine_cpu_books{",
+        "machine_nvm_capacity{",
+        "machine_scrape_error 0",
     ] {
         assert!(cadvisor.contains(series), "{series}: {cadvisor}");
     }
+    // It computes all the time, and its probe says that it is well.
+    let value = |series: &[&str]| -> f64 {
+        let line = cadvisor.lines().find(|l| series.iter().all(|part| l.contains(part)));
+        line.unwrap_or_else(|| panic!("{series:?}: {cadvisor}")).rsplit_once(' ').unwrap().1.parse().unwrap()
+    };
+    assert!(value(&["container_tasks_state{container=\"c\"", "state=\"running\""]) >= 1.0);
+    assert_eq!(value(&["container_health_state{container=\"c\""]), 1.0);
     let metrics = raw("metrics");
     for series in [
         "kubelet_running_pods ",
@@ -102,6 +116,25 @@ fn numbers_for_those_who_may_see_them() {
         "kubelet_http_requests_duration_seconds_count{",
         "kubelet_container_log_filesystem_used_bytes{container=\"c\",namespace=\"default\",pod=\"busy\"",
         "kubelet_node_name{node=\"one\"} 1",
+        "kubelet_runtime_operations_total{operation_type=\"run_podsandbox\"} ",
+        "kubelet_runtime_operations_duration_seconds_count{operation_type=\"create_container\"} ",
+        "kubelet_runtime_operations_total{operation_type=\"start_container\"} ",
+        "kubelet_runtime_operations_total{operation_type=\"exec_sync\"} ",
+        "kubelet_pod_worker_duration_seconds_count{operation_type=\"create\"} ",
+        "kubelet_pod_worker_duration_seconds_count{operation_type=\"sync\"} ",
+        "kubelet_pod_worker_start_duration_seconds_count ",
+        "kubelet_pod_status_sync_duration_seconds_count ",
+        "kubelet_cgroup_manager_duration_seconds_count{operation_type=\"create\"} ",
+        "kubelet_image_manager_ensure_image_requests_total{present_locally=\"true\",pull_policy=\"ifnotpresent\",pull_required=\"false\"} ",
+        "kubelet_first_network_pod_start_sli_duration_seconds ",
+        "kubelet_node_startup_pre_kubelet_duration_seconds ",
+        "kubelet_node_startup_pre_registration_duration_seconds ",
+        "kubelet_node_startup_registration_duration_seconds ",
+        "kubelet_node_startup_post_registration_duration_seconds ",
+        "kubelet_node_startup_duration_seconds ",
+        "kubelet_http_inflight_requests{long_running=\"false\",method=\"GET\",path=\"metrics\",server_type=\"readwrite\"} 1",
+        "storage_operation_duration_seconds_count{migrated=\"false\",operation_name=\"volume_mount\",status=\"success\",volume_plugin=\"kubernetes.io/empty-dir\"} ",
+        "volume_manager_total_volumes{plugin_name=\"kubernetes.io/empty-dir\",state=\"actual_state_of_world\"} 1",
         "process_start_time_seconds ",
     ] {
         assert!(metrics.contains(series), "{series}: {metrics}");

@@ -457,6 +457,21 @@ fn volumes() -> Vec<Row> {
             ),
             &["#!/bin/sh\n", "refused\n", "not run\n"],
         ),
+        row(
+            "empty-dir-huge-pages",
+            {
+                let mut spec = with_volumes(
+                    "grep ' /v ' /proc/mounts",
+                    json!({"resources": {"limits": {"cpu": "100m", "memory": "32Mi", "hugepages-2Mi": "2Mi"}},
+                    "volumeMounts": [{"name": "v", "mountPath": "/v"}]}),
+                    json!([{"name": "v", "emptyDir": {"medium": "HugePages-2Mi"}}]),
+                );
+                // The machine has set none aside, and a scheduler would look for some.
+                spec["nodeName"] = json!("one");
+                spec
+            },
+            &["hugetlbfs /v hugetlbfs rw", "pagesize=2M"],
+        ),
         {
             let names: Vec<String> = (0..20).map(|i| format!("race-{i}")).collect();
             let mounts: Vec<Value> =
@@ -630,6 +645,12 @@ fn living() -> Vec<Value> {
             s["runtimeClassName"] = json!("elsewhere");
             s
         }),
+        pod("crowded-dns", &{
+            let mut s = sleep(json!({}));
+            s["imagePullSecrets"] = json!([{"name": "nowhere"}]);
+            s["dnsConfig"] = json!({"nameservers": ["192.0.2.1", "192.0.2.2", "192.0.2.3"]});
+            s
+        }),
         pod("post-http", &sleep(hook("postStart"))),
         pod("pre-http", &sleep(hook("preStop"))),
         pod("pre-sleep", &{
@@ -730,6 +751,15 @@ fn pods_that_live() {
     // A sysctl this node does not allow.
     c.wait_field("pod unsafe-sysctl", ".status.reason", |r| r == "SysctlForbidden");
     c.wait_field("pod unsafe-sysctl", ".status.phase", |r| r == "Failed");
+
+    // More name servers than a libc reads, and a secret that is not there.
+    in_pod("crowded-dns", "cat /etc/resolv.conf", &|s| s.contains("192.0.2.2") && !s.contains("192.0.2.3"));
+    eventually("what of it is not as asked for", || {
+        let events = c.get("events --field-selector involvedObject.name=crowded-dns").to_string();
+        let want =
+            ["DNSConfigForming", "the applied nameserver line is: ", "FailedToRetrieveImagePullSecret", "(nowhere)"];
+        if want.iter().all(|part| events.contains(part)) { Ok(()) } else { Err(events) }
+    });
 
     // What this node cannot do is said, not left out.
     c.wait_ready("classed");

@@ -14,6 +14,38 @@ pub(crate) struct Processes {
     pub(crate) threads_max: Option<u64>,
     pub(crate) descriptors: u64,
     pub(crate) sockets: u64,
+    pub(crate) tasks: Tasks,
+    /// How many files the first process may open; `None` is no limit.
+    pub(crate) files_max: Option<u64>,
+}
+
+/// Threads by what they do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Tasks {
+    pub(crate) sleeping: u64,
+    pub(crate) running: u64,
+    pub(crate) stopped: u64,
+    /// Asleep where no signal reaches them: mostly waiting for a disk.
+    pub(crate) uninterruptible: u64,
+}
+
+impl Tasks {
+    /// One more, by the letter of its /proc/PID/stat.
+    fn count(&mut self, stat: &str) {
+        match stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next()) {
+            Some('R') => self.running += 1,
+            Some('D') => self.uninterruptible += 1,
+            Some('T' | 't') => self.stopped += 1,
+            Some('S' | 'I') => self.sleeping += 1,
+            _ => {}
+        }
+    }
+}
+
+/// The soft limit of open files in the text of /proc/PID/limits.
+fn files_max(limits: &str) -> Option<u64> {
+    let line = limits.lines().find_map(|l| l.strip_prefix("Max open files"))?;
+    line.split_whitespace().next()?.parse().ok()
 }
 
 /// By device: bytes read, reads, bytes written, writes.
@@ -29,14 +61,21 @@ impl Cgroups {
             threads_max: read("pids.max").map(|t| t.trim().parse().unwrap_or(0)),
             ..Processes::default()
         };
+        let mut first = None;
         for pid in counted.iter().flat_map(|dir| pids_below(dir)) {
             all.count += 1;
+            first = Some(first.map_or(pid, |first: i32| first.min(pid)));
+            for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+                all.tasks.count(&fs::read_to_string(task.path().join("stat")).unwrap_or_default());
+            }
             for fd in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
                 all.descriptors += 1;
                 let to = fs::read_link(fd.path()).unwrap_or_default();
                 all.sockets += u64::from(to.as_os_str().as_encoded_bytes().starts_with(b"socket"));
             }
         }
+        let limits = first.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/limits")).ok());
+        all.files_max = limits.and_then(|text| files_max(&text));
         all
     }
 
@@ -96,6 +135,18 @@ fn io_v2(text: &str) -> Moved {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_are_counted_by_what_they_do() {
+        let mut tasks = Tasks::default();
+        for stat in ["1 (a) S 0", "2 (b) R) R 1", "3 (c d) D 1", "4 (e) t 1", "5 (f) Z 1", "6 (g) I 1"] {
+            tasks.count(stat);
+        }
+        assert_eq!(tasks, Tasks { sleeping: 2, running: 1, stopped: 1, uninterruptible: 1 });
+        let limits =
+            |soft: &str| format!("Limit  Soft Limit  Hard Limit  Units\nMax open files   {soft}   4096   files\n");
+        assert_eq!((files_max(&limits("1024")), files_max(&limits("unlimited"))), (Some(1024), None));
+    }
 
     #[test]
     fn both_versions_tell_the_same() {

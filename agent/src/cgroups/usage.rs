@@ -28,6 +28,10 @@ pub(crate) struct Usage {
     pub(crate) swap: Option<u64>,
     /// Most of it; `None` is no limit of its own.
     pub(crate) swap_limit: Option<u64>,
+    /// What is kept from being reclaimed; zero is nothing.
+    pub(crate) memory_reserved: Option<u64>,
+    /// As the kernel has it: with memory on v1, without on v2. Zero is no limit.
+    pub(crate) memory_swap_limit: Option<u64>,
     pub(crate) page_faults: Option<u64>,
     pub(crate) major_page_faults: Option<u64>,
     pub(crate) processes: Option<u64>,
@@ -39,6 +43,12 @@ const UNLIMITED: u64 = 1 << 62;
 
 fn number(dir: &Path, file: &str) -> Option<u64> {
     fs::read_to_string(dir.join(file)).ok()?.trim().parse().ok()
+}
+
+/// A limit; zero is none.
+fn limit(dir: &Path, file: &str) -> Option<u64> {
+    let text = fs::read_to_string(dir.join(file)).ok()?;
+    Some(text.trim().parse().ok().filter(|l| *l < UNLIMITED).unwrap_or(0))
 }
 
 /// `key value` lines.
@@ -120,6 +130,8 @@ fn memory_v1(u: &mut Usage, dir: &Path) {
     u.memory_peak = number(dir, "memory.max_usage_in_bytes");
     u.memory_failures = number(dir, "memory.failcnt");
     u.memory_limit = number(dir, "memory.limit_in_bytes");
+    u.memory_reserved = limit(dir, "memory.soft_limit_in_bytes");
+    u.memory_swap_limit = limit(dir, "memory.memsw.limit_in_bytes");
     u.swap = of("total_swap");
     u.page_faults = of("total_pgfault");
     u.major_page_faults = of("total_pgmajfault");
@@ -143,6 +155,8 @@ fn memory_v2(u: &mut Usage, dir: &Path) {
     u.memory_limit = number(dir, "memory.max");
     u.swap = number(dir, "memory.swap.current");
     u.swap_limit = number(dir, "memory.swap.max");
+    u.memory_reserved = limit(dir, "memory.min");
+    u.memory_swap_limit = limit(dir, "memory.swap.max");
     u.page_faults = of("pgfault");
     u.major_page_faults = of("pgmajfault");
 }
@@ -176,6 +190,8 @@ mod tests {
                 ("memory.usage_in_bytes", "1000\n"),
                 ("memory.stat", "rss 1\ntotal_rss 600\ntotal_inactive_file 100\n"),
                 ("memory.limit_in_bytes", "9223372036854771712\n"),
+                ("memory.soft_limit_in_bytes", "4096\n"),
+                ("memory.memsw.limit_in_bytes", "9223372036854771712\n"),
             ],
         );
         write(
@@ -186,6 +202,7 @@ mod tests {
                 ("memory.stat", "anon 600\ninactive_file 100\n"),
                 ("memory.max", "max\n"),
                 ("memory.swap.max", "max\n"),
+                ("memory.min", "4096\n"),
                 ("pids.current", "4\n"),
             ],
         );
@@ -206,6 +223,8 @@ mod tests {
             memory_working_set: Some(900),
             memory_rss: Some(600),
             inactive_file: Some(100),
+            memory_reserved: Some(4096),
+            memory_swap_limit: Some(0),
             ..Usage::default()
         };
         assert_eq!(old.usage("g"), want);

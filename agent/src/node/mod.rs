@@ -6,10 +6,12 @@
 pub(crate) mod eviction;
 mod images;
 pub(crate) mod info;
+pub(crate) mod oom;
 pub(crate) mod pressure;
 mod psi;
 mod ranking;
 pub(crate) mod shutdown;
+mod startup;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -36,6 +38,7 @@ use kube::{
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use self::startup::Startup;
 use crate::{
     api::{is_code, refusal},
     context::Context,
@@ -162,6 +165,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
     let mut network = ctx.network.changes();
     let mut pressure = ctx.pressure.subscribe();
     let mut shutdown = ctx.shutdown.subscribe();
+    let mut startup = Startup::begin();
     let mut node = loop {
         match register(ctx, &nodes).await {
             Ok(node) => break node,
@@ -172,6 +176,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
         }
     };
     tracing::info!(node = %ctx.node_name, "node registered");
+    startup.registered(ctx);
     let mut stream = watcher::watch_object(nodes.clone(), &ctx.node_name).backoff(crate::api::pauses()).boxed();
     let k = &ctx.config.kubelet;
     let mut images = ctx.images.changes();
@@ -210,6 +215,7 @@ async fn status(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Se
             match nodes.patch_status(&ctx.node_name, &PatchParams::default(), &Patch::Strategic(patch)).await {
                 Ok(n) => {
                     node = n;
+                    startup.seen(ctx, &node);
                     written = tokio::time::Instant::now();
                     (retry, complaint) = (PAUSE, Complaint::default());
                     for (reason, text) in events {
@@ -256,6 +262,10 @@ fn rebooted(ctx: &Context, node: &Node) {
     if !ctx.cgroups.memory_is_v2() {
         let text = "cgroup v1 support is in maintenance mode, please migrate to cgroup v2";
         ctx.events.node(&ctx.node_name, Kind::Warning, "CgroupV1", text);
+    }
+    if ctx.machine.swap > 0 {
+        let text = "Memory-backed volumes (e.g. secrets) might be swapped to disk: their tmpfs is the machine's /run, and there is swap";
+        ctx.events.node(&ctx.node_name, Kind::Warning, "PossibleMemoryBackedVolumesOnDisk", text);
     }
 }
 

@@ -158,6 +158,7 @@ impl Worker {
         tokio::spawn(async move {
             let begun = StdInstant::now();
             let made = sandbox::create(&ctx, &pod, attempt, events).await;
+            ctx.metrics.operation("run_podsandbox", begun, made.is_ok());
             let pause = if made.is_ok() { begun.elapsed() } else { pause };
             let _ = inputs.send(Input::Sandbox(made, pause));
         });
@@ -230,7 +231,7 @@ impl Worker {
             }
             Err(error) => {
                 tracing::warn!(pod = sandbox::name(&self.pod), %error, "no volume");
-                self.ctx.events.pod(&self.pod, Kind::Warning, "FailedMount", error.to_string());
+                self.ctx.events.pod(&self.pod, Kind::Warning, error.reason(), error.to_string());
                 self.record.blocked(&error.to_string());
                 self.volumes = Making::Failed(Instant::now() + took, (took * 2).min(Duration::from_secs(122)));
                 self.watch_references();
@@ -304,6 +305,17 @@ impl Worker {
     }
 
     pub(super) fn progress(&mut self, p: Progress) {
+        let running = matches!(p, Progress::Image { .. } | Progress::Running { .. });
+        self.take_progress(p);
+        if !running
+            && self.starting.is_empty()
+            && let Some(took) = self.record.first_pass()
+        {
+            self.ctx.metrics.observe("kubelet_pod_worker_duration_seconds", [("operation_type", "create")], took);
+        }
+    }
+
+    fn take_progress(&mut self, p: Progress) {
         match p {
             Progress::Image { took } => self.record.phase("image", Some(took)),
             Progress::Running { name, instance, took } => {
@@ -451,7 +463,9 @@ impl Worker {
         let group = self.state.sandbox.as_ref().map(|s| s.cgroup.clone());
         let (ctx, uid, inputs) = (self.ctx.clone(), self.uid().to_string(), self.inputs.clone());
         tokio::spawn(async move {
+            let begun = StdInstant::now();
             let mut done = sandbox::remove(&ctx, &uid, supervisor.as_ref(), group.as_deref()).await;
+            ctx.metrics.operation("stop_podsandbox", begun, done.is_ok());
             for released in [crate::csi::release(&ctx, &uid).await, claims::release(&ctx, &uid).await] {
                 done = done.and(released);
             }

@@ -240,6 +240,7 @@ impl Manager {
                 if let Some(pod) = self.manifests.get(&full_name(&e.pod)).cloned()
                     && sandbox::uid(&pod) == uid
                 {
+                    self.ctx.metrics.count("kubelet_restarted_pods_total", [("static", "true")]);
                     self.spawn(pod, Source::Static, None);
                 }
                 for pod in std::mem::take(&mut self.held).into_values() {
@@ -275,8 +276,11 @@ impl Manager {
                 self.listed(list);
             }
             Ok(watcher::Event::Apply(p)) => {
+                let mirrors = is_mirror(&p);
                 self.apply(p);
-                self.sync_mirrors();
+                if mirrors {
+                    self.sync_mirrors();
+                }
             }
             Ok(watcher::Event::Delete(p)) => {
                 self.mirror_work.remove(&full_name(&p));
@@ -353,20 +357,18 @@ impl Manager {
     fn take(&mut self, pod: Arc<Pod>) {
         let mut others = self.ctx.table.all();
         let refused = admission::admit(&self.ctx, &others, &pod);
-        others.retain(|s| self.workers.get(sandbox::uid(&s.pod)).is_none_or(|e| !e.gone));
-        let stays = pod.metadata.deletion_timestamp.is_none();
-        if stays && refused.is_some() && admission::admit(&self.ctx, &others, &pod).is_none() {
-            let why = refused.map(|(_, message)| message);
-            tracing::info!(
-                pod = sandbox::name(&pod),
-                why,
-                "waits for pods that are gone from the API and still end here"
-            );
-            self.held.insert(sandbox::uid(&pod).to_owned(), pod);
-        } else {
-            self.held.remove(sandbox::uid(&pod));
-            self.spawn(pod, Source::Api, refused);
+        if let Some((_, why)) = refused.as_ref().filter(|_| pod.metadata.deletion_timestamp.is_none()) {
+            let all = others.len();
+            others.retain(|s| self.workers.get(sandbox::uid(&s.pod)).is_none_or(|e| !e.gone));
+            if others.len() < all && admission::admit(&self.ctx, &others, &pod).is_none() {
+                let pod_name = sandbox::name(&pod);
+                tracing::info!(pod = pod_name, why, "waits for pods that are gone from the API and still end here");
+                self.held.insert(sandbox::uid(&pod).to_owned(), pod);
+                return;
+            }
         }
+        self.held.remove(sandbox::uid(&pod));
+        self.spawn(pod, Source::Api, refused);
     }
 
     /// When the pause after a failure is over; a time that has come is not waited for twice.
@@ -389,11 +391,11 @@ impl Manager {
         let mut work: Vec<(FullName, Option<Pod>, Option<Arc<Pod>>)> = Vec::new();
         for (name, m) in &self.mirrors {
             let wanted = self.manifests.get(name);
-            let ends = self.workers.values().any(|e| e.ending && full_name(&e.pod) == *name);
             let same = wanted.is_some_and(|w| {
                 w.metadata.annotations.as_ref().and_then(|a| a.get(HASH)).map(String::as_str) == mirror::hash(m)
             });
-            if (!same || m.metadata.deletion_timestamp.is_some()) && !ends {
+            let of_it = |e: &Entry| e.ending && sandbox::name(&e.pod) == name.1 && sandbox::namespace(&e.pod) == name.0;
+            if (!same || m.metadata.deletion_timestamp.is_some()) && !self.workers.values().any(of_it) {
                 work.push((name.clone(), Some(m.clone()), None));
             }
         }

@@ -103,6 +103,9 @@ async fn manager_clean(ctx: &Arc<Context>, known: &[String]) {
         tracing::info!(uid, "removing what is left of a pod nobody knows");
         let (events, _) = tokio::sync::mpsc::unbounded_channel();
         let supervisor = crate::runtime::connect(&paths.run_pod(&uid), events).ok();
+        if supervisor.is_some() {
+            ctx.metrics.count("kubelet_orphaned_runtime_pods_total", []);
+        }
         if let Err(error) = sandbox::remove(ctx, &uid, supervisor.as_ref(), None).await {
             tracing::warn!(uid, error, "leftovers");
         }

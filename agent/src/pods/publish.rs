@@ -64,7 +64,11 @@ impl Worker {
                 let total = created.and_then(|at| at.elapsed().ok()).map_or(took, |total| total.max(took));
                 m.observe("kubelet_pod_start_total_duration_seconds", [], total);
                 let pulls = self.record.spent("image");
-                m.observe("kubelet_pod_start_sli_duration_seconds", [], total.saturating_sub(pulls));
+                let sli = total.saturating_sub(pulls);
+                m.observe("kubelet_pod_start_sli_duration_seconds", [], sli);
+                if self.pod.spec.as_ref().is_some_and(|s| s.host_network != Some(true)) {
+                    m.first("kubelet_first_network_pod_start_sli_duration_seconds", sli);
+                }
             }
             self.wanted.send_modify(|w| w.status = Some(status));
         }

@@ -33,6 +33,8 @@ pub(crate) struct StartRecord {
     blocked: Option<String>,
     #[serde(skip)]
     complete: bool,
+    #[serde(skip)]
+    passed: bool,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -58,7 +60,18 @@ impl StartRecord {
             phases: Vec::new(),
             blocked: None,
             complete: false,
+            passed: false,
         }
+    }
+
+    /// Since when the pod is here.
+    pub(crate) fn age(&self) -> std::time::Duration {
+        self.begun.elapsed()
+    }
+
+    /// The first starts have come to their end: how long that took, once.
+    pub(crate) fn first_pass(&mut self) -> Option<std::time::Duration> {
+        (!std::mem::replace(&mut self.passed, true)).then(|| self.age())
     }
 
     /// A phase has ended.

@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use isopod_runtime::supervisor::{
@@ -22,6 +22,7 @@ use super::{state::Sandbox, users};
 use crate::{
     claims,
     context::Context,
+    events::Kind,
     network::{Bandwidth, HostPort, PodNetworkRequest, Protocol},
     qos::{self, Qos},
     quantity,
@@ -102,7 +103,10 @@ pub(crate) fn cgroup(ctx: &Context, pod: &Pod) -> Result<String, String> {
     let class = qos::class(spec);
     let group = ctx.cgroups.pod_group(class, uid(pod));
     let limits = ctx.pod_limits(uid(pod), spec);
-    ctx.cgroups.create_pod(&group, &limits).map_err(|e| e.to_string())?;
+    let begun = Instant::now();
+    let made = ctx.cgroups.create_pod(&group, &limits);
+    ctx.metrics.observe("kubelet_cgroup_manager_duration_seconds", [("operation_type", "create")], begun.elapsed());
+    made.map_err(|e| e.to_string())?;
     if class == Qos::Burstable {
         ctx.burstable_request(uid(pod), Some(qos::pod_amount(spec, "cpu").0));
     }
@@ -278,7 +282,13 @@ fn write_files(ctx: &Context, pod: &Pod, ips: &[IpAddr]) -> io::Result<String> {
     let names = files::hostname(pod, &kubelet.cluster_domain);
     let host_file = host_network(&spec).then(|| fs::read_to_string("/etc/hosts").unwrap_or_default());
     fs::write(dir.join("hosts"), files::hosts(&spec, ips, &names, host_file.as_deref()))?;
-    let resolver = files::resolver(pod, &ctx.machine.resolver, &kubelet.cluster_dns, &kubelet.cluster_domain);
+    let mut resolver = files::resolver(pod, &ctx.machine.resolver, &kubelet.cluster_dns, &kubelet.cluster_domain);
+    for text in resolver.fit() {
+        ctx.events.pod(pod, Kind::Warning, "DNSConfigForming", text);
+    }
+    if let Some(text) = files::no_cluster_dns(pod, &kubelet.cluster_dns) {
+        ctx.events.pod(pod, Kind::Warning, "MissingClusterDNS", text);
+    }
     fs::write(dir.join("resolv.conf"), resolver.render())?;
     let kernel = if host_network(&spec) {
         fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string()
@@ -305,7 +315,11 @@ pub(crate) async fn remove(
     }
     let known = ctx.cgroups.pods().remove(uid);
     for group in cgroup.map(ToString::to_string).into_iter().chain(known) {
-        if let Err(e) = ctx.cgroups.end(&group).await {
+        let begun = Instant::now();
+        let ended = ctx.cgroups.end(&group).await;
+        let labels = [("operation_type", "destroy")];
+        ctx.metrics.observe("kubelet_cgroup_manager_duration_seconds", labels, begun.elapsed());
+        if let Err(e) = ended {
             errors.push(e.to_string());
         }
     }

@@ -25,7 +25,7 @@ use crate::{
     config::format_duration,
     context::Context,
     events::Kind,
-    images::{Account, DockerConfig, ImageHandle, Owner, PullPolicy},
+    images::{Account, DockerConfig, ImageError, ImageHandle, Owner, PullPolicy},
     objects::{ObjectKind, ObjectRef},
     probes,
     spec::{self, BindMount, env, field::Addresses},
@@ -118,7 +118,9 @@ async fn attempt(job: &mut Job, report: &(impl Fn(Progress) + Send + Sync)) -> R
     });
     let Some(prepared) = prepared.await? else { return Err(Stop::Cancelled) };
     let created = Instant::now();
-    let mut instance = unless(&job.cancel, create(job, &image, &prepared)).await??;
+    let made = unless(&job.cancel, create(job, &image, &prepared)).await?;
+    job.ctx.metrics.operation("create_container", created, made.is_ok());
+    let mut instance = made?;
     if let Some(turn) = job.turn.take() {
         let _ = unless(&job.cancel, turn).await?;
     }
@@ -129,7 +131,10 @@ async fn attempt(job: &mut Job, report: &(impl Fn(Progress) + Send + Sync)) -> R
         supervisor.done(Op::Delete { container: instance.id.clone() }).await.ok();
         return Err(start_error(instance, message).into());
     }
-    match supervisor.start(&instance.id).await {
+    let begun = Instant::now();
+    let started = supervisor.start(&instance.id).await;
+    job.ctx.metrics.operation("start_container", begun, started.is_ok());
+    match started {
         Ok((_, started_at)) => instance.started_at = Some(started_at),
         Err(e) => {
             let message = e.to_string();
@@ -201,7 +206,11 @@ async fn image(job: &Job) -> Result<ImageHandle, Failure> {
     let begun = Arc::new(move || {
         events.container(&pod, &name, Kind::Normal, "Pulling", format!("Pulling image {what:?}"));
     });
-    match ctx.images.ensure(&image, pull_policy(&image, c.image_pull_policy.as_deref()), secrets, begun).await {
+    let policy = pull_policy(&image, c.image_pull_policy.as_deref());
+    let asked = Instant::now();
+    let pulled = ctx.images.ensure(&image, policy, secrets, begun).await;
+    count_pull(ctx, policy, asked, &pulled);
+    match pulled {
         Ok(handle) => {
             let text = match handle.pulled {
                 Some(p) => format!(
@@ -226,6 +235,26 @@ async fn image(job: &Job) -> Result<ImageHandle, Failure> {
             Err(Failure { reason, message, ended: None })
         }
     }
+}
+
+/// Whether a registry was asked, and how that went.
+fn count_pull(ctx: &Context, policy: PullPolicy, asked: Instant, got: &Result<ImageHandle, ImageError>) {
+    let required = match got {
+        Ok(handle) => handle.pulled.is_some(),
+        Err(e) => !matches!(e.reason(), "ErrImageNeverPull" | "InvalidImageName"),
+    };
+    if required {
+        ctx.metrics.operation("pull_image", asked, got.is_ok());
+    }
+    let policy = match policy {
+        PullPolicy::Always => "always",
+        PullPolicy::IfNotPresent => "ifnotpresent",
+        PullPolicy::Never => "never",
+    };
+    let here = if got.is_ok() && !required { "true" } else { "false" };
+    let required = if required { "true" } else { "false" };
+    let labels = [("present_locally", here), ("pull_policy", policy), ("pull_required", required)];
+    ctx.metrics.count("kubelet_image_manager_ensure_image_requests_total", labels);
 }
 
 /// Credentials of the pod's imagePullSecrets; one that is not there is told.

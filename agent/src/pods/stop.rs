@@ -64,11 +64,12 @@ pub(crate) async fn run(job: Job) {
         () = reached(job.deadline.clone(), Duration::ZERO) => {}
     }
     let asked = Instant::now();
+    let done = || job.ctx.metrics.operation("stop_container", asked.into_std(), true);
     if let Err(error) = job.supervisor.kill(&job.id, job.signal, false).await {
         tracing::debug!(container = job.container.name, %error, "stop signal");
     }
     tokio::select! {
-        () = job.ended.cancelled() => return,
+        () = job.ended.cancelled() => return done(),
         () = async {
             reached(job.deadline.clone(), Duration::ZERO).await;
             // However long the hook took, the process gets a moment to react.
@@ -82,6 +83,7 @@ pub(crate) async fn run(job: Job) {
         tracing::debug!(container = job.container.name, %error, "SIGKILL");
     }
     job.ended.cancelled().await;
+    done();
 }
 
 async fn reached(mut deadline: watch::Receiver<Instant>, more: Duration) {

@@ -181,6 +181,8 @@ pub(super) struct Worker {
     /// When an ErrImagePull becomes an ImagePullBackOff.
     pub(super) pull_shown: BTreeMap<String, Nanos>,
     pub(super) terminating: bool,
+    /// Since when.
+    ending: Option<Instant>,
     /// The object goes away too.
     pub(super) deleting: bool,
     pub(super) deadline: watch::Sender<Instant>,
@@ -246,9 +248,12 @@ async fn run(
     while let Ok(input) = receiver.try_recv() {
         w.take(input);
     }
+    w.ctx.metrics.observe("kubelet_pod_worker_start_duration_seconds", [], w.record.age());
     loop {
+        let begun = Instant::now();
         let mut wake = w.step();
         w.publish();
+        w.ctx.metrics.observe("kubelet_pod_worker_duration_seconds", [("operation_type", "sync")], begun.elapsed());
         if w.dirty {
             // It could not be written down: the disk may be full.
             let again = Instant::now() + SAVE_AGAIN;
@@ -296,13 +301,8 @@ impl Worker {
             uid: Some(uid.clone()),
             delete: source == Source::Api,
         };
-        let writer = tokio::spawn(writer::run(
-            ctx.api.clone(),
-            target,
-            mirror.subscribe(),
-            wanted.subscribe(),
-            seen.subscribe(),
-        ));
+        let writer =
+            tokio::spawn(writer::run(ctx.clone(), target, mirror.subscribe(), wanted.subscribe(), seen.subscribe()));
         let starts = ctx.config.paths.starts();
         let record = StartRecord::new(&starts, sandbox::namespace(&pod), sandbox::name(&pod), &uid);
         let state_path = ctx.config.paths.pod(&uid).join("state.json");
@@ -339,6 +339,7 @@ impl Worker {
             pulls: HashMap::new(),
             pull_shown: BTreeMap::new(),
             terminating: false,
+            ending: None,
             deleting: false,
             deadline: watch::channel(Instant::now()).0,
             removing: false,
@@ -383,6 +384,10 @@ impl Worker {
                 self.stopping.remove(&name);
             }
             Input::Removed(Ok(())) => {
+                if let Some(begun) = self.ending.take() {
+                    let labels = [("operation_type", "kill")];
+                    self.ctx.metrics.observe("kubelet_pod_worker_duration_seconds", labels, begun.elapsed());
+                }
                 self.removing = false;
                 self.removed = true;
                 self.live = None;
@@ -468,6 +473,7 @@ impl Worker {
             // Over already: only what is on disk remains.
             self.removed = self.live.is_none();
         }
+        self.ending.get_or_insert_with(Instant::now);
         self.terminating = true;
         self.deleting |= deleting;
         for cancel in self.starting.values() {

@@ -13,7 +13,10 @@ use kube::api::{Api as KubeApi, DeleteParams, Patch, PatchParams, Preconditions}
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use crate::api::{Api, is_code, refusal};
+use crate::{
+    api::{is_code, refusal},
+    context::Context,
+};
 
 /// What is wanted.
 #[derive(Debug, Clone, Default)]
@@ -85,13 +88,16 @@ fn revision(pod: &Pod) -> u64 {
 
 /// Runs until the last status is written or the object is gone.
 pub(crate) async fn run(
-    api: Api,
+    ctx: Arc<Context>,
     target: Target,
     mut uid: watch::Receiver<Option<String>>,
     mut wanted: watch::Receiver<Wanted>,
     mut seen: watch::Receiver<Option<Seen>>,
 ) {
+    let api = &ctx.api;
     let mut sent: Option<Sent> = None;
+    // Since when there is something to write.
+    let mut due: Option<Instant> = None;
     let mut corrected: Option<Instant> = None;
     let mut refused = None;
     let mut pause = Duration::from_millis(200);
@@ -118,6 +124,7 @@ pub(crate) async fn run(
             let known = sent.as_ref().filter(|s| s.uid == uid).map(|s| &s.status);
             let mut gone = false;
             if known != Some(&full) {
+                let since = *due.get_or_insert_with(Instant::now);
                 let patch = json!({"metadata": {"uid": uid}, "status": patch(known, &full)});
                 // Requests are large while they are under way, and this task is there as long as its pod.
                 let patch = Patch::Strategic(patch);
@@ -125,6 +132,8 @@ pub(crate) async fn run(
                     Ok(written) => {
                         sent = Some(Sent { uid: uid.clone(), status: full, revision: revision(&written) });
                         pause = Duration::from_millis(200);
+                        due = None;
+                        ctx.metrics.observe("kubelet_pod_status_sync_duration_seconds", [], since.elapsed());
                     }
                     // Another pod of this name, or none: this one's status interests nobody any more.
                     Err(e)

@@ -155,7 +155,10 @@ fn measure(t: &Target, kind: Kind, good: bool, took: Duration) {
 async fn once(t: &Target, kind: Kind, p: &Probe, timeout: Duration) -> Result<(), String> {
     if let Some(e) = &p.exec {
         let command = e.command.clone().unwrap_or_default();
-        return match exec::capture(&t.supervisor, &t.id, &t.bundle, &command, timeout).await {
+        let begun = std::time::Instant::now();
+        let ran = exec::capture(&t.supervisor, &t.id, &t.bundle, &command, timeout).await;
+        t.ctx.metrics.operation("exec_sync", begun, ran.is_ok());
+        return match ran {
             Ok((0, _)) => Ok(()),
             Ok((_, said)) => Err(said),
             Err(e) => Err(e.to_string()),

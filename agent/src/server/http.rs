@@ -92,6 +92,27 @@ pub(crate) async fn read_all(fd: Option<std::os::fd::OwnedFd>, most: u64) -> io:
     Ok(out)
 }
 
+/// A request until it is answered, or its client has gone.
+struct UnderWay<'a> {
+    host: &'a dyn Host,
+    method: Method,
+    path: &'a str,
+    begun: Instant,
+}
+
+impl<'a> UnderWay<'a> {
+    fn begin(host: &'a dyn Host, method: &Method, path: &'a str) -> Self {
+        host.asked(method.as_str(), path);
+        Self { host, method: method.clone(), path, begun: Instant::now() }
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.host.answered(self.method.as_str(), self.path, self.begun.elapsed());
+    }
+}
+
 /// What every request needs.
 #[derive(Clone)]
 pub(crate) struct Server {
@@ -173,10 +194,8 @@ impl Server {
             let (status, message) = refusal;
             return text(status, message);
         }
-        let (begun, method) = (Instant::now(), request.method().clone());
-        let response = self.allowed(&parts, &path, request).await;
-        self.host.answered(method.as_str(), path.first().unwrap_or(&""), begun.elapsed());
-        response
+        let _under_way = UnderWay::begin(self.host.as_ref(), request.method(), path.first().unwrap_or(&""));
+        self.allowed(&parts, &path, request).await
     }
 
     /// Answers a request of somebody who may ask it.
@@ -265,7 +284,7 @@ impl Server {
     pub(super) async fn logs(&self, pod: &PodRef, container: &str, parts: &Parts) -> Response<Body> {
         let options = match logs::Options::parse(&parts.query, jiff::Timestamp::now()) {
             Ok(options) => options,
-            Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+            Err(error) => return kube::bad_log_options(&pod.name, &error),
         };
         let source = match self.host.log_source(pod, container, options.previous) {
             Ok(source) => source,
@@ -291,12 +310,9 @@ impl Server {
 
     /// Checks that the pod is here and has the container, before any upgrade.
     fn find(&self, pod: &PodRef, container: Option<&str>) -> Result<(), HostError> {
-        let pods = self.host.pods();
-        let found = pods.iter().find(|value| {
-            let metadata = &value["metadata"];
-            metadata["namespace"] == pod.namespace.as_str() && metadata["name"] == pod.name.as_str()
-        });
-        let Some(found) = found else { return Err(HostError::NotFound("pod does not exist".to_owned())) };
+        let Some(found) = self.host.pod(&pod.namespace, &pod.name) else {
+            return Err(HostError::NotFound("pod does not exist".to_owned()));
+        };
         let Some(container) = container else { return Ok(()) };
         let has =
             |list: &str| found["spec"][list].as_array().is_some_and(|list| list.iter().any(|c| c["name"] == container));
@@ -348,6 +364,7 @@ impl Server {
         if let Err(error) = self.find(pod, Some(container)) {
             return error.response();
         }
+        self.count_websocket(&request, if matches!(action, remote::Action::Exec(_)) { "exec" } else { "attach" });
         accept_remote(self.host.clone(), &mut request, action).map(full)
     }
 
@@ -364,7 +381,14 @@ impl Server {
             Ok(netns) => netns,
             Err(error) => return error.response(),
         };
+        self.count_websocket(&request, "portforward");
         accept_forward(netns, &mut request, ports).map(full)
+    }
+
+    fn count_websocket(&self, request: &Request<Incoming>, subresource: &str) {
+        if upgrade::wanted(request.headers()) == Some(upgrade::Kind::WebSocket) {
+            self.host.websocket(subresource);
+        }
     }
 
     /// Runs a command and answers with all it has written.

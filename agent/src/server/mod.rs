@@ -165,6 +165,12 @@ pub trait Host: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// One of them.
+    fn pod(&self, namespace: &str, name: &str) -> Option<Arc<Value>> {
+        let named = |p: &Arc<Value>| p["metadata"]["namespace"] == namespace && p["metadata"]["name"] == name;
+        self.pods().into_iter().find(named)
+    }
+
     /// Where a container's log is; `previous` asks for the instance before the current one. Containers that have not started
     /// yet answer [`HostError::BadRequest`] with upstream's text (`container "c" in pod "p" is waiting to start: REASON`).
     fn log_source(&self, _pod: &PodRef, container: &str, _previous: bool) -> Result<LogSource, HostError> {
@@ -237,7 +243,13 @@ pub trait Host: Send + Sync + 'static {
         Box::pin(async { String::new() })
     }
 
-    /// Counts an answered request, by the first part of its path.
+    /// Counts a request, by the first part of its path.
+    fn asked(&self, _method: &str, _path: &str) {}
+
+    /// Counts an upgrade to WebSocket.
+    fn websocket(&self, _subresource: &str) {}
+
+    /// Counts an answered request, by the first part of its path; also one whose client has gone.
     fn answered(&self, _method: &str, _path: &str, _took: Duration) {}
 
     /// The text of /metrics/cadvisor.

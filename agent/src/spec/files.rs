@@ -84,18 +84,37 @@ impl Resolver {
         out
     }
 
-    /// Writes it, within the libc's limits.
+    /// Brings it within the libc's limits; says what had to be left out for that.
+    pub(crate) fn fit(&mut self) -> Vec<String> {
+        let mut said = Vec::new();
+        let searches = self.searches.len();
+        self.searches.truncate(32);
+        while self.searches.join(" ").len() > 2048 {
+            self.searches.pop();
+        }
+        if self.searches.len() < searches {
+            let line = self.searches.join(" ");
+            said.push(format!(
+                "Search Line limits were exceeded, some search paths have been omitted, the applied search line is: {line}"
+            ));
+        }
+        if self.nameservers.len() > 3 {
+            self.nameservers.truncate(3);
+            let line = self.nameservers.join(" ");
+            said.push(format!(
+                "Nameserver limits were exceeded, some nameservers have been omitted, the applied nameserver line is: {line}"
+            ));
+        }
+        said
+    }
+
+    /// Writes it.
     pub(crate) fn render(&self) -> String {
         let mut out = String::new();
-        let mut searches = self.searches.clone();
-        searches.truncate(32);
-        while searches.join(" ").len() > 2048 {
-            searches.pop();
+        if !self.searches.is_empty() {
+            out.push_str(&format!("search {}\n", self.searches.join(" ")));
         }
-        if !searches.is_empty() {
-            out.push_str(&format!("search {}\n", searches.join(" ")));
-        }
-        for n in self.nameservers.iter().take(3) {
+        for n in &self.nameservers {
             out.push_str(&format!("nameserver {n}\n"));
         }
         if !self.options.is_empty() {
@@ -105,16 +124,29 @@ impl Resolver {
     }
 }
 
+/// Whether a pod is to ask the cluster's DNS, and its policy.
+fn cluster_first(spec: &PodSpec) -> (bool, &str) {
+    let policy = spec.dns_policy.as_deref().unwrap_or("ClusterFirst");
+    (policy == "ClusterFirstWithHostNet" || policy == "ClusterFirst" && spec.host_network != Some(true), policy)
+}
+
+/// What a pod is told that is to ask the cluster's DNS where there is none.
+pub(crate) fn no_cluster_dns(pod: &Pod, cluster_dns: &[IpAddr]) -> Option<String> {
+    let (true, policy) = cluster_first(pod.spec.as_ref()?) else { return None };
+    let m = &pod.metadata;
+    let text = |of: &Option<String>| of.clone().unwrap_or_default();
+    let pod = format!("{}_{}({})", text(&m.name), text(&m.namespace), text(&m.uid));
+    cluster_dns.is_empty().then(|| {
+        format!("pod: {pod:?}. kubelet does not have ClusterDNS IP configured and cannot create Pod using {policy:?} policy. Falling back to \"Default\" policy.")
+    })
+}
+
 /// The resolver configuration of a pod.
 pub(crate) fn resolver(pod: &Pod, host: &Resolver, cluster_dns: &[IpAddr], domain: &str) -> Resolver {
     let Some(spec) = &pod.spec else { return host.clone() };
     let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
-    let policy = spec.dns_policy.as_deref().unwrap_or("ClusterFirst");
-    let cluster = match policy {
-        "ClusterFirstWithHostNet" => true,
-        "ClusterFirst" => spec.host_network != Some(true),
-        _ => false,
-    } && !cluster_dns.is_empty();
+    let (cluster, policy) = cluster_first(spec);
+    let cluster = cluster && !cluster_dns.is_empty();
     let mut out = match policy {
         "None" => Resolver::default(),
         _ if cluster => Resolver {
@@ -174,6 +206,29 @@ mod tests {
                 "searches":["a.b"],"options":[{"name":"ndots","value":"2"},{"name":"rotate"}]}})),
             "search a.b\nnameserver 9.9.9.9\noptions ndots:2 rotate\n"
         );
+    }
+
+    #[test]
+    fn what_the_libc_would_not_read_is_left_out_and_told() {
+        let many = |n: usize| (1..=n).map(|i| format!("n{i}")).collect::<Vec<_>>();
+        let mut r = Resolver { nameservers: many(3), searches: many(32), options: Vec::new() };
+        assert!(r.fit().is_empty());
+        let mut r = Resolver { nameservers: many(4), searches: many(33), options: Vec::new() };
+        let said = r.fit();
+        assert_eq!((r.nameservers.len(), r.searches.len(), said.len()), (3, 32, 2));
+        assert!(said[0].starts_with("Search Line limits were exceeded") && said[0].ends_with(" n31 n32"), "{said:?}");
+        assert!(said[1].ends_with("the applied nameserver line is: n1 n2 n3"), "{said:?}");
+        let mut long = Resolver { searches: vec!["a".repeat(1500), "b".repeat(600)], ..Resolver::default() };
+        assert_eq!((long.fit().len(), long.searches.len()), (1, 1));
+    }
+
+    #[test]
+    fn who_misses_the_clusters_dns() {
+        let told = |spec, dns: &[IpAddr]| no_cluster_dns(&pod(spec), dns);
+        let text = told(serde_json::json!({"containers":[]}), &[]).unwrap();
+        assert!(text.starts_with("pod: \"web-0_ns()\". kubelet does not have ClusterDNS IP configured"), "{text}");
+        assert_eq!(told(serde_json::json!({"containers":[],"hostNetwork":true}), &[]), None);
+        assert_eq!(told(serde_json::json!({"containers":[]}), &["10.96.0.10".parse().unwrap()]), None);
     }
 
     #[test]

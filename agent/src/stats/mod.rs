@@ -30,6 +30,9 @@ use crate::{
 /// Kernel ticks per second in /proc.
 const TICKS: u64 = 100;
 
+/// How long a group nobody asks about is remembered.
+const KEPT: Duration = Duration::from_secs(600);
+
 /// The least time a rate is made of.
 const LEAST: Duration = Duration::from_millis(100);
 
@@ -37,8 +40,20 @@ const LEAST: Duration = Duration::from_millis(100);
 #[derive(Debug, Default)]
 pub(crate) struct Stats {
     samples: Mutex<HashMap<String, Sample>>,
+    loads: Mutex<HashMap<String, Load>>,
     disks: Mutex<disk::Memory>,
 }
+
+/// Smoothed numbers of threads that run, and of those that wait where no signal reaches them.
+#[derive(Debug, Clone, Copy)]
+struct Load {
+    at: Instant,
+    running: f64,
+    blocked: f64,
+}
+
+/// How fast what was counted before loses its weight.
+const DECAY: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, Copy)]
 struct Sample {
@@ -64,6 +79,18 @@ impl Stats {
         last.rate
     }
 
+    /// The load of a group that has so many threads of either kind now: an average that forgets over ten seconds, of what
+    /// the questions have seen.
+    pub(crate) fn load(&self, key: &str, running: u64, blocked: u64) -> (f64, f64) {
+        let (now, mut loads) = (Instant::now(), self.loads.lock());
+        let (running, blocked) = (running as f64, blocked as f64);
+        let load = loads.entry(key.into()).or_insert(Load { at: now, running, blocked });
+        let old = (-(now - load.at).as_secs_f64() / DECAY.as_secs_f64()).exp();
+        let smooth = |before: f64, n: f64| before * old + n * (1.0 - old);
+        *load = Load { at: now, running: smooth(load.running, running), blocked: smooth(load.blocked, blocked) };
+        (load.running, load.blocked)
+    }
+
     /// What a tree uses, as of a moment ago.
     pub(crate) fn disk(&self, root: PathBuf) -> disk::Used {
         self.disks.lock().used(root)
@@ -71,7 +98,8 @@ impl Stats {
 
     /// Forgets groups nobody has asked about for long: those of pods that are gone.
     fn forget_old(&self) {
-        self.samples.lock().retain(|_, s| s.at.elapsed() < Duration::from_secs(600));
+        self.samples.lock().retain(|_, s| s.at.elapsed() < KEPT);
+        self.loads.lock().retain(|_, l| l.at.elapsed() < KEPT);
     }
 }
 
@@ -425,6 +453,19 @@ mod tests {
         assert!((499_000_000..=500_000_000).contains(&rate), "{rate}");
         // At once again: too short a time to say more.
         assert_eq!(s.rate("g", 9_000_000_000), Some(rate));
+    }
+
+    #[test]
+    fn a_load_forgets_what_was() {
+        let s = Stats::default();
+        assert_eq!(s.load("g", 4, 1), (4.0, 1.0));
+        s.loads.lock().get_mut("g").unwrap().at -= DECAY;
+        let (running, blocked) = s.load("g", 0, 0);
+        let left = (-1.0_f64).exp();
+        assert!((running - 4.0 * left).abs() < 0.01 && (blocked - left).abs() < 0.01, "{running} {blocked}");
+        s.loads.lock().get_mut("g").unwrap().at -= KEPT;
+        s.forget_old();
+        assert!(s.loads.lock().is_empty());
     }
 
     #[test]

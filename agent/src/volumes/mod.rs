@@ -35,10 +35,19 @@ const LOCAL_PROVISIONER: &str = "isopod.dev/local";
 
 /// A volume that could not be set up.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("MountVolume.SetUp failed for volume \"{volume}\" : {message}")]
+#[error("{} failed for volume \"{volume}\" : {message}", if *.block { "MapVolume.SetUpDevice" } else { "MountVolume.SetUp" })]
 pub(crate) struct VolumeError {
     pub(crate) volume: String,
     pub(crate) message: String,
+    /// It is a device, not a tree.
+    block: bool,
+}
+
+impl VolumeError {
+    /// Reason of the event about it.
+    pub(crate) fn reason(&self) -> &'static str {
+        if self.block { "FailedMapVolume" } else { "FailedMount" }
+    }
 }
 
 /// A volume ready to be shown to containers.
@@ -108,7 +117,7 @@ pub(crate) async fn mount(
     }
     let plain = join_all(jobs);
     let first_addresses = addresses.borrow().clone();
-    let filled = join_all(contents.iter_mut().map(|c| c.refresh(ctx, &pod, &first_addresses)));
+    let filled = join_all(contents.iter_mut().map(|c| c.fill(ctx, &pod, &first_addresses)));
     let (plain, filled) = tokio::join!(plain, filled);
     let mut mounted = Mounted::default();
     for ready in plain {
@@ -126,38 +135,80 @@ pub(crate) async fn mount(
     Ok(mounted)
 }
 
+/// Sets up a volume that has no content to follow, and says how long that took.
 async fn plain_volume(
     ctx: &Arc<Context>,
     pod: &Arc<Pod>,
     uid: &str,
     v: &Volume,
 ) -> Result<(String, Ready), VolumeError> {
-    let error = |message: String| VolumeError { volume: v.name.clone(), message };
+    let begun = Instant::now();
+    let (mut block, mut plugin_name) = (false, plugin(v));
+    let made = async {
+        let claim = match (&v.persistent_volume_claim, &v.ephemeral) {
+            (Some(c), _) => Some((c.claim_name.clone(), c.read_only == Some(true))),
+            (_, Some(_)) => Some((format!("{}-{}", sandbox::name(pod), v.name), false)),
+            _ => None,
+        };
+        let Some((name, read_only)) = claim else { return own_volume(ctx, pod, uid, v).await };
+        let (claim, volume) = bound(ctx, pod, &name).await?;
+        if let Some(spec) = &volume.spec {
+            block = spec.volume_mode.as_deref() == Some("Block");
+            plugin_name = plugin(spec);
+        }
+        claimed(ctx, pod, v, claim, volume, read_only).await
+    }
+    .await;
+    let operation = if block { "map_volume" } else { "volume_mount" };
+    took(ctx, operation, &plugin_name, begun, made.is_ok());
+    let made = made.map_err(|message| VolumeError { volume: v.name.clone(), message, block })?;
+    Ok((v.name.clone(), made))
+}
+
+fn took(ctx: &Context, operation: &str, plugin: &str, begun: Instant, good: bool) {
+    let status = if good { "success" } else { "fail-unknown" };
+    let labels = [("migrated", "false"), ("operation_name", operation), ("status", status), ("volume_plugin", plugin)];
+    ctx.metrics.observe("storage_operation_duration_seconds", labels, begun.elapsed());
+}
+
+/// A volume that the pod's own spec describes.
+async fn own_volume(ctx: &Arc<Context>, pod: &Arc<Pod>, uid: &str, v: &Volume) -> Result<Ready, String> {
     let writable = |path| Ready::new(path, false);
-    let ready = if let Some(e) = &v.empty_dir {
+    Ok(if let Some(e) = &v.empty_dir {
         let target = directory(ctx, uid, "kubernetes.io~empty-dir", &v.name);
-        plain::empty_dir(&target, e, plain::fs_group(pod)).map_err(error)?;
+        plain::empty_dir(&target, e, pod)?;
         writable(target)
     } else if let Some(i) = &v.image {
         let target = directory(ctx, uid, "kubernetes.io~image", &v.name);
-        Ready::new(image::mount(ctx, pod, i, target).await.map_err(error)?, true)
+        Ready::new(image::mount(ctx, pod, i, target).await?, true)
     } else if let Some(h) = &v.host_path {
-        writable(plain::host_path(h).map_err(error)?)
-    } else if let Some(c) = &v.persistent_volume_claim {
-        claim(ctx, pod, v, &c.claim_name, c.read_only == Some(true)).await.map_err(error)?
-    } else if v.ephemeral.is_some() {
-        let name = format!("{}-{}", pod.metadata.name.as_deref().unwrap_or_default(), v.name);
-        claim(ctx, pod, v, &name, false).await.map_err(error)?
+        writable(plain::host_path(h)?)
     } else if let Some(c) = &v.csi {
-        mounted(csi::Wanted::inline(ctx, pod, &v.name, c.clone()), c.read_only == Some(true)).await.map_err(error)?
+        mounted(csi::Wanted::inline(ctx, pod, &v.name, c.clone()), c.read_only == Some(true)).await?
     } else if let Some(n) = &v.nfs {
         let target = directory(ctx, uid, "kubernetes.io~nfs", &v.name);
-        nfs::mount(&target, n, &[]).await.map_err(error)?;
+        nfs::mount(&target, n, &[]).await?;
         Ready::new(target, n.read_only == Some(true))
     } else {
-        return Err(error(format!("no volume plugin matched: isopod has no {} volumes", kind_of(v))));
+        return Err(format!("no volume plugin matched: isopod has no {} volumes", kind_of(v)));
+    })
+}
+
+/// The name of the plugin that a kubelet has for a volume, or for a PersistentVolume's spec.
+pub(crate) fn plugin(volume: &impl serde::Serialize) -> String {
+    let kind = match kind_of(volume).as_str() {
+        "configMap" => "configmap".into(),
+        "downwardAPI" => "downward-api".into(),
+        "local" => "local-volume".into(),
+        other => other.chars().fold(String::new(), |mut name, c| {
+            if c.is_ascii_uppercase() {
+                name.push('-');
+            }
+            name.push(c.to_ascii_lowercase());
+            name
+        }),
     };
-    Ok((v.name.clone(), ready))
+    format!("kubernetes.io/{kind}")
 }
 
 /// What a volume is, as its manifest says it: the field beside those that every one has.
@@ -184,8 +235,8 @@ async fn mounted(volume: csi::Wanted, read_only: bool) -> Result<Ready, String> 
     Ok(Ready { path, read_only, block, keeper })
 }
 
-/// The volume of a bound claim: local, hostPath, NFS and CSI ones.
-async fn claim(ctx: &Arc<Context>, pod: &Arc<Pod>, v: &Volume, name: &str, read_only: bool) -> Result<Ready, String> {
+/// A claim by its name and the volume it is bound to.
+async fn bound(ctx: &Context, pod: &Pod, name: &str) -> Result<(PersistentVolumeClaim, PersistentVolume), String> {
     let client = ctx.api.wait().await.ok_or("there is no API server")?;
     let claims: kube::Api<PersistentVolumeClaim> = kube::Api::namespaced(client.clone(), sandbox::namespace(pod));
     let claim = claims.get(name).await.map_err(|e| e.to_string())?;
@@ -193,7 +244,19 @@ async fn claim(ctx: &Arc<Context>, pod: &Arc<Pod>, v: &Volume, name: &str, read_
     let volume = claim.spec.as_ref().and_then(|s| s.volume_name.clone()).filter(|_| bound);
     let volume = volume.ok_or_else(|| format!("PersistentVolumeClaim {name} is not bound"))?;
     let volumes: kube::Api<PersistentVolume> = kube::Api::all(client);
-    let object = volumes.get(&volume).await.map_err(|e| e.to_string())?;
+    let volume = volumes.get(&volume).await.map_err(|e| e.to_string())?;
+    Ok((claim, volume))
+}
+
+/// The volume of a bound claim: local, hostPath, NFS and CSI ones.
+async fn claimed(
+    ctx: &Arc<Context>,
+    pod: &Arc<Pod>,
+    v: &Volume,
+    claim: PersistentVolumeClaim,
+    object: PersistentVolume,
+    read_only: bool,
+) -> Result<Ready, String> {
     let by = object.metadata.annotations.as_ref().and_then(|a| a.get("pv.kubernetes.io/provisioned-by"));
     let ours = by.is_some_and(|by| by == LOCAL_PROVISIONER);
     let spec = object.spec.clone().unwrap_or_default();
@@ -205,11 +268,12 @@ async fn claim(ctx: &Arc<Context>, pod: &Arc<Pod>, v: &Volume, name: &str, read_
         nfs::mount(&target, n, spec.mount_options.as_deref().unwrap_or_default()).await?;
         return Ok(Ready::new(target, read_only || n.read_only == Some(true)));
     }
+    let name = object.metadata.name.clone().unwrap_or_default();
     if let Some(wanted) = csi::Wanted::persistent(ctx, pod, claim, object, read_only) {
         return mounted(wanted, read_only).await;
     }
     let kind = kind_of(&spec);
-    let local = spec.local.ok_or_else(|| format!("PersistentVolume {volume}: isopod has no {kind} volumes"))?;
+    let local = spec.local.ok_or_else(|| format!("PersistentVolume {name}: isopod has no {kind} volumes"))?;
     if spec.volume_mode.as_deref() == Some("Block") {
         return Ok(Ready { block: true, ..Ready::new(plain::block_device(&local.path)?, read_only) });
     }
@@ -219,6 +283,7 @@ async fn claim(ctx: &Arc<Context>, pod: &Arc<Pod>, v: &Volume, name: &str, read_
 /// One content volume.
 struct Content {
     name: String,
+    plugin: String,
     target: PathBuf,
     sources: content::Sources,
     held: BTreeMap<ObjectRef, Held>,
@@ -229,16 +294,24 @@ impl Content {
     fn new(ctx: &Context, uid: &str, v: &Volume, sources: content::Sources) -> Self {
         let held = content::references(&sources).map(|key| (key.clone(), ctx.objects.hold(key))).collect();
         let target = content_directory(ctx, uid, v);
-        Self { name: v.name.clone(), target, sources, held, tokens: content::Tokens::new() }
+        Self { name: v.name.clone(), plugin: plugin(v), target, sources, held, tokens: content::Tokens::new() }
+    }
+
+    /// The first time, of which is said how long it took.
+    async fn fill(&mut self, ctx: &Context, pod: &Pod, addresses: &Addresses) -> Result<(), VolumeError> {
+        let begun = Instant::now();
+        let done = self.refresh(ctx, pod, addresses).await;
+        took(ctx, "volume_mount", &self.plugin, begun, done.is_ok());
+        done
     }
 
     async fn refresh(&mut self, ctx: &Context, pod: &Pod, addresses: &Addresses) -> Result<(), VolumeError> {
-        let error = |message: String| VolumeError { volume: self.name.clone(), message };
+        let error = |message: String| VolumeError { volume: self.name.clone(), message, block: false };
         let made = content::payload(ctx, pod, &self.sources, &self.held, &mut self.tokens, addresses).await;
         let payload = made.map_err(error)?;
         match atomic::write(&self.target, &payload, plain::fs_group(pod)) {
             Ok(_) => Ok(()),
-            Err(e) => Err(VolumeError { volume: self.name.clone(), message: e.to_string() }),
+            Err(e) => Err(error(e.to_string())),
         }
     }
 
@@ -371,4 +444,33 @@ pub(crate) fn container_mounts(
         });
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn volumes_are_called_as_a_kubelet_calls_them() {
+        for (volume, want) in [
+            (json!({"name": "v", "emptyDir": {}}), "kubernetes.io/empty-dir"),
+            (json!({"name": "v", "configMap": {"name": "x"}}), "kubernetes.io/configmap"),
+            (json!({"name": "v", "downwardAPI": {}}), "kubernetes.io/downward-api"),
+            (json!({"name": "v", "hostPath": {"path": "/x"}}), "kubernetes.io/host-path"),
+        ] {
+            let volume: Volume = serde_json::from_value(volume).unwrap();
+            assert_eq!(plugin(&volume), want);
+        }
+        let spec = json!({"volumeMode": "Block", "capacity": {"storage": "1Gi"}, "local": {"path": "/dev/x"}});
+        assert_eq!(plugin(&spec), "kubernetes.io/local-volume");
+    }
+
+    #[test]
+    fn devices_are_mapped_and_trees_mounted() {
+        let error = |block| VolumeError { volume: "v".into(), message: "no".into(), block };
+        assert_eq!((error(false).reason(), error(true).reason()), ("FailedMount", "FailedMapVolume"));
+        assert_eq!(error(true).to_string(), "MapVolume.SetUpDevice failed for volume \"v\" : no");
+    }
 }

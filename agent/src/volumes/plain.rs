@@ -1,45 +1,70 @@
 //! emptyDir, hostPath, local and the ownership a pod's group gets.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
 use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource, Pod};
+use nix::mount::MsFlags;
 
 use crate::quantity;
 
-/// Makes an emptyDir; memory ones are a tmpfs.
-pub(crate) fn empty_dir(target: &Path, source: &EmptyDirVolumeSource, gid: Option<u32>) -> Result<(), String> {
+/// Makes an emptyDir; memory ones are a tmpfs, those of huge pages a hugetlbfs.
+pub(crate) fn empty_dir(target: &Path, source: &EmptyDirVolumeSource, pod: &Pod) -> Result<(), String> {
     let context = |what: &str| {
         let text = format!("{what} {}", target.display());
         move |e: io::Error| format!("{text}: {e}")
     };
     fs::create_dir_all(target).map_err(context("create"))?;
     let medium = source.medium.as_deref().unwrap_or("");
+    let mount = |kind: &str, data: &str| {
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        nix::mount::mount(Some(kind), target, Some(kind), flags, Some(data))
+            .map_err(|e| format!("mount {kind} {}: {e}", target.display()))
+    };
     match medium {
         "" => {}
-        "Memory" if super::mounts::is_mount(target) => {}
+        _ if super::mounts::is_mount(target) => {}
         "Memory" => {
             let size = source.size_limit.as_ref().map(quantity::value).filter(|s| *s > 0);
             let data = size.map_or_else(|| "mode=0777".to_string(), |s| format!("mode=0777,size={s}"));
-            nix::mount::mount(
-                Some("tmpfs"),
-                target,
-                Some("tmpfs"),
-                nix::mount::MsFlags::MS_NOSUID | nix::mount::MsFlags::MS_NODEV,
-                Some(data.as_str()),
-            )
-            .map_err(|e| format!("mount tmpfs {}: {e}", target.display()))?;
+            // Kernels before 6.4 may swap it out.
+            mount("tmpfs", &format!("{data},noswap")).or_else(|_| mount("tmpfs", &data))?;
+        }
+        _ if medium.starts_with(HUGE_PAGES) => {
+            let size = page_size(medium, pod)?;
+            mount("hugetlbfs", &format!("mode=0777,pagesize={}", size.trim_end_matches('i')))?;
         }
         other => return Err(format!("unknown storage medium {other:?}")),
     }
     fs::set_permissions(target, fs::Permissions::from_mode(0o777)).map_err(context("chmod"))?;
-    if let Some(gid) = gid {
+    if let Some(gid) = fs_group(pod) {
         own(target, gid, true).map_err(context("chown"))?;
     }
     Ok(())
+}
+
+/// `medium` of an emptyDir in huge pages: this, or with a size behind a dash.
+const HUGE_PAGES: &str = "HugePages";
+
+/// The size of the pages that a medium means: the one it names, or the only one the pod asks for.
+fn page_size(medium: &str, pod: &Pod) -> Result<String, String> {
+    let containers = pod.spec.iter().flat_map(crate::qos::all_containers);
+    let lists = containers.filter_map(|c| c.resources.as_ref()).flat_map(|r| [&r.requests, &r.limits]);
+    let names = lists.flatten().flat_map(|list| list.keys());
+    let sizes: BTreeSet<&str> = names.filter_map(|name| name.strip_prefix("hugepages-")).collect();
+    match medium.strip_prefix(HUGE_PAGES).map(|rest| rest.trim_start_matches('-')).unwrap_or_default() {
+        "" => match sizes.iter().collect::<Vec<_>>()[..] {
+            [] => Err("hugePages storage requested, but there is no resource request for huge pages".into()),
+            [size] => Ok((*size).into()),
+            _ => Err(format!("medium {medium} can't be used if container requests multiple huge page sizes")),
+        },
+        size if sizes.contains(size) => Ok(size.into()),
+        size => Err(format!("medium {medium}: no container requests hugepages-{size}")),
+    }
 }
 
 /// Checks a hostPath, making what its type asks to make.
@@ -146,6 +171,8 @@ pub(crate) fn own(root: &Path, gid: u32, writable: bool) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -187,8 +214,25 @@ mod tests {
     fn empty_dirs_are_for_everyone() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("e");
-        empty_dir(&target, &EmptyDirVolumeSource::default(), Some(77)).unwrap();
+        let pod =
+            serde_json::from_value(json!({"spec": {"containers": [], "securityContext": {"fsGroup": 77}}})).unwrap();
+        empty_dir(&target, &EmptyDirVolumeSource::default(), &pod).unwrap();
         let meta = fs::metadata(&target).unwrap();
         assert_eq!((meta.mode() & 0o7777, meta.gid()), (0o2777, 77));
+    }
+
+    #[test]
+    fn huge_pages_are_of_the_size_that_is_asked_for() {
+        let of = |medium: &str, sizes: &[&str]| {
+            let limits: serde_json::Map<_, _> =
+                sizes.iter().map(|size| (format!("hugepages-{size}"), json!("4Mi"))).collect();
+            let containers = json!([{"name": "c", "resources": {"limits": limits}}]);
+            page_size(medium, &serde_json::from_value(json!({"spec": {"containers": containers}})).unwrap())
+        };
+        assert_eq!(of("HugePages", &["2Mi"]), Ok("2Mi".into()));
+        assert_eq!(of("HugePages-1Gi", &["2Mi", "1Gi"]), Ok("1Gi".into()));
+        for (medium, sizes) in [("HugePages", &[][..]), ("HugePages", &["2Mi", "1Gi"]), ("HugePages-1Gi", &["2Mi"])] {
+            assert!(of(medium, sizes).is_err(), "{medium} {sizes:?}");
+        }
     }
 }
