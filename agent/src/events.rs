@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    hash::{BuildHasher, RandomState},
     sync::Arc,
 };
 
@@ -53,7 +54,8 @@ struct Entry {
 #[derive(Clone)]
 pub(crate) struct Recorder {
     queue: mpsc::Sender<(Entry, Timestamp)>,
-    recent: Arc<Mutex<VecDeque<(Entry, Timestamp)>>>,
+    recent: Arc<Mutex<VecDeque<(u64, Box<str>)>>>,
+    hasher: RandomState,
     node: Arc<str>,
 }
 
@@ -68,12 +70,12 @@ impl Recorder {
                 () = write(api, node, rate, receiver) => {}
             }
         });
-        Self { queue, recent: Arc::default(), node: own }
+        Self { queue, recent: Arc::default(), hasher: RandomState::new(), node: own }
     }
 
     /// What was told last, the newest at the end; also without an API server.
     pub(crate) fn recent(&self) -> Vec<Event> {
-        self.recent.lock().iter().map(|(e, at)| new_event(e, *at, &self.node)).collect()
+        self.recent.lock().iter().filter_map(|(_, text)| serde_json::from_str(text).ok()).collect()
     }
 
     /// About a pod.
@@ -114,13 +116,15 @@ impl Recorder {
             entry.message.truncate(end);
         }
         let now = Timestamp::now();
-        {
+        // What stays is one piece of memory each: many small ones, made among those of a busy moment, keep whole pages.
+        let key = self.hasher.hash_one(&entry);
+        if let Ok(text) = serde_json::to_string(&new_event(&entry, now, &self.node)) {
             let mut recent = self.recent.lock();
-            recent.retain(|(e, _)| *e != entry);
+            recent.retain(|(known, _)| *known != key);
             if recent.len() >= RECENT {
                 recent.pop_front();
             }
-            recent.push_back((entry.clone(), now));
+            recent.push_back((key, text.into()));
         }
         // A full queue means no API server for long: events are news, not state.
         let _ = self.queue.try_send((entry, now));
@@ -142,15 +146,18 @@ fn field_path(pod: &Pod, container: &str) -> String {
     format!("spec.{list}{{{container}}}")
 }
 
+/// An event that was written; the entry it is of is known by its hash only.
 struct Written {
-    name: String,
+    /// What its name ends with.
+    at: Timestamp,
     count: i32,
     touched: u64,
 }
 
 async fn write(api: Api, node: Arc<str>, rate: Option<Rate>, mut queue: mpsc::Receiver<(Entry, Timestamp)>) {
     let Some(mut client) = api.wait().await else { return };
-    let mut known: HashMap<Entry, Written> = HashMap::new();
+    let mut known: HashMap<u64, Written> = HashMap::new();
+    let hasher = RandomState::new();
     let mut clock = 0u64;
     while let Some((entry, at)) = queue.recv().await {
         if let Some(newer) = api.get() {
@@ -161,11 +168,12 @@ async fn write(api: Api, node: Arc<str>, rate: Option<Rate>, mut queue: mpsc::Re
         }
         clock += 1;
         let events: KubeApi<Event> = KubeApi::namespaced(client.clone(), &entry.about.namespace);
-        if let Some(w) = known.get_mut(&entry) {
+        let key = hasher.hash_one(&entry);
+        if let Some(w) = known.get_mut(&key) {
             w.count += 1;
             w.touched = clock;
             let patch = serde_json::json!({"count": w.count, "lastTimestamp": Time(at)});
-            match events.patch(&w.name, &PatchParams::default(), &Patch::Merge(patch)).await {
+            match events.patch(&event_name(&entry, w.at), &PatchParams::default(), &Patch::Merge(patch)).await {
                 Ok(_) => continue,
                 Err(e) if crate::api::is_code(&e, 404) => {}
                 Err(error) => {
@@ -175,10 +183,9 @@ async fn write(api: Api, node: Arc<str>, rate: Option<Rate>, mut queue: mpsc::Re
             }
         }
         let event = new_event(&entry, at, &node);
-        let name = event.metadata.name.clone().unwrap_or_default();
         match events.create(&PostParams::default(), &event).await {
             Ok(_) => {
-                known.insert(entry, Written { name, count: 1, touched: clock });
+                known.insert(key, Written { at, count: 1, touched: clock });
             }
             Err(error) => tracing::debug!(%error, "event not written"),
         }
@@ -189,12 +196,16 @@ async fn write(api: Api, node: Arc<str>, rate: Option<Rate>, mut queue: mpsc::Re
     }
 }
 
+fn event_name(e: &Entry, at: Timestamp) -> String {
+    format!("{}.{:x}", e.about.name, at.as_nanosecond())
+}
+
 fn new_event(e: &Entry, at: Timestamp, node: &str) -> Event {
     let about = &e.about;
     let second = Timestamp::from_second(at.as_second()).unwrap_or(at);
     Event {
         metadata: ObjectMeta {
-            name: Some(format!("{}.{:x}", about.name, at.as_nanosecond())),
+            name: Some(event_name(e, at)),
             namespace: Some(about.namespace.clone()),
             ..ObjectMeta::default()
         },
@@ -217,5 +228,24 @@ fn new_event(e: &Entry, at: Timestamp, node: &str) -> Event {
         reporting_component: Some("kubelet".into()),
         reporting_instance: Some(node.into()),
         ..Event::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_newest_are_remembered_once_each() {
+        let recorder =
+            Recorder::start(Api::start(None, CancellationToken::new()), "n".into(), None, CancellationToken::new());
+        for i in 0..RECENT + 10 {
+            recorder.node("n", Kind::Normal, "Test", format!("event {i}"));
+        }
+        recorder.node("n", Kind::Normal, "Test", "event 100");
+        let recent = recorder.recent();
+        let said: Vec<&str> = recent.iter().filter_map(|e| e.message.as_deref()).collect();
+        assert_eq!((said.len(), said[0], said[RECENT - 1]), (RECENT, "event 10", "event 100"));
+        assert_eq!(said.iter().filter(|m| **m == "event 100").count(), 1);
     }
 }

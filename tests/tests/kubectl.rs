@@ -56,6 +56,17 @@ fn pods_are_looked_into() {
     let both = refused("sinceSeconds=1&sinceTime=2020-01-01T00:00:00Z");
     assert!(both.contains("at most one of `sinceTime` or `sinceSeconds` may be specified"), "{both}");
     assert!(c.k("logs web --since-time=2020-01-01T00:00:00+01:00 --limit-bytes=7").starts_with("started"));
+    // Over a WebSocket, as the suite asks: the log is what the messages carry.
+    c.k("create clusterrolebinding reads --clusterrole=view --serviceaccount=default:default");
+    let token = c.k("create token default");
+    let socket = c.host.must(&format!(
+        r"printf 'GET /api/v1/namespaces/default/pods/web/log HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: binary.k8s.io\r\n\r\n' |
+          timeout 20 openssl s_client -quiet -ign_eof -connect 10.88.0.1:6443 2> /dev/null | tr -cd '[:print:]\n'",
+        token.trim()
+    ));
+    for part in ["101 Switching Protocols", "sec-websocket-protocol: binary.k8s.io", "started web"] {
+        assert!(socket.contains(part), "{part}: {socket}");
+    }
     assert_eq!(c.k("exec web -- hostname").trim(), "web");
     assert_eq!(c.kubectl("exec web -- sh -c 'exit 7'").code, 7);
     assert_eq!(c.k("exec -i web -- cat < /etc/hostname"), c.host.must("cat /etc/hostname"));

@@ -457,21 +457,6 @@ fn volumes() -> Vec<Row> {
             ),
             &["#!/bin/sh\n", "refused\n", "not run\n"],
         ),
-        row(
-            "empty-dir-huge-pages",
-            {
-                let mut spec = with_volumes(
-                    "grep ' /v ' /proc/mounts",
-                    json!({"resources": {"limits": {"cpu": "100m", "memory": "32Mi", "hugepages-2Mi": "2Mi"}},
-                    "volumeMounts": [{"name": "v", "mountPath": "/v"}]}),
-                    json!([{"name": "v", "emptyDir": {"medium": "HugePages-2Mi"}}]),
-                );
-                // The machine has set none aside, and a scheduler would look for some.
-                spec["nodeName"] = json!("one");
-                spec
-            },
-            &["hugetlbfs /v hugetlbfs rw", "pagesize=2M"],
-        ),
         {
             let names: Vec<String> = (0..20).map(|i| format!("race-{i}")).collect();
             let mounts: Vec<Value> =

@@ -326,10 +326,9 @@ pub(crate) async fn remove(
     if let Err(e) = ctx.network.teardown(uid).await {
         errors.push(e.to_string());
     }
-    for dir in [ctx.config.paths.run_pod(uid), ctx.config.paths.pod(uid).join("volume-subpaths")] {
-        if let Err(e) = mounts::remove_tree(&dir) {
-            errors.push(format!("{}: {e}", dir.display()));
-        }
+    let dirs = [ctx.config.paths.run_pod(uid), ctx.config.paths.pod(uid).join("volume-subpaths")];
+    if let Err(e) = mounts::remove_trees(&[&dirs[0], &dirs[1]]) {
+        errors.push(format!("{}: {e}", dirs[0].display()));
     }
     ctx.burstable_request(uid, None);
     if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
@@ -337,8 +336,9 @@ pub(crate) async fn remove(
 
 /// Removes what a pod keeps on disk besides: volumes and containers, at the end also its memory.
 pub(crate) fn remove_data(pod_dir: &Path, everything: bool) -> io::Result<()> {
-    for part in ["volumes", "containers", "etc"] {
-        mounts::remove_tree(&pod_dir.join(part))?;
+    if everything {
+        return mounts::remove_tree(pod_dir);
     }
-    if everything { mounts::remove_tree(pod_dir) } else { Ok(()) }
+    let [volumes, containers, etc] = ["volumes", "containers", "etc"].map(|part| pod_dir.join(part));
+    mounts::remove_trees(&[&volumes, &containers, &etc])
 }

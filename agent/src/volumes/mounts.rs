@@ -7,7 +7,8 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, Mode, OFlags, ResolveFlags},
+    fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags},
+    io::Errno,
     mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags},
 };
 
@@ -71,21 +72,35 @@ fn open_or_make(volume: std::os::fd::BorrowedFd<'_>, path: &str, mode: u32) -> i
 
 /// Mount points at or below `dir`, the deepest first.
 pub(crate) fn below(dir: &Path) -> Vec<PathBuf> {
+    below_any(&[dir.to_path_buf()])
+}
+
+/// Mount points at or below any of these, the deepest first. A machine has some for every pod, so all are read at once.
+fn below_any(dirs: &[PathBuf]) -> Vec<PathBuf> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut found: Vec<PathBuf> = text
-        .lines()
-        .filter_map(|l| l.split(' ').nth(4))
-        .map(|m| PathBuf::from(unescape(m)))
-        .filter(|m| m.starts_with(dir))
-        .collect();
+    let places = text.lines().filter_map(|l| l.split(' ').nth(4));
+    let beneath = |place: &str| dirs.iter().any(|dir| Path::new(place).starts_with(dir));
+    let mut found: Vec<PathBuf> = Vec::new();
+    for place in places {
+        match place.contains('\\') {
+            true => found.extend(Some(unescape(place)).filter(|place| beneath(place)).map(PathBuf::from)),
+            false if beneath(place) => found.push(place.into()),
+            false => {}
+        }
+    }
     found.reverse();
     found
 }
 
 /// Whether something is mounted exactly there.
 pub(crate) fn is_mount(place: &Path) -> bool {
-    let place = place.canonicalize().unwrap_or_else(|_| place.to_path_buf());
-    below(&place).contains(&place)
+    // Asked without a word to a server that may be away.
+    match rustix::fs::statx(CWD, place, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE) {
+        Ok(told) => told.stx_attributes.contains(StatxAttributes::MOUNT_ROOT),
+        Err(Errno::NOENT | Errno::NOTDIR) => false,
+        // Mounted, and its server is gone.
+        Err(_) => below(place).iter().any(|m| m == place),
+    }
 }
 
 /// Whether mounts made at a place show elsewhere as `propagation` wants it; what is wrong, if not.
@@ -134,24 +149,33 @@ pub(crate) fn unescape(text: &str) -> String {
 
 /// Unmounts everything at and below `dir`, then removes it. Never deletes through a mount that stays.
 pub(crate) fn remove_tree(dir: &Path) -> io::Result<()> {
-    if fs::symlink_metadata(dir).is_err() {
+    remove_trees(&[dir])
+}
+
+/// The same for several.
+pub(crate) fn remove_trees(dirs: &[&Path]) -> io::Result<()> {
+    let there = dirs.iter().filter(|dir| fs::symlink_metadata(dir).is_ok());
+    let real = there.map(|dir| dir.canonicalize()).collect::<io::Result<Vec<_>>>()?;
+    if real.is_empty() {
         return Ok(());
     }
-    let real = dir.canonicalize()?;
-    let mounts = below(&real);
+    let mounts = below_any(&real);
     for mount in &mounts {
         rustix::mount::unmount(mount, UnmountFlags::DETACH)?;
     }
     // One of several mounts at one place may be left.
     if !mounts.is_empty()
-        && let Some(left) = below(&real).first()
+        && let Some(left) = below_any(&real).first()
     {
         return Err(io::Error::other(format!("{} is still mounted", left.display())));
     }
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+    for dir in dirs {
+        match fs::remove_dir_all(dir) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -191,6 +215,26 @@ mod tests {
             assert_eq!(of(place, how).is_ok(), fits, "{place} {how}");
         }
         assert_eq!(of("/a", "rshared").unwrap_err(), "path \"/a\" is mounted on \"/\" but it is not a shared mount");
+    }
+
+    #[test]
+    fn what_is_mounted_is_known_without_a_list() {
+        assert!(is_mount(Path::new("/proc")) && is_mount(Path::new("/")));
+        assert!(!is_mount(Path::new("/proc/self")) && !is_mount(Path::new("/no/such")));
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!is_mount(dir.path()));
+        assert!(below(Path::new("/proc")).contains(&PathBuf::from("/proc")));
+        assert!(below(Path::new("/pro")).is_empty());
+    }
+
+    #[test]
+    fn several_trees_go_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let [a, b, none] = ["a", "b", "none"].map(|name| dir.path().join(name));
+        fs::create_dir_all(a.join("x/y")).unwrap();
+        fs::create_dir(&b).unwrap();
+        remove_trees(&[&a, &b, &none]).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

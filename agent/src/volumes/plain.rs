@@ -222,6 +222,31 @@ mod tests {
     }
 
     #[test]
+    fn huge_pages_are_mounted() {
+        use nix::sched::{CloneFlags, unshare};
+
+        // In mounts of this thread's own.
+        let test = || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let limits = json!({"limits": {"hugepages-2Mi": "2Mi"}});
+            let pod = json!({"spec": {"containers": [{"name": "c", "resources": limits}]}});
+            let pod = serde_json::from_value(pod).unwrap();
+            let source = EmptyDirVolumeSource { medium: Some("HugePages".into()), size_limit: None };
+            // Once is enough.
+            empty_dir(dir.path(), &source, &pod).unwrap();
+            empty_dir(dir.path(), &source, &pod).unwrap();
+            let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+            let own: Vec<&str> = mounts.lines().filter(|l| l.contains(&*dir.path().to_string_lossy())).collect();
+            assert!(own.len() == 1 && own[0].contains("- hugetlbfs") && own[0].contains("pagesize=2M"), "{own:?}");
+            nix::mount::umount(dir.path()).unwrap();
+        };
+        std::thread::spawn(test).join().unwrap();
+    }
+
+    #[test]
     fn huge_pages_are_of_the_size_that_is_asked_for() {
         let of = |medium: &str, sizes: &[&str]| {
             let limits: serde_json::Map<_, _> =

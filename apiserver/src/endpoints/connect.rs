@@ -15,7 +15,7 @@ use isopod_api::{
 use serde_json::Value;
 
 use super::{
-    Body, Connect, ConnectRequest,
+    Body, Connect, ConnectRequest, log_socket,
     query::Query,
     transport::{Scheme, Target, Transport},
 };
@@ -162,7 +162,7 @@ fn no_content() -> Response<Body> {
 }
 
 impl PodConnect {
-    async fn answer(&self, request: ConnectRequest) -> Result<Response<Body>, Status> {
+    async fn answer(&self, mut request: ConnectRequest) -> Result<Response<Body>, Status> {
         let query = Query::parse(request.request.uri().query().unwrap_or_default());
         match self.what {
             What::Log => validate_log(&request.name, &query)?,
@@ -188,8 +188,13 @@ impl PodConnect {
         let query = self.what.query(&query).to_string();
         let path = self.what.path(&pod, &container);
         let path = if query.is_empty() { path } else { format!("{path}?{query}") };
+        let socket = if self.what == What::Log { log_socket::take(&mut request.request)? } else { None };
         let response = transport.forward(&target, &path, request.request).await?;
-        if self.what == What::Log { log_answer(response).await } else { Ok(response) }
+        if self.what != What::Log {
+            return Ok(response);
+        }
+        let log = log_answer(response).await?;
+        if let Some(socket) = socket { socket.send(log) } else { Ok(log) }
     }
 }
 

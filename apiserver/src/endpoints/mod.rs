@@ -6,6 +6,7 @@ pub(crate) mod backends;
 mod binding;
 mod connect;
 mod eviction;
+mod log_socket;
 pub(crate) mod proxy;
 mod query;
 pub(crate) mod tls;
