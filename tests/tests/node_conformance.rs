@@ -657,7 +657,8 @@ fn pods_that_live() {
     let c = cluster(&mut net);
     c.apply(&list(vec![
         json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "changed"}, "stringData": {"k": "before"}}),
-        json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "ours"}, "handler": "isopod"}),
+        json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "ours"}, "handler": "isopod",
+            "overhead": {"podFixed": {"cpu": "10m", "memory": "16Mi"}}}),
         json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "elsewhere"}, "handler": "gvisor"}),
         json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "removed"}, "data": {"k": "there"}}),
         pod(
@@ -748,6 +749,13 @@ fn pods_that_live() {
 
     // What this node cannot do is said, not left out.
     c.wait_ready("classed");
+    assert_eq!(c.get("pod classed")["spec"]["overhead"], json!({"cpu": "10m", "memory": "16Mi"}));
+    let none = pod("unclassed", &script("true", json!({})))
+        .to_string()
+        .replace("\"spec\":{", "\"spec\":{\"runtimeClassName\":\"none\",");
+    std::fs::write(c.host.path("/var/lib/unclassed.json"), none).unwrap();
+    let refused = c.kubectl("create -f /var/lib/unclassed.json").err;
+    assert!(refused.contains("forbidden: pod rejected: RuntimeClass \"none\" not found"), "{refused}");
     let why = "no runtime for \\\"gvisor\\\" is configured";
     eventually(why, || {
         let events = c.get("events --field-selector involvedObject.name=classed-elsewhere").to_string();

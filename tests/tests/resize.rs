@@ -66,9 +66,10 @@ fn pods_grow_and_shrink_in_place() {
         pod("restarts", json!([restarting])),
         pod("full", json!([full])),
         pod("equal", json!([container("c", "2m", "32Mi")])),
+        pod("three", json!(["a", "b", "c"].map(|name| container(name, "30m", "32Mi")))),
     ]});
     c.apply(&list.to_string());
-    for name in ["grows", "restarts", "full", "equal"] {
+    for name in ["grows", "restarts", "full", "equal", "three"] {
         c.wait_ready(name);
     }
     let restarts = |pod: &str| c.get(&format!("pod {pod}"))["status"]["containerStatuses"][0]["restartCount"].clone();
@@ -87,6 +88,29 @@ fn pods_grow_and_shrink_in_place() {
     // Amounts the kernel cannot tell apart are still shown as wanted.
     patch(&c, "equal", "c", "1m", "32Mi");
     settled(&c, "equal", 0, "1m", "32Mi");
+
+    // Three containers at once, by patch: one more, one less, one of each.
+    let wishes = [("a", "50m", "40Mi"), ("b", "20m", "24Mi"), ("c", "40m", "24Mi")];
+    let resources = |(name, cpu, memory): (&str, &str, &str)| {
+        let amounts = json!({"cpu": cpu, "memory": memory});
+        json!({"name": name, "resources": {"limits": amounts, "requests": amounts}})
+    };
+    let wish = json!({"spec": {"containers": wishes.map(resources)}});
+    c.k(&format!("patch pod three --subresource resize -p '{wish}'"));
+    for (i, (_, cpu, memory)) in wishes.into_iter().enumerate() {
+        settled(&c, "three", i, cpu, memory);
+    }
+    assert_eq!(limits(&c, "three", "b"), "2000 25165824");
+    // Read and replaced by the subresource, which shows the pod as it is.
+    let mut read: Value = serde_json::from_str(&c.k("get pod three --subresource resize -o json")).unwrap();
+    assert_eq!(read, c.get("pod three"));
+    let less = json!({"cpu": "25m", "memory": "24Mi"});
+    read["spec"]["containers"][0]["resources"] = json!({"limits": less, "requests": less});
+    std::fs::write(c.host.path("/var/lib/three.json"), read.to_string()).unwrap();
+    c.k("replace --subresource resize -f /var/lib/three.json");
+    settled(&c, "three", 0, "25m", "24Mi");
+    assert_eq!(limits(&c, "three", "a"), "2500 25165824");
+    assert_eq!(restarts("three"), 0);
 
     // cpu changes in place, memory by a restart.
     patch(&c, "restarts", "c", "120m", "32Mi");
@@ -123,7 +147,7 @@ fn pods_grow_and_shrink_in_place() {
     assert_eq!(limits(&c, "grows", "a"), "15000 50331648");
     patch(&c, "grows", "a", "150m", "48Mi");
     settled(&c, "grows", 0, "150m", "48Mi");
-    c.k("delete pod restarts full equal --timeout=30s");
+    c.k("delete pod restarts full equal three --timeout=30s");
     let milli = |v: &Value| match v.as_str().unwrap_or("0") {
         m if m.ends_with('m') => m.trim_end_matches('m').parse::<i64>().unwrap(),
         whole => whole.parse::<i64>().unwrap() * 1000,

@@ -229,7 +229,11 @@ async fn image(job: &Job) -> Result<ImageHandle, Failure> {
             match reason {
                 "ErrImageNeverPull" => event(Kind::Warning, "ErrImageNeverPull", message.clone()),
                 "InvalidImageName" => event(Kind::Warning, "InspectFailed", message.clone()),
-                _ => event(Kind::Warning, "Failed", format!("Failed to pull image {image:?}: {message}")),
+                _ => {
+                    // What failed is said once.
+                    let why = message.strip_prefix(&format!("failed to pull image {image:?}: ")).unwrap_or(&message);
+                    event(Kind::Warning, "Failed", format!("Failed to pull image {image:?}: {why}"));
+                }
             }
             event(Kind::Warning, "Failed", format!("Error: {reason}"));
             Err(Failure { reason, message, ended: None })

@@ -1,6 +1,10 @@
 //! `isopod top`: a live view of what the pods of this machine use and wait for.
 
-use std::{collections::HashMap, io::Write, time::Duration};
+use std::{
+    collections::HashMap,
+    io::{IsTerminal, Write, stdout},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use isopod_agent::Paths;
@@ -15,15 +19,21 @@ pub(crate) struct Args {
     #[arg(long)]
     once: bool,
     /// Seconds between two looks.
-    #[arg(short = 'd', long, default_value_t = 2.0, value_name = "SECONDS")]
-    delay: f64,
+    #[arg(short = 'd', long, default_value = "2", value_name = "SECONDS", value_parser = seconds)]
+    delay: Duration,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let wrong = || "want a number of seconds from 0.2 to 3600".to_owned();
+    let n: f64 = text.parse().map_err(|_| wrong())?;
+    if (0.2..=3600.0).contains(&n) { Ok(Duration::from_secs_f64(n)) } else { Err(wrong()) }
 }
 
 /// Bytes received and sent by a pod.
 type Traffic = HashMap<String, (f64, f64)>;
 
 pub(crate) fn run(paths: &Paths, args: &Args) -> Result<()> {
-    let delay = Duration::from_secs_f64(args.delay.clamp(0.2, 3600.0));
+    let delay = args.delay;
     ask(async {
         let node = Node::connect(paths).await?;
         let mut before = traffic(&node.get("/stats/summary").await?);
@@ -33,8 +43,8 @@ pub(crate) fn run(paths: &Paths, args: &Args) -> Result<()> {
             let summary = node.get("/stats/summary").await?;
             let page = page(&summary, &before, delay.as_secs_f64());
             before = traffic(&summary);
-            let mut out = std::io::stdout();
-            let clear = if args.once { "" } else { "\x1b[H\x1b[2J" };
+            let mut out = stdout();
+            let clear = if args.once || !stdout().is_terminal() { "" } else { "\x1b[H\x1b[2J" };
             match out.write_all(format!("{clear}{page}").as_bytes()).and_then(|()| out.flush()) {
                 Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
                 other => other.context("write")?,
@@ -119,6 +129,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_pause_is_a_number_of_seconds() {
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in ["NaN", "inf", "-1", "0", "x"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn the_busiest_is_first_and_rates_are_per_second() {
