@@ -180,14 +180,13 @@ fn items<'a>(map: &'a mut Object, field: &str) -> impl Iterator<Item = &'a mut O
     map.get_mut(field).and_then(Value::as_array_mut).into_iter().flatten().filter_map(Value::as_object_mut)
 }
 
-/// `Always` for the tag `latest`, which a missing tag means too; a digest is never latest.
+/// `Always` for the tag `latest`, which is meant when there is neither tag nor digest.
 fn pull_policy(image: &str) -> &'static str {
-    let latest = !image.is_empty()
-        && !image.contains('@')
-        && match image.rsplit('/').next().unwrap_or(image).rsplit_once(':') {
-            Some((_, tag)) => tag == "latest",
-            None => true,
-        };
+    let (name, digest) = image.split_once('@').unwrap_or((image, ""));
+    let latest = match name.rsplit('/').next().unwrap_or(name).split_once(':') {
+        Some((_, tag)) => tag == "latest",
+        None => digest.is_empty() && !image.is_empty(),
+    };
     if latest { "Always" } else { "IfNotPresent" }
 }
 
@@ -523,33 +522,42 @@ fn aggregate(spec: &Object, list: &str, key: &str) -> Option<Quantity> {
     found.then(|| sum.max(peak))
 }
 
+/// Requests of the pod are what its containers request, or its limits; limits of huge pages are the containers'.
 fn pod_level_resources(spec: &mut Object) {
-    let Some(resources) = spec.get("resources").and_then(Value::as_object).cloned() else { return };
-    let keys = |list: &str| resources.get(list).and_then(Value::as_object).cloned().unwrap_or_default();
-    let (limits, requests) = (keys("limits"), keys("requests"));
-    let mut add = Vec::new();
-    for (key, limit) in &limits {
-        if requests.contains_key(key) {
-            continue;
-        }
-        let supported = key == "cpu" || key == "memory" || key.starts_with("hugepages-");
-        let sum = if supported && !key.starts_with("hugepages-") { aggregate(spec, "requests", key) } else { None };
-        add.push(("requests", key.clone(), sum.map_or_else(|| limit.clone(), |q| q.to_string().into())));
+    let of = |list: &str| {
+        let found = spec.get("resources").and_then(|resources| resources.get(list)?.as_object().cloned());
+        found.unwrap_or_default()
+    };
+    let (mut limits, mut requests) = (of("limits"), of("requests"));
+    if limits.is_empty() && requests.is_empty() {
+        return;
     }
-    let containers = spec.get("containers").and_then(Value::as_array).cloned().unwrap_or_default();
-    for container in &containers {
-        for key in container.pointer("/resources/limits").and_then(Value::as_object).into_iter().flat_map(Map::keys) {
-            let known = limits.contains_key(key) || requests.contains_key(key);
-            if key.starts_with("hugepages-")
-                && !known
-                && let Some(sum) = aggregate(spec, "limits", key)
-            {
-                add.push(("limits", key.clone(), sum.to_string().into()));
-            }
+    let huge = |key: &str| key.starts_with("hugepages-");
+    let containers = ["containers", "initContainers"].iter().filter_map(|list| spec.get(*list)?.as_array()).flatten();
+    let limited = containers.filter_map(|container| container.pointer("/resources/limits")?.as_object());
+    for key in limited.flat_map(Map::keys).filter(|key| huge(key)) {
+        if !limits.contains_key(key)
+            && !requests.contains_key(key)
+            && let Some(sum) = aggregate(spec, "limits", key)
+        {
+            limits.insert(key.clone(), sum.to_string().into());
         }
     }
-    for (list, key, value) in add {
-        put(ensure(ensure(spec, "resources"), list), &key, value);
+    if limits.is_empty() {
+        return;
+    }
+    for key in ["cpu", "memory"] {
+        if let Some(sum) = aggregate(spec, "requests", key) {
+            put(&mut requests, key, sum.to_string());
+        }
+    }
+    for (key, limit) in limits.iter().filter(|(key, _)| huge(key) || ["cpu", "memory"].contains(&key.as_str())) {
+        put(&mut requests, key, limit.clone());
+    }
+    let resources = ensure(spec, "resources");
+    resources.insert("limits".into(), limits.into());
+    if !requests.is_empty() {
+        resources.insert("requests".into(), requests.into());
     }
 }
 
@@ -567,6 +575,62 @@ mod tests {
         default(def, &mut obj);
         assert_eq!(once, obj, "defaulting is idempotent");
         obj
+    }
+
+    #[test]
+    fn pull_policies() {
+        for (image, want) in [
+            ("nginx", "Always"),
+            ("nginx:1", "IfNotPresent"),
+            ("localhost:5000/nginx", "Always"),
+            ("localhost:5000/nginx:latest", "Always"),
+            ("nginx@sha256:abc", "IfNotPresent"),
+            ("nginx:2@sha256:abc", "IfNotPresent"),
+            ("nginx:latest@sha256:abc", "Always"),
+            ("", "IfNotPresent"),
+        ] {
+            assert_eq!(pull_policy(image), want, "{image}");
+        }
+    }
+
+    #[test]
+    fn string_data_wins() {
+        let got = defaulted(json!({"apiVersion": "v1", "kind": "Secret", "data": {"a": "eA=="},
+            "stringData": {"a": "y", "b": "z"}}));
+        assert_eq!((&got["data"], got.get("stringData")), (&json!({"a": "eQ==", "b": "eg=="}), None));
+    }
+
+    fn pod(spec: Value) -> Value {
+        defaulted(json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": spec}))["spec"].take()
+    }
+
+    #[test]
+    fn pods_on_the_host_network_with_limits() {
+        let spec = pod(json!({"hostNetwork": true, "containers": [{"name": "c", "image": "a:1",
+            "ports": [{"containerPort": 80}], "resources": {"limits": {"cpu": "1"}}}]}));
+        let container = &spec["containers"][0];
+        assert_eq!((&container["ports"][0]["hostPort"], &spec["enableServiceLinks"]), (&json!(80), &json!(true)));
+        assert_eq!(container["resources"]["requests"], json!({"cpu": "1"}));
+    }
+
+    #[test]
+    fn resources_of_pods() {
+        let of = |requests: Value, limits: Value| json!({"requests": requests, "limits": limits});
+        let one =
+            pod(json!({"containers": [{"name": "c", "image": "a:1", "resources": {"requests": {"cpu": "500m"}}}],
+            "resources": {"limits": {"cpu": "2", "memory": "1Gi"}}}));
+        assert_eq!(one["resources"]["requests"], json!({"cpu": "500m", "memory": "1Gi"}));
+        let own = |cpu: &str, pages: &str| of(json!({"cpu": cpu}), json!({"hugepages-2Mi": pages}));
+        let all = pod(json!({
+            "initContainers": [
+                {"name": "s", "image": "a:1", "restartPolicy": "Always", "resources": own("1", "2Mi")},
+                {"name": "i", "image": "a:1", "resources": own("4", "4Mi")},
+            ],
+            "containers": [{"name": "c", "image": "a:1", "resources": own("2", "8Mi")}],
+            "resources": {"limits": {"memory": "1Gi"}},
+        }));
+        let limits = json!({"hugepages-2Mi": "10Mi", "memory": "1Gi"});
+        assert_eq!(all["resources"], of(json!({"cpu": "5", "hugepages-2Mi": "10Mi", "memory": "1Gi"}), limits));
     }
 
     #[test]

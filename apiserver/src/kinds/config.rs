@@ -87,14 +87,6 @@ impl Strategy for ConfigMap {
 }
 
 impl Strategy for Secret {
-    fn default(&self, obj: &mut Value) {
-        if let Some(strings) = obj.as_object_mut().and_then(|o| o.remove("stringData")) {
-            for (key, value) in strings.as_object().into_iter().flatten() {
-                obj["data"][key.as_str()] = json!(STANDARD.encode(value.as_str().unwrap_or_default()));
-            }
-        }
-    }
-
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let data = At::field(obj, "data");
@@ -238,13 +230,6 @@ impl Strategy for ServiceAccount {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn string_data_wins() {
-        let mut secret = json!({"data": {"a": "eA=="}, "stringData": {"a": "y", "b": "z"}});
-        Secret.default(&mut secret);
-        assert_eq!(secret, json!({"data": {"a": "eQ==", "b": "eg=="}}));
-    }
 
     #[test]
     fn docker_config() {

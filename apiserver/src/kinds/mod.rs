@@ -168,7 +168,7 @@ pub fn deprecation(gvr: &Gvr) -> Option<String> {
 /// Defaults of the pod spec at a JSON pointer.
 fn template_defaults(obj: &mut Value, pointer: &str) {
     if let Some(spec) = obj.pointer_mut(pointer) {
-        pod_defaults::template(spec);
+        pod_defaults::features_off(spec);
     }
     clean(
         obj,

@@ -16,7 +16,7 @@ pub(crate) struct Pod;
 impl Strategy for Pod {
     fn default(&self, obj: &mut Value) {
         if let Some(spec) = obj.get_mut("spec") {
-            pod_defaults::pod(spec);
+            pod_defaults::features_off(spec);
         }
         if let Some(conditions) = obj.pointer_mut("/status/conditions").and_then(Value::as_array_mut) {
             for condition in conditions {
