@@ -2,7 +2,11 @@
 
 use std::sync::Arc;
 
-use isopod_api::field::{Error, ErrorList, ErrorType, Path};
+use isopod_api::{
+    field::{Error, ErrorList, ErrorType, Path},
+    meta, names,
+    text::quote,
+};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -16,6 +20,18 @@ use crate::registry::{
 pub(crate) struct Behaviour {
     /// The version.
     pub(crate) version: Arc<Version>,
+}
+
+/// Finalizers of Kubernetes' own.
+const FINALIZERS: [&str; 3] = ["foregroundDeletion", "kubernetes", "orphan"];
+
+/// What finalizers should not look like.
+fn unusual(finalizer: &str) -> Vec<String> {
+    let mut out = names::qualified_name(finalizer);
+    if !finalizer.contains('/') && !FINALIZERS.contains(&finalizer) {
+        out.push("prefer a domain-qualified finalizer name including a path (/) to avoid accidental conflicts with other finalizer writers".into());
+    }
+    out.iter().map(|why| format!("metadata.finalizers: {}: {why}", quote(finalizer))).collect()
 }
 
 /// The behaviour of stored objects, whatever their definition.
@@ -34,7 +50,8 @@ impl Behaviour {
         self.check_scale(obj, errors);
         let Some(rules) = &self.version.rules else { return };
         let blocking = |e: &Error| {
-            matches!(e.kind, ErrorType::Required | ErrorType::TooLong | ErrorType::TooMany | ErrorType::TypeInvalid)
+            use ErrorType::{NotSupported, Required, TooLong, TooMany, TypeInvalid};
+            matches!(e.kind, NotSupported | Required | TooLong | TooMany | TypeInvalid)
         };
         if errors.iter().any(blocking) {
             let detail = "some validation rules were not checked because the object was invalid; correct the existing errors to complete validation";
@@ -85,8 +102,16 @@ impl Strategy for Behaviour {
     }
 
     fn warnings(&self, _cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
-        let (Some(rules), Some(_)) = (&self.version.rules, old) else { return Vec::new() };
-        rules.check(self.version.schema.schema(), obj, old).warnings
+        let mut out = match (&self.version.rules, old) {
+            (Some(rules), Some(_)) => rules.check(self.version.schema.schema(), obj, old).warnings,
+            _ => Vec::new(),
+        };
+        let before = old.map(meta::finalizers).unwrap_or_default();
+        let mut added: Vec<&str> = meta::finalizers(obj).into_iter().filter(|f| !before.contains(f)).collect();
+        added.sort_unstable();
+        added.dedup();
+        out.extend(added.into_iter().flat_map(unusual));
+        out
     }
 
     fn allow_unconditional_update(&self) -> bool {
@@ -112,5 +137,20 @@ impl Strategy for Behaviour {
         let mut cells = vec![json!(table::name(obj))];
         cells.extend(self.version.columns.iter().map(|c| c.cell(obj, now)));
         cells
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finalizers_of_others_should_name_a_domain() {
+        let text = |why: &str| vec![format!("metadata.finalizers: \"a.example.com\": {why}")];
+        let want = "prefer a domain-qualified finalizer name including a path (/) to avoid accidental conflicts with other finalizer writers";
+        assert_eq!(unusual("a.example.com"), text(want));
+        assert_eq!(unusual("orphan"), Vec::<String>::new());
+        assert_eq!(unusual("example.com/a"), Vec::<String>::new());
+        assert_eq!(unusual("-a").len(), 2);
     }
 }

@@ -216,7 +216,7 @@ fn mutations(e: &mut Errs, spec: &At<'_>, environments: &Environments) {
         };
         let (own, other_at) = (at.get(field), at.get(other));
         if own.is_set() {
-            expressions::required(e, &own.get("expression"), "", &environments.expressions, &[wanted]);
+            expressions::trimmed(e, &own.get("expression"), &environments.expressions, &[wanted]);
         } else {
             e.required(&own, &format!("must be specified when patchType is {}", kind.s()));
         }
@@ -240,12 +240,11 @@ impl Strategy for AdmissionPolicyBinding {
         }
         param_ref(&mut e, &at.get("paramRef"));
         let resources = at.get("matchResources");
+        // Upstream misspells the field.
+        match_resources(&mut e, &At::new(at.path.child("matchResouces"), resources.v));
         if self.mutating {
-            match_resources(&mut e, &resources);
             mutated_operations(&mut e, &resources);
         } else {
-            // Upstream misspells the field.
-            match_resources(&mut e, &At::new(at.path.child("matchResouces"), resources.v));
             actions(&mut e, &at.get("validationActions"));
         }
         e.0
@@ -366,6 +365,16 @@ mod tests {
         ] {
             assert_eq!(found("UPDATE", mutation.clone()), format!("{want}{policy}"), "{mutation}");
         }
+        let spec = json!({"variables": [{"name": "in", "expression": "1"}, {"name": " "}, {"name": "inn"}]});
+        let names = |e: &mut Errs| {
+            At::new(isopod_api::field::Path::nil(), &spec)
+                .get("variables")
+                .items()
+                .iter()
+                .for_each(|v| expressions::identifier(e, &v.get("name")))
+        };
+        let want = "variables[0].name: Invalid value: \"in\": must be a valid CEL identifier; variables[1].name: Required value: name is not specified";
+        assert_eq!(texts(names), want);
         let deletes = "s.matchConstraints.resourceRules.operations: Unsupported value: \"DELETE\": supported values: \"*\", \"CONNECT\", \"CREATE\", \"UPDATE\"";
         let fine = json!({"patchType": "JSONPatch", "jsonPatch": patch});
         assert_eq!(found("DELETE", fine), format!("{deletes}{policy}"));
