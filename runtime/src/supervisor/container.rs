@@ -74,6 +74,8 @@ pub(crate) struct Container {
 
 /// Most bytes kept for a client that has not come yet.
 const MOST_HELD: usize = 64 * 1024;
+/// What a piece of it costs beside its bytes.
+const PIECE: usize = 64;
 
 /// The beginning of a container's output, for the client it was started for (`stdinOnce`): a quick program has said all it has
 /// to say before anybody can attach.
@@ -85,11 +87,18 @@ pub(crate) struct Held {
 
 impl Held {
     fn add(&mut self, stream: Stream, data: &[u8]) {
-        let data = &data[..data.len().min(MOST_HELD - self.bytes)];
+        let data = &data[..data.len().min(MOST_HELD.saturating_sub(self.bytes))];
+        if data.is_empty() {
+            return;
+        }
         self.bytes += data.len();
         match self.said.last_mut() {
             Some((last, said)) if *last == stream => said.extend_from_slice(data),
-            _ => self.said.push((stream, data.to_vec())),
+            _ => {
+                // A program that changes between its streams with every byte pays for the pieces.
+                self.bytes += PIECE;
+                self.said.push((stream, data.to_vec()));
+            }
         }
     }
 }
@@ -270,4 +279,23 @@ pub(crate) fn ready_output(fd: &OwnedFd) -> io::Result<()> {
 /// Where a bundle's configuration is.
 pub(crate) fn config_path(bundle: &Path) -> PathBuf {
     bundle.join("config.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_for_a_client_is_bounded_however_it_is_said() {
+        let mut held = Held::default();
+        for _ in 0..MOST_HELD {
+            held.add(Stream::Stdout, b"o");
+            held.add(Stream::Stderr, b"e");
+        }
+        assert!(held.said.len() <= MOST_HELD / PIECE && held.bytes <= MOST_HELD + PIECE);
+        let mut held = Held::default();
+        held.add(Stream::Stdout, &[b'x'; 2 * MOST_HELD]);
+        held.add(Stream::Stdout, b"more");
+        assert_eq!((held.said.len(), held.bytes), (1, MOST_HELD + PIECE));
+    }
 }
