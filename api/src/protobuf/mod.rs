@@ -7,6 +7,7 @@
 //! encoder wrote, also zero values: run it through [`crate::schema::decode`] like any other input. Custom resources have
 //! no protobuf form.
 
+mod node;
 mod read;
 mod special;
 pub(crate) mod write;
@@ -20,6 +21,7 @@ use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
 use crate::gvk::Gvk;
+use node::Node;
 
 /// What every message starts with.
 pub const MAGIC: &[u8] = b"k8s\0";
@@ -45,7 +47,7 @@ pub enum Error {
 }
 
 /// Type of a field.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub(crate) enum Kind {
     String,
     Int32,
@@ -53,8 +55,7 @@ pub(crate) enum Kind {
     Bool,
     Double,
     Bytes,
-    /// A message, by name.
-    Message(&'static str),
+    Message(&'static Message),
 }
 
 /// How often a field occurs.
@@ -69,7 +70,7 @@ pub(crate) enum Shape {
 }
 
 /// One field.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct Field {
     pub(crate) number: u32,
     pub(crate) name: &'static str,
@@ -77,18 +78,29 @@ pub(crate) struct Field {
     pub(crate) shape: Shape,
 }
 
-struct Slot {
+/// One message of the table. Its fields are parsed when they are first needed.
+pub(crate) struct Message {
+    name: &'static str,
+    special: Option<special::Special>,
     raw: &'static RawValue,
     parsed: OnceLock<Box<[Field]>>,
+}
+
+impl Message {
+    /// The fields by number.
+    pub(crate) fn fields(&'static self) -> &'static [Field] {
+        self.parsed.get_or_init(|| parse(self.raw))
+    }
 }
 
 #[derive(Deserialize)]
 struct RawTable(#[serde(borrow)] HashMap<&'static str, &'static RawValue>);
 
-static MESSAGES: LazyLock<HashMap<&'static str, Slot>> = LazyLock::new(|| {
+static MESSAGES: LazyLock<HashMap<&'static str, Message>> = LazyLock::new(|| {
     let table: RawTable = serde_json::from_str(include_str!("../../data/protobuf.json"))
         .expect("the protobuf table is part of the program");
-    table.0.into_iter().map(|(name, raw)| (name, Slot { raw, parsed: OnceLock::new() })).collect()
+    let message = |(name, raw)| (name, Message { name, special: special::special(name), raw, parsed: OnceLock::new() });
+    table.0.into_iter().map(message).collect()
 });
 
 fn kind(text: &'static str) -> Kind {
@@ -99,7 +111,7 @@ fn kind(text: &'static str) -> Kind {
         "bool" => Kind::Bool,
         "double" => Kind::Double,
         "bytes" => Kind::Bytes,
-        message => Kind::Message(message),
+        name => Kind::Message(message(name).expect("the protobuf table is part of the program")),
     }
 }
 
@@ -125,22 +137,16 @@ fn parse(raw: &'static RawValue) -> Box<[Field]> {
     fields.into()
 }
 
-/// The fields of a message, by number.
-pub(crate) fn message(name: &str) -> Option<&'static [Field]> {
-    let slot = MESSAGES.get(name)?;
-    Some(slot.parsed.get_or_init(|| parse(slot.raw)))
+/// A message by name.
+pub(crate) fn message(name: &str) -> Option<&'static Message> {
+    MESSAGES.get(name)
 }
 
 /// The message of a kind.
-fn message_of(gvk: &Gvk) -> Result<&'static str, Error> {
-    let found = crate::schema::lookup(gvk).and_then(|def| {
-        let name = format!("k8s.io.{}", def.name.strip_prefix("io.k8s.")?.replace('-', "_"));
-        MESSAGES.get_key_value(name.as_str()).map(|(name, _)| *name)
-    });
-    let meta = || {
-        let name = format!("k8s.io.apimachinery.pkg.apis.meta.v1.{}", gvk.kind);
-        MESSAGES.get_key_value(name.as_str()).map(|(name, _)| *name)
-    };
+fn message_of(gvk: &Gvk) -> Result<&'static Message, Error> {
+    let found = crate::schema::lookup(gvk)
+        .and_then(|def| message(&format!("k8s.io.{}", def.name.strip_prefix("io.k8s.")?.replace('-', "_"))));
+    let meta = || message(&format!("k8s.io.apimachinery.pkg.apis.meta.v1.{}", gvk.kind));
     found.or_else(meta).ok_or_else(|| Error::NoMessage(gvk.to_string()))
 }
 
@@ -156,8 +162,20 @@ pub fn encode(obj: &Value) -> Result<Vec<u8>, Error> {
 
 /// Encodes an object without its envelope, as lists have their items.
 pub fn encode_message(obj: &Value) -> Result<Vec<u8>, Error> {
-    let mut raw = Vec::with_capacity(512);
-    write::message(message_of(&Gvk::of(obj))?, obj, &mut raw)?;
+    encode_node(&obj.into())
+}
+
+/// The same of an object's JSON.
+pub fn encode_json(json: &[u8]) -> Result<Vec<u8>, Error> {
+    encode_node(&serde_json::from_slice(json).map_err(|error| Error::Value(error.to_string()))?)
+}
+
+fn encode_node(node: &Node<'_>) -> Result<Vec<u8>, Error> {
+    let member = |name| node.get(name).and_then(Node::text).unwrap_or_default();
+    let gvk = Gvk::from_api_version(member("apiVersion"), member("kind"));
+    let mut raw = Vec::with_capacity(2048);
+    write::message(message_of(&gvk)?, node, &mut raw)?;
+    raw.shrink_to_fit();
     Ok(raw)
 }
 
@@ -168,12 +186,12 @@ pub fn encode_list<M: AsRef<[u8]>>(
 ) -> Result<Vec<u8>, Error> {
     let gvk = Gvk::of(head);
     let list = message_of(&gvk)?;
-    let field = message(list).and_then(|fields| fields.iter().find(|f| f.name == "items"));
+    let field = list.fields().iter().find(|f| f.name == "items");
     let Some(Field { number, kind: Kind::Message(_), .. }) = field else {
         return Err(Error::NoMessage(gvk.to_string()));
     };
     let mut raw = Vec::with_capacity(4096);
-    write::message(list, head, &mut raw)?;
+    write::message(list, &head.into(), &mut raw)?;
     for item in items {
         write::bytes(*number, item?.as_ref(), &mut raw);
     }

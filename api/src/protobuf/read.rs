@@ -3,7 +3,7 @@
 use base64::Engine;
 use serde_json::{Map, Number, Value};
 
-use super::{Error, Field, Kind, Shape, message as lookup, special};
+use super::{Error, Field, Kind, Message, Shape, special};
 
 const BASE64: base64::engine::GeneralPurpose = base64::engine::general_purpose::STANDARD;
 
@@ -80,25 +80,25 @@ fn field<'a>(data: &mut &'a [u8]) -> Result<(u32, Wire<'a>), Error> {
 }
 
 /// Reads a message's fields into an object.
-pub(super) fn message_into(name: &'static str, data: &[u8], out: &mut Map<String, Value>) -> Result<(), Error> {
-    into(name, data, out, 0)
+pub(super) fn message_into(of: &'static Message, data: &[u8], out: &mut Map<String, Value>) -> Result<(), Error> {
+    into(of, data, out, 0)
 }
 
 /// Reads a message into whatever JSON it has.
-pub(super) fn message(name: &'static str, data: &[u8], depth: usize) -> Result<Value, Error> {
-    if let Some(value) = special::read(name, data, depth)? {
-        return Ok(value);
+pub(super) fn message(of: &'static Message, data: &[u8], depth: usize) -> Result<Value, Error> {
+    if let Some(special) = of.special {
+        return special::read(special, of.name, data, depth);
     }
     let mut out = Map::new();
-    into(name, data, &mut out, depth)?;
+    into(of, data, &mut out, depth)?;
     Ok(Value::Object(out))
 }
 
-fn into(name: &'static str, data: &[u8], out: &mut Map<String, Value>, depth: usize) -> Result<(), Error> {
+fn into(of: &'static Message, data: &[u8], out: &mut Map<String, Value>, depth: usize) -> Result<(), Error> {
     if depth > MAX_DEPTH {
-        return Err(Error::Field(name.to_owned()));
+        return Err(Error::Field(of.name.to_owned()));
     }
-    let table = lookup(name).ok_or_else(|| Error::NoMessage(name.to_owned()))?;
+    let table = of.fields();
     for entry in fields(data) {
         let (number, wire) = entry?;
         let Ok(at) = table.binary_search_by_key(&number, |f| f.number) else { continue };
@@ -109,7 +109,7 @@ fn into(name: &'static str, data: &[u8], out: &mut Map<String, Value>, depth: us
 
 fn read_field(field: &Field, wire: Wire<'_>, out: &mut Map<String, Value>, depth: usize) -> Result<(), Error> {
     match (field.shape, field.kind, wire) {
-        (Shape::Inline, Kind::Message(name), Wire::Bytes(data)) => into(name, data, out, depth + 1),
+        (Shape::Inline, Kind::Message(of), Wire::Bytes(data)) => into(of, data, out, depth + 1),
         (Shape::Map, _, Wire::Bytes(data)) => {
             let mut key = String::new();
             let mut value = Value::Null;
@@ -166,7 +166,7 @@ fn single(field: &Field, wire: Wire<'_>, depth: usize) -> Result<Value, Error> {
         (Kind::Bool, Wire::Varint(n)) => (n != 0).into(),
         (Kind::Double, Wire::Fixed64(n)) => Number::from_f64(f64::from_bits(n)).map_or(Value::Null, Value::Number),
         (Kind::Bytes, Wire::Bytes(data)) => BASE64.encode(data).into(),
-        (Kind::Message(name), Wire::Bytes(data)) => message(name, data, depth + 1)?,
+        (Kind::Message(of), Wire::Bytes(data)) => message(of, data, depth + 1)?,
         _ => return Err(Error::Field(field.name.to_owned())),
     })
 }

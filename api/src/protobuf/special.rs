@@ -3,14 +3,15 @@
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{Error, read, write};
+use super::{Error, message as lookup, node::Node, read, write};
 use crate::{meta, quantity::Quantity};
 
 const META: &str = "k8s.io.apimachinery.pkg.apis.meta.v1.";
 const CRD: &str = "k8s.io.apiextensions_apiserver.pkg.apis.apiextensions.v1.";
 
 /// The special messages.
-enum Special {
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Special {
     Time,
     MicroTime,
     Quantity,
@@ -24,7 +25,8 @@ enum Special {
     SchemaOrStrings,
 }
 
-fn special(name: &str) -> Option<Special> {
+/// What is special about a message.
+pub(super) fn special(name: &str) -> Option<Special> {
     if let Some(rest) = name.strip_prefix(META) {
         return match rest {
             "Time" => Some(Special::Time),
@@ -54,79 +56,62 @@ fn special(name: &str) -> Option<Special> {
 
 const SCHEMA: &str = "k8s.io.apiextensions_apiserver.pkg.apis.apiextensions.v1.JSONSchemaProps";
 
-fn schema(number: u32, value: &Value, out: &mut Vec<u8>) -> Result<(), Error> {
-    let mut inner = Vec::new();
-    write::message(SCHEMA, value, &mut inner)?;
-    write::bytes(number, &inner, out);
-    Ok(())
+fn schema(number: u32, node: &Node<'_>, out: &mut Vec<u8>) -> Result<(), Error> {
+    let of = lookup(SCHEMA).ok_or_else(|| Error::NoMessage(SCHEMA.into()))?;
+    write::nested(number, out, |out| write::message(of, node, out))
 }
 
-/// Writes a special message; `None` when it is an ordinary one.
-pub(super) fn write(name: &str, value: &Value, out: &mut Vec<u8>) -> Option<Result<(), Error>> {
+fn texts(number: u32, items: &[Node<'_>], out: &mut Vec<u8>) {
+    items.iter().for_each(|item| write::text(number, item.text().unwrap_or_default(), out));
+}
+
+/// Writes a special message.
+pub(super) fn write(special: Special, name: &str, node: &Node<'_>, out: &mut Vec<u8>) -> Result<(), Error> {
     let refuse = || Error::Value(name.to_owned());
-    Some(match (special(name)?, value) {
-        (_, Value::Null) => Ok(()),
-        (Special::Time | Special::MicroTime, Value::String(text)) => match meta::parse_time(text) {
-            Some(time) => {
-                write::integer(1, time.as_second(), out);
-                write::integer(2, i64::from(time.subsec_nanosecond()), out);
-                Ok(())
-            }
-            None => Err(refuse()),
-        },
-        (Special::Quantity, value) => match Quantity::from_json(value) {
-            Ok(quantity) => {
-                write::text(1, &quantity.to_string(), out);
-                Ok(())
-            }
-            Err(_) => Err(refuse()),
-        },
-        (Special::IntOrString, Value::String(text)) => {
+    match (special, node) {
+        (_, Node::Null) => {}
+        (Special::Time | Special::MicroTime, Node::Text(text)) => {
+            let time = meta::parse_time(text).ok_or_else(refuse)?;
+            write::integer(1, time.as_second(), out);
+            write::integer(2, i64::from(time.subsec_nanosecond()), out);
+        }
+        (Special::Quantity, Node::Text(text)) => {
+            write::text(1, &text.trim().parse::<Quantity>().map_err(|_| refuse())?.to_string(), out);
+        }
+        (Special::Quantity, Node::Number(n)) => {
+            write::text(1, &n.to_string().parse::<Quantity>().map_err(|_| refuse())?.to_string(), out);
+        }
+        (Special::IntOrString, Node::Text(text)) => {
             write::integer(1, 1, out);
             write::integer(2, 0, out);
             write::text(3, text, out);
-            Ok(())
         }
-        (Special::IntOrString, Value::Number(n)) => {
+        (Special::IntOrString, Node::Number(n)) => {
             write::integer(1, 0, out);
             write::integer(2, n.as_i64().unwrap_or_default(), out);
             write::text(3, "", out);
-            Ok(())
         }
-        (Special::RawJson, value) => {
-            write::bytes(1, value.to_string().as_bytes(), out);
-            Ok(())
+        (Special::RawJson, node) => {
+            return write::nested(1, out, |out| serde_json::to_writer(out, node).map_err(|_| refuse()));
         }
-        (Special::StringList, Value::Array(items)) => {
-            for item in items {
-                write::text(1, item.as_str().unwrap_or_default(), out);
-            }
-            Ok(())
+        (Special::StringList, Node::List(items)) => texts(1, items, out),
+        (Special::SchemaOrArray, Node::List(items)) => {
+            return items.iter().try_for_each(|item| schema(2, item, out));
         }
-        (Special::SchemaOrArray, Value::Array(items)) => items.iter().try_for_each(|item| schema(2, item, out)),
-        (Special::SchemaOrArray, value) => schema(1, value, out),
-        (Special::SchemaOrBool, Value::Bool(allows)) => {
-            write::integer(1, i64::from(*allows), out);
-            Ok(())
-        }
-        (Special::SchemaOrBool, value) => {
+        (Special::SchemaOrBool, Node::Bool(allows)) => write::integer(1, i64::from(*allows), out),
+        (Special::SchemaOrBool, node) => {
             write::integer(1, 1, out);
-            schema(2, value, out)
+            return schema(2, node, out);
         }
-        (Special::SchemaOrStrings, Value::Array(items)) => {
-            for item in items {
-                write::text(2, item.as_str().unwrap_or_default(), out);
-            }
-            Ok(())
-        }
-        (Special::SchemaOrStrings, value) => schema(1, value, out),
-        _ => Err(refuse()),
-    })
+        (Special::SchemaOrStrings, Node::List(items)) => texts(2, items, out),
+        (Special::SchemaOrArray | Special::SchemaOrStrings, node) => return schema(1, node, out),
+        _ => return Err(refuse()),
+    }
+    Ok(())
 }
 
-/// Reads a special message; `None` when it is an ordinary one.
-pub(super) fn read(name: &'static str, data: &[u8], depth: usize) -> Result<Option<Value>, Error> {
-    let Some(special) = special(name) else { return Ok(None) };
+/// Reads a special message.
+pub(super) fn read(special: Special, name: &str, data: &[u8], depth: usize) -> Result<Value, Error> {
     let mut fields = Vec::new();
     for field in read::fields(data) {
         fields.push(field?);
@@ -140,12 +125,15 @@ pub(super) fn read(name: &'static str, data: &[u8], depth: usize) -> Result<Opti
     };
     let text = |data: &[u8]| String::from_utf8_lossy(data).into_owned();
     let refuse = || Error::Field(name.to_owned());
-    let schemas = |n: u32| bytes(n).map(|data| read::message(SCHEMA, data, depth + 1)).collect::<Result<Vec<_>, _>>();
-    Ok(Some(match special {
+    let schemas = |n: u32| {
+        let of = lookup(SCHEMA).ok_or_else(|| Error::NoMessage(SCHEMA.into()))?;
+        bytes(n).map(|data| read::message(of, data, depth + 1)).collect::<Result<Vec<_>, _>>()
+    };
+    Ok(match special {
         Special::Time | Special::MicroTime => {
             // Go writes nothing for the zero time.
             if fields.is_empty() {
-                return Ok(Some(Value::Null));
+                return Ok(Value::Null);
             }
             let nanos = i32::try_from(number(2)).map_err(|_| refuse())?;
             let time = Timestamp::new(number(1), nanos).map_err(|_| refuse())?;
@@ -173,5 +161,5 @@ pub(super) fn read(name: &'static str, data: &[u8], depth: usize) -> Result<Opti
             Some(schema) => schema,
             None => bytes(2).map(text).map(Value::from).collect(),
         },
-    }))
+    })
 }

@@ -1,9 +1,9 @@
 //! JSON to protobuf.
 
 use base64::Engine;
-use serde_json::Value;
+use serde_json::Number;
 
-use super::{Error, Field, Kind, Shape, message as lookup, special};
+use super::{Error, Field, Kind, Message, Shape, node::Node, special};
 
 const BASE64: base64::engine::GeneralPurpose = base64::engine::general_purpose::STANDARD;
 
@@ -37,71 +37,83 @@ pub(crate) fn integer(number: u32, n: i64, out: &mut Vec<u8>) {
     varint(n as u64, out);
 }
 
-/// All fields of a message, without length.
-pub(super) fn message(name: &'static str, value: &Value, out: &mut Vec<u8>) -> Result<(), Error> {
-    if let Some(result) = special::write(name, value, out) {
-        return result;
-    }
-    let fields = lookup(name).ok_or_else(|| Error::NoMessage(name.to_owned()))?;
-    for field in fields {
-        write_field(field, value, out)?;
+/// A length-delimited field of what `content` appends.
+pub(super) fn nested(
+    number: u32,
+    out: &mut Vec<u8>,
+    content: impl FnOnce(&mut Vec<u8>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    tag(number, 2, out);
+    let start = out.len();
+    // Most contents are short: their length takes this byte, a longer one moves them on.
+    out.push(0);
+    content(out)?;
+    let len = out.len() - start - 1;
+    match u8::try_from(len) {
+        Ok(short @ 0..0x80) => out[start] = short,
+        _ => {
+            let mut size = Vec::with_capacity(5);
+            varint(len as u64, &mut size);
+            out.splice(start..=start, size);
+        }
     }
     Ok(())
 }
 
-fn write_field(field: &Field, parent: &Value, out: &mut Vec<u8>) -> Result<(), Error> {
-    if field.shape == Shape::Inline {
-        let Kind::Message(name) = field.kind else { return Ok(()) };
-        let mut inner = Vec::new();
-        message(name, parent, &mut inner)?;
-        bytes(field.number, &inner, out);
-        return Ok(());
-    }
-    let Some(value) = parent.get(field.name).filter(|v| !v.is_null()) else { return Ok(()) };
-    let refuse = || Error::Value(field.name.to_owned());
-    match field.shape {
-        Shape::Repeated => {
-            for item in value.as_array().ok_or_else(refuse)? {
-                single(field, item, out)?;
-            }
-            Ok(())
-        }
-        Shape::Map => {
-            let map = value.as_object().ok_or_else(refuse)?;
-            let mut keys: Vec<_> = map.iter().collect();
-            keys.sort_by_key(|(k, _)| k.as_str());
-            for (key, item) in keys {
-                let mut entry = Vec::new();
-                text(1, key, &mut entry);
-                single(&Field { number: 2, ..*field }, item, &mut entry)?;
-                bytes(field.number, &entry, out);
-            }
-            Ok(())
-        }
-        _ => single(field, value, out),
+/// All fields of a message, without length.
+pub(super) fn message(of: &'static Message, node: &Node<'_>, out: &mut Vec<u8>) -> Result<(), Error> {
+    match of.special {
+        Some(special) => special::write(special, of.name, node, out),
+        None => of.fields().iter().try_for_each(|field| write_field(field, node, out)),
     }
 }
 
-fn single(field: &Field, value: &Value, out: &mut Vec<u8>) -> Result<(), Error> {
+fn write_field(field: &Field, parent: &Node<'_>, out: &mut Vec<u8>) -> Result<(), Error> {
+    if field.shape == Shape::Inline {
+        let Kind::Message(of) = field.kind else { return Ok(()) };
+        return nested(field.number, out, |out| message(of, parent, out));
+    }
+    let Some(node) = parent.get(field.name) else { return Ok(()) };
+    match (field.shape, node) {
+        (Shape::Repeated, Node::List(items)) => items.iter().try_for_each(|item| single(field, item, out)),
+        (Shape::Map, Node::Object(members)) => {
+            let mut members: Vec<_> = members.iter().collect();
+            members.sort_by(|(a, _), (b, _)| a.cmp(b));
+            let value = Field { number: 2, ..*field };
+            members.into_iter().try_for_each(|(key, item)| {
+                nested(field.number, out, |out| {
+                    text(1, key, out);
+                    single(&value, item, out)
+                })
+            })
+        }
+        (Shape::Repeated | Shape::Map, _) => Err(Error::Value(field.name.to_owned())),
+        _ => single(field, node, out),
+    }
+}
+
+fn single(field: &Field, node: &Node<'_>, out: &mut Vec<u8>) -> Result<(), Error> {
     let refuse = || Error::Value(field.name.to_owned());
     let number = field.number;
     match field.kind {
-        Kind::String => text(number, value.as_str().ok_or_else(refuse)?, out),
-        Kind::Int32 | Kind::Int64 => integer(number, value.as_i64().ok_or_else(refuse)?, out),
-        Kind::Bool => integer(number, i64::from(value.as_bool().ok_or_else(refuse)?), out),
+        Kind::String => text(number, node.text().ok_or_else(refuse)?, out),
+        Kind::Int32 | Kind::Int64 => {
+            integer(number, node.number().and_then(Number::as_i64).ok_or_else(refuse)?, out);
+        }
+        Kind::Bool => match node {
+            Node::Bool(value) => integer(number, i64::from(*value), out),
+            _ => return Err(refuse()),
+        },
         Kind::Double => {
+            let value = node.number().and_then(Number::as_f64).ok_or_else(refuse)?;
             tag(number, 1, out);
-            out.extend_from_slice(&value.as_f64().ok_or_else(refuse)?.to_le_bytes());
+            out.extend_from_slice(&value.to_le_bytes());
         }
         Kind::Bytes => {
-            let data = BASE64.decode(value.as_str().ok_or_else(refuse)?).map_err(|_| refuse())?;
+            let data = BASE64.decode(node.text().ok_or_else(refuse)?).map_err(|_| refuse())?;
             bytes(number, &data, out);
         }
-        Kind::Message(name) => {
-            let mut inner = Vec::new();
-            message(name, value, &mut inner)?;
-            bytes(number, &inner, out);
-        }
+        Kind::Message(of) => nested(number, out, |out| message(of, node, out))?,
     }
     Ok(())
 }

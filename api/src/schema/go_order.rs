@@ -55,7 +55,7 @@ fn of_type(ty: &Type, value: &mut Value) {
 /// Field names as they are declared.
 fn declared(definition: &Definition) -> Vec<&'static str> {
     let message = definition.name.strip_prefix("io.k8s.").map(|name| format!("k8s.io.{}", name.replace('-', "_")));
-    let fields = message.and_then(|name| protobuf::message(&name)).unwrap_or_default();
+    let fields = message.and_then(|name| protobuf::message(&name)).map_or(&[][..], |message| message.fields());
     // TypeMeta comes first, but is no part of the message.
     let own = |name: &str| fields.iter().any(|field| field.name == name);
     let mut names: Vec<&str> = ["kind", "apiVersion"].into_iter().filter(|name| !own(name)).collect();

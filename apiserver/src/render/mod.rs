@@ -90,7 +90,10 @@ pub(crate) fn value(resource: &Resource, object: &Object, rendering: Rendering, 
 
 /// A stored object's protobuf message, kept for the next who asks.
 pub(crate) fn message(resource: &Resource, object: &Object, rendering: Rendering) -> Result<Bytes, protobuf::Error> {
-    let encode = || protobuf::encode_message(&value(resource, object, rendering, false));
+    let encode = || match rendering.transform {
+        Transform::None => protobuf::encode_json(&object_bytes(resource, object)),
+        _ => protobuf::encode_message(&value(resource, object, rendering, false)),
+    };
     match &resource.store {
         Some(store) => store.messages().get(store.message_key(object, resource.format() | rendering.id()), encode),
         None => encode().map(Bytes::from),
