@@ -8,7 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use isopod_tests::{
@@ -114,6 +114,13 @@ impl Kind {
             }
         }
     }
+}
+
+/// Which pod's state the agent could not write, and when: a line of its log. Files' times are those of the last tick.
+fn not_saved(line: &str) -> Option<(&str, SystemTime)> {
+    let dir = line.split("path=").nth(1).filter(|_| line.contains("state not saved"))?;
+    let at: k8s_openapi::jiff::Timestamp = line.split_whitespace().next()?.parse().ok()?;
+    Some((dir.split_whitespace().next()?, SystemTime::from(at) - Duration::from_millis(20)))
 }
 
 /// What is known of a pod.
@@ -326,6 +333,15 @@ impl Churn {
             if text.contains("No space left on device") { Ok(()) } else { Err(text) }
         });
         self.c.host.must("mount -o remount,size=2g /var/lib/isopod");
+        // What happened meanwhile is known to the agent alone until it is written down.
+        let text = String::from_utf8_lossy(&fs::read(&log).unwrap()[before..]).into_owned();
+        for (dir, failed) in text.lines().filter_map(not_saved).collect::<BTreeMap<_, _>>() {
+            let dir = self.c.host.inside(dir);
+            eventually("the agent saves what it could not", || {
+                let saved = fs::metadata(dir.join("state.json")).and_then(|file| file.modified());
+                if !dir.exists() || saved.as_ref().is_ok_and(|at| *at >= failed) { Ok(()) } else { Err(saved) }
+            });
+        }
         let uid = eventually("the API server answers again", || {
             self.c.kubectl(&format!("get pod {late} --ignore-not-found -o jsonpath='{{.metadata.uid}}'")).ok()
         });

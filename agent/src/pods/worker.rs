@@ -40,7 +40,7 @@ use crate::{
 use isopod_runtime::supervisor::protocol::ContainerStatus;
 
 /// How long after a state that could not be written it is tried again.
-const SAVE_AGAIN: Duration = Duration::from_secs(5);
+const SAVE_AGAIN: Duration = Duration::from_secs(1);
 
 /// Where a pod comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
