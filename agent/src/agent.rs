@@ -170,6 +170,12 @@ pub async fn run_on(config: Config, network: Arc<dyn PodNetwork>, stop: Cancella
     }
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(manager::run(ctx.clone(), manifests, stop.clone()));
+    let counter = Arc::downgrade(&ctx);
+    isopod_client::connect::listen(move |asked| {
+        if let Some(ctx) = counter.upgrade() {
+            ctx.metrics.asked(asked);
+        }
+    });
     tasks.spawn(node::run(ctx.clone(), stop.clone()));
     tasks.spawn(plugins::run(ctx.clone(), stop.clone()));
     tasks.spawn(certificates::run(ctx.clone(), stop.clone()));

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use isopod_client::connect::Asked;
 use parking_lot::Mutex;
 use serde_json::Value;
 
@@ -118,6 +119,14 @@ impl Metrics {
             *all += 1;
             *sum += seconds;
         }
+    }
+
+    /// The API server was asked something.
+    pub(crate) fn asked(&self, a: &Asked<'_>) {
+        let code = a.code.map_or_else(|| "<error>".to_owned(), |code| code.to_string());
+        let (host, method) = (("host", a.host), a.method.as_str());
+        self.count("rest_client_requests_total", [("code", &code), host, ("method", method)]);
+        self.observe("rest_client_request_duration_seconds", [host, ("verb", method)], a.took);
     }
 
     /// Drops the samples of a pod that is gone.

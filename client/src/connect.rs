@@ -10,9 +10,9 @@ use std::{
     future::Future,
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::{
@@ -74,6 +74,28 @@ pub enum Error {
     /// One of these, for all who waited for the same connection.
     #[error(transparent)]
     Shared(Arc<Error>),
+}
+
+/// A request that has come to its end.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// Host and port.
+    pub host: &'a str,
+    /// How it was asked.
+    pub method: &'a http::Method,
+    /// The answer's status; `None` when there was no answer.
+    pub code: Option<u16>,
+    /// Until the answer began.
+    pub took: Duration,
+}
+
+type Listener = Box<dyn Fn(&Asked<'_>) + Send + Sync>;
+
+static LISTENER: OnceLock<Listener> = OnceLock::new();
+
+/// Has every request of this process told to `listener`; the first one that is named stays.
+pub fn listen(listener: impl Fn(&Asked<'_>) + Send + Sync + 'static) {
+    let _ = LISTENER.set(Box::new(listener));
 }
 
 /// A client of the API server, over one shared connection.
@@ -231,7 +253,15 @@ impl tower::Service<Request<Body>> for Channel {
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let server = Arc::clone(&self.0);
-        Box::pin(async move { server.send(request).await })
+        let Some(listener) = LISTENER.get() else { return Box::pin(async move { server.send(request).await }) };
+        let (begun, method) = (Instant::now(), request.method().clone());
+        Box::pin(async move {
+            let answer = server.send(request).await;
+            let host = format!("{}:{}", server.host, server.port);
+            let code = answer.as_ref().ok().map(|answer| answer.status().as_u16());
+            listener(&Asked { host: &host, method: &method, code, took: begun.elapsed() });
+            answer
+        })
     }
 }
 

@@ -132,6 +132,8 @@ fn numbers_for_those_who_may_see_them() {
         "kubelet_node_startup_registration_duration_seconds ",
         "kubelet_node_startup_post_registration_duration_seconds ",
         "kubelet_node_startup_duration_seconds ",
+        "rest_client_requests_total{code=\"200\",host=\"",
+        "rest_client_request_duration_seconds_count{host=\"",
         "kubelet_http_inflight_requests{long_running=\"false\",method=\"GET\",path=\"metrics\",server_type=\"readwrite\"} 1",
         "storage_operation_duration_seconds_count{migrated=\"false\",operation_name=\"volume_mount\",status=\"success\",volume_plugin=\"kubernetes.io/empty-dir\"} ",
         "volume_manager_total_volumes{plugin_name=\"kubernetes.io/empty-dir\",state=\"actual_state_of_world\"} 1",

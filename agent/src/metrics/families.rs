@@ -116,5 +116,7 @@ pub(super) const FAMILIES: &[(&str, &str)] = &[
     ),
     ("prober_probe_duration_seconds", "Duration in seconds for a probe response."),
     ("prober_probe_total", "Cumulative number of a liveness, readiness or startup probe for a container by result."),
+    ("rest_client_request_duration_seconds", "Request latency in seconds. Broken down by verb, and host."),
+    ("rest_client_requests_total", "Number of HTTP requests, partitioned by status code, method, and host."),
     ("storage_operation_duration_seconds", "Storage operation duration"),
 ];
