@@ -82,7 +82,13 @@ fn a_running_node_names_what_is_wrong() {
     // A state file cut in half by a crash does not keep the node from starting.
     c.kill_agent();
     c.host.must("echo '{\"images\":{' > /var/lib/isopod/image-store/index.json");
+    // Nor does another boot, which is told.
+    c.k(r#"patch node one --subresource=status -p '{"status":{"nodeInfo":{"bootID":"another"}}}'"#);
     c.up();
+    eventually("Rebooted", || {
+        let events = c.k("get events --field-selector reason=Rebooted");
+        if events.contains("Node one has been rebooted") { Ok(()) } else { Err(events) }
+    });
     c.k("run p --image=busybox:1 -- sleep 100000");
     c.wait_ready("p");
 }

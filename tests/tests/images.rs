@@ -64,6 +64,8 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
     c.apply(&pod("granted", "team/pulled:1", "good"));
     c.wait_field("pod granted", ".status.phase", |phase| phase == "Succeeded");
     assert_eq!(c.k("logs granted"), "from the registry");
+    let events = c.k("get events --field-selector involvedObject.name=granted");
+    assert!(events.contains("Pulling") && events.contains("Successfully pulled image"), "{events}");
     let id = c.get("pod granted")["status"]["containerStatuses"][0]["imageID"].as_str().unwrap().to_owned();
     assert!(id.contains("@sha256:"), "{id}");
     // It is here now: for those whose credentials its registry knows, for nobody else.

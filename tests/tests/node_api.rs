@@ -179,17 +179,26 @@ fn numbers_for_those_who_may_see_them() {
 
     assert_eq!(c.host.must("curl -s -m 20 http://127.0.0.1:10248/healthz"), "ok");
 
-    // What a node says when it comes.
-    eventually("the node's events", || {
-        let events = c.k("get events --field-selector involvedObject.kind=Node");
-        let all = [
-            "Starting",
-            "NodeHasSufficientMemory",
-            "NodeHasNoDiskPressure",
-            "NodeHasSufficientPID",
-            "NodeReady",
-            "NodeAllocatableEnforced",
-        ];
-        if all.iter().all(|r| events.contains(r)) { Ok(()) } else { Err(events) }
-    });
+    // What a node says when it comes, and when it is taken out of use.
+    let told = |want: &[&str]| {
+        eventually("the node's events", || {
+            let events = c.k("get events --field-selector involvedObject.kind=Node");
+            if want.iter().all(|r| events.contains(r)) { Ok(()) } else { Err(events) }
+        });
+    };
+    told(&[
+        "Starting",
+        "NodeHasSufficientMemory",
+        "NodeHasNoDiskPressure",
+        "NodeHasSufficientPID",
+        "NodeReady",
+        "NodeAllocatableEnforced",
+    ]);
+    if metrics.contains("kubelet_cgroup_version 1") {
+        told(&["CgroupV1"]);
+    }
+    c.k("cordon one");
+    told(&["NodeNotSchedulable"]);
+    c.k("uncordon one");
+    told(&["NodeSchedulable"]);
 }

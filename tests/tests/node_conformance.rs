@@ -636,6 +636,20 @@ fn living() -> Vec<Value> {
             s["dnsConfig"] = json!({"nameservers": ["192.0.2.1", "192.0.2.2", "192.0.2.3"]});
             s
         }),
+        pod("post-fails", &{
+            let mut s = sleep(json!({"lifecycle": {"postStart": {"exec": {"command": ["false"]}}}}));
+            s["restartPolicy"] = json!("Always");
+            s
+        }),
+        pod("pre-fails", &sleep(json!({"lifecycle": {"preStop": {"exec": {"command": ["false"]}}}}))),
+        pod(
+            "redirects",
+            &script(
+                r"while true; do printf 'HTTP/1.1 302 Found\r\nLocation: http://elsewhere.example/\r\nContent-Length: 0\r\n\r\n' | nc -l -p 8081; done",
+                json!({"readinessProbe": {"httpGet": {"port": 8081}, "periodSeconds": 1}}),
+            ),
+        ),
+        pod("misnamed", &json!({"containers": [{"image": "NoCapitals:1"}]})),
         pod("post-http", &sleep(hook("postStart"))),
         pod("pre-http", &sleep(hook("preStop"))),
         pod("pre-sleep", &{
@@ -764,6 +778,24 @@ fn pods_that_live() {
     if c.get("node one")["status"]["runtimeHandlers"][0]["features"]["userNamespaces"] == true {
         c.wait_ready("own-users");
     }
+
+    // Hooks that fail, and an image that nothing can be called.
+    let told = |pod: &str, want: &[&str]| {
+        eventually(&format!("{want:?} of {pod}"), || {
+            let events = c.k(&format!("get events --field-selector involvedObject.name={pod}"));
+            if want.iter().all(|part| events.contains(part)) { Ok(()) } else { Err(events) }
+        });
+    };
+    let waiting = ".status.containerStatuses[0].state.waiting.reason";
+    c.wait_field("pod post-fails", waiting, |r| r == "CrashLoopBackOff");
+    told("post-fails", &["FailedPostStartHook", "PostStartHook failed"]);
+    c.wait_field("pod misnamed", waiting, |r| r == "InvalidImageName");
+    told("misnamed", &["InspectFailed", "InvalidImageName"]);
+    c.wait_ready("redirects");
+    told("redirects", &["ProbeWarning", "Probe terminated redirects"]);
+    c.wait_ready("pre-fails");
+    c.k("delete pod pre-fails --timeout=20s");
+    told("pre-fails", &["FailedPreStopHook", "PreStopHook failed"]);
 
     // Hooks.
     let asked = |what: &str| {

@@ -133,6 +133,10 @@ fn pods_grow_and_shrink_in_place() {
         if failed { Ok(()) } else { Err(all) }
     });
     assert_eq!(restarts("full"), 0);
+    eventually("ResizeError", || {
+        let events = c.k("get events --field-selector involvedObject.name=full,reason=ResizeError");
+        if events.contains("below current usage") { Ok(()) } else { Err(events) }
+    });
 
     // Never, and not yet.
     patch(&c, "grows", "a", "1000", "48Mi");

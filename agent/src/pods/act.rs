@@ -330,12 +330,14 @@ impl Worker {
                 self.pulls.remove(&name);
                 self.started(&name, &id);
             }
-            Progress::HookFailed { name, id } => {
+            Progress::HookFailed { name, id, message } => {
                 self.starting.remove(&name);
                 self.waiting.remove(&name);
                 if self.state.by_id(&id).is_some_and(|(_, i)| i.running()) {
                     let own = self.pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
                     self.stop_one(&name, Some(own.unwrap_or(30)), "FailedPostStartHook".into(), Vec::new());
+                    // Shown once it has ended, until it is known how long the next start has to wait.
+                    self.waiting.insert(name, ("PostStartHookError".into(), message));
                 }
             }
             Progress::Failed { name, reason, message, ended } => self.start_failed(&name, reason, message, ended),

@@ -7,6 +7,18 @@ use k8s_openapi::api::core::v1::{Container, LifecycleHandler};
 use super::exec;
 use crate::{probes, runtime::Supervisor};
 
+/// What messages call a hook.
+pub(crate) fn name(handler: &LifecycleHandler) -> String {
+    match (&handler.exec, &handler.http_get, &handler.sleep) {
+        (Some(e), ..) => {
+            format!("Exec lifecycle hook ([{}])", e.command.iter().flatten().cloned().collect::<Vec<_>>().join(" "))
+        }
+        (_, Some(h), _) => format!("HTTP lifecycle hook ({})", h.path.as_deref().unwrap_or_default()),
+        (.., Some(s)) => format!("Sleep lifecycle hook ({})", s.seconds),
+        _ => "lifecycle hook".into(),
+    }
+}
+
 /// Runs a hook to its end; the error is upstream's text.
 pub(crate) async fn run(
     handler: &LifecycleHandler,

@@ -50,7 +50,7 @@ pub(crate) enum Progress {
     /// The postStart hook is done (or there is none).
     Started { name: String, id: String },
     /// The postStart hook failed: the container is to be stopped.
-    HookFailed { name: String, id: String },
+    HookFailed { name: String, id: String, message: String },
     /// It did not come to a process.
     Failed { name: String, reason: &'static str, message: String, ended: Option<Box<Instance>> },
     /// The pod ends.
@@ -155,7 +155,12 @@ async fn attempt(job: &mut Job, report: &(impl Fn(Progress) + Send + Sync)) -> R
         if let Err(message) = ran {
             tracing::info!(container = name, message, "postStart hook failed");
             job.ctx.events.container(&job.pod, &name, Kind::Warning, "FailedPostStartHook", "PostStartHook failed");
-            report(Progress::HookFailed { name, id });
+            let (pod, namespace) = (sandbox::name(&job.pod), sandbox::namespace(&job.pod));
+            let what = hooks::name(&hook);
+            let uid = sandbox::uid(&job.pod);
+            let message =
+                format!("{what} for Container {name:?} in Pod \"{pod}_{namespace}({uid})\" failed - error: {message}");
+            report(Progress::HookFailed { name, id, message });
             return Ok(());
         }
     }
