@@ -153,8 +153,13 @@ fn container(f: &Facts<'_>, c: &Value, kind: &str) -> Cause {
         "ErrImagePull" | "ImagePullBackOff" | "ErrImageNeverPull" | "InvalidImageName" => {
             image(f, c, kind, reason, message)
         }
+        "PostStartHookError" => hook(kind, name).more(message),
         "CrashLoopBackOff" => {
-            let mut cause = ended(f, c, kind, &c["lastState"]["terminated"]);
+            let of_it = format!("{{{name}}}");
+            let hooked = f.events.iter().any(|e| {
+                e["reason"] == "FailedPostStartHook" && text(&e["involvedObject"]["fieldPath"]).ends_with(&of_it)
+            });
+            let mut cause = if hooked { hook(kind, name) } else { ended(f, c, kind, &c["lastState"]["terminated"]) };
             let again = message.split_whitespace().nth(1).unwrap_or("a while");
             cause.more.push(format!(
                 "it has been started {} times; the pause before the next try is {again}",
@@ -167,6 +172,12 @@ fn container(f: &Facts<'_>, c: &Value, kind: &str) -> Cause {
         _ => Cause::new(format!("{kind} {name} cannot be started: {reason}: {message}"))
             .todo("the container's command, user or working directory may not exist in its image"),
     }
+}
+
+/// A container that is killed although it may well be able to run.
+fn hook(kind: &str, name: &str) -> Cause {
+    Cause::new(format!("{kind} {name} does not stay up: its postStart hook fails, and it is killed for that"))
+        .todo("the command or path under lifecycle.postStart has to succeed in the running container")
 }
 
 fn pod_name(f: &Facts<'_>) -> String {

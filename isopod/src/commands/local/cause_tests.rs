@@ -64,6 +64,15 @@ fn every_way_to_be_broken_has_its_words() {
         ),
         (
             one(json!({"state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting"}},
+            "lastState": {"terminated": {"exitCode": 0, "reason": "Completed"}}})),
+            none.clone(),
+            json!([{"reason": "FailedPostStartHook", "message": "PostStartHook failed",
+                "involvedObject": {"fieldPath": "spec.containers{c}"}}]),
+            "container c does not stay up: its postStart hook fails",
+            "lifecycle.postStart",
+        ),
+        (
+            one(json!({"state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting"}},
             "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}})),
             none.clone(),
             none.clone(),
