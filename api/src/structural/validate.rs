@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{additional, embedded, flag, formats, properties};
+use super::{additional, flag, formats, properties};
 use crate::field::{Error, ErrorList, Path};
 
 /// Where a value is: the field path of the error, and the dotted name inside its text.
@@ -96,7 +96,7 @@ fn check(schema: &Value, value: &Value, old: Option<&Value>, at: &Place, root: b
         Value::String(text) => check_string(schema, text, at, errors),
         Value::Number(n) => check_number(schema, n.as_f64().unwrap_or_default(), value, at, errors),
         Value::Array(items) => check_array(schema, items, old, at, errors),
-        Value::Object(map) => check_object(schema, map, old, at, root, errors),
+        Value::Object(map) => check_object(schema, map, old, at, errors),
         _ => {}
     }
     check_junctors(schema, value, at, errors);
@@ -205,14 +205,7 @@ fn check_array(schema: &Value, items: &[Value], old: Option<&Value>, at: &Place,
     }
 }
 
-fn check_object(
-    schema: &Value,
-    map: &Map<String, Value>,
-    old: Option<&Value>,
-    at: &Place,
-    root: bool,
-    errors: &mut ErrorList,
-) {
+fn check_object(schema: &Value, map: &Map<String, Value>, old: Option<&Value>, at: &Place, errors: &mut ErrorList) {
     if let Some(max) = count(schema, "maxProperties").filter(|max| map.len() > *max) {
         errors.push(Error::too_many(&at.path, map.len(), max));
     }
@@ -223,13 +216,6 @@ fn check_object(
     for name in schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
         if !map.contains_key(name) {
             errors.push(Error::required(&at.path.child(name), ""));
-        }
-    }
-    if !root && embedded(schema) {
-        for name in ["apiVersion", "kind"] {
-            if map.get(name).and_then(Value::as_str).is_none_or(str::is_empty) {
-                errors.push(Error::required(&at.path.child(name), ""));
-            }
         }
     }
     let known = properties(schema);

@@ -46,6 +46,8 @@ pub(crate) struct Version {
     pub(crate) columns: Vec<PrinterColumn>,
     /// Fields of field selectors: the name without the leading dot, and where it is.
     pub(crate) selectable: Vec<(String, JsonPath)>,
+    /// Whether there may be resources inside its objects.
+    pub(crate) embeds: bool,
     /// Whether status is a subresource.
     pub(crate) has_status: bool,
     /// The scale subresource.
@@ -78,6 +80,7 @@ impl Version {
             rules: schema.and_then(Rules::compile),
             columns: super::columns::columns(spec),
             selectable: selectable.collect(),
+            embeds: schema.is_some_and(super::embedded::any),
             has_status: spec["subresources"]["status"].is_object(),
             scale,
             deprecation: None,

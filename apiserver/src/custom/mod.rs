@@ -13,6 +13,7 @@ pub(crate) mod controller;
 mod conversion;
 mod definition;
 mod documents;
+mod embedded;
 pub(crate) mod names;
 mod path;
 mod rules;

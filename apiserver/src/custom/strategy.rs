@@ -10,10 +10,13 @@ use isopod_api::{
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{Version, path::JsonPath};
-use crate::registry::{
-    strategy::{Column, Context, Strategy},
-    table,
+use super::{Version, embedded, path::JsonPath};
+use crate::{
+    registry::{
+        strategy::{Column, Context, Strategy},
+        table,
+    },
+    validation::Errs,
 };
 
 /// The behaviour of one version of a CRD.
@@ -61,6 +64,14 @@ impl Behaviour {
         errors.extend(rules.check(self.version.schema.schema(), obj, old).errors);
     }
 
+    fn check_embedded(&self, obj: &Value, errors: &mut ErrorList) {
+        if self.version.embeds {
+            let mut e = Errs::new();
+            embedded::inside(&mut e, self.version.schema.schema(), obj, &Path::nil());
+            errors.append(&mut e.0);
+        }
+    }
+
     fn check_scale(&self, obj: &Value, errors: &mut ErrorList) {
         let Some(scale) = &self.version.scale else { return };
         let mut check = |path: &JsonPath, text: &str| {
@@ -88,6 +99,7 @@ impl Strategy for Behaviour {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut errors = self.version.schema.validate(obj, None);
+        self.check_embedded(obj, &mut errors);
         self.check(obj, None, &mut errors);
         errors
     }
@@ -97,6 +109,9 @@ impl Strategy for Behaviour {
             "status" => self.version.schema.validate_status(new, Some(old)),
             _ => self.version.schema.validate(new, Some(old)),
         };
+        if cx.subresource != "status" {
+            self.check_embedded(new, &mut errors);
+        }
         self.check(new, Some(old), &mut errors);
         errors
     }

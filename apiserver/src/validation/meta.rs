@@ -96,6 +96,18 @@ fn object_meta(e: &mut Errs, gvr: &Gvr, namespaced: bool, meta: &At<'_>) {
     standard_finalizers(e, gvr, &meta.get("finalizers"));
 }
 
+/// Metadata of a resource inside another, which may do without a name.
+pub(crate) fn embedded(e: &mut Errs, meta: &At<'_>) {
+    for at in [meta.get("generateName"), meta.get("name")].iter().filter(|at| !at.s().is_empty()) {
+        e.messages(at, names::path_segment(at.s()));
+    }
+    let namespace = meta.get("namespace");
+    if !namespace.s().is_empty() {
+        e.messages(&namespace, names::dns1123_label(namespace.s()));
+    }
+    accessors(e, meta);
+}
+
 fn accessors(e: &mut Errs, meta: &At<'_>) {
     e.non_negative(&meta.get("generation"));
     labels(e, &meta.get("labels"));
