@@ -18,7 +18,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use crate::{
-    field::ErrorList,
+    field::{ErrorList, Path},
     schema::{self, DecodeError, DefRef, Definition, Field, ListKind, ListType, MapType, PatchStrategy, Type, Zero},
     text::quote,
 };
@@ -32,6 +32,8 @@ pub struct Structural {
     definition: Arc<Definition>,
     /// Knows metadata, leaves everything else alone.
     envelope: Arc<Definition>,
+    /// Whether there are lists whose items must differ.
+    unique_lists: bool,
 }
 
 fn flag(schema: &Value, name: &str) -> bool {
@@ -143,6 +145,7 @@ impl Structural {
         let metadata = field("metadata", Type::Object(DefRef::Builtin(OBJECT_META)), None, false);
         let envelope = Definition { fields: vec![metadata], opaque: true, ..Definition::default() };
         Self {
+            unique_lists: validate::has_unique_lists(&schema),
             definition: Arc::new(definition_of(&schema, true)),
             schema: Arc::new(schema),
             envelope: Arc::new(envelope),
@@ -179,6 +182,19 @@ impl Structural {
     /// Validates. With `old`, values that did not change are accepted as they are.
     pub fn validate(&self, obj: &Value, old: Option<&Value>) -> ErrorList {
         validate::validate(&self.schema, obj, old)
+    }
+
+    /// Items that are in a list twice where they may not be. Once they are, they may stay and others may join them.
+    pub fn validate_lists(&self, obj: &Value, old: Option<&Value>) -> ErrorList {
+        let of = |value: &Value| {
+            let mut errors = ErrorList::new();
+            if self.unique_lists {
+                validate::duplicates(&self.schema, value, &Path::nil(), &mut errors);
+            }
+            errors
+        };
+        let errors = of(obj);
+        if !errors.is_empty() && old.is_some_and(|old| !of(old).is_empty()) { ErrorList::new() } else { errors }
     }
 
     /// Validates nothing but status, as writes to its subresource do.

@@ -10,7 +10,9 @@ fn spec(schema: Value) -> Structural {
 
 fn messages(s: &Structural, spec: Value, old: Option<Value>) -> Vec<String> {
     let old = old.map(|o| json!({"spec": o}));
-    s.validate(&json!({"spec": spec}), old.as_ref()).iter().map(ToString::to_string).collect()
+    let new = json!({"spec": spec});
+    let errors = [s.validate(&new, old.as_ref()), s.validate_lists(&new, old.as_ref())].concat();
+    errors.iter().map(ToString::to_string).collect()
 }
 
 #[test]
@@ -97,6 +99,22 @@ fn unchanged_values_are_not_judged_again() {
     );
     assert!(messages(&s, json!({"a": "long", "b": "new"}), Some(json!({"a": "long"}))).is_empty());
     assert_eq!(messages(&s, json!({"a": "longer"}), Some(json!({"a": "long"}))).len(), 1);
+}
+
+#[test]
+fn items_that_were_there_twice_may_stay() {
+    let set = |items: Value| json!({"type": "array", "x-kubernetes-list-type": "set", "items": items});
+    let s = spec(json!({"type": "object", "properties": {"a": set(json!({"type": "integer"})),
+        "o": set(json!({"type": "object", "x-kubernetes-map-type": "atomic", "x-kubernetes-preserve-unknown-fields": true}))}}));
+    let twice = || json!({"a": [1, 2, 1]});
+    assert_eq!(messages(&s, twice(), None), ["spec.a[2]: Duplicate value: 1"]);
+    assert_eq!(messages(&s, twice(), Some(json!({"a": [1, 2]}))).len(), 1);
+    assert!(messages(&s, json!({"a": [1, 2, 1, 2]}), Some(twice())).is_empty());
+    let objects = json!({"o": [{"k": 1, "l": 2}, {"l": 2, "k": 1}, {"k": "1", "l": 2}]});
+    assert_eq!(messages(&s, objects, None), [r#"spec.o[1]: Duplicate value: {"l":2,"k":1}"#]);
+    // As many as a body holds, in no time.
+    let many: Vec<i32> = (0..200_000).collect();
+    assert!(messages(&s, json!({"a": many}), Some(json!({"a": many}))).is_empty());
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Validation of a value against an OpenAPI schema, with upstream's messages.
 
+use std::collections::{BTreeMap, HashMap, HashSet};
+
 use serde_json::{Map, Value};
 
 use super::{additional, flag, formats, properties};
@@ -177,31 +179,72 @@ fn check_array(schema: &Value, items: &[Value], old: Option<&Value>, at: &Place,
         errors.push(Error::invalid(&at.path, "", at.says("shouldn't contain duplicates")));
     }
     let kind = schema.get("x-kubernetes-list-type").and_then(Value::as_str);
-    let old_items = old.and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let key = |item: &Value| match kind {
+        Some("map") => list_key(schema, item).as_ref().map(canonical),
+        Some("set") => Some(canonical(item)),
+        _ => None,
+    };
+    let old_items = old.and_then(Value::as_array).into_iter().flatten();
+    // Of items with the same key the first counts.
+    let known: HashMap<String, &Value> = old_items.rev().filter_map(|item| Some((key(item)?, item))).collect();
     if let Some(item_schema) = schema.get("items") {
         for (i, item) in items.iter().enumerate() {
-            let before = match kind {
-                Some("map") => {
-                    let key = list_key(schema, item);
-                    old_items.iter().find(|o| list_key(schema, o) == key)
-                }
-                Some("set") => old_items.iter().find(|o| *o == item),
-                _ => None,
-            };
+            let before = if known.is_empty() { None } else { key(item).and_then(|key| known.get(&key).copied()) };
             check(item_schema, item, before, &at.index(i), false, errors);
         }
     }
-    let keys: Vec<Option<Value>> = match kind {
-        Some("set") => items.iter().cloned().map(Some).collect(),
-        Some("map") => items.iter().map(|item| list_key(schema, item)).collect(),
-        _ => return,
-    };
-    for (i, key) in keys.iter().enumerate() {
-        if let Some(key) = key
-            && keys[..i].iter().flatten().any(|k| k == key)
-        {
-            errors.push(Error::duplicate(&at.path.index(i), key));
+}
+
+/// Whether a schema has lists whose items must differ.
+pub(super) fn has_unique_lists(schema: &Value) -> bool {
+    let list = schema.get("x-kubernetes-list-type").and_then(Value::as_str);
+    let below =
+        properties(schema).into_iter().flat_map(Map::values).chain(additional(schema)).chain(schema.get("items"));
+    matches!(list, Some("set" | "map")) || below.into_iter().any(has_unique_lists)
+}
+
+/// Items that are in a `set` or, by their keys, in a `map` list twice.
+pub(super) fn duplicates(schema: &Value, value: &Value, at: &Path, errors: &mut ErrorList) {
+    match value {
+        Value::Object(map) => {
+            let known = properties(schema);
+            for (name, value) in map {
+                if let Some(schema) = known.and_then(|k| k.get(name)) {
+                    duplicates(schema, value, &at.child(name), errors);
+                } else if let Some(schema) = additional(schema) {
+                    duplicates(schema, value, &at.key(name), errors);
+                }
+            }
         }
+        Value::Array(items) => {
+            let key = |item: &Value| match schema.get("x-kubernetes-list-type").and_then(Value::as_str) {
+                Some("set") => Some(item.clone()),
+                Some("map") => list_key(schema, item),
+                _ => None,
+            };
+            let mut seen = HashSet::new();
+            for (i, key) in items.iter().enumerate().filter_map(|(i, item)| Some((i, key(item)?))) {
+                if !seen.insert(canonical(&key)) {
+                    errors.push(Error::duplicate(&at.index(i), &key));
+                }
+            }
+            if let Some(schema) = schema.get("items") {
+                items.iter().enumerate().for_each(|(i, item)| duplicates(schema, item, &at.index(i), errors));
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The same text for equal values, in whatever order their fields are.
+fn canonical(value: &Value) -> String {
+    match value {
+        Value::Object(map) => {
+            let fields: BTreeMap<&str, String> = map.iter().map(|(name, v)| (name.as_str(), canonical(v))).collect();
+            format!("{fields:?}")
+        }
+        Value::Array(items) => format!("{:?}", items.iter().map(canonical).collect::<Vec<_>>()),
+        scalar => scalar.to_string(),
     }
 }
 

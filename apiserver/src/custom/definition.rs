@@ -30,6 +30,8 @@ pub(crate) struct ScalePaths {
     pub(crate) status_text: String,
     /// `labelSelectorPath`.
     pub(crate) selector: Option<JsonPath>,
+    /// Its text.
+    pub(crate) selector_text: Option<String>,
 }
 
 /// One version of a CRD.
@@ -73,6 +75,7 @@ impl Version {
                 spec_text: scale["specReplicasPath"].as_str().unwrap_or_default().to_owned(),
                 status_text: scale["statusReplicasPath"].as_str().unwrap_or_default().to_owned(),
                 selector: path(&scale["labelSelectorPath"]),
+                selector_text: scale["labelSelectorPath"].as_str().map(str::to_owned),
             });
         Self {
             served: spec["served"] == true,

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use isopod_api::{
     field::{Error, ErrorList, ErrorType, Path},
     meta, names,
-    text::quote,
+    text::{go_value, quote},
 };
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::{Version, embedded, path::JsonPath};
+use super::{Version, embedded};
 use crate::{
     registry::{
         strategy::{Column, Context, Strategy},
@@ -49,8 +49,8 @@ impl Strategy for Stored {
 }
 
 impl Behaviour {
-    fn check(&self, obj: &Value, old: Option<&Value>, errors: &mut ErrorList) {
-        self.check_scale(obj, errors);
+    /// The rules, unless the object is not what they are about.
+    fn check_rules(&self, obj: &Value, old: Option<&Value>, errors: &mut ErrorList) {
         let Some(rules) = &self.version.rules else { return };
         let blocking = |e: &Error| {
             use ErrorType::{NotSupported, Required, TooLong, TooMany, TypeInvalid};
@@ -72,19 +72,64 @@ impl Behaviour {
         }
     }
 
-    fn check_scale(&self, obj: &Value, errors: &mut ErrorList) {
+    fn check_scale(&self, obj: &Value, subresource: &str, errors: &mut ErrorList) {
         let Some(scale) = &self.version.scale else { return };
-        let mut check = |path: &JsonPath, text: &str| {
-            let Some(n) = path.first(obj).and_then(Value::as_i64) else { return };
-            if n < 0 {
-                errors.push(Error::invalid(&Path::new(text), n, "should be a non-negative integer"));
-            } else if n > i64::from(i32::MAX) {
-                let detail = format!("should be less than or equal to {}", i32::MAX);
-                errors.push(Error::invalid(&Path::new(text), n, detail));
-            }
-        };
-        check(&scale.spec, &scale.spec_text);
-        check(&scale.status, &scale.status_text);
+        if subresource != "status" {
+            errors.extend(replicas(obj, &scale.spec_text));
+        }
+        errors.extend(replicas(obj, &scale.status_text));
+        if let Some(text) = &scale.selector_text
+            && let Err(why) = nested(obj, text, "string", Value::is_string)
+        {
+            errors.push(Error::invalid(&Path::new(text), "", why));
+        }
+    }
+}
+
+/// A number of replicas that is none.
+fn replicas(obj: &Value, path: &str) -> Option<Error> {
+    let (n, why) = match nested(obj, path, "int64", Value::is_i64) {
+        Err(why) => (0, why),
+        Ok(found) => match found.and_then(Value::as_i64).unwrap_or_default() {
+            n if n < 0 => (n, "should be a non-negative integer".to_owned()),
+            n if n > i64::from(i32::MAX) => (n, format!("should be less than or equal to {}", i32::MAX)),
+            _ => return None,
+        },
+    };
+    Some(Error::invalid(&Path::new(path), n, why))
+}
+
+/// The value at a path of plain fields, when it is there. The errors are Go's.
+fn nested<'v>(obj: &'v Value, path: &str, wanted: &str, is: fn(&Value) -> bool) -> Result<Option<&'v Value>, String> {
+    let failed = |path: &str, found: &Value, wanted: &str| {
+        Err(format!("{path} accessor error: {} is of the type {}, expected {wanted}", go_value(found), go_type(found)))
+    };
+    let (mut at, mut walked) = (obj, String::new());
+    for field in path.trim_start_matches('.').split('.') {
+        walked.push('.');
+        walked.push_str(field);
+        match at {
+            Value::Null => return Ok(None),
+            Value::Object(map) => match map.get(field) {
+                Some(value) => at = value,
+                None => return Ok(None),
+            },
+            other => return failed(&walked, other, "map[string]interface{}"),
+        }
+    }
+    if is(at) { Ok(Some(at)) } else { failed(&walked, at, wanted) }
+}
+
+/// What Go calls the type of a decoded value.
+fn go_type(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "<nil>",
+        Value::Bool(_) => "bool",
+        Value::Number(n) if n.is_i64() => "int64",
+        Value::Number(_) => "float64",
+        Value::String(_) => "string",
+        Value::Array(_) => "[]interface {}",
+        Value::Object(_) => "map[string]interface {}",
     }
 }
 
@@ -97,22 +142,27 @@ impl Strategy for Behaviour {
         }
     }
 
-    fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
+    fn validate(&self, cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut errors = self.version.schema.validate(obj, None);
+        self.check_scale(obj, cx.subresource, &mut errors);
         self.check_embedded(obj, &mut errors);
-        self.check(obj, None, &mut errors);
+        errors.extend(self.version.schema.validate_lists(obj, None));
+        self.check_rules(obj, None, &mut errors);
         errors
     }
 
     fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        let mut errors = match cx.subresource {
-            "status" => self.version.schema.validate_status(new, Some(old)),
-            _ => self.version.schema.validate(new, Some(old)),
+        let status = cx.subresource == "status";
+        let mut errors = match status {
+            true => self.version.schema.validate_status(new, Some(old)),
+            false => self.version.schema.validate(new, Some(old)),
         };
-        if cx.subresource != "status" {
+        self.check_scale(new, cx.subresource, &mut errors);
+        if !status {
             self.check_embedded(new, &mut errors);
         }
-        self.check(new, Some(old), &mut errors);
+        errors.extend(self.version.schema.validate_lists(new, Some(old)));
+        self.check_rules(new, Some(old), &mut errors);
         errors
     }
 
@@ -158,6 +208,18 @@ impl Strategy for Behaviour {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn replicas_are_small_whole_numbers() {
+        let found = |obj: Value| replicas(&obj, ".spec.n").map(|error| error.to_string()).unwrap_or_default();
+        assert_eq!(found(json!({"spec": {"n": 3}})), "");
+        assert_eq!(found(json!({"spec": {}})), "");
+        assert_eq!(found(json!({"spec": {"n": -1}})), ".spec.n: Invalid value: -1: should be a non-negative integer");
+        let want = ".spec.n: Invalid value: 0: .spec.n accessor error: x is of the type string, expected int64";
+        assert_eq!(found(json!({"spec": {"n": "x"}})), want);
+        let want = ".spec.n: Invalid value: 0: .spec.n accessor error: [1] is of the type []interface {}, expected map[string]interface{}";
+        assert_eq!(found(json!({"spec": [1]})), want);
+    }
 
     #[test]
     fn finalizers_of_others_should_name_a_domain() {
