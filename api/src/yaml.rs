@@ -20,14 +20,14 @@ pub fn parse(text: &str) -> Result<Value, Error> {
     parse_strict(text).map(|(value, _)| value)
 }
 
-/// Parses one document and reports duplicate keys the way strict field validation does:
+/// Parses the first document, as Go does (nothing at all is null), and reports duplicate keys the way strict field validation does:
 /// `line 7: key "a" already set in map`.
 pub fn parse_strict(text: &str) -> Result<(Value, Vec<String>), Error> {
     check_open(text)?;
     let (mut path, mut duplicates) = (String::new(), Vec::new());
-    let value = Seed::new(&mut path, &mut duplicates)
-        .deserialize(serde_yaml_ng::Deserializer::from_str(text))
-        .map_err(|e| failure(&e))?;
+    let seed = Seed::new(&mut path, &mut duplicates);
+    let first = serde_yaml_ng::Deserializer::from_str(text).next();
+    let value = first.map_or(Ok(Value::Null), |document| seed.deserialize(document)).map_err(|e| failure(&e))?;
     Ok((whole_numbers(value), duplicates.iter().map(|path| duplicate(text, path)).collect()))
 }
 
@@ -128,6 +128,18 @@ fn sorted(value: &Value) -> Value {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn the_first_document_counts() {
+        for (text, want) in [
+            ("a: 1\n---\nb: 2\n", json!({"a": 1})),
+            ("", json!(null)),
+            ("# none\n", json!(null)),
+            ("---\na: ~\n...\n}", json!({"a": null})),
+        ] {
+            assert_eq!(parse(text), Ok(want), "{text:?}");
+        }
+    }
 
     #[test]
     fn errors_read_as_they_do_in_go() {

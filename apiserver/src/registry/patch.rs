@@ -301,13 +301,15 @@ impl Registry {
 
 /// An applied configuration must say what it is.
 fn check_applied(gvk: &Gvk, target: Target<'_>, mut applied: Value) -> Result<Value, Status> {
+    if applied.is_null() {
+        applied = Value::Object(serde_json::Map::new());
+    }
     if !applied.is_object() {
         let found = match &applied {
             Value::Array(_) => "array",
             Value::String(_) => "string",
             Value::Bool(_) => "bool",
-            Value::Number(_) => "number",
-            _ => "null",
+            _ => "number",
         };
         return Err(Status::bad_request(format!(
             "error decoding YAML: error unmarshaling JSON: while decoding JSON: json: cannot unmarshal {found} into Go value of type map[string]interface {{}}"
