@@ -1,8 +1,10 @@
 //! Other people's firewalls. In nftables a packet has to get through every table, so a chain of somebody else that drops
 //! what it does not know (policy DROP, as Docker and ufw set it by iptables) would keep pods from each other.
 //!
-//! In such chains of iptables pods' packets are accepted first, as other pod networks do it: what is sent from and to pods in
-//! FORWARD, what pods send to their node in INPUT. Chains that accept by themselves are left alone, no chain is ever made,
+//! In such chains of iptables pods' packets are accepted first: in FORWARD what is sent from and to pods, as other pod networks
+//! do it; in INPUT only what pods need of their node: answers, what was translated (a Service whose endpoint is the node,
+//! as the API server's), cluster DNS, and in IPv6 the talk of neighbours. What else a pod may reach of its node is the
+//! administrator's to say. Chains that accept by themselves are left alone, no chain is ever made,
 //! and of tables that are not iptables' it is only said that they are in the way.
 
 use std::{
@@ -10,6 +12,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
+use ipnet::IpNet;
 use serde_json::Value;
 
 use super::rules::Settings;
@@ -48,15 +51,27 @@ impl Chain {
     /// The rules that pods need in it.
     fn rules(&self, settings: &Settings) -> Vec<Vec<String>> {
         let v6 = self.family == "ip6";
-        let words = |flag: &str, value: &str| {
-            let text = [flag, value, "-m", "comment", "--comment", &settings.table, "-j", "ACCEPT"];
-            text.map(str::to_owned).to_vec()
+        let accept = |what: &str| -> Vec<String> {
+            let end = ["-m", "comment", "--comment", &settings.table, "-j", "ACCEPT"];
+            what.split(' ').chain(end).map(str::to_owned).collect()
         };
-        if self.name == "INPUT" {
-            return vec![words("-i", &settings.bridge)];
+        let of_family = |nets: &[IpNet]| -> Vec<String> {
+            nets.iter().filter(|n| n.addr().is_ipv6() == v6).map(ToString::to_string).collect()
+        };
+        if self.name != "INPUT" {
+            let nets = of_family(&settings.cluster).into_iter();
+            return nets.flat_map(|net| [accept(&format!("-s {net}")), accept(&format!("-d {net}"))]).collect();
         }
-        let nets = settings.cluster.iter().filter(|n| n.addr().is_ipv6() == v6).map(ToString::to_string);
-        nets.flat_map(|net| [words("-s", &net), words("-d", &net)]).collect()
+        let bridge = &settings.bridge;
+        let mut rules = vec![accept(&format!("-i {bridge} -m conntrack --ctstate RELATED,ESTABLISHED,DNAT"))];
+        // Of Services' addresses only that of DNS is the node's own.
+        for net in of_family(&settings.services) {
+            rules.extend(["udp", "tcp"].map(|p| accept(&format!("-i {bridge} -d {net} -p {p} --dport 53"))));
+        }
+        if v6 {
+            rules.push(accept(&format!("-i {bridge} -p ipv6-icmp")));
+        }
+        rules
     }
 }
 
@@ -172,12 +187,15 @@ mod tests {
             table: "own".into(),
             bridge: "br".into(),
             cluster: vec!["10.244.0.0/16".parse().unwrap(), "2001:db8::/48".parse().unwrap()],
-            services: Vec::new(),
+            services: vec!["10.96.0.0/16".parse().unwrap()],
             pods: Vec::new(),
         };
         let text = |n: usize| seen.chains[n].rules(&settings).iter().map(|r| r.join(" ")).collect::<Vec<_>>();
         let comment = "-m comment --comment own -j ACCEPT";
         assert_eq!(text(0), [format!("-s 10.244.0.0/16 {comment}"), format!("-d 10.244.0.0/16 {comment}")]);
-        assert_eq!(text(1), [format!("-i br {comment}")]);
+        let answers = format!("-i br -m conntrack --ctstate RELATED,ESTABLISHED,DNAT {comment}");
+        assert_eq!(text(1), [answers.clone(), format!("-i br -p ipv6-icmp {comment}")]);
+        let dns = ["udp", "tcp"].map(|p| format!("-i br -d 10.96.0.0/16 -p {p} --dport 53 {comment}"));
+        assert_eq!(text(2), [&[answers][..], &dns].concat());
     }
 }

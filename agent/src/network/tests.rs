@@ -249,8 +249,8 @@ fn host_ports_work_from_everywhere() {
     });
 }
 
-/// Docker and ufw drop what they do not know, by iptables: pods get through all the same, also after a reload, and nothing of
-/// ours is left in the end.
+/// Docker and ufw drop what they do not know, by iptables: pods get through all the same, also after a reload, to each other and
+/// to what they need of their node, and to nothing else there; and nothing of ours is left in the end.
 #[test]
 fn pods_pass_other_peoples_firewalls() {
     alone(|root| async move {
@@ -263,18 +263,31 @@ fn pods_pass_other_peoples_firewalls() {
         let network = started(&root).await;
         let (a, b) = (network.setup(request("a")).await.unwrap(), network.setup(request("b")).await.unwrap());
         let target = SocketAddr::new(b.ips[0], 8080);
-        let node: SocketAddr = "10.244.3.1:9000".parse().unwrap();
+        let [node, service, dns] =
+            ["10.244.3.1:9000", "10.96.0.1:443", "10.96.0.10:53"].map(|a| a.parse::<SocketAddr>().unwrap());
+        // What the service proxy does: translate to the API server of this node, answer DNS.
+        run(
+            "nft add table ip t { chain c { type nat hook prerouting priority -100; ip daddr 10.96.0.1 tcp dport 443 dnat to 10.244.3.1:9000; }; }",
+        );
+        run("ip addr add 10.96.0.10/32 dev lo");
         let _pod = inside(&b.netns, || TcpListener::bind(target).unwrap());
-        let _node = TcpListener::bind(node).unwrap();
+        let _servers = [node, dns].map(|at| TcpListener::bind(at).unwrap());
         let reach = |to| inside(&a.netns, || TcpStream::connect_timeout(&to, Duration::from_millis(100)).is_ok());
+        let all = || {
+            reach(target)
+                && reach(service)
+                && reach(dns)
+                && TcpStream::connect_timeout(&target, Duration::from_millis(100)).is_ok()
+        };
         for reload in ["iptables -S", "iptables -F", "iptables -P FORWARD DROP"] {
             run(reload);
             let begun = Instant::now();
-            while !(reach(target) && reach(node)) {
+            while !all() {
                 assert!(begun.elapsed() < Duration::from_secs(5), "{reload}: {}", run("iptables -S"));
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            assert!(run("iptables -S").matches("isopod").count() == 3, "{reload}: {}", run("iptables -S"));
+            assert!(run("iptables -S").matches("isopod-").count() == 5, "{reload}: {}", run("iptables -S"));
+            assert!(!reach(node), "{reload}: nobody said that pods may reach this: {}", run("iptables -S"));
         }
         // What has become open since is left as well.
         chains.iter().for_each(|chain| drop(run(&format!("iptables -P {chain} ACCEPT"))));
