@@ -41,7 +41,7 @@ test: test-deps check
 	cargo build --workspace --all-targets --locked
 	cargo nextest run --workspace --locked --no-fail-fast
 
-# What wants a machine of its own, in a virtual one: systemd, cgroup v2, `make install`. Needs kubectl beside Debian's tools.
+# What wants a machine of its own, in a virtual one: systemd, cgroup v2, WireGuard, SCTP, `make install`. Needs kubectl beside Debian's tools.
 test-vm: vm-deps
 	tests/vm/run
 

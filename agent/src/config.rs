@@ -55,6 +55,8 @@ pub struct Config {
     pub forget_flows: Option<crate::network::ForgetFlows>,
     /// True while somebody in this process changes so much of nftables that nobody should listen.
     pub loading: tokio::sync::watch::Receiver<bool>,
+    /// Told until when the node's lease holds.
+    pub lease: tokio::sync::watch::Sender<Option<std::time::Instant>>,
     /// Name of the image to assemble from this executable, if any: the control plane's, and that of volumes' removers.
     pub own_image: Option<String>,
 }

@@ -67,6 +67,11 @@ impl Paths {
         self.state().join("volumes")
     }
 
+    /// Private key of this node's WireGuard, where pods' packets are encrypted.
+    pub fn wireguard_key(&self) -> PathBuf {
+        self.state().join("network/wireguard.key")
+    }
+
     /// Unpacked images.
     pub fn image_store(&self) -> PathBuf {
         self.state().join("image-store")

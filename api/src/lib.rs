@@ -13,6 +13,7 @@
 //! - [`structural`]: CustomResourceDefinitions in the schema engine.
 //! - [`names`], [`selector`], [`quantity`], [`duration`], [`text`]: the small grammars.
 
+pub mod announcement;
 pub mod apply;
 pub mod duration;
 pub mod field;

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
-use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
+use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags, sys::socket::SockaddrStorage};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Usage;
@@ -34,6 +34,20 @@ pub(crate) struct Settings {
     /// Addresses of all services.
     #[serde(rename = "serviceCIDR")]
     pub(crate) service_cidr: IpNet,
+    /// What becomes of packets between pods of different nodes.
+    #[serde(default)]
+    pub(crate) pod_encryption: PodEncryption,
+}
+
+/// How packets between pods of different nodes are kept from others.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum PodEncryption {
+    /// Not at all.
+    #[default]
+    None,
+    /// By WireGuard; the kernel has to have it.
+    Wireguard,
 }
 
 /// Options that override remembered settings.
@@ -57,6 +71,9 @@ pub(crate) struct Options {
     /// Addresses of all services [default: 10.96.0.0/16]
     #[arg(long, value_name = "CIDR")]
     service_cidr: Option<IpNet>,
+    /// Encryption of packets between pods of different nodes, the same on every node [default: none]
+    #[arg(long)]
+    pod_encryption: Option<PodEncryption>,
 }
 
 impl Settings {
@@ -80,6 +97,7 @@ impl Settings {
                 agent_port: 10250,
                 pod_cidr: "10.244.0.0/16".parse().context("default pod CIDR")?,
                 service_cidr: "10.96.0.0/16".parse().context("default service CIDR")?,
+                pod_encryption: PodEncryption::None,
             },
         };
         if let Some(name) = options.node_name {
@@ -99,6 +117,7 @@ impl Settings {
         settings.agent_port = options.agent_port.unwrap_or(settings.agent_port);
         settings.pod_cidr = options.pod_cidr.unwrap_or(settings.pod_cidr);
         settings.service_cidr = options.service_cidr.unwrap_or(settings.service_cidr);
+        settings.pod_encryption = options.pod_encryption.unwrap_or(settings.pod_encryption);
         if settings.pod_cidr.contains(&settings.service_cidr) || settings.service_cidr.contains(&settings.pod_cidr) {
             bail!(Usage(format!("pod CIDR {} and service CIDR {} overlap", settings.pod_cidr, settings.service_cidr)));
         }
@@ -139,7 +158,7 @@ pub(crate) fn host_name() -> Result<String> {
 /// The address others reach this machine by: of the interface with the default route, else the first global one.
 pub(crate) fn address() -> Result<IpAddr> {
     let route = default_route_interface();
-    let mut found: Vec<(bool, bool, IpAddr)> = Vec::new();
+    let mut found: Vec<(bool, bool, bool, IpAddr)> = Vec::new();
     for interface in getifaddrs().context("list interfaces")? {
         let up =
             interface.flags.contains(InterfaceFlags::IFF_UP) && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK);
@@ -154,11 +173,21 @@ pub(crate) fn address() -> Result<IpAddr> {
         if bridge && route.as_deref() != Some(interface.interface_name.as_str()) {
             continue;
         }
-        found.push((route.as_deref() != Some(interface.interface_name.as_str()), address.is_ipv6(), address));
+        // Those of Services are announced with masks of one address.
+        let alone = interface.netmask.is_some_and(|m| is_full(&m));
+        let no_route = route.as_deref() != Some(interface.interface_name.as_str());
+        found.push((no_route, address.is_ipv6(), alone, address));
     }
-    found.sort_by_key(|(no_route, v6, _)| (*no_route, *v6));
+    found.sort_by_key(|(no_route, v6, alone, _)| (*no_route, *v6, *alone));
     // A machine without any network still runs a cluster of its own.
-    Ok(found.first().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |(_, _, address)| *address))
+    Ok(found.first().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |(.., address)| *address))
+}
+
+/// Whether a mask leaves one address.
+fn is_full(mask: &SockaddrStorage) -> bool {
+    let v4 = mask.as_sockaddr_in().map(|m| m.ip().to_bits() == u32::MAX);
+    let v6 = mask.as_sockaddr_in6().map(|m| m.ip().to_bits() == u128::MAX);
+    v4.or(v6) == Some(true)
 }
 
 fn default_route_interface() -> Option<String> {

@@ -268,12 +268,15 @@ impl KubeProxyConfiguration {
 
     fn apply_local(&self, config: &mut Config) -> Result<(), Error> {
         let link = |field| self.text(field)?.ok_or_else(|| self.bad(field, "is required by this detectLocalMode"));
-        config.pod_links = match self.text("detectLocalMode")? {
-            None | Some("ClusterCIDR") => None,
+        let mode = self.text("detectLocalMode")?;
+        config.pods_of_node = mode == Some("NodeCIDR");
+        config.pod_links = match mode {
+            None | Some("ClusterCIDR" | "NodeCIDR") => None,
             Some("BridgeInterface") => Some(link("detectLocal.bridgeInterface")?.to_owned()),
             Some("InterfaceNamePrefix") => Some(format!("{}*", link("detectLocal.interfaceNamePrefix")?)),
             Some(other) => {
-                let why = format!("\"{other}\" is not one of ClusterCIDR, BridgeInterface, InterfaceNamePrefix");
+                let why =
+                    format!("\"{other}\" is not one of ClusterCIDR, NodeCIDR, BridgeInterface, InterfaceNamePrefix");
                 return Err(self.bad("detectLocalMode", why));
             }
         };
@@ -432,7 +435,10 @@ mod tests {
         let below = "detectLocal: {bridgeInterface: b, interfaceNamePrefix: v}";
         for mode in list("detectLocalModes") {
             let got = parse(&format!("clusterCIDR: 10.0.0.0/8\ndetectLocalMode: {mode}\n{below}"));
-            assert_eq!(got.is_ok(), mode != "NodeCIDR", "{mode}: {got:?}");
+            let mut config = Config::new("n", "t", "b");
+            got.unwrap().apply(&mut config, &[]).unwrap();
+            assert_eq!(config.pods_of_node, mode == "NodeCIDR");
+            assert_eq!(config.pod_links.is_some(), mode.contains("Interface"), "{mode}");
         }
     }
 
@@ -469,7 +475,7 @@ mod tests {
             ("bindAddress: x", "p.yaml: bindAddress: \"x\" is not an IP address"),
             ("healthzBindAddress: x", "p.yaml: healthzBindAddress: \"x\" is not ADDRESS[:PORT]"),
             ("nftables: {masqueradeBit: 32}", "p.yaml: nftables.masqueradeBit: want a number from 0 to 31, not 32"),
-            ("detectLocalMode: NodeCIDR", "p.yaml: detectLocalMode: \"NodeCIDR\" is not one of"),
+            ("detectLocalMode: LocalCIDR", "p.yaml: detectLocalMode: \"LocalCIDR\" is not one of"),
             ("detectLocalMode: BridgeInterface", "p.yaml: detectLocal.bridgeInterface: is required"),
             ("conntrack: {udpTimeout: 5}", "p.yaml: conntrack.udpTimeout: want a string, not 5"),
             ("conntrack: {udpTimeout: 5x}", "p.yaml: conntrack.udpTimeout: \"5x\" is not a duration"),

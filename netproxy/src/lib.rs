@@ -6,6 +6,7 @@
 //!
 //! A normal stop leaves the rules in place: connections and new connections go on while the process restarts.
 
+mod announce;
 pub mod configuration;
 mod conntrack;
 mod dns;
@@ -33,6 +34,7 @@ use parking_lot::RwLock;
 use tokio::sync::{mpsc, watch as state};
 use tokio_util::sync::CancellationToken;
 
+pub use announce::Lease;
 pub use conntrack::forget_host_ports;
 pub use links::Error as LinkError;
 pub use nft::kernel::Error as KernelError;
@@ -57,6 +59,8 @@ pub struct Config {
     pub cluster_cidrs: Vec<IpNet>,
     /// Links whose packets are pods' instead of those addresses; a `*` at the end stands for anything.
     pub pod_links: Option<String>,
+    /// Whether packets of this node's ranges alone are pods' instead of all the cluster's.
+    pub pods_of_node: bool,
     /// Bit of the mark of packets to be masqueraded.
     pub masquerade_bit: u8,
     /// Whether connections to services are masqueraded whoever makes them.
@@ -77,6 +81,10 @@ pub struct Config {
     pub localhost_node_ports: bool,
     /// Whether to keep routes to other nodes' pods.
     pub node_routes: bool,
+    /// File of this node's private key, when packets between pods of different nodes go in WireGuard.
+    pub wireguard: Option<PathBuf>,
+    /// Until when this node's lease holds: so long it announces addresses of Services it was chosen for.
+    pub lease: Lease,
     /// Where health is served.
     pub healthz: Option<SocketAddr>,
     /// Where metrics are served.
@@ -98,6 +106,7 @@ impl Config {
             bridge: bridge.into(),
             cluster_cidrs: vec![net([10, 244, 0, 0], 16)],
             pod_links: None,
+            pods_of_node: false,
             masquerade_bit: 14,
             masquerade_all: false,
             conntrack: Vec::new(),
@@ -108,6 +117,8 @@ impl Config {
             node_port_addresses: Vec::new(),
             localhost_node_ports: true,
             node_routes: true,
+            wireguard: None,
+            lease: state::Sender::new(None).subscribe(),
             healthz: None,
             metrics: None,
             addresses_must_bind: false,
@@ -162,8 +173,16 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     let (report_to, report) = state::channel(sync::Report::default());
     let (nodes_to, nodes) = state::channel(Arc::default());
     let place = model::objects::Place { node: config.node_name.as_str().into(), zone: None };
+    let mut settings = config.settings();
+    if config.pods_of_node {
+        // Cancel-safe: it only waits.
+        settings.cluster_cidrs = tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            ranges = watch::own_ranges(client.clone(), &config.node_name) => ranges,
+        };
+    }
     let ears = monitor::open(config.loading.clone()).map_err(Error::Monitor)?;
-    let tables = (config.settings(), Some(ears.clone()));
+    let tables = (settings, Some(ears.clone()));
     let core = sync::Sync::new(place, tables, zone.clone(), metrics.clone(), report_to);
     let thread =
         std::thread::Builder::new().name("netproxy".into()).spawn(move || core.run(queue)).map_err(Error::Thread)?;
@@ -172,7 +191,9 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     let handle = links::open()?;
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(monitor::run(ears, config.table.clone(), report.clone(), inputs.clone()));
-    tasks.spawn(watch::services(client.clone(), inputs.clone()));
+    let (chosen, announced) = announce::Chosen::new(&config.node_name);
+    tasks.spawn(announce::run(handle.clone(), config.node_ips.clone(), announced, config.lease.clone()));
+    tasks.spawn(watch::services(client.clone(), inputs.clone(), chosen));
     tasks.spawn(watch::slices(client.clone(), config.node_name.clone(), inputs.clone()));
     tasks.spawn(watch::policy::run(client.clone(), inputs.clone()));
     tasks.spawn(watch::nodes(client.clone(), config.node_name.clone(), inputs, nodes_to));
@@ -182,8 +203,11 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
             addresses: config.node_ips.clone(),
             cluster: config.cluster_cidrs.clone(),
             bridge: config.bridge.clone(),
+            wireguard: config.wireguard.clone(),
         };
-        tasks.spawn(links::run(handle.clone(), own, nodes.clone()));
+        tasks.spawn(links::run(handle.clone(), own, client.clone(), nodes.clone()));
+    } else if config.wireguard.is_some() {
+        tracing::warn!("packets between pods are not encrypted: their ways are those of CNI plugins");
     }
     let shown = configuration::shown(&config);
     let checks =
@@ -237,12 +261,14 @@ pub async fn cleanup(config: &Config) -> Result<(), Error> {
     let tables = tables.await.unwrap_or(Ok(()));
     let handle = links::open()?;
     let routes = links::remove_routes(&handle, &config.cluster_cidrs, &config.bridge).await;
+    let announced = announce::cleanup(&handle).await;
     let address = match config.cluster_dns {
         Some(address) => links::remove_dns_address(&handle, address).await,
         None => Ok(()),
     };
     tables?;
     routes?;
+    announced?;
     address?;
     Ok(())
 }

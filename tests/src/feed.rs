@@ -18,6 +18,8 @@ use crate::eventually;
 
 /// Path of Services.
 pub const SERVICES: &str = "/api/v1/services";
+/// Nodes.
+pub const NODES: &str = "/api/v1/nodes";
 /// Path of EndpointSlices.
 pub const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 
@@ -88,7 +90,7 @@ impl Feed {
             if matches!(value("watch"), Some("true" | "1")) {
                 return self.watch(&mut out, path, number("resourceVersion"));
             }
-            let known = [SERVICES, SLICES, "/api/v1/nodes", "/readyz"].contains(&path) || path.ends_with("s");
+            let known = [SERVICES, SLICES, NODES, "/readyz"].contains(&path) || path.ends_with("s");
             let (code, body) = match known {
                 true => ("200 OK", self.list(path, number("continue"), number("limit"))),
                 false => ("404 Not Found", json!({"kind": "Status", "code": 404, "reason": "NotFound"}).to_string()),
@@ -178,6 +180,11 @@ pub struct Proxy {
 impl Proxy {
     /// Starts it in the calling thread's network; `dir` is for its files.
     pub fn start(feed: &Feed, dir: &Path, isopod: &Path) -> Self {
+        Self::start_with(feed, dir, isopod, &[])
+    }
+
+    /// The same with more options.
+    pub fn start_with(feed: &Feed, dir: &Path, isopod: &Path, more: &[&str]) -> Self {
         let kubeconfig = dir.join("kubeconfig");
         let server = format!("http://{}", feed.address);
         let config = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
@@ -188,6 +195,7 @@ impl Proxy {
         let child = Command::new(isopod)
             .args(["proxy", "--hostname-override", "me", "--cluster-dns", "10.96.0.10", "--kubeconfig"])
             .arg(&kubeconfig)
+            .args(more)
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()

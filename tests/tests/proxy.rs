@@ -14,7 +14,9 @@ use std::{
 
 use isopod_tests::{
     eventually,
-    feed::{Asked, Backend, Feed, Proxy, SERVICES, SLICES, ask, ask_within, meanwhile, own_network, service, slice},
+    feed::{
+        Asked, Backend, Feed, NODES, Proxy, SERVICES, SLICES, ask, ask_within, meanwhile, own_network, service, slice,
+    },
     host::binaries,
 };
 
@@ -224,6 +226,34 @@ fn a_restart_with_many_services_is_not_noticed() {
     let line = proxy.loaded();
     assert!(line.contains("added=0 removed=0"), "{line}");
     all_well(&clients(), &live);
+}
+
+/// `detectLocalMode: NodeCIDR`: pods are those of the ranges the node gets, and until it has some nothing is loaded.
+#[test]
+fn pods_are_told_by_the_nodes_own_ranges() {
+    let world = World::new(1, &[]);
+    let file = world.dir.path().join("proxy.yaml");
+    let text =
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\ndetectLocalMode: NodeCIDR\n";
+    std::fs::write(&file, text).unwrap();
+    let node = |spec: serde_json::Value| {
+        world.feed.set(
+            NODES,
+            serde_json::json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "me"}, "spec": spec}),
+        );
+    };
+    node(serde_json::json!({}));
+    let more = ["--config", file.to_str().unwrap()];
+    let proxy = Proxy::start_with(&world.feed, world.dir.path(), &binaries().join("isopod"), &more);
+    eventually("it waits", || {
+        let log = proxy.log();
+        if log.contains("waiting for the node's pod ranges") { Ok(()) } else { Err(log) }
+    });
+    assert!(!proxy.log().contains("service rules loaded"));
+    node(serde_json::json!({"podCIDRs": ["10.7.3.0/24"]}));
+    proxy.loaded();
+    let rules = nft("list chain ip isopod-proxy pick_1");
+    assert!(rules.contains("ip saddr != 10.7.3.0/24 meta mark set"), "{rules}");
 }
 
 impl World {

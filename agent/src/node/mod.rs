@@ -475,7 +475,7 @@ async fn lease(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Rec
     let name = ctx.node_name.to_string();
     let (mut wait, mut complaint) = (PAUSE, Complaint::default());
     loop {
-        let renew = MicroTime(Timestamp::now());
+        let (renew, asked) = (MicroTime(Timestamp::now()), std::time::Instant::now());
         let patch = json!({"spec": {"renewTime": renew, "holderIdentity": name, "leaseDurationSeconds": seconds}});
         let mut result = leases.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await;
         if result.as_ref().is_err_and(|e| is_code(e, 404)) {
@@ -504,6 +504,8 @@ async fn lease(ctx: &Arc<Context>, client: &Client, uid: tokio::sync::watch::Rec
         }
         match result {
             Ok(_) => {
+                let life = Duration::from_secs(u64::try_from(seconds).unwrap_or(40));
+                ctx.config.lease.send_replace(Some(asked + life));
                 (wait, complaint) = (PAUSE, Complaint::default());
                 tokio::time::sleep(every).await;
             }

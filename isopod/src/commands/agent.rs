@@ -16,7 +16,7 @@ use crate::{
     bootstrap,
     error::Usage,
     kubeconfig, lock, manifests,
-    node::{Options, Settings},
+    node::{Options, PodEncryption, Settings},
     pki, preflight,
 };
 
@@ -99,6 +99,7 @@ impl Node {
         let certificates = certificates(paths, settings, &kubeconfig)?;
         let resolv_conf = kubelet.resolv_conf.clone();
         let proxy = isopod_netproxy::Config::new(&settings.node_name, &paths.instance(), &paths.bridge());
+        let lease = tokio::sync::watch::Sender::new(None);
         let mut node = Self {
             agent: isopod_agent::Config {
                 paths: paths.clone(),
@@ -115,6 +116,7 @@ impl Node {
                 service_cidr: settings.service_cidr,
                 forget_flows: Some(isopod_netproxy::forget_host_ports),
                 loading: proxy.loading.subscribe(),
+                lease: lease.clone(),
                 own_image: Some(manifests::IMAGE.to_owned()),
             },
             proxy: isopod_netproxy::Config {
@@ -124,8 +126,10 @@ impl Node {
                 cluster_dns: Some(cluster_dns),
                 cluster_domain,
                 upstream_resolv_conf: resolv_conf,
+                lease: lease.subscribe(),
                 // Plugins make their own ways between nodes.
                 node_routes: !isopod_agent::network::cni::is_configured(paths),
+                wireguard: (settings.pod_encryption == PodEncryption::Wireguard).then(|| paths.wireguard_key()),
                 // Where kube-proxy has them.
                 healthz: Some((IpAddr::from([0, 0, 0, 0]), 10_256).into()),
                 metrics: Some((IpAddr::from([127, 0, 0, 1]), 10_249).into()),

@@ -43,6 +43,7 @@ pub(crate) fn run(paths: &Paths, args: Args) -> Result<()> {
     }
     let mut settings = Settings::resolve(&cluster, args.node)?;
     (settings.pod_cidr, settings.service_cidr) = (token.pod_cidr, token.service_cidr);
+    settings.pod_encryption = token.pod_encryption;
     super::serve(1, |_| async {
         tokio::time::timeout(PATIENCE, join(paths, &settings, &token)).await.unwrap_or_else(|_| {
             bail!("no certificate after {} s: is the controller manager running?", PATIENCE.as_secs())

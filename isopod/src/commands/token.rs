@@ -17,7 +17,7 @@ use kube::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::node::Settings;
+use crate::node::{PodEncryption, Settings};
 
 const ACCOUNT: &str = "isopod-join";
 
@@ -42,6 +42,9 @@ pub(crate) struct Token {
     pub(crate) pod_cidr: ipnet::IpNet,
     /// The cluster's service addresses.
     pub(crate) service_cidr: ipnet::IpNet,
+    /// What the cluster does to packets between nodes.
+    #[serde(default)]
+    pub(crate) pod_encryption: PodEncryption,
 }
 
 impl Token {
@@ -69,6 +72,7 @@ pub(crate) fn run(paths: &Paths, args: &Args) -> Result<()> {
             bearer,
             pod_cidr: settings.pod_cidr,
             service_cidr: settings.service_cidr,
+            pod_encryption: settings.pod_encryption,
         };
         println!("isopod join {}", token.encode()?);
         Ok(())

@@ -6,27 +6,22 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use futures::TryStreamExt;
 use ipnet::IpNet;
-use netlink_packet_route::{link::LinkAttribute, neighbour::NeighbourFlags, route::RouteMessage};
+use netlink_packet_route::{neighbour::NeighbourFlags, route::RouteMessage};
 use rtnetlink::{Handle, LinkUnspec, LinkVxlan, RouteMessageBuilder};
 
-use super::{Error, PROTOCOL, errno, request};
+use super::{Error, PROTOCOL, gateway, make_link, mtu_at, remove_link, request};
 
 /// Number of the network on the wire, and the port IANA gave to VXLAN.
 const NETWORK: u32 = 214;
 const PORT: u16 = 4789;
-/// Largest packets: where nothing tells it, and what IPv6 needs at least.
-const MTU: u32 = 1500;
-const MTU_LEAST: u32 = 1280 + 70;
 
 /// Ranges of pods behind VXLAN, and their nodes.
 pub(crate) type Far = BTreeMap<IpNet, IpAddr>;
 
-/// The link's name: the bridge's with a letter more, at most 15 bytes.
+/// The link's name: the bridge's with a letter more.
 pub(crate) fn name(bridge: &str, v6: bool) -> String {
-    let end = bridge.char_indices().nth(14).map_or(bridge.len(), |(at, _)| at);
-    format!("{}{}", &bridge[..end], if v6 { 'y' } else { 'x' })
+    super::name(bridge, if v6 { 'y' } else { 'x' })
 }
 
 fn hardware_address(node: IpAddr) -> Vec<u8> {
@@ -41,42 +36,6 @@ fn hardware_address(node: IpAddr) -> Vec<u8> {
     }
 }
 
-/// The first address of a node's range is the node's own.
-pub(crate) fn gateway(range: &IpNet) -> IpAddr {
-    match range.network() {
-        IpAddr::V4(a) => IpAddr::from(u32::from(a).wrapping_add(1).to_be_bytes()),
-        IpAddr::V6(a) => IpAddr::from(u128::from(a).wrapping_add(1).to_be_bytes()),
-    }
-}
-
-async fn index(handle: &Handle, name: &str) -> Result<Option<u32>, Error> {
-    match handle.link().get().match_name(name).execute().try_next().await {
-        Ok(found) => Ok(found.map(|m| m.header.index)),
-        Err(e) if errno(&e) == Some(nix::libc::ENODEV) => Ok(None),
-        Err(e) => Err(request(format!("look up link {name}"))(e)),
-    }
-}
-
-/// Takes the link away, and everything on it.
-pub(crate) async fn remove(handle: &Handle, name: &str) -> Result<(), Error> {
-    let Some(link) = index(handle, name).await? else { return Ok(()) };
-    handle.link().del(link).execute().await.map_err(request(format!("delete link {name}")))
-}
-
-/// The largest packet of the link that has an address.
-async fn mtu_at(handle: &Handle, address: IpAddr) -> Result<u32, Error> {
-    let what = || request(format!("look up the link of {address}"));
-    let found: Vec<_> =
-        handle.address().get().set_address_filter(address).execute().try_collect().await.map_err(what())?;
-    let Some(index) = found.first().map(|m| m.header.index) else { return Ok(MTU) };
-    let link = handle.link().get().match_index(index).execute().try_next().await.map_err(what())?;
-    let mtu = link.iter().flat_map(|l| &l.attributes).find_map(|a| match a {
-        LinkAttribute::Mtu(mtu) => Some(*mtu),
-        _ => None,
-    });
-    Ok(mtu.unwrap_or(MTU).max(MTU_LEAST))
-}
-
 async fn ensure(handle: &Handle, name: &str, own: IpAddr) -> Result<u32, Error> {
     let message = LinkVxlan::new(name, NETWORK).port(PORT).learning(false).address(hardware_address(own));
     let mtu = mtu_at(handle, own).await?;
@@ -85,12 +44,7 @@ async fn ensure(handle: &Handle, name: &str, own: IpAddr) -> Result<u32, Error> 
         IpAddr::V4(own) => message.local(own).mtu(mtu - 50),
         IpAddr::V6(own) => message.local6(own).mtu(mtu - 70),
     };
-    match handle.link().add(message.build()).execute().await {
-        Err(e) if errno(&e) != Some(nix::libc::EEXIST) => return Err(request(format!("make link {name}"))(e)),
-        _ => {}
-    }
-    let missing = || Error::Request(format!("link {name} is not there"), Box::new(rtnetlink::Error::RequestFailed));
-    let link = index(handle, name).await?.ok_or_else(missing)?;
+    let link = make_link(handle, name, message.build()).await?;
     let up = LinkUnspec::new_with_index(link).up().build();
     handle.link().change(up).execute().await.map_err(request(format!("switch on {name}")))?;
     Ok(link)
@@ -119,7 +73,7 @@ pub(crate) async fn apply(
     far: &Far,
 ) -> Result<(), Error> {
     if far.is_empty() {
-        return remove(handle, name).await;
+        return remove_link(handle, name).await;
     }
     let link = ensure(handle, name, own).await?;
     for (range, node) in far {

@@ -19,7 +19,9 @@ use kube::{
 use tokio::sync::{mpsc, watch};
 
 use crate::{
+    announce::Chosen,
     dns::{server::Server, upstream::Custom},
+    links::wireguard,
     model::objects::{Place, Service, ServiceName, Slice, Words},
     sync::Input,
 };
@@ -35,6 +37,8 @@ pub(crate) struct NodeInfo {
     pub(crate) pod_cidrs: Vec<IpNet>,
     pub(crate) addresses: Vec<IpAddr>,
     pub(crate) zone: Option<Box<str>>,
+    /// Public key of a node that encrypts packets between pods.
+    pub(crate) wireguard: Option<wireguard::Key>,
     /// Whether load balancers should send traffic here.
     pub(crate) eligible: bool,
 }
@@ -117,10 +121,13 @@ where
 }
 
 /// Watches services until the receiver is gone.
-pub(crate) async fn services(client: Client, inputs: mpsc::Sender<Input>) {
+pub(crate) async fn services(client: Client, inputs: mpsc::Sender<Input>, mut chosen: Chosen) {
     let mut events = events(Api::<ServiceObject>::all(client), watcher::Config::default());
     let mut words = Words::default();
     while let Some(event) = events.next().await {
+        if let Ok(event) = &event {
+            chosen.see(event);
+        }
         let input = match event {
             Err(_) => continue,
             Ok(watcher::Event::Init) => Input::ServicesBegin,
@@ -189,10 +196,26 @@ impl NodeInfo {
                 .filter(|a| a.type_ == "InternalIP")
                 .filter_map(|a| a.address.parse().ok())
                 .collect(),
+            wireguard: node.metadata.annotations.as_ref().and_then(|a| wireguard::parse(a.get(wireguard::ANNOTATION)?)),
             zone: node.metadata.labels.as_ref().and_then(|l| l.get(ZONE_LABEL)).map(|z| z.as_str().into()),
             eligible: node.metadata.deletion_timestamp.is_none() && !leaving,
         }
     }
+}
+
+/// Waits for the pod ranges of a node.
+pub(crate) async fn own_ranges(client: Client, own: &str) -> Vec<IpNet> {
+    let mut events =
+        events(Api::<Node>::all(client), watcher::Config::default().fields(&format!("metadata.name={own}")));
+    while let Some(event) = events.next().await {
+        let Ok(watcher::Event::Apply(node) | watcher::Event::InitApply(node)) = event else { continue };
+        let ranges = NodeInfo::parse(&node).pod_cidrs;
+        if !ranges.is_empty() {
+            return ranges;
+        }
+        tracing::info!(node = own, "waiting for the node's pod ranges (detectLocalMode NodeCIDR)");
+    }
+    Vec::new()
 }
 
 /// Watches nodes: tells the model this node's place, and everyone the table of nodes.

@@ -220,7 +220,9 @@ fn other_settings_change_who_is_masqueraded() {
         let to = socket(&at_cluster(Family::V4, 1), 80);
         let by_link = Settings { pod_links: Some("br*".into()), ..own_settings() };
         let all = Settings { masquerade_all: true, masquerade_bit: 5, ..own_settings() };
-        for (settings, pods_masqueraded) in [(own_settings(), false), (by_link, false), (all, true)] {
+        let of_node = Settings { cluster_cidrs: vec!["10.244.0.0/24".parse().unwrap()], ..own_settings() };
+        let settings = [(own_settings(), false), (by_link, false), (of_node, false), (all, true)];
+        for (settings, pods_masqueraded) in settings {
             let mut world = World::with(settings.clone());
             let mut made = service("ns", "s", &[], &[("p", 80, 0)]);
             made.cluster_ips = Family::ALL.map(|f| at_cluster(f, 1).parse().unwrap()).into();

@@ -2,14 +2,22 @@
 //! thing whether or not the kernel has SCTP of its own.
 
 use std::{
-    net::{IpAddr, SocketAddr, UdpSocket},
+    io::{Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsRawFd, OwnedFd},
     sync::atomic::{AtomicU16, Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, socket};
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, listen, setsockopt,
+        socket, sockopt,
+    },
+};
 
-use super::{Family, PATIENCE, Seen, at, parse};
+use super::{Family, NODE, PATIENCE, Protocol, Seen, World, at, at_cluster, parse, pod, service, socket as socket_at};
 
 const INIT: u8 = 1;
 const INIT_ACK: u8 = 2;
@@ -116,4 +124,66 @@ pub(super) fn ask(to: SocketAddr) -> Seen {
 #[test]
 fn checksums_are_those_of_the_standard() {
     assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+}
+
+/// A stream of the kernel's own SCTP, which std can use as those of TCP; `None` where the kernel has none. It tells its peer
+/// of addresses of its own family alone: nobody translates what is inside of packets.
+fn stream(address: &SocketAddr) -> Option<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = match socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, SockProtocol::Sctp) {
+        Err(Errno::EPROTONOSUPPORT) => return None,
+        other => other.unwrap(),
+    };
+    if address.is_ipv6() {
+        setsockopt(&socket, sockopt::Ipv6V6Only, &true).unwrap();
+    }
+    Some(socket)
+}
+
+fn says(to: SocketAddr) -> std::io::Result<String> {
+    let socket = stream(&to).unwrap();
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.write_all(b"hello")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Whole connections of the kernel's own SCTP, from everywhere, where it has that; `ISOPOD_TEST_SCTP` is set where it must.
+#[test]
+fn the_kernels_own_sctp_passes_services() {
+    let test = |family: Family| {
+        let mut world = World::new();
+        let listening = socket_at(pod("a", family), 8080);
+        let Some(listener) = at("a", || stream(&listening)) else {
+            return assert!(std::env::var_os("ISOPOD_TEST_SCTP").is_none(), "this kernel has no SCTP");
+        };
+        at("a", || {
+            bind(listener.as_raw_fd(), &SockaddrStorage::from(listening)).unwrap();
+            listen(&listener, Backlog::new(16).unwrap()).unwrap();
+        });
+        std::thread::spawn(move || {
+            for mut stream in TcpListener::from(listener).incoming().flatten() {
+                let mut text = [0; 5];
+                if stream.read_exact(&mut text).is_ok() {
+                    let _ = stream.write_all(&[b"a hears ", &text[..]].concat());
+                }
+            }
+        });
+        let mut service = service("ns", "sctp", &[&at_cluster(family, 9)], &[("p", 80, 30_009)]);
+        service.ports[0].protocol = Protocol::Sctp;
+        world.put(service, &["a"]);
+        world.apply();
+        let cluster = socket_at(&at_cluster(family, 9), 80);
+        let node = socket_at(NODE[3 * family.index()], 30_009);
+        let ask = |(from, to): (&'static str, SocketAddr)| (from, at(from, || says(to)).map_err(|e| e.to_string()));
+        let got = [("b", cluster), ("node", cluster), ("client", node), ("a", cluster)].map(ask);
+        let wrong: Vec<_> = got.iter().filter(|(_, said)| said.as_deref() != Ok("a hears hello")).collect();
+        assert!(wrong.is_empty(), "{family:?}: {wrong:?}");
+    };
+    for family in Family::ALL {
+        std::thread::spawn(move || test(family)).join().unwrap();
+    }
 }
