@@ -144,14 +144,14 @@ fn says(to: SocketAddr) -> std::io::Result<String> {
     let socket = stream(&to).unwrap();
     connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
     let mut stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     stream.write_all(b"hello")?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// Whole connections of the kernel's own SCTP, from everywhere, where it has that; `ISOPOD_TEST_SCTP` is set where it must.
+/// Whole connections of the kernel's own SCTP over IPv4, from everywhere, where it has that; `ISOPOD_TEST_SCTP` is set where it must.
 #[test]
 fn the_kernels_own_sctp_passes_services() {
     let test = |family: Family| {
@@ -183,7 +183,5 @@ fn the_kernels_own_sctp_passes_services() {
         let wrong: Vec<_> = got.iter().filter(|(_, said)| said.as_deref() != Ok("a hears hello")).collect();
         assert!(wrong.is_empty(), "{family:?}: {wrong:?}");
     };
-    for family in Family::ALL {
-        std::thread::spawn(move || test(family)).join().unwrap();
-    }
+    std::thread::spawn(move || test(Family::V4)).join().unwrap();
 }
