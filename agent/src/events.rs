@@ -50,11 +50,14 @@ struct Entry {
     message: String,
 }
 
+/// Events as JSON, each with the hash of what it says.
+type Recent = VecDeque<(u64, Box<str>)>;
+
 /// Where events go in. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Recorder {
     queue: mpsc::Sender<(Entry, Timestamp)>,
-    recent: Arc<Mutex<VecDeque<(u64, Box<str>)>>>,
+    recent: Arc<Mutex<Recent>>,
     hasher: RandomState,
     node: Arc<str>,
 }
