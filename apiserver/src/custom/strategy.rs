@@ -58,7 +58,7 @@ impl Behaviour {
         };
         if errors.iter().any(blocking) {
             let detail = "some validation rules were not checked because the object was invalid; correct the existing errors to complete validation";
-            errors.push(Error::invalid(&Path::nil(), "null", detail));
+            errors.push(Error::invalid(&Path::nil(), Value::Null, detail));
             return;
         }
         errors.extend(rules.check(self.version.schema.schema(), obj, old).errors);
@@ -208,6 +208,24 @@ impl Strategy for Behaviour {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rules_wait_for_a_valid_object() {
+        let schema = json!({"type": "object", "properties": {"e": {"type": "string", "enum": ["a"]}},
+            "x-kubernetes-validations": [{"rule": "self.e == 'b'"}]});
+        let version = json!({"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": schema}});
+        let crd = json!({"spec": {"group": "g.example.com", "versions": [version]}});
+        let behaviour = Behaviour { version: Arc::clone(crate::custom::Definition::new(&crd, None).storage()) };
+        let obj = json!({"e": "x"});
+        let mut errors = behaviour.version.schema.validate(&obj, None);
+        behaviour.check_rules(&obj, None, &mut errors);
+        let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        let want = [
+            "e: Unsupported value: \"x\": supported values: \"a\"",
+            "<nil>: Invalid value: null: some validation rules were not checked because the object was invalid; correct the existing errors to complete validation",
+        ];
+        assert_eq!(texts, want);
+    }
 
     #[test]
     fn replicas_are_small_whole_numbers() {
