@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use super::{Operation, Plugin, Reinvocation, Request, Shape};
 use crate::{
+    alloc::ServiceAllocator,
     authn::UserInfo,
     objects::{Object, Objects},
 };
@@ -30,10 +31,15 @@ type Key = (Gvr, String, String);
 pub(crate) struct FakeObjects {
     objects: Mutex<BTreeMap<Key, Arc<Object>>>,
     revision: AtomicU64,
+    pub(crate) allocator: Option<ServiceAllocator>,
 }
 
 pub(crate) fn gvr_of(value: &Value) -> Gvr {
     resources::by_gvk(&Gvk::of(value)).expect("a known kind").gvr()
+}
+
+fn gvr_named(resource: &str) -> Gvr {
+    resources::all().iter().find(|known| known.plural == resource).expect("a known resource").gvr()
 }
 
 impl FakeObjects {
@@ -60,6 +66,20 @@ impl FakeObjects {
         let key = (gvr.clone(), object.namespace.to_string(), object.name.to_string());
         self.objects.lock().insert(key, Arc::new(object));
     }
+
+    /// Puts an object that does not say its kind.
+    pub(crate) fn put_as(&self, resource: &str, value: Value) {
+        self.put(&gvr_named(resource), value);
+    }
+
+    pub(crate) fn remove(&self, resource: &str, namespace: &str, name: &str) {
+        self.take(&gvr_named(resource), namespace, name);
+    }
+
+    fn take(&self, gvr: &Gvr, namespace: &str, name: &str) -> Option<Arc<Object>> {
+        self.revision.fetch_add(1, Ordering::Relaxed);
+        self.objects.lock().remove(&(gvr.clone(), namespace.to_owned(), name.to_owned()))
+    }
 }
 
 impl Objects for FakeObjects {
@@ -73,8 +93,12 @@ impl Objects for FakeObjects {
         found.map(|(_, object)| object.clone()).collect()
     }
 
-    fn generation(&self, gvr: &Gvr) -> u64 {
-        self.list(gvr, "").iter().map(|object| object.revision).max().unwrap_or_default()
+    fn generation(&self, _gvr: &Gvr) -> u64 {
+        self.revision.load(Ordering::Relaxed)
+    }
+
+    fn services(&self) -> Option<&ServiceAllocator> {
+        self.allocator.as_ref()
     }
 
     fn create<'a>(&'a self, gvr: &'a Gvr, _namespace: &'a str, obj: Value) -> BoxFuture<'a, Result<Value, Status>> {
@@ -108,8 +132,9 @@ impl Objects for FakeObjects {
         _options: Value,
         _user: &'a UserInfo,
     ) -> BoxFuture<'a, Result<Value, Status>> {
-        self.objects.lock().remove(&(gvr.clone(), namespace.to_owned(), name.to_owned()));
-        Box::pin(async { Ok(Value::Null) })
+        let taken = self.take(gvr, namespace, name);
+        let answer = taken.map(|object| object.value()).ok_or_else(|| Status::not_found(&gvr.group_resource(), name));
+        Box::pin(async { answer })
     }
 }
 

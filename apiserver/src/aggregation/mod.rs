@@ -226,8 +226,8 @@ mod tests {
         let server = WebhookServer::start(&["m.n.svc"], |asked| answer(&asked)).await;
         let alone = WebhookServer::self_signed("m.n.svc", |asked| answer(&asked)).await;
         let (port, ca, own_port, own) = (server.address.port(), &server.ca, alone.address.port(), &alone.ca);
-        let objects = Arc::new(crate::kinds::fake::FakeObjects::default());
-        objects.put(
+        let objects = Arc::new(crate::admission::testing::FakeObjects::default());
+        objects.put_as(
             "services",
             json!({"metadata": {"name": "m", "namespace": "n"},
             "spec": {"ports": [{"name": "", "port": 443}]}}),
@@ -247,8 +247,8 @@ mod tests {
             (ca, own_port, "m", "FailedDiscoveryCheck"),
             (ca, port, "gone", "ServiceNotFound"),
         ] {
-            objects.put("endpointslices", slice(port));
-            objects.put(
+            objects.put_as("endpointslices", slice(port));
+            objects.put_as(
                 "apiservices",
                 json!({"metadata": {"name": "v1.x.example.com"},
                 "spec": {"group": "x.example.com", "version": "v1", "caBundle": STANDARD.encode(bundle),

@@ -323,7 +323,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::kinds::fake::FakeObjects;
+    use crate::admission::testing::FakeObjects;
 
     fn allocator() -> ServiceAllocator {
         ServiceAllocator::new("10.96.0.0/29".parse().expect("cidr"), (30000, 30003))
@@ -343,7 +343,7 @@ mod tests {
             if ends {
                 object["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
             }
-            objects.put("servicecidrs", object);
+            objects.put_as("servicecidrs", object);
         };
         cidr("more", "10.97.0.0/30", "True", false);
         cidr("unready", "10.98.0.0/30", "False", false);
@@ -380,7 +380,7 @@ mod tests {
     #[test]
     fn stored_services_count() {
         let (allocator, objects) = (allocator(), FakeObjects::default());
-        objects.put("services", service("a", "10.96.0.2", 30001));
+        objects.put_as("services", service("a", "10.96.0.2", 30001));
         let mut session = allocator.begin(&objects, None);
         assert_eq!(session.address("10.96.0.2".parse().expect("ip")), Err(Error::AddressTaken));
         assert_eq!(session.port(30001, "TCP"), Err(Error::PortTaken));
@@ -395,9 +395,9 @@ mod tests {
     #[test]
     fn addresses_others_claim_count() {
         let (allocator, objects) = (allocator(), FakeObjects::default());
-        objects.put("ipaddresses", json!({"metadata": {"name": "10.96.0.2"}}));
+        objects.put_as("ipaddresses", json!({"metadata": {"name": "10.96.0.2"}}));
         let (key, value) = crate::bootstrap::MANAGED_ADDRESS;
-        objects.put("ipaddresses", json!({"metadata": {"name": "10.96.0.3", "labels": {key: value}}}));
+        objects.put_as("ipaddresses", json!({"metadata": {"name": "10.96.0.3", "labels": {key: value}}}));
         let mut session = allocator.begin(&objects, None);
         assert_eq!(session.address("10.96.0.2".parse().expect("ip")), Err(Error::AddressTaken));
         assert_eq!(session.address("10.96.0.3".parse().expect("ip")), Ok(()));
@@ -418,7 +418,7 @@ mod tests {
     fn own_items_are_kept() {
         let (allocator, objects) = (allocator(), FakeObjects::default());
         let old = service("a", "10.96.0.2", 30001);
-        objects.put("services", old.clone());
+        objects.put_as("services", old.clone());
         let mut session = allocator.begin(&objects, Some(&old));
         assert_eq!(session.address("10.96.0.2".parse().expect("ip")), Ok(()));
         assert_eq!(session.port(30001, "TCP"), Ok(()));

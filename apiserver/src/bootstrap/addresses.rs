@@ -96,13 +96,13 @@ fn address(ip: &str, namespace: &str, name: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kinds::fake::FakeObjects;
+    use crate::admission::testing::FakeObjects;
 
     #[tokio::test]
     async fn addresses_follow_services() {
         let objects = FakeObjects::default();
         let service = |ips: Value| json!({"metadata": {"name": "s", "namespace": "d"}, "spec": {"clusterIPs": ips}});
-        objects.put("ipaddresses", json!({"metadata": {"name": "10.0.0.9"}, "spec": {"parentRef": {"name": "x"}}}));
+        objects.put_as("ipaddresses", json!({"metadata": {"name": "10.0.0.9"}, "spec": {"parentRef": {"name": "x"}}}));
         let names = || objects.list(&gvr(), "").iter().map(|o| o.name.to_string()).collect::<Vec<_>>();
         let mut addresses = Addresses::default();
         for (ips, want) in [
@@ -110,11 +110,11 @@ mod tests {
             (json!(["10.0.0.2"]), vec!["10.0.0.2", "10.0.0.9"]),
             (json!(["None"]), vec!["10.0.0.9"]),
         ] {
-            objects.put("services", service(ips));
+            objects.put_as("services", service(ips));
             addresses.follow(&objects).await.unwrap();
             assert_eq!(names(), want);
         }
-        objects.put("services", service(json!(["10.0.0.3"])));
+        objects.put_as("services", service(json!(["10.0.0.3"])));
         addresses.follow(&objects).await.unwrap();
         objects.remove("services", "d", "s");
         addresses.follow(&objects).await.unwrap();

@@ -130,7 +130,7 @@ fn served(crd: &Value) -> Vec<GroupVersion> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kinds::fake::FakeObjects;
+    use crate::admission::testing::FakeObjects;
 
     #[test]
     fn every_built_in_group_has_a_priority() {
@@ -144,8 +144,8 @@ mod tests {
     async fn custom_groups_come_and_go() {
         let objects = FakeObjects::default();
         let foreign = json!({"metadata": {"name": "v1.metrics.example.com"}, "spec": {"service": {"name": "m"}}});
-        objects.put("apiservices", foreign);
-        objects.put(
+        objects.put_as("apiservices", foreign);
+        objects.put_as(
             "customresourcedefinitions",
             json!({"metadata": {"name": "things.example.com"},
                 "spec": {"group": "example.com", "versions": [{"name": "v1", "served": true}, {"name": "v0", "served": false}]},

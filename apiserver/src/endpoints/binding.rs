@@ -135,7 +135,7 @@ fn scheduled(status: &mut Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{authn::UserInfo, kinds::fake::FakeObjects};
+    use crate::{admission::testing::FakeObjects, authn::UserInfo};
 
     async fn create(objects: &Arc<FakeObjects>, body: Value) -> Result<Value, Status> {
         let gvr = Gvr { group: String::new(), version: "v1".into(), resource: "pods".into() };
@@ -157,8 +157,8 @@ mod tests {
     #[tokio::test]
     async fn binds_once() {
         let objects = Arc::new(FakeObjects::default());
-        objects.put("pods", json!({"metadata": {"name": "a", "namespace": "d"}, "spec": {}}));
-        objects.put("nodes", json!({"metadata": {"name": "n", "labels": {"topology.kubernetes.io/zone": "z"}}}));
+        objects.put_as("pods", json!({"metadata": {"name": "a", "namespace": "d"}, "spec": {}}));
+        objects.put_as("nodes", json!({"metadata": {"name": "n", "labels": {"topology.kubernetes.io/zone": "z"}}}));
         let body =
             json!({"metadata": {"name": "a", "annotations": {"x": "y"}}, "target": {"kind": "Node", "name": "n"}});
         assert_eq!(create(&objects, body.clone()).await.map(|v| v["status"].clone()), Ok(json!("Success")));

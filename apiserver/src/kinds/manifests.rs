@@ -3,8 +3,8 @@
 use isopod_api::{gvk::Gvk, meta, resources, schema};
 use serde_json::{Value, json};
 
-use super::{fake::FakeObjects, strategy_for};
-use crate::{authn::UserInfo, registry::strategy::Context};
+use super::strategy_for;
+use crate::{admission::testing::FakeObjects, authn::UserInfo, registry::strategy::Context};
 
 /// A whole object of a kind, to which a row of a table brings its changes.
 fn base(kind: &str) -> Value {
@@ -442,7 +442,7 @@ fn admin_access_is_granted_by_namespaces() {
         (Some(json!({"resource.kubernetes.io/admin-access": "true"})), None),
     ] {
         if let Some(labels) = labels {
-            objects.put("namespaces", json!({"metadata": {"name": "n", "labels": labels}}));
+            objects.put_as("namespaces", json!({"metadata": {"name": "n", "labels": labels}}));
         }
         let (subresource, name, dry_run) = ("", "a", false);
         let cx = Context { gvr: &gvr, subresource, namespace: "n", name, user: &user, objects: &objects, dry_run };

@@ -29,8 +29,6 @@ mod endpoints;
 mod event;
 mod expressions;
 mod extension;
-#[cfg(test)]
-pub(crate) mod fake;
 mod flowcontrol;
 mod ingress;
 mod job;

@@ -30,29 +30,6 @@ const STANDARD: &[&str] = &[
     "services.loadbalancers",
 ];
 
-/// Quota resources beside `count/*`, `requests.*` of extended resources and storage classes.
-const QUOTA: &[&str] = &[
-    "cpu",
-    "memory",
-    "ephemeral-storage",
-    "requests.cpu",
-    "requests.memory",
-    "requests.storage",
-    "requests.ephemeral-storage",
-    "limits.cpu",
-    "limits.memory",
-    "limits.ephemeral-storage",
-    "pods",
-    "resourcequotas",
-    "services",
-    "replicationcontrollers",
-    "secrets",
-    "persistentvolumeclaims",
-    "configmaps",
-    "services.nodeports",
-    "services.loadbalancers",
-];
-
 const INTEGERS: &[&str] = &[
     "pods",
     "resourcequotas",
@@ -116,7 +93,7 @@ pub(crate) fn quota_resource_name(e: &mut Errs, at: &At<'_>, name: &str) {
 
 /// What every cluster can limit.
 pub(crate) fn is_quota_resource(name: &str) -> bool {
-    QUOTA.contains(&name) || is_huge_page(name) || name.starts_with("requests.hugepages-")
+    name != "storage" && STANDARD.contains(&name) || is_huge_page(name) || name.starts_with("requests.hugepages-")
 }
 
 /// A resource name of a container.
