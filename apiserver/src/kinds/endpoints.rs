@@ -1,6 +1,6 @@
 //! Endpoints and EndpointSlices.
 
-use isopod_api::field::ErrorList;
+use isopod_api::{field::ErrorList, meta::label};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -51,8 +51,15 @@ impl Strategy for Endpoints {
         e.0
     }
 
-    fn warnings(&self, _cx: &Context<'_>, _obj: &Value, _old: Option<&Value>) -> Vec<String> {
-        Vec::new()
+    fn warnings(&self, _cx: &Context<'_>, obj: &Value, _old: Option<&Value>) -> Vec<String> {
+        // What controllers write is in order.
+        if label(obj, "endpoints.kubernetes.io/managed-by") == Some("endpoint-controller") {
+            return Vec::new();
+        }
+        let subsets = At::field(obj, "subsets").items();
+        let lists = subsets.iter().flat_map(|subset| ["addresses", "notReadyAddresses"].map(|list| subset.get(list)));
+        let ips = lists.flat_map(|list| list.items()).map(|address| address.get("ip"));
+        ips.filter_map(|ip| net::ip_warning(&ip.path, ip.s())).collect()
     }
 
     fn allow_create_on_update(&self) -> bool {
@@ -132,6 +139,12 @@ impl Strategy for EndpointSlice {
         let mut out = Vec::new();
         if obj["addressType"] == "FQDN" {
             out.push("spec.addressType: FQDN endpoints are deprecated".to_owned());
+        }
+        let manager = label(obj, "endpointslice.kubernetes.io/managed-by").unwrap_or_default();
+        if !["endpointslice-controller.k8s.io", "endpointslicemirroring-controller.k8s.io"].contains(&manager) {
+            let endpoints = At::field(obj, "endpoints").items();
+            let addresses = endpoints.iter().flat_map(|endpoint| endpoint.get("addresses").items());
+            out.extend(addresses.filter_map(|address| net::ip_warning(&address.path, address.s())));
         }
         out
     }
@@ -252,5 +265,39 @@ fn domain(e: &mut Errs, at: &At<'_>) {
         e.invalid_as(at, name, &messages.join(","));
     } else if !name.contains('.') {
         e.invalid_as(at, name, "should be a domain with at least two segments separated by dots");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{admission::testing::FakeObjects, authn::UserInfo};
+
+    #[test]
+    fn addresses_that_are_not_canonical() {
+        let (objects, user) = (FakeObjects::default(), UserInfo::default());
+        let gvr = isopod_api::gvk::Gvr::new("discovery.k8s.io", "v1", "endpointslices");
+        let cx = Context {
+            gvr: &gvr,
+            subresource: "",
+            namespace: "n",
+            name: "s",
+            user: &user,
+            objects: &objects,
+            dry_run: false,
+        };
+        let ip = "2001:DB8::1";
+        let told = |at: &str| {
+            vec![format!("{at}: IPv6 address \"{ip}\" should be in RFC 5952 canonical format (\"2001:db8::1\")")]
+        };
+        let mut slice = json!({"addressType": "IPv6", "endpoints": [{"addresses": ["::1", ip]}]});
+        assert_eq!(EndpointSlice.warnings(&cx, &slice, None), told("endpoints[0].addresses[1]"));
+        slice["metadata"]["labels"]["endpointslice.kubernetes.io/managed-by"] =
+            "endpointslice-controller.k8s.io".into();
+        assert_eq!(EndpointSlice.warnings(&cx, &slice, None), Vec::<String>::new());
+        let names = json!({"addressType": "FQDN", "endpoints": [{"addresses": ["a.example.com"]}]});
+        assert_eq!(EndpointSlice.warnings(&cx, &names, None), ["spec.addressType: FQDN endpoints are deprecated"]);
+        let endpoints = json!({"subsets": [{"notReadyAddresses": [{ "ip": ip }]}]});
+        assert_eq!(Endpoints.warnings(&cx, &endpoints, None), told("subsets[0].notReadyAddresses[0].ip"));
     }
 }

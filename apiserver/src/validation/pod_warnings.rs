@@ -1,11 +1,11 @@
 //! Warnings about pods and templates of pods: deprecated fields and values that do not mean what they seem to.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use isopod_api::{field::Path, meta, names, text::quote};
 use serde_json::Value;
 
-use super::{At, containers, resources};
+use super::{At, containers, net, resources};
 use crate::registry::strategy::Context;
 
 const DEPRECATED_NODE_LABELS: &[(&str, &str)] = &[
@@ -117,6 +117,7 @@ fn warnings(spec: &At<'_>, metadata: &At<'_>, is_pod: bool) -> Vec<String> {
         container_warnings(&mut out, &container);
     }
     ports(&mut out, spec);
+    port_names(&mut out, spec);
     if spec.get("terminationGracePeriodSeconds").int().is_some_and(|n| n < 0) {
         out.push(format!(
             "{}.terminationGracePeriodSeconds: must be >= 0; negative values are invalid and will be treated as 1",
@@ -130,6 +131,10 @@ fn warnings(spec: &At<'_>, metadata: &At<'_>, is_pod: bool) -> Vec<String> {
         for term in required.into_iter().chain(preferred.iter().map(|term| term.get("podAffinityTerm"))) {
             null_selector(&mut out, &term);
         }
+    }
+    let aliases = spec.get("hostAliases").items();
+    for ip in spec.get("dnsConfig.nameservers").items().into_iter().chain(aliases.iter().map(|alias| alias.get("ip"))) {
+        out.extend(net::ip_warning(&ip.path, ip.s()));
     }
     out
 }
@@ -290,6 +295,26 @@ fn ports(out: &mut Vec<String>, spec: &At<'_>) {
     }
 }
 
+/// Ports of several containers by one name: only the first is ever found.
+fn port_names(out: &mut Vec<String>, spec: &At<'_>) {
+    let mut first: BTreeMap<&str, At<'_>> = BTreeMap::new();
+    for port in containers(spec).iter().flat_map(|container| container.get("ports").items()) {
+        let name = port.get("name").s();
+        if name.is_empty() {
+            continue;
+        }
+        if let Some(other) = first.get(name) {
+            let (shown, other) = (quote(name), &other.path);
+            out.push(format!(
+                "{}: duplicate port name {shown} with {other}, services and probes that select ports by name will use {other}",
+                port.path
+            ));
+        } else {
+            first.insert(name, port);
+        }
+    }
+}
+
 /// Files of one volume that are each other, or directories of each other.
 fn overlapping_paths(out: &mut Vec<String>, volumes: &At<'_>) {
     let paths =
@@ -408,6 +433,15 @@ mod tests {
                 vec![
                     "spec.containers[0].resources.limits[memory]: fractional byte value \"1500m\" is invalid, must be an integer",
                     "spec.containers[0].env[1]: hides previous definition of \"A\", which may be dropped when using apply",
+                ],
+            ),
+            (
+                json!({"containers": [{"ports": [{"name": "m", "containerPort": 1}]}, {"ports": [{"name": "m", "containerPort": 2}]}],
+                    "hostAliases": [{"ip": "2001:DB8::1"}], "dnsConfig": {"nameservers": ["10.0.0.1", "10.0.0.01"]}}),
+                vec![
+                    "spec.containers[1].ports[0]: duplicate port name \"m\" with spec.containers[0].ports[0], services and probes that select ports by name will use spec.containers[0].ports[0]",
+                    "spec.dnsConfig.nameservers[1]: non-standard IP address \"10.0.0.01\" will be considered invalid in a future Kubernetes release: use \"10.0.0.1\"",
+                    "spec.hostAliases[0].ip: IPv6 address \"2001:DB8::1\" should be in RFC 5952 canonical format (\"2001:db8::1\")",
                 ],
             ),
             (
