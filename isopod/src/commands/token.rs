@@ -154,6 +154,7 @@ mod tests {
             bearer: "secret".to_owned(),
             pod_cidr: "10.244.0.0/16".parse().unwrap(),
             service_cidr: "10.96.0.0/16".parse().unwrap(),
+            pod_encryption: PodEncryption::default(),
         };
         let text = token.encode().unwrap();
         assert_eq!(Token::decode(&format!(" {text}\n")).unwrap().server, token.server);
