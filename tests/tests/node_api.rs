@@ -1,6 +1,8 @@
 //! What the node tells about itself on port 10250, and whom: certificates through the API server, tokens of service accounts.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::HashSet;
+
 use isopod_tests::{Cluster, Net, eventually};
 use serde_json::Value;
 
@@ -38,6 +40,22 @@ metadata: {name: scraper}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: scraper}
 subjects: [{kind: ServiceAccount, name: scraper, namespace: default}]
 "#;
+
+/// Every family once, its samples behind it, each of them once and with a number.
+#[track_caller]
+fn well_formed(text: &str) {
+    let (mut families, mut samples, mut family) = (HashSet::new(), HashSet::new(), "");
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            family = rest.split(' ').next().unwrap();
+            assert!(families.insert(family), "{family} twice");
+        } else if !line.starts_with('#') {
+            let (series, value) = line.rsplit_once(' ').unwrap();
+            assert!(series.starts_with(family) && samples.insert(series), "{line} under {family}, or twice");
+            value.parse::<f64>().unwrap();
+        }
+    }
+}
 
 #[test]
 fn numbers_for_those_who_may_see_them() {
@@ -142,6 +160,9 @@ fn numbers_for_those_who_may_see_them() {
         assert!(metrics.contains(series), "{series}: {metrics}");
     }
     let probes = raw("metrics/probes");
+    for text in [&resource, &cadvisor, &metrics, &probes] {
+        well_formed(text);
+    }
     assert!(probes.contains("prober_probe_total{container=\"c\",namespace=\"default\",pod=\"busy\","), "{probes}");
     assert!(raw("configz").contains("\"kubeletconfig\""));
     if std::path::Path::new("/proc/pressure/cpu").exists() {
