@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    hosts::{at, leave, run as shell},
+    hosts::{at, leave, run as shell, trust_addresses},
     links,
 };
 
@@ -88,6 +88,7 @@ fn the_node_that_announces_is_reached_until_its_lease_ends() {
         shell("ip link set br0 up");
         for (name, n) in [("one", 1), ("two", 2), ("client", 3)] {
             shell(&format!("ip netns add {name}"));
+            trust_addresses(name);
             shell(&format!("ip link add v{name} type veth peer name eth0 netns {name}"));
             shell(&format!("ip link set v{name} master br0 up"));
             shell(&format!("ip -n {name} link set lo up"));

@@ -8,7 +8,7 @@ use std::{
 
 use super::*;
 use crate::{
-    hosts::{at, leave, run},
+    hosts::{at, leave, run, trust_addresses},
     watch::NodeInfo,
 };
 
@@ -17,10 +17,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// `near` and `far` behind the router, which is the caller; a bridge address on each stands for its pods.
 fn build() {
     leave();
+    trust_addresses("node");
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
     std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
     for (name, n) in [("near", 1), ("far", 2)] {
         run(&format!("ip netns add {name}"));
+        trust_addresses(name);
         run(&format!("ip link add v{name} type veth peer name eth0 netns {name}"));
         run(&format!("ip addr add 192.0.{n}.254/24 dev v{name}"));
         run(&format!("ip link set v{name} up"));

@@ -20,7 +20,7 @@ use super::{
     skeleton::Settings,
     trace::{Fate, Packet, Tracer},
 };
-use crate::hosts::{at, leave, run};
+use crate::hosts::{at, leave, run, trust_addresses};
 use crate::model::{
     objects::{Endpoint, Place, Policy, Protocol, Rare, Service, ServiceName, Slice},
     shadow::Shadow,
@@ -63,9 +63,7 @@ fn sysctl(name: &str, value: &str) {
 /// Builds the network; afterwards the calling thread is the node.
 fn build() {
     leave();
-    // Addresses are good at once: until a link's own is, a node asks for no neighbour of it.
-    sysctl("ipv6/conf/default/accept_dad", "0");
-    sysctl("ipv6/conf/all/accept_dad", "0");
+    trust_addresses("node");
     run("ip link set lo up");
     run("ip link add br0 type bridge");
     run("ip addr add 10.244.0.1/24 dev br0");
@@ -82,7 +80,7 @@ fn build() {
     sysctl("ipv6/icmp/ratelimit", "0");
     for (name, [address, six]) in PODS {
         run(&format!("ip netns add {name}"));
-        at(name, || sysctl("ipv6/conf/default/accept_dad", "0"));
+        trust_addresses(name);
         run(&format!("ip link add v{name} type veth peer name eth0 netns {name}"));
         run(&format!("ip link set v{name} up"));
         run(&format!("ip -n {name} link set lo up"));
