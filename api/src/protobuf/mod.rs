@@ -1,12 +1,14 @@
 //! Protobuf <-> JSON of the built-in kinds (`application/vnd.kubernetes.protobuf`).
 //!
 //! - [`encode`] / [`decode`]: an object, status or list with the `k8s\0` envelope.
+//! - [`List`]: what surrounds the items of a list whose messages are there already.
 //! - [`watch_event`]: one frame's payload of a watch; the caller adds the length prefix.
 //!
 //! Driven by a table of messages: name -> fields with number, JSON name and type. A decoded object has everything Go's
 //! encoder wrote, also zero values: run it through [`crate::schema::decode`] like any other input. Custom resources have
 //! no protobuf form.
 
+mod list;
 mod node;
 mod read;
 mod special;
@@ -21,6 +23,7 @@ use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
 use crate::gvk::Gvk;
+pub use list::List;
 use node::Node;
 
 /// What every message starts with.
@@ -179,36 +182,21 @@ fn encode_node(node: &Node<'_>) -> Result<Vec<u8>, Error> {
     Ok(raw)
 }
 
-/// Encodes a list of messages with its envelope. `head` has kind, version and metadata.
-pub fn encode_list<M: AsRef<[u8]>>(
-    head: &Value,
-    items: impl Iterator<Item = Result<M, Error>>,
-) -> Result<Vec<u8>, Error> {
-    let gvk = Gvk::of(head);
-    let list = message_of(&gvk)?;
-    let field = list.fields().iter().find(|f| f.name == "items");
-    let Some(Field { number, kind: Kind::Message(_), .. }) = field else {
-        return Err(Error::NoMessage(gvk.to_string()));
-    };
-    let mut raw = Vec::with_capacity(4096);
-    write::message(list, &head.into(), &mut raw)?;
-    for item in items {
-        write::bytes(*number, item?.as_ref(), &mut raw);
-    }
-    Ok(seal(&gvk, &raw))
-}
-
 /// Puts a message into the envelope.
 pub fn seal(gvk: &Gvk, raw: &[u8]) -> Vec<u8> {
-    let mut type_meta = Vec::new();
-    write::text(1, &gvk.api_version(), &mut type_meta);
-    write::text(2, &gvk.kind, &mut type_meta);
     let mut out = Vec::with_capacity(raw.len() + 64);
     out.extend_from_slice(MAGIC);
-    write::bytes(1, &type_meta, &mut out);
+    write::bytes(1, &type_meta(gvk), &mut out);
     write::bytes(2, raw, &mut out);
-    write::bytes(3, b"", &mut out);
-    write::bytes(4, b"", &mut out);
+    out.extend_from_slice(List::END);
+    out
+}
+
+/// The envelope's TypeMeta.
+fn type_meta(gvk: &Gvk) -> Vec<u8> {
+    let mut out = Vec::new();
+    write::text(1, &gvk.api_version(), &mut out);
+    write::text(2, &gvk.kind, &mut out);
     out
 }
 
@@ -315,12 +303,6 @@ mod tests {
     fn lists_statuses_and_events() {
         round_trip(json!({"apiVersion": "v1", "kind": "ConfigMapList", "metadata": {"resourceVersion": "5"},
             "items": [{"metadata": {"name": "a"}}, {"metadata": {"name": "b"}}]}));
-        let item = |name: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"k": "v"}});
-        let items = [item("a"), item("b")];
-        let mut list = json!({"apiVersion": "v1", "kind": "ConfigMapList", "metadata": {"resourceVersion": "5"}});
-        let bytes = encode_list(&list, items.iter().map(encode_message)).unwrap();
-        list["items"] = items.to_vec().into();
-        assert_eq!(bytes, encode(&list).unwrap());
         let status = crate::status::Status::not_found(&crate::gvk::GroupResource::new("", "pods"), "a").to_value();
         let back = decode(&encode(&status).unwrap()).unwrap();
         assert_eq!((&back["code"], &back["details"]["name"]), (&json!(404), &json!("a")));

@@ -19,10 +19,15 @@ fn tag(number: u32, wire: u32, out: &mut Vec<u8>) {
     varint(u64::from(number << 3 | wire), out);
 }
 
+/// The head of a length-delimited field of so many bytes.
+pub(super) fn length(number: u32, bytes: usize, out: &mut Vec<u8>) {
+    tag(number, 2, out);
+    varint(bytes as u64, out);
+}
+
 /// A length-delimited field.
 pub(crate) fn bytes(number: u32, data: &[u8], out: &mut Vec<u8>) {
-    tag(number, 2, out);
-    varint(data.len() as u64, out);
+    length(number, data.len(), out);
     out.extend_from_slice(data);
 }
 

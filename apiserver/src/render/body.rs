@@ -1,86 +1,156 @@
-//! The body of a plain list: the objects' own bytes, joined on the way out.
+//! The body of a list whose items are there as bytes: they are joined on the way out.
 
 use std::{
     io::{self, Write},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    vec::IntoIter,
 };
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
-use http::{HeaderValue, Response, header};
+use http::Response;
 use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use isopod_api::protobuf;
 use serde_json::Value;
 
-use crate::{cache::Object, endpoints::Body, server::respond::with_type};
+use crate::{
+    cache::Object,
+    endpoints::Body,
+    server::respond::{self, GZIP_MINIMUM, Style},
+};
 
 /// Bytes gathered per frame.
 const CHUNK: usize = 64 * 1024;
-/// Lists up to this size are sent in one piece.
-const SMALL: usize = 128 * 1024;
 
-/// A list response over stored objects.
-pub(super) fn list(head: &Value, objects: Vec<Arc<Object>>, gzip: bool) -> Response<Body> {
-    let mut prefix = serde_json::to_vec(head).unwrap_or_default();
-    prefix.pop();
-    prefix.extend_from_slice(b",\"items\":[");
-    let items: usize = objects.iter().map(|o| o.bytes.len() - o.body_offset as usize + 2).sum();
-    let length = prefix.len() + items.saturating_sub(usize::from(!objects.is_empty())) + 3;
-    let mut list = List { prefix: Some(prefix), objects, at: 0, left: length };
-    if length <= SMALL {
-        let mut out = BytesMut::with_capacity(length);
+/// A list response.
+pub(super) fn list(style: Style, items: Items) -> Response<Body> {
+    let list = List::new(items);
+    if list.left <= GZIP_MINIMUM {
+        let mut list = list;
+        let mut out = Vec::with_capacity(list.left);
         while list.fill(&mut out) {}
-        return with_type(200, "application/json", out.freeze());
+        return respond::with_type(200, style.accepted.media.content_type(), out);
     }
-    let body = if gzip {
+    let mut response = respond::with_type(200, style.accepted.media.content_type(), Bytes::new());
+    *response.body_mut() = if style.gzip {
+        respond::mark_zipped(response.headers_mut());
         Zipped { list, encoder: Some(GzEncoder::new(Vec::new(), Compression::new(1))) }.boxed()
     } else {
         list.boxed()
     };
-    let mut response = with_type(200, "application/json", Bytes::new());
-    if gzip {
-        response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
-        response.headers_mut().append(header::VARY, HeaderValue::from_static("Accept-Encoding"));
-    }
-    *response.body_mut() = body;
     response
 }
 
-/// The joined objects, a chunk at a time.
+/// The items of a list that are still to go, and what is around them.
+pub(super) enum Items {
+    /// Stored objects, which begin with kind and version: as items they have none.
+    Json { start: Vec<u8>, objects: IntoIter<Arc<Object>> },
+    /// Encoded messages.
+    Protobuf { list: protobuf::List, messages: IntoIter<Bytes> },
+}
+
+impl Items {
+    /// Stored objects after the list's own members.
+    pub(super) fn json(head: &Value, objects: Vec<Arc<Object>>) -> Self {
+        let mut start = serde_json::to_vec(head).unwrap_or_default();
+        start.pop();
+        start.extend_from_slice(b",\"items\":[");
+        Self::Json { start, objects: objects.into_iter() }
+    }
+
+    /// Messages in their list.
+    pub(super) fn protobuf(list: protobuf::List, messages: Vec<Bytes>) -> Self {
+        Self::Protobuf { list, messages: messages.into_iter() }
+    }
+
+    /// What comes before the first item, and how many bytes the whole list has.
+    fn start(&mut self) -> (Vec<u8>, usize) {
+        match self {
+            Self::Json { start, objects } => {
+                let start = std::mem::take(start);
+                let items: usize = objects.as_slice().iter().map(|o| o.bytes.len() - o.body_offset as usize + 2).sum();
+                let length = start.len() + items.saturating_sub(usize::from(objects.len() > 0));
+                (start, length + JSON_END.len())
+            }
+            Self::Protobuf { list, messages } => {
+                let mut head = Vec::new();
+                let framed = messages.as_slice().iter().map(|message| {
+                    head.clear();
+                    list.item_head(message.len(), &mut head);
+                    head.len() + message.len()
+                });
+                let items = framed.sum();
+                let start = list.start(items);
+                let length = start.len() + items + protobuf::List::END.len();
+                (start, length)
+            }
+        }
+    }
+
+    /// Appends the next item; false when there is none.
+    fn put(&mut self, first: bool, out: &mut Vec<u8>) -> bool {
+        match self {
+            Self::Json { objects, .. } => {
+                let Some(object) = objects.next() else { return false };
+                out.extend_from_slice(if first { "{" } else { ",{" }.as_bytes());
+                out.extend_from_slice(&object.bytes[object.body_offset as usize..]);
+            }
+            Self::Protobuf { list, messages } => {
+                let Some(message) = messages.next() else { return false };
+                list.item_head(message.len(), out);
+                out.extend_from_slice(&message);
+            }
+        }
+        true
+    }
+
+    /// What comes after the last item.
+    fn end(&self) -> &'static [u8] {
+        match self {
+            Self::Json { .. } => JSON_END,
+            Self::Protobuf { .. } => protobuf::List::END,
+        }
+    }
+}
+
+const JSON_END: &[u8] = b"]}\n";
+
+/// The joined items, a chunk at a time.
 struct List {
-    prefix: Option<Vec<u8>>,
-    objects: Vec<Arc<Object>>,
-    at: usize,
+    start: Option<Vec<u8>>,
+    items: Items,
     left: usize,
 }
 
 impl List {
+    fn new(mut items: Items) -> Self {
+        let (start, left) = items.start();
+        Self { start: Some(start), items, left }
+    }
+
     /// Appends a chunk; false at the end.
-    fn fill(&mut self, out: &mut BytesMut) -> bool {
+    fn fill(&mut self, out: &mut Vec<u8>) -> bool {
         if self.left == 0 {
             return false;
         }
-        let start = out.len();
-        if let Some(prefix) = self.prefix.take() {
-            out.extend_from_slice(&prefix);
+        let from = out.len();
+        let mut first = false;
+        if let Some(start) = self.start.take() {
+            out.extend_from_slice(&start);
+            first = true;
         }
-        while out.len() - start < CHUNK && self.at < self.objects.len() {
-            let object = &self.objects[self.at];
-            if self.at > 0 {
-                out.put_u8(b',');
+        while out.len() - from < CHUNK {
+            if !self.items.put(first, out) {
+                out.extend_from_slice(self.items.end());
+                self.left = 0;
+                return true;
             }
-            out.put_u8(b'{');
-            out.extend_from_slice(&object.bytes[object.body_offset as usize..]);
-            self.at += 1;
+            first = false;
         }
-        if self.at == self.objects.len() {
-            out.extend_from_slice(b"]}\n");
-            self.left = 0;
-        } else {
-            self.left -= out.len() - start;
-        }
+        self.left -= out.len() - from;
         true
     }
 }
@@ -90,8 +160,8 @@ impl HttpBody for List {
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        let mut out = BytesMut::with_capacity(CHUNK.min(self.left) + 16 * 1024);
-        Poll::Ready(self.fill(&mut out).then(|| Ok(Frame::data(out.freeze()))))
+        let mut out = Vec::with_capacity(CHUNK.min(self.left) + 16 * 1024);
+        Poll::Ready(self.fill(&mut out).then(|| Ok(Frame::data(out.into()))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -115,7 +185,7 @@ impl HttpBody for Zipped {
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         loop {
-            let mut out = BytesMut::new();
+            let mut out = Vec::with_capacity(CHUNK);
             let more = self.list.fill(&mut out);
             let Some(encoder) = &mut self.encoder else { return Poll::Ready(None) };
             let bytes = if more {
@@ -137,24 +207,36 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{cache::Draft, registry::strategy::Generic};
+    use crate::{cache::Draft, registry::strategy::Generic, server::negotiate::Accepted};
+
+    fn objects(count: u64) -> Vec<Arc<Object>> {
+        let object = |i| {
+            let value = json!({"kind": "ConfigMap", "apiVersion": "v1", "metadata": {"name": format!("n{i}")},
+                "data": {"k": "v".repeat(200)}});
+            Arc::new(Draft::new(value, &Generic).finish(i))
+        };
+        (0..count).map(object).collect()
+    }
+
+    async fn read(items: Items) -> Bytes {
+        let response = list(Style { accepted: Accepted::JSON, pretty: false, gzip: false }, items);
+        let hint = response.body().size_hint().exact();
+        let bytes = response.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(hint, Some(bytes.len() as u64));
+        bytes
+    }
 
     #[tokio::test]
     async fn lengths_are_exact() {
         for count in [0, 1, 3, 2000] {
-            let objects: Vec<_> = (0..count)
-                .map(|i| {
-                    let value = json!({"kind": "ConfigMap", "apiVersion": "v1", "metadata": {"name": format!("n{i}")},
-                        "data": {"k": "v".repeat(200)}});
-                    Arc::new(Draft::new(value, &Generic).finish(i))
-                })
-                .collect();
-            let response = list(&json!({"kind": "ConfigMapList", "metadata": {}}), objects, false);
-            let hint = response.body().size_hint().exact();
-            let bytes = response.into_body().collect().await.unwrap().to_bytes();
-            assert_eq!(hint, Some(bytes.len() as u64), "{count}");
+            let bytes = read(Items::json(&json!({"kind": "ConfigMapList", "metadata": {}}), objects(count))).await;
             let parsed: Value = serde_json::from_slice(&bytes).unwrap();
             assert_eq!(parsed["items"].as_array().unwrap().len(), count as usize);
+
+            let head = json!({"kind": "ConfigMapList", "apiVersion": "v1", "metadata": {"resourceVersion": "5"}});
+            let messages = objects(count).iter().map(|o| protobuf::encode_json(&o.bytes).unwrap().into()).collect();
+            let bytes = read(Items::protobuf(protobuf::List::new(&head).unwrap(), messages)).await;
+            assert_eq!(protobuf::decode(&bytes).unwrap()["items"].as_array().map_or(0, Vec::len), count as usize);
         }
     }
 }

@@ -139,9 +139,9 @@ pub(crate) fn list_metadata(revision: u64, next: Option<&str>, remaining: Option
     metadata.into()
 }
 
-/// A list response. Plain JSON of stored objects is streamed from their bytes. `stored` objects have their revision to
-/// themselves; what a dry run made has not.
-pub(crate) fn list(
+/// A list response. Plain JSON of stored objects, and protobuf, is streamed from their bytes. `stored` objects have their
+/// revision to themselves; what a dry run made has not.
+pub(crate) async fn list(
     resource: &Resource,
     objects: Vec<Arc<Object>>,
     stored: bool,
@@ -157,21 +157,49 @@ pub(crate) fn list(
     }
     let plain = rendering.transform == Transform::None && !objects.iter().any(|o| resource.reshapes(o));
     if plain && style.accepted.media == Media::Json && !style.pretty {
-        return body::list(&head, objects, style.gzip);
+        return body::list(style, body::Items::json(&head, objects));
     }
     if style.accepted.media == Media::Protobuf && !matches!(rendering.transform, Transform::Table(_)) {
         if let Transform::Partial(beta) = rendering.transform {
             head["kind"] = "PartialObjectMetadataList".into();
             head["apiVersion"] = meta_version(beta).into();
         }
-        let encoded = |o: &Arc<Object>| match stored {
-            true => message(resource, o, rendering),
-            false => protobuf::encode_message(&value(resource, o, rendering, false)).map(Bytes::from),
+        let items = match protobuf::List::new(&head) {
+            Ok(list) => messages(resource, &objects, stored, rendering).await.map(|m| body::Items::protobuf(list, m)),
+            Err(error) => Err(error),
         };
-        return respond::binary_list(style, &head, objects.iter().map(encoded));
+        return match items {
+            Ok(items) => body::list(style, items),
+            Err(error) => respond::unencodable(&error),
+        };
     }
+    respond::value(style, 200, &list_value(resource, &objects, head, rendering))
+}
+
+/// The messages of objects. Others get their turn now and then: many that nobody asked for before take a second.
+async fn messages(
+    resource: &Resource,
+    objects: &[Arc<Object>],
+    stored: bool,
+    rendering: Rendering,
+) -> Result<Vec<Bytes>, protobuf::Error> {
+    let mut messages = Vec::with_capacity(objects.len());
+    for some in objects.chunks(64) {
+        for object in some {
+            messages.push(match stored {
+                true => message(resource, object, rendering)?,
+                false => protobuf::encode_message(&value(resource, object, rendering, false))?.into(),
+            });
+        }
+        tokio::task::yield_now().await;
+    }
+    Ok(messages)
+}
+
+/// A list as a value.
+fn list_value(resource: &Resource, objects: &[Arc<Object>], mut head: Value, rendering: Rendering) -> Value {
     let values = objects.iter().map(|o| object_value(resource, o));
-    let value = match rendering.transform {
+    match rendering.transform {
         Transform::None => {
             head["items"] = match resource.custom {
                 Some(_) => values.collect(),
@@ -189,8 +217,7 @@ pub(crate) fn list(
             let rows: Vec<Value> = values.collect();
             table::table(resource, &rows, head["metadata"].clone(), beta, rendering.include, true)
         }
-    };
-    respond::value(style, 200, &value)
+    }
 }
 
 fn without_kind(mut value: Value) -> Value {

@@ -245,11 +245,11 @@ async fn list_objects(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Re
     if resource.store.is_none() {
         let mut objects = if observed(resource) { components(app, resource).await? } else { Vec::new() };
         objects.retain(|object| selection.matches(object));
-        return Ok(render::list(resource, objects, false, json!({}), rendering, call.style));
+        return Ok(render::list(resource, objects, false, json!({}), rendering, call.style).await);
     }
     let listing = list(resource, &selection, &call.query).await?;
     let metadata = render::list_metadata(listing.revision, listing.next.as_deref(), listing.remaining);
-    Ok(render::list(resource, listing.objects, true, metadata, rendering, call.style))
+    Ok(render::list(resource, listing.objects, true, metadata, rendering, call.style).await)
 }
 
 async fn watch_objects(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<Response<Body>, Status> {
@@ -409,7 +409,7 @@ async fn delete(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<R
         let deleted =
             app.registry.delete_collection(resource, &info.namespace, &selection, &options, &mut writer).await?;
         let metadata = render::list_metadata(app.registry.cache().revision(), None, None);
-        return Ok(render::list(resource, deleted, false, metadata, rendering, call.style));
+        return Ok(render::list(resource, deleted, false, metadata, rendering, call.style).await);
     }
     let deleted = app.registry.delete_object(resource, &info.namespace, &info.name, &options, &mut writer).await?;
     let mut response = match deleted.status(resource) {

@@ -16,7 +16,7 @@ use super::{
 use crate::endpoints::Body;
 
 /// Responses smaller than this are not worth compressing.
-const GZIP_MINIMUM: usize = 128 * 1024;
+pub(crate) const GZIP_MINIMUM: usize = 128 * 1024;
 
 /// How the response of one request is to be written.
 #[derive(Debug, Clone, Copy)]
@@ -56,18 +56,6 @@ pub(crate) fn value(style: Style, code: u16, value: &Value) -> Response<Body> {
     bytes_response(style, code, bytes.into())
 }
 
-/// A list in protobuf of encoded objects.
-pub(crate) fn binary_list(
-    style: Style,
-    head: &Value,
-    items: impl Iterator<Item = Result<Bytes, protobuf::Error>>,
-) -> Response<Body> {
-    match protobuf::encode_list(head, items) {
-        Ok(bytes) => bytes_response(style, 200, bytes.into()),
-        Err(error) => unencodable(&error),
-    }
-}
-
 /// JSON bytes in the negotiated encoding.
 pub(crate) fn json(style: Style, code: u16, bytes: Bytes) -> Response<Body> {
     if style.accepted.media == Media::Json && !style.pretty {
@@ -80,7 +68,7 @@ pub(crate) fn json(style: Style, code: u16, bytes: Bytes) -> Response<Body> {
 }
 
 /// What upstream answers when an object does not fit the encoding that was asked for.
-fn unencodable(error: &protobuf::Error) -> Response<Body> {
+pub(crate) fn unencodable(error: &protobuf::Error) -> Response<Body> {
     let status =
         Status::not_acceptable(format!("object does not implement the protobuf marshalling interface: {error}"));
     let body = serde_json::to_vec(&status.to_value()).unwrap_or_default();
@@ -94,10 +82,15 @@ fn bytes_response(style: Style, code: u16, bytes: Bytes) -> Response<Body> {
     };
     let mut response = with_type(code, style.accepted.media.content_type(), bytes);
     if zipped {
-        response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
-        response.headers_mut().append(header::VARY, HeaderValue::from_static("Accept-Encoding"));
+        mark_zipped(response.headers_mut());
     }
     response
+}
+
+/// Says that a body is compressed.
+pub(crate) fn mark_zipped(headers: &mut HeaderMap) {
+    headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    headers.append(header::VARY, HeaderValue::from_static("Accept-Encoding"));
 }
 
 fn gzip(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
