@@ -14,6 +14,7 @@ use http::Response;
 use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use isopod_api::protobuf;
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::{
@@ -123,12 +124,36 @@ struct List {
     start: Option<Vec<u8>>,
     items: Items,
     left: usize,
+    buffers: Buffers,
+}
+
+/// Buffers of chunks that were sent: a new one each time is new pages from the kernel each time.
+#[derive(Default, Clone)]
+struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
+
+/// A chunk that is being sent.
+struct Chunk {
+    bytes: Vec<u8>,
+    home: Buffers,
+}
+
+impl AsRef<[u8]> for Chunk {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        self.bytes.clear();
+        self.home.0.lock().push(std::mem::take(&mut self.bytes));
+    }
 }
 
 impl List {
     fn new(mut items: Items) -> Self {
         let (start, left) = items.start();
-        Self { start: Some(start), items, left }
+        Self { start: Some(start), items, left, buffers: Buffers::default() }
     }
 
     /// Appends a chunk; false at the end.
@@ -160,8 +185,10 @@ impl HttpBody for List {
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        let mut out = Vec::with_capacity(CHUNK.min(self.left) + 16 * 1024);
-        Poll::Ready(self.fill(&mut out).then(|| Ok(Frame::data(out.into()))))
+        let spare = self.buffers.0.lock().pop();
+        let mut bytes = spare.unwrap_or_else(|| Vec::with_capacity(CHUNK + 16 * 1024));
+        let home = self.buffers.clone();
+        Poll::Ready(self.fill(&mut bytes).then(|| Ok(Frame::data(Bytes::from_owner(Chunk { bytes, home })))))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -99,8 +99,8 @@ impl File {
                  PRAGMA journal_mode = WAL;
                  PRAGMA cache_size = -1024;
                  PRAGMA temp_store = MEMORY;
-                 PRAGMA wal_autocheckpoint = 1000;
-                 PRAGMA journal_size_limit = 8388608;",
+                 PRAGMA wal_autocheckpoint = 4000;
+                 PRAGMA journal_size_limit = 16777216;",
             )
             .map_err(|e| classify(&self.path, "configure", e))
     }

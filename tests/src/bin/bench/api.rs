@@ -87,7 +87,7 @@ async fn creates() {
     let data = "x".repeat(1024);
     for clients in CLIENTS {
         let each = if clients == 1 { 500 } else { 6_400 / clients };
-        let ready = join_all((0..clients).map(|_| own_client())).await;
+        let ready = join_all((0..clients).map(|_| connected())).await;
         let started = Instant::now();
         let work = ready.into_iter().enumerate().map(|(c, client)| {
             let data = data.clone();
