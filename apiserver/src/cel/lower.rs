@@ -2,8 +2,8 @@
 //!
 //! - Macros become comprehensions, also those the crate does not know (two variables, `cel.bind`, `optMap`, `sortBy`).
 //!   Every round of a loop pays `@tick` what it costs, and methods that go through a text pay `@read` for it, in
-//!   upstream's units: what is used or called costs 1, new lists, maps and messages more. Of what `&&`, `||` and `?:` join
-//!   all is paid for, also what is passed over.
+//!   upstream's units: what is used or called costs 1, new lists, maps and messages more. What `&&`, `||` and `?:` may pass
+//!   over is paid for when it runs.
 //! - Selections become index calls: the crate answers `false` for a field of what is no map.
 //! - Messages become maps; `variables.x` becomes `@variable('x')`, evaluated when it is first asked for.
 
@@ -45,17 +45,18 @@ const MAP: u64 = 30;
 /// Making a message.
 const MESSAGE: u64 = 40;
 
-/// What a checked tree costs besides the rounds of its loops.
+/// What a checked tree costs whatever happens: without the rounds of its loops, and without what conditions may pass over.
 pub(super) fn own_cost(expr: &IdedExpr) -> u64 {
     let all = |exprs: &[IdedExpr]| exprs.iter().map(own_cost).sum::<u64>();
     match &expr.expr {
         Expr::Ident(_) => 1,
         Expr::Select(select) => own_cost(&select.operand) + u64::from(!select.test),
         Expr::Call(found) => match (&found.target, found.func_name.as_str()) {
-            (None, operators::LOGICAL_AND | operators::LOGICAL_OR | operators::CONDITIONAL) => all(&found.args),
+            (None, name) if branches(name) => found.args.first().map_or(0, own_cost),
             // Whether there is a field costs what leads to it.
             (None, operators::HAS) => all(&found.args).saturating_sub(1),
-            (Some(target), name) if overhead(name) > 0 && found.args.len() > 1 => own_cost(target) + 1,
+            (Some(target), "exists_one" | "existsOne") if found.args.len() > 1 => own_cost(target) + 2,
+            (Some(target), name) if loops(name) && found.args.len() > 1 => own_cost(target) + 1,
             (target, _) => 1 + target.as_deref().map_or(0, own_cost) + all(&found.args),
         },
         Expr::List(list) => LIST + all(&list.elements),
@@ -72,16 +73,16 @@ fn entry_cost(entry: &IdedEntryExpr) -> u64 {
     }
 }
 
-/// What a round of a loop costs besides its body: its condition, what there is so far, what is made of both.
-fn overhead(name: &str) -> u64 {
-    match name {
-        "all" => 3,
-        "exists" => 4,
-        "exists_one" | "existsOne" => 2,
-        "map" | "filter" | "transformList" | "sortBy" => 2 + LIST,
-        "transformMap" => 2 + MAP,
-        _ => 0,
-    }
+/// Operators that look at their first argument before they look at another.
+fn branches(name: &str) -> bool {
+    matches!(name, operators::LOGICAL_AND | operators::LOGICAL_OR | operators::CONDITIONAL)
+}
+
+/// Whether a method is a macro that loops.
+fn loops(name: &str) -> bool {
+    let names =
+        ["all", "exists", "exists_one", "existsOne", "filter", "map", "sortBy", "transformList", "transformMap"];
+    names.contains(&name)
 }
 
 struct Lowering<'e> {
@@ -151,21 +152,32 @@ struct Loop {
     going: IdedExpr,
     step: IdedExpr,
     end: IdedExpr,
-    /// What a round costs.
-    cost: u64,
+    /// What asking whether to go on costs, and what a round costs then.
+    cost: (u64, u64),
+}
+
+/// An expression that costs something when it runs.
+fn paid(cost: u64, expr: IdedExpr) -> IdedExpr {
+    if cost == 0 {
+        return expr;
+    }
+    let cost = i64::try_from(cost).unwrap_or(i64::MAX);
+    conditional(call("@tick", vec![integer(cost)]), expr, boolean(false))
 }
 
 impl Loop {
     fn build(self) -> IdedExpr {
-        let cost = i64::try_from(self.cost).unwrap_or(i64::MAX);
+        let (asking, round) = self.cost;
+        // Where nothing is asked the round is paid for at once: one call a round either way.
+        let (before, after) = if asking == 0 { (round, 0) } else { (asking, round) };
         node(Expr::Comprehension(Box::new(ComprehensionExpr {
             iter_range: self.range,
             iter_var: self.variable,
             iter_var2: None,
             accu_var: RESULT.into(),
             accu_init: self.start,
-            loop_cond: conditional(call("@tick", vec![integer(cost)]), self.going, boolean(false)),
-            loop_step: self.step,
+            loop_cond: paid(before, self.going),
+            loop_step: paid(after, self.step),
             result: self.end,
         })))
     }
@@ -234,7 +246,12 @@ impl Lowering<'_> {
         if let Some(target) = target {
             return self.on_target(*target, func_name, args);
         }
-        let args = args.into_iter().map(|a| self.expr(a)).collect();
+        let branching = branches(&func_name);
+        let arg = |(at, arg): (usize, IdedExpr)| match at > 0 && branching {
+            true => paid(own_cost(&arg), self.expr(arg)),
+            false => self.expr(arg),
+        };
+        let args = args.into_iter().enumerate().map(arg).collect();
         node(Expr::Call(CallExpr { func_name, target: None, args }))
     }
 
@@ -290,45 +307,49 @@ impl Lowering<'_> {
         bodies: Vec<IdedExpr>,
         scoped: impl Fn(IdedExpr) -> IdedExpr,
     ) -> IdedExpr {
-        let round: u64 = bodies.iter().map(own_cost).sum();
-        let mut bodies = bodies.into_iter().map(|b| self.expr(b));
-        let body = bodies.next().unwrap_or_else(|| boolean(true));
+        let mut bodies = bodies.into_iter().map(|body| (own_cost(&body), self.expr(body)));
+        let (cost, body) = bodies.next().unwrap_or_else(|| (0, boolean(true)));
         let second = bodies.next();
         let result = || ident(RESULT);
         let more = |value| call(operators::ADD, vec![result(), list(vec![value])]);
         let truth = |value| call(operators::NOT_STRICTLY_FALSE, vec![value]);
-        let (start, going, step, end) = match name {
-            "all" => (boolean(true), truth(result()), call(operators::LOGICAL_AND, vec![result(), body]), result()),
-            "exists" => (
-                boolean(false),
-                truth(call(operators::LOGICAL_NOT, vec![result()])),
-                call(operators::LOGICAL_OR, vec![result(), body]),
-                result(),
-            ),
-            "exists_one" | "existsOne" => {
-                let next = call(operators::ADD, vec![result(), integer(1)]);
-                let end = call(operators::EQUALS, vec![result(), integer(1)]);
-                (integer(0), boolean(true), conditional(body, next, result()), end)
+        // Besides the body: what there is so far costs 1, and so does each name and call that makes more of it.
+        let (start, going, step, end, costs) = match name {
+            "all" => {
+                let step = call(operators::LOGICAL_AND, vec![result(), body]);
+                (boolean(true), truth(result()), step, result(), (2, 1 + cost))
             }
-            "filter" => (list(Vec::new()), boolean(true), conditional(body, more(item), result()), result()),
+            "exists" => {
+                let going = truth(call(operators::LOGICAL_NOT, vec![result()]));
+                let step = call(operators::LOGICAL_OR, vec![result(), body]);
+                (boolean(false), going, step, result(), (3, 1 + cost))
+            }
+            "exists_one" | "existsOne" => {
+                let next = paid(1, call(operators::ADD, vec![result(), integer(1)]));
+                let end = call(operators::EQUALS, vec![result(), integer(1)]);
+                (integer(0), boolean(true), conditional(body, next, result()), end, (0, 1 + cost))
+            }
+            "filter" => {
+                let step = conditional(body, paid(LIST + 2, more(item)), result());
+                (list(Vec::new()), boolean(true), step, result(), (0, 1 + cost))
+            }
             "transformMap" => {
-                let (condition, value) = match second {
-                    Some(value) => (body, value),
-                    None => (boolean(true), body),
-                };
-                let put = call("@insert", vec![result(), item, value]);
                 let start = node(Expr::Map(MapExpr { entries: Vec::new() }));
-                (start, boolean(true), conditional(condition, put, result()), result())
+                let put = |value| call("@insert", vec![result(), item, value]);
+                let (step, cost) = match second {
+                    Some((more, value)) => (conditional(body, paid(MAP + 1 + more, put(value)), result()), cost),
+                    None => (put(body), MAP + 1 + cost),
+                };
+                (start, boolean(true), step, result(), (0, 1 + cost))
             }
             _ => {
-                let step = match second {
-                    Some(value) => conditional(body, more(value), result()),
-                    None => more(body),
+                let (step, cost) = match second {
+                    Some((own, value)) => (conditional(body, paid(LIST + 1 + own, more(value)), result()), cost),
+                    None => (more(body), LIST + 1 + cost),
                 };
-                (list(Vec::new()), boolean(true), step, result())
+                (list(Vec::new()), boolean(true), step, result(), (0, 1 + cost))
             }
         };
-        let cost = round + overhead(name);
-        Loop { range, variable, start, going, step: scoped(step), end, cost }.build()
+        Loop { range, variable, start, going, step: scoped(step), end, cost: costs }.build()
     }
 }

@@ -181,6 +181,39 @@ fn work_is_bounded() {
 }
 
 #[test]
+fn only_what_runs_is_paid_for() {
+    let cost = |text: &str| {
+        let mut scope = Scope::new();
+        scope.set("object", untyped(&json!({"n": 3, "l": [1, 2, 3, 4]})));
+        let mut budget = 10_000;
+        environment().compile(text, &[]).unwrap().evaluate(&scope, &mut budget).unwrap();
+        10_000 - budget
+    };
+    // A name, a field and a call cost 1 each, a new list 10.
+    let table = [
+        ("object.n == 3", 3),
+        ("object.n == 3 || object.n == 4", 3),
+        ("object.n == 4 || object.n == 3", 6),
+        ("object.n == 4 && object.n == 3 && object.n == 5", 3),
+        ("object.n > 1 ? object.n : object.n + object.n", 5),
+        ("object.n < 1 ? object.n : object.n + object.n", 8),
+        // The list and the result 3; a round 3, its condition 2.
+        ("object.l.all(x, x > 0)", 3 + 4 * 5),
+        // Two rounds, and one that ends.
+        ("object.l.all(x, x < 2)", 3 + 2 * 5 + 2),
+        ("object.l.exists(x, x == 1)", 3 + 6 + 3),
+        ("object.l.exists_one(x, x == 1)", 4 + 4 * 3 + 1),
+        ("object.l.filter(x, x == 1)", 3 + 4 * 3 + 12),
+        ("object.l.map(x, x + 1)", 3 + 4 * 14),
+        ("object.l.map(x, x == 1, x + 1)", 3 + 4 * 3 + 13),
+        ("object.l.all(x, x > 2 || object.n == 3)", 3 + 4 * 5 + 2 * 3),
+    ];
+    for (text, want) in table {
+        assert_eq!(cost(text), want, "{text}");
+    }
+}
+
+#[test]
 fn rules_in_the_wild_compile() {
     let text = || json!({"type": "string"});
     let schema = json!({"type": "object", "properties": {

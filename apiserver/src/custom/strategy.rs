@@ -49,9 +49,9 @@ impl Strategy for Stored {
 }
 
 impl Behaviour {
-    /// The rules, unless the object is not what they are about.
-    fn check_rules(&self, obj: &Value, old: Option<&Value>, errors: &mut ErrorList) {
-        let Some(rules) = &self.version.rules else { return };
+    /// The rules, unless the object is not what they are about; what they warn of.
+    fn check_rules(&self, obj: &Value, old: Option<&Value>, errors: &mut ErrorList) -> Vec<String> {
+        let Some(rules) = &self.version.rules else { return Vec::new() };
         let blocking = |e: &Error| {
             use ErrorType::{NotSupported, Required, TooLong, TooMany, TypeInvalid};
             matches!(e.kind, NotSupported | Required | TooLong | TooMany | TypeInvalid)
@@ -59,9 +59,11 @@ impl Behaviour {
         if errors.iter().any(blocking) {
             let detail = "some validation rules were not checked because the object was invalid; correct the existing errors to complete validation";
             errors.push(Error::invalid(&Path::nil(), Value::Null, detail));
-            return;
+            return Vec::new();
         }
-        errors.extend(rules.check(self.version.schema.schema(), obj, old).errors);
+        let verdict = rules.check(self.version.schema.schema(), obj, old);
+        errors.extend(verdict.errors);
+        verdict.warnings
     }
 
     fn check_embedded(&self, obj: &Value, errors: &mut ErrorList) {
@@ -151,7 +153,7 @@ impl Strategy for Behaviour {
         errors
     }
 
-    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+    fn judge_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> (ErrorList, Vec<String>) {
         let status = cx.subresource == "status";
         let mut errors = match status {
             true => self.version.schema.validate_status(new, Some(old)),
@@ -162,21 +164,17 @@ impl Strategy for Behaviour {
             self.check_embedded(new, &mut errors);
         }
         errors.extend(self.version.schema.validate_lists(new, Some(old)));
-        self.check_rules(new, Some(old), &mut errors);
-        errors
+        let mut warnings = self.check_rules(new, Some(old), &mut errors);
+        warnings.extend(self.warnings(cx, new, Some(old)));
+        (errors, warnings)
     }
 
     fn warnings(&self, _cx: &Context<'_>, obj: &Value, old: Option<&Value>) -> Vec<String> {
-        let mut out = match (&self.version.rules, old) {
-            (Some(rules), Some(_)) => rules.check(self.version.schema.schema(), obj, old).warnings,
-            _ => Vec::new(),
-        };
         let before = old.map(meta::finalizers).unwrap_or_default();
         let mut added: Vec<&str> = meta::finalizers(obj).into_iter().filter(|f| !before.contains(f)).collect();
         added.sort_unstable();
         added.dedup();
-        out.extend(added.into_iter().flat_map(unusual));
-        out
+        added.into_iter().flat_map(unusual).collect()
     }
 
     fn allow_unconditional_update(&self) -> bool {

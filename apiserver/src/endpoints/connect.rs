@@ -15,8 +15,9 @@ use isopod_api::{
 use serde_json::Value;
 
 use super::{
-    Body, Connect, ConnectRequest, log_socket,
+    Body, Connect, ConnectRequest,
     query::Query,
+    socket,
     transport::{Scheme, Target, Transport},
 };
 use crate::objects::Objects;
@@ -188,13 +189,21 @@ impl PodConnect {
         let query = self.what.query(&query).to_string();
         let path = self.what.path(&pod, &container);
         let path = if query.is_empty() { path } else { format!("{path}?{query}") };
-        let socket = if self.what == What::Log { log_socket::take(&mut request.request)? } else { None };
+        let socket = match self.what {
+            What::Log => {
+                let mut extensions = std::mem::take(request.request.extensions_mut());
+                let socket = socket::for_log(request.request.headers_mut(), &mut extensions)?;
+                *request.request.extensions_mut() = extensions;
+                socket
+            }
+            _ => None,
+        };
         let response = transport.forward(&target, &path, request.request).await?;
         if self.what != What::Log {
             return Ok(response);
         }
         let log = log_answer(response).await?;
-        if let Some(socket) = socket { socket.send(log) } else { Ok(log) }
+        if let Some(socket) = socket { socket.send(log.into_body()) } else { Ok(log) }
     }
 }
 

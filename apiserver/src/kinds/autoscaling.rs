@@ -1,11 +1,12 @@
 //! HorizontalPodAutoscalers (validated in their v2 form).
 
-use isopod_api::{field::ErrorList, names};
+use isopod_api::{field::ErrorList, gvk::Gvk, names};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::{
     registry::{
+        convert::convert,
         strategy::{Context, Strategy},
         table,
     },
@@ -15,6 +16,7 @@ use crate::{
 /// `horizontalpodautoscalers`.
 pub(crate) struct HorizontalPodAutoscaler;
 
+const KIND: &str = "HorizontalPodAutoscaler";
 const SOURCES: &[&str] = &["ContainerResource", "External", "Object", "Pods", "Resource"];
 
 impl Strategy for HorizontalPodAutoscaler {
@@ -52,7 +54,11 @@ impl Strategy for HorizontalPodAutoscaler {
         vec![
             table::name(obj),
             json!(format!("{}/{}", text(&target["kind"]), text(&target["name"]))),
-            json!(targets(obj)),
+            json!(match obj["spec"].get("metrics") {
+                Some(_) => targets(obj),
+                // Columns are of what is stored, in whatever version it is asked for.
+                None => targets(&stored(obj)),
+            }),
             json!(spec["minReplicas"].as_i64().map_or("<unset>".to_owned(), |n| n.to_string())),
             table::int(&spec["maxReplicas"]),
             table::int(&obj["status"]["currentReplicas"]),
@@ -61,13 +67,16 @@ impl Strategy for HorizontalPodAutoscaler {
     }
 }
 
+/// An object of version 1 as it is stored.
+fn stored(obj: &Value) -> Value {
+    let mut obj = obj.clone();
+    obj["apiVersion"] = "autoscaling/v1".into();
+    obj["kind"] = KIND.into();
+    convert(obj, &Gvk::new("autoscaling", "v2", KIND))
+}
+
 fn targets(obj: &Value) -> String {
-    let v1 = json!([{"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization",
-        "averageUtilization": obj["spec"]["targetCPUUtilizationPercentage"]}}}]);
-    let specs = match &obj["spec"]["metrics"] {
-        Value::Null if !obj["spec"]["targetCPUUtilizationPercentage"].is_null() => v1.as_array(),
-        other => other.as_array(),
-    };
+    let specs = obj["spec"]["metrics"].as_array();
     let Some(specs) = specs.filter(|s| !s.is_empty()) else { return "<none>".to_owned() };
     let statuses = obj["status"]["currentMetrics"].as_array();
     let mut out: Vec<String> = Vec::new();
@@ -294,6 +303,23 @@ fn behavior_rules(e: &mut Errs, at: &At<'_>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn columns_are_of_what_is_stored() {
+        let target = |target: Value| json!({"metric": {"name": "m"}, "target": target});
+        let metrics = json!([
+            {"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 50}}},
+            {"type": "External", "external": target(json!({"type": "AverageValue", "averageValue": "3"}))},
+            {"type": "Pods", "pods": target(json!({"type": "AverageValue", "averageValue": "1"}))}]);
+        let current = json!([{"type": "Resource", "resource": {"name": "cpu", "current": {"averageUtilization": 20}}}]);
+        let v2 = json!({"apiVersion": "autoscaling/v2", "kind": KIND, "metadata": {"name": "h"},
+            "spec": {"metrics": metrics}, "status": {"currentMetrics": current}});
+        let v1 = convert(v2.clone(), &Gvk::new("autoscaling", "v1", KIND));
+        let now = Timestamp::UNIX_EPOCH;
+        let cells = HorizontalPodAutoscaler.cells(&v2, now);
+        assert_eq!(cells[2], "cpu: 20%/50%, <unknown>/3 (avg) + 1 more...");
+        assert_eq!(HorizontalPodAutoscaler.cells(&v1, now), cells);
+    }
 
     #[test]
     fn what_is_wrong_with_autoscalers() {

@@ -1,7 +1,7 @@
 //! Reads and writes of stored objects: one generic path, a small strategy per kind.
 
 mod admit;
-mod convert;
+pub(crate) mod convert;
 mod create;
 mod decode;
 mod delete;

@@ -81,6 +81,13 @@ pub trait Strategy: Send + Sync {
         self.validate(cx, new)
     }
 
+    /// Errors and, when there are none, warnings of an update: for kinds where looking for one finds the other.
+    fn judge_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> (ErrorList, Vec<String>) {
+        let errors = self.validate_update(cx, new, old);
+        let warnings = if errors.is_empty() { self.warnings(cx, new, Some(old)) } else { Vec::new() };
+        (errors, warnings)
+    }
+
     /// Warning headers for a create or update.
     fn warnings(&self, _cx: &Context<'_>, _obj: &Value, _old: Option<&Value>) -> Vec<String> {
         Vec::new()

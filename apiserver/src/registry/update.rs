@@ -190,14 +190,14 @@ impl Registry {
         let reservation = resource.strategy.reserve(&cx, &mut new, Some(&old))?;
         let allocation = allocation.filter(|_| reservation.is_some());
         let mut errors = validation::meta::update(&resource.gvr, resource.info.namespaced, subresource, &new, &old);
-        errors.extend(resource.strategy.validate_update(&cx, &new, &old));
+        let (own, warnings) = resource.strategy.judge_update(&cx, &new, &old);
+        errors.extend(own);
         if !errors.is_empty() {
             return Err(match subresource {
                 "scale" if resource.custom.is_none() => scale::invalid(name, errors),
                 _ => Status::invalid(&resource.group_kind(), name, errors),
             });
         }
-        let warnings = resource.strategy.warnings(&cx, &new, Some(&old));
         writer.warnings.extend(warnings);
         self.admit(Pass::Validating, &admission, &mut new, writer).await?;
         meta::set_resource_version(&mut new, meta::resource_version(&old));

@@ -22,7 +22,10 @@ use super::{
 };
 use crate::{
     cache::Object,
-    endpoints::{Body, ConnectRequest, CreateRequest},
+    endpoints::{
+        Body, ConnectRequest, CreateRequest,
+        socket::{self, Framing},
+    },
     kinds,
     objects::Objects,
     registry::{
@@ -252,13 +255,18 @@ async fn list_objects(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Re
     Ok(render::list(resource, listing.objects, true, metadata, rendering, call.style).await)
 }
 
-async fn watch_objects(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<Response<Body>, Status> {
+async fn watch_objects(app: &App, resource: &Arc<Resource>, mut call: Call<'_>) -> Result<Response<Body>, Status> {
     let rendering = rendering(&call, resource)?;
     let info = &call.info;
     let selection = Selection::parse(resource, &info.namespace, &info.name, &call.query)?;
     let media = call.style.accepted.media;
     let request = WatchRequest { selection, rendering, binary: media == Media::Protobuf, stop: app.stop.clone() };
+    let framing = if request.binary { Framing::Prefixed } else { Framing::Lines };
+    let socket = socket::for_watch(&mut call.parts.headers, &mut call.parts.extensions, framing)?;
     let body = watch(resource, &call.query, request).await?;
+    if let Some(socket) = socket {
+        return socket.send(body);
+    }
     let mut response = Response::new(body);
     let content_type = header::HeaderValue::from_static(media.stream_type());
     response.headers_mut().insert(header::CONTENT_TYPE, content_type);

@@ -11,6 +11,7 @@ mod fuzz;
 mod hostile;
 mod kube_rs;
 mod kubectl;
+mod sockets;
 mod vectors;
 mod versions;
 #[allow(dead_code, reason = "unit tests use the rest of it")]
