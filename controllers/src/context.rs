@@ -16,7 +16,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::ClusterRole;
-use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass, VolumeAttachment};
+use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass, VolumeAttachment, VolumeAttributesClass};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -81,6 +81,7 @@ caches! {
     claims: PersistentVolumeClaim,
     volumes: PersistentVolume,
     storage_classes: StorageClass,
+    attributes_classes: VolumeAttributesClass,
     csi_drivers: CSIDriver,
     attachments: VolumeAttachment,
     signing_requests: CertificateSigningRequest,

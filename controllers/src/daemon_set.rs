@@ -6,7 +6,7 @@
 use crate::context::{Context, Key, key};
 use crate::deployment::plan::{scaled, template_hash};
 use crate::expectations::Expectations;
-use crate::ownership::{claim, controller};
+use crate::ownership::{claim, concerned, controller};
 use crate::revisions;
 use crate::{pod_control, pods, replica};
 use isopod_client::objects::HasMeta;
@@ -85,20 +85,13 @@ fn node_changed(old: &Node, new: &Node) -> bool {
 
 impl Controller {
     fn pod_changed(&self, change: &Change<'_, Pod>) {
-        let pod = change.object();
-        let Some(owner) = controller(&self.ctx.caches.daemon_sets, &**pod) else {
-            if pod.metadata.owner_references.is_none() && !change.is_deleted() {
-                for set in self.ctx.caches.daemon_sets.in_namespace(pod.namespace()) {
-                    if selector(&set).matches_optional(pod.metadata.labels.as_ref()) {
-                        self.queue.add(key(&*set));
-                    }
-                }
-            }
-            return;
-        };
-        let key = key(&*owner);
-        self.expectations.seen(&key, change);
-        self.queue.add(key);
+        let sets = &self.ctx.caches.daemon_sets;
+        concerned(sets, change, selector).iter().for_each(|set| self.queue.add(key(&**set)));
+        if let Some(owner) = controller(sets, &**change.object()) {
+            let key = key(&*owner);
+            self.expectations.seen(&key, change);
+            self.queue.add(key);
+        }
     }
 
     async fn sync(&self, key: Key) -> Result<Option<Duration>, kube::Error> {
@@ -122,7 +115,7 @@ impl Controller {
         let hash = template_hash(&template, collisions);
         let history = revisions::ensure(&self.ctx, &*set, &selector, &data, &hash, HASH).await?;
         let hash = history.hash.clone();
-        let owned = claim(&self.ctx, &*set, &self.ctx.caches.pods, &selector, |_| true).await?;
+        let owned = claim(&self.ctx, &*set, &self.ctx.caches.pods, &selector, |_| true, None).await?;
         let nodes = self.ctx.caches.nodes.list();
         let now = Timestamp::now();
         let mut again = None;

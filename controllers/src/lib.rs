@@ -5,6 +5,7 @@
 //! The binary that runs this gives a client; leader election is optional.
 
 mod attach;
+mod attributes_classes;
 mod autoscaler;
 mod certificates;
 mod cluster_role;
@@ -150,6 +151,7 @@ fn start(ctx: &Arc<Context>, root_ca: String) {
     cluster_role::start(ctx);
     certificates::start(ctx);
     volumes::start(ctx);
+    attributes_classes::start(ctx);
     local_volumes::start(ctx);
     attach::start(ctx);
     autoscaler::start(ctx);

@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const NAME: &str = "resourcequota-controller";
-const RESYNC: Duration = Duration::from_secs(300);
 
 type Key = (String, String);
 
@@ -38,29 +37,40 @@ pub(crate) fn start(ctx: &Arc<Context>, collector: Arc<Collector>) {
     };
     let w = wake.clone();
     ctx.caches.pods.subscribe(move |change| match change {
-        Change::Updated(old, new) if pods::is_finished(old) == pods::is_finished(new) => {}
+        Change::Updated(old, new) if counts(old) == counts(new) => {}
         _ => w(change.object().namespace()),
     });
     let w = wake.clone();
     ctx.caches.services.subscribe(move |change| w(change.object().namespace()));
     let w = wake.clone();
     ctx.caches.claims.subscribe(move |change| w(change.object().namespace()));
-    macro_rules! counted {
-        ($($cache:ident),*) => { $(
-            let w = wake.clone();
-            ctx.caches.$cache.subscribe(move |change| {
-                if !matches!(change, Change::Updated(..)) {
-                    w(change.object().namespace());
-                }
-            });
-        )* };
-    }
-    counted!(replica_sets, replication_controllers, deployments, daemon_sets, stateful_sets, jobs, cron_jobs, accounts);
+    let (w, c) = (queue.clone(), ctx.clone());
+    collector.on_count(move |namespace| {
+        for quota in c.caches.quotas.in_namespace(namespace) {
+            if quota.spec.iter().flat_map(|s| &s.hard).flat_map(BTreeMap::keys).any(|name| by_collector(name)) {
+                w.add((namespace.to_owned(), quota.name().to_owned()));
+            }
+        }
+    });
     let context = ctx.clone();
     spawn_workers(NAME, &queue, 5, &ctx.stop, move |key| {
         let (ctx, collector) = (context.clone(), collector.clone());
         async move { sync(&ctx, &collector, &key).await }
     });
+}
+
+/// What about a pod that can change makes it count differently.
+fn counts(pod: &Pod) -> (bool, Option<i64>, BTreeMap<String, i64>) {
+    (pods::is_finished(pod), pod.spec.as_ref().and_then(|s| s.active_deadline_seconds), pod_usage(pod))
+}
+
+/// Whether it is the number of objects of a kind of which no cache of this controller knows.
+fn by_collector(name: &str) -> bool {
+    let own = ["cpu", "memory", "ephemeral-storage", "pods", "services", "persistentvolumeclaims"];
+    let own_parts = ["requests.", "limits.", "services."];
+    !own.contains(&name)
+        && !own_parts.iter().any(|p| name.starts_with(p))
+        && !name.contains(".storageclass.storage.k8s.io/")
 }
 
 fn in_scope(quota: &ResourceQuota, pod: &Pod) -> bool {
@@ -162,8 +172,7 @@ async fn sync(ctx: &Context, collector: &Collector, key: &Key) -> Result<Option<
     new.status = Some(ResourceQuotaStatus { hard: Some(hard), used: Some(used) });
     match ctx.objects.update(&*quota, &new, "status").await {
         Err(error) if !is_not_found(&error) => Err(error),
-        // Kinds that wake nobody are counted again from time to time, as upstream does.
-        _ => Ok(Some(RESYNC)),
+        _ => Ok(None),
     }
 }
 

@@ -5,10 +5,10 @@
 
 use crate::context::{Context, Key, key};
 use crate::expectations::Expectations;
-use crate::ownership::{claim, controller};
+use crate::ownership::{claim, concerned, controller};
 use crate::{pod_control, pods};
 use isopod_client::cache::controller_of;
-use isopod_client::objects::{HasMeta, Object, message};
+use isopod_client::objects::{Object, message};
 use isopod_client::select::Selector;
 use isopod_client::{Cache, Change, Queue, Recorder, spawn_workers};
 use jiff::Timestamp;
@@ -189,36 +189,13 @@ pub(crate) fn start<K: ReplicaKind>(ctx: &Arc<Context>) {
 }
 
 impl<K: ReplicaKind> Controller<K> {
-    fn owner(&self, pod: &Pod) -> Option<Key> {
-        controller(K::cache(&self.ctx), pod).map(|owner| key(&*owner))
-    }
-
     fn pod_changed(&self, change: &Change<'_, Pod>) {
-        let pod = change.object();
-        let mut adoptable = !change.is_deleted();
-        if let Change::Updated(old, new) = change {
-            let moved = controller_of(&old.metadata) != controller_of(&new.metadata);
-            adoptable = moved || old.metadata.labels != new.metadata.labels;
-            self.owner(old).filter(|_| moved).into_iter().for_each(|owner| self.queue.add(owner));
-        }
-        match self.owner(pod) {
-            Some(owner) => {
-                self.expectations.seen(&owner, change);
-                self.queue.add(owner);
-            }
-            None if adoptable => self.orphan(pod),
-            None => {}
-        }
-    }
-
-    fn orphan(&self, pod: &Pod) {
-        if controller_of(&pod.metadata).is_some() || pod.deleting() {
-            return;
-        }
-        for set in K::cache(&self.ctx).in_namespace(pod.namespace()) {
-            if set.pod_selector().matches_optional(pod.metadata.labels.as_ref()) {
-                self.queue.add(key(&*set));
-            }
+        let sets = K::cache(&self.ctx);
+        concerned(sets, change, K::pod_selector).iter().for_each(|set| self.queue.add(key(&**set)));
+        if let Some(owner) = controller(sets, &**change.object()) {
+            let owner = key(&*owner);
+            self.expectations.seen(&owner, change);
+            self.queue.add(owner);
         }
     }
 
@@ -229,7 +206,8 @@ impl<K: ReplicaKind> Controller<K> {
         };
         let settled = self.expectations.satisfied(&key);
         let owned =
-            claim(&self.ctx, &*set, &self.ctx.caches.pods, &set.pod_selector(), |pod| !pods::is_finished(pod)).await?;
+            claim(&self.ctx, &*set, &self.ctx.caches.pods, &set.pod_selector(), |pod| !pods::is_finished(pod), None)
+                .await?;
         let active: Vec<Arc<Pod>> = owned.iter().filter(|pod| pods::is_active(pod)).cloned().collect();
         let managed = if settled && !set.deleting() { self.manage(&set, &key, &active).await } else { Ok(()) };
         let now = Timestamp::now();
@@ -350,6 +328,7 @@ pub(crate) fn next_available(active: &[Arc<Pod>], min_ready_seconds: i32, now: T
 #[cfg(test)]
 mod tests {
     use super::*;
+    use isopod_client::objects::HasMeta;
     use serde_json::json;
 
     fn pod(name: &str, node: Option<&str>, phase: &str, ready: bool, extra: serde_json::Value) -> Arc<Pod> {

@@ -41,7 +41,7 @@ pub(crate) async fn ensure<O: Object>(
     hash: &str,
     label_key: &str,
 ) -> Result<History, kube::Error> {
-    let mut all = claim(ctx, owner, &ctx.caches.revisions, selector, |_| true).await?;
+    let mut all = claim(ctx, owner, &ctx.caches.revisions, selector, |_| true, None).await?;
     all.sort_by(|a, b| (a.revision, a.name()).cmp(&(b.revision, b.name())));
     let newest = all.last().map(|r| r.revision).unwrap_or(0);
     let equal = all.iter().rev().find(|r| r.data.as_ref().is_some_and(|d| d.0 == *data)).cloned();

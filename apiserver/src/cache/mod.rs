@@ -9,11 +9,12 @@ mod object;
 mod resource;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use isopod_store::{Batch, Change, Durability, Engine, Expect, Op, Sink, Tag};
@@ -34,6 +35,10 @@ pub(crate) struct Cache {
     feed: Arc<Feed>,
 }
 
+/// How long a state can be asked for, also of a resource in which nothing has changed since: as long as upstream, which
+/// compacts its store this often. Who pages through a list for longer is told so.
+const HISTORY: Duration = Duration::from_secs(300);
+
 /// What all caches of a store share.
 #[derive(Default)]
 pub(crate) struct Common {
@@ -41,6 +46,10 @@ pub(crate) struct Common {
     revision: AtomicU64,
     /// Fires when it advances.
     advanced: Notify,
+    /// States before this revision are no longer shown.
+    horizon: AtomicU64,
+    /// Which revision it was when, for the next horizons.
+    marks: Mutex<VecDeque<(Instant, u64)>>,
     /// Objects in protobuf, as far as they are wanted.
     messages: Messages,
 }
@@ -57,6 +66,19 @@ impl Common {
     fn advance(&self, revision: u64) {
         self.revision.fetch_max(revision, Ordering::AcqRel);
         self.advanced.notify_waiters();
+    }
+
+    fn horizon(&self) -> u64 {
+        self.horizon.load(Ordering::Acquire)
+    }
+
+    /// Moves the horizon on.
+    fn age(&self, now: Instant) {
+        let mut marks = self.marks.lock();
+        marks.push_back((now, self.revision()));
+        while let Some((_, revision)) = marks.pop_front_if(|(at, _)| now.duration_since(*at) >= HISTORY) {
+            self.horizon.store(revision, Ordering::Release);
+        }
     }
 }
 
@@ -222,6 +244,7 @@ impl Cache {
     pub(crate) fn forget_old(&self) {
         self.feed.resources.read().values().for_each(|c| c.forget_old());
         self.feed.common.messages.age();
+        self.feed.common.age(Instant::now());
     }
 
     /// Makes every watcher look whether it has to end.

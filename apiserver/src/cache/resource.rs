@@ -272,8 +272,9 @@ impl ResourceCache {
     /// The objects under a prefix as they were at a revision: the present, with newer events undone.
     pub(crate) fn snapshot_at(&self, prefix: &str, after: Option<&str>, revision: u64) -> Result<Snapshot, TooOld> {
         let state = self.state.read();
-        if revision < state.floor || (revision > state.floor && revision < state.gap) {
-            return Err(TooOld { oldest: state.floor });
+        let oldest = state.floor.max(self.common.horizon());
+        if revision < oldest || (revision > state.floor && revision < state.gap) {
+            return Err(TooOld { oldest });
         }
         let from = after.unwrap_or(prefix);
         let mut objects: BTreeMap<Box<str>, Arc<Object>> = state
@@ -430,6 +431,16 @@ mod tests {
         assert_eq!(at(12), vec![("a".into(), 12), ("b".into(), 11)]);
         assert_eq!(at(13), vec![("a".into(), 12)]);
         assert!(cache.snapshot_at("n/", None, 9).is_err());
+        // What is long ago is not told, also where nothing has changed since.
+        let begun = Instant::now();
+        cache.common.advance(20);
+        cache.common.age(begun);
+        cache.common.advance(30);
+        cache.common.age(begun + super::super::HISTORY / 2);
+        assert!(cache.snapshot_at("n/", None, 19).is_ok());
+        cache.common.age(begun + super::super::HISTORY);
+        assert_eq!(cache.snapshot_at("n/", None, 19).err(), Some(TooOld { oldest: 20 }));
+        assert!(cache.snapshot_at("n/", None, 20).is_ok());
         assert_eq!(names(&cache.snapshot("n/", Some("n/b")).0), vec![]);
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http::{HeaderValue, Response, header};
+use http::{HeaderValue, Method, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use isopod_api::{gvk::Gvr, status::Status};
 use serde_json::Value;
@@ -145,6 +145,11 @@ impl Proxy {
             Backend::Service => service_target(objects, &request.namespace, &request.name)?,
             Backend::Node => node(objects, &request.name)?,
         };
+        if request.path == "/"
+            && let Some(moved) = to_directory(&request.request)
+        {
+            return Ok(moved);
+        }
         let transport = self.transport.as_ref().ok_or_else(|| Status::internal("no transport"))?;
         let uri = request.request.uri();
         let full_path = uri.path().to_owned();
@@ -157,6 +162,20 @@ impl Proxy {
         let response = transport.forward(&target, &path, request.request).await?;
         rewrite(response, &prefix, &target).await
     }
+}
+
+/// Sends who reads the proxy itself, without a slash, to its root: relative links in the answer are then right.
+fn to_directory<B>(request: &http::Request<B>) -> Option<Response<Body>> {
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    if !reads || request.uri().path().ends_with('/') || request.headers().contains_key(header::UPGRADE) {
+        return None;
+    }
+    let query = request.uri().query().map(|q| format!("?{q}")).unwrap_or_default();
+    let to = HeaderValue::try_from(format!("{}/{query}", request.uri().path())).ok()?;
+    let mut response = Response::new(Full::default().map_err(|never| match never {}).boxed());
+    *response.status_mut() = StatusCode::MOVED_PERMANENTLY;
+    response.headers_mut().insert(header::LOCATION, to);
+    Some(response)
 }
 
 /// Makes absolute links of an answer lead through the proxy again.
@@ -233,6 +252,24 @@ mod tests {
             assert!(proxyable(address).is_err(), "{address}");
         }
         assert!(proxyable("10.244.0.7").is_ok());
+    }
+
+    #[test]
+    fn the_root_of_a_proxy_ends_with_a_slash() {
+        let sent_to = |method: &str, upgrade: bool| {
+            let mut request = http::Request::builder().method(method).uri("/api/v1/namespaces/n/pods/p/proxy?a=b");
+            if upgrade {
+                request = request.header("Upgrade", "websocket");
+            }
+            let moved = to_directory(&request.body(()).unwrap())?;
+            assert_eq!(moved.status(), StatusCode::MOVED_PERMANENTLY);
+            Some(moved.headers()[header::LOCATION].to_str().unwrap().to_owned())
+        };
+        for method in ["GET", "HEAD"] {
+            assert_eq!(sent_to(method, false).as_deref(), Some("/api/v1/namespaces/n/pods/p/proxy/?a=b"));
+            assert_eq!(sent_to(method, true), None);
+        }
+        assert_eq!(sent_to("POST", false), None);
     }
 
     #[test]

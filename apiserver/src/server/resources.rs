@@ -167,6 +167,10 @@ fn terminating(resource: &Resource, verb: &str) -> Option<Status> {
 fn check_method(resource: &Resource, call: &Call<'_>, method: &Method) -> Result<(), Status> {
     let info = &call.info;
     let refuse = || Err(Status::method_not_allowed());
+    // What stands behind a proxy decides for itself.
+    if info.subresource == "proxy" && matches!(*method, Method::HEAD | Method::OPTIONS) {
+        return if resource.offers("proxy", "get") { Ok(()) } else { refuse() };
+    }
     if info.verb.is_empty() || *method == Method::HEAD {
         return refuse();
     }

@@ -111,7 +111,7 @@ impl Controller {
             }
             return Ok(None);
         }
-        let owned = claim(&self.ctx, &*d, &self.ctx.caches.replica_sets, &selector, |_| true).await?;
+        let owned = claim(&self.ctx, &*d, &self.ctx.caches.replica_sets, &selector, |_| true, None).await?;
         let goal = Goal::of(&d);
         let paused = d.spec.as_ref().and_then(|s| s.paused).unwrap_or(false);
         if d.deleting() {

@@ -3,7 +3,7 @@
 //! An owner that is referred to but was never seen is a placeholder; whether it exists is for the collector to find out.
 
 use serde::Deserialize;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 /// A UID.
@@ -181,6 +181,16 @@ impl Graph {
     /// The UIDs of one resource.
     pub(crate) fn of_resource(&self, resource: usize) -> Vec<Uid> {
         self.objects.iter().filter(|(_, o)| o.resource == Some(resource)).map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// The namespace of an object that has been seen; none for what is only referred to.
+    pub(crate) fn namespace(&self, uid: &str) -> Option<&str> {
+        self.objects.get(uid).filter(|o| o.resource.is_some()).map(|o| &*o.namespace)
+    }
+
+    /// The namespaces that have objects.
+    pub(crate) fn namespaces(&self) -> BTreeSet<String> {
+        self.objects.values().filter(|o| o.resource.is_some()).map(|o| o.namespace.clone()).collect()
     }
 
     /// How many objects of a resource a namespace has.

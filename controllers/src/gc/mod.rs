@@ -16,7 +16,7 @@ use isopod_client::{Cache, Change, Queue, spawn_workers};
 use k8s_openapi::api::core::v1::ObjectReference;
 use parking_lot::{Mutex, RwLock};
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -38,6 +38,8 @@ pub(crate) struct Collector {
     resources: RwLock<Vec<Monitored>>,
     queue: Arc<Queue<Work>>,
     rediscover: Notify,
+    /// Told the namespace in which there is an object more or less.
+    counted: OnceLock<Box<dyn Fn(&str) + Send + Sync>>,
 }
 
 struct Monitor {
@@ -82,6 +84,7 @@ pub(crate) fn start(ctx: &Arc<Context>) -> Arc<Collector> {
         resources: RwLock::default(),
         queue: Arc::new(Queue::with_backoff(Duration::from_millis(5), Duration::from_secs(60))),
         rediscover: Notify::new(),
+        counted: OnceLock::new(),
     });
     let c = collector.clone();
     tokio::spawn(async move {
@@ -206,13 +209,36 @@ impl Collector {
     }
 
     fn seen(&self, resource: usize, meta: SlimMeta) {
-        let work = self.graph.lock().apply(resource, meta);
+        let mut graph = self.graph.lock();
+        let added = graph.namespace(&meta.uid).is_none().then(|| meta.namespace.clone());
+        let work = graph.apply(resource, meta);
+        drop(graph);
+        self.tell(added.as_deref());
         work.into_iter().for_each(|w| self.queue.add(w));
     }
 
     fn gone(&self, uid: &str) {
-        let work = self.graph.lock().remove(uid);
+        let mut graph = self.graph.lock();
+        let removed = graph.namespace(uid).map(str::to_owned);
+        let work = graph.remove(uid);
+        drop(graph);
+        self.tell(removed.as_deref());
         work.into_iter().for_each(|w| self.queue.add(w));
+    }
+
+    fn tell(&self, namespace: Option<&str>) {
+        if let (Some(namespace), Some(counted)) = (namespace.filter(|n| !n.is_empty()), self.counted.get()) {
+            counted(namespace);
+        }
+    }
+
+    /// Has somebody told of every namespace in which there is an object more or less than before, also of those that are
+    /// there already.
+    pub(crate) fn on_count(&self, counted: impl Fn(&str) + Send + Sync + 'static) {
+        if self.counted.set(Box::new(counted)).is_ok() {
+            let namespaces = self.graph.lock().namespaces();
+            namespaces.iter().for_each(|n| self.tell(Some(n)));
+        }
     }
 
     /// How many objects of a resource a namespace has; `None` when the resource is not known.

@@ -8,7 +8,7 @@ pub(crate) mod plan;
 
 use crate::context::{Context, Key, key};
 use crate::expectations::Expectations;
-use crate::ownership::{claim, controller};
+use crate::ownership::{claim, concerned, controller};
 use crate::pod_control;
 use futures::future::join_all;
 use isopod_client::objects::{DeleteOptions, HasMeta, is_not_found};
@@ -56,12 +56,21 @@ pub(crate) fn start(ctx: &Arc<Context>) {
     start_ttl(ctx);
 }
 
+fn selector(job: &Job) -> Selector {
+    Selector::optional(job.spec.as_ref().and_then(|s| s.selector.as_ref()))
+}
+
 impl Controller {
     fn pod_changed(&self, change: &Change<'_, Pod>) {
         let pod = change.object();
+        let jobs = concerned(&self.ctx.caches.jobs, change, selector);
+        jobs.iter().for_each(|job| self.queue.add(key(&**job)));
         let Some(owner) = controller(&self.ctx.caches.jobs, &**pod) else {
             // A pod whose Job is gone must not be kept by the Job's finalizer.
-            if !change.is_deleted() && pod.metadata.finalizers.iter().flatten().any(|f| f == FINALIZER) {
+            if jobs.is_empty()
+                && !change.is_deleted()
+                && pod.metadata.finalizers.iter().flatten().any(|f| f == FINALIZER)
+            {
                 let reference = isopod_client::cache::controller_of(&pod.metadata).filter(|o| o.kind == "Job");
                 let name = reference.map(|o| o.name.clone()).unwrap_or_default();
                 self.queue.add((pod.namespace().to_owned(), name));
@@ -86,8 +95,8 @@ impl Controller {
         if managed_elsewhere {
             return Ok(None);
         }
-        let selector = Selector::optional(job.spec.as_ref().and_then(|s| s.selector.as_ref()));
-        let owned = claim(&self.ctx, &*job, &self.ctx.caches.pods, &selector, |_| true).await?;
+        let selector = selector(&job);
+        let owned = claim(&self.ctx, &*job, &self.ctx.caches.pods, &selector, |_| true, Some(FINALIZER)).await?;
         let mut plan = plan::plan(&job, &owned, Timestamp::now());
         if job.deleting() {
             plan.create.clear();

@@ -7,7 +7,7 @@ mod claims;
 
 use crate::context::{Context, Key, key};
 use crate::deployment::plan::{scaled, short_hash};
-use crate::ownership::{claim, controller};
+use crate::ownership::{claim, concerned, controller};
 use crate::revisions;
 use crate::{pod_control, pods};
 use isopod_client::objects::{
@@ -42,15 +42,9 @@ pub(crate) fn start(ctx: &Arc<Context>) {
     ctx.caches.pods.subscribe(move |change| {
         let pod = change.object();
         if let Some(owner) = controller(&c.caches.stateful_sets, &**pod) {
-            return q.add(key(&*owner));
+            q.add(key(&*owner));
         }
-        if pod.metadata.owner_references.is_none() && !change.is_deleted() {
-            for set in c.caches.stateful_sets.in_namespace(pod.namespace()) {
-                if selector(&set).matches_optional(pod.metadata.labels.as_ref()) {
-                    q.add(key(&*set));
-                }
-            }
-        }
+        concerned(&c.caches.stateful_sets, &change, selector).iter().for_each(|set| q.add(key(&**set)));
     });
     spawn_workers(NAME, &queue, 5, &ctx.stop, move |key| {
         let controller = controller_.clone();
@@ -193,9 +187,15 @@ impl Controller {
         let update = history.name.clone();
         let exists = |name: &String| history.all.iter().any(|r| r.name() == *name);
         let current = old.current_revision.clone().filter(exists).unwrap_or_else(|| update.clone());
-        let owned =
-            claim(&self.ctx, &*set, &self.ctx.caches.pods, &selector, |p| ordinal(set.name(), p.name()).is_some())
-                .await?;
+        let owned = claim(
+            &self.ctx,
+            &*set,
+            &self.ctx.caches.pods,
+            &selector,
+            |p| ordinal(set.name(), p.name()).is_some(),
+            None,
+        )
+        .await?;
         let numbered: Vec<(i32, Arc<Pod>)> =
             owned.iter().filter_map(|p| Some((ordinal(set.name(), p.name())?, p.clone()))).collect();
         let goal = Goal::of(&set);
