@@ -8,7 +8,8 @@ pub const SUBDOMAIN_MAX: usize = 253;
 const LABEL_FMT: &str = "[a-z0-9]([-a-z0-9]*[a-z0-9])?";
 const QUALIFIED_FMT: &str = "([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]";
 
-fn regex_error(message: &str, format: &str, examples: &[&str]) -> String {
+/// What is said of a text that is not of a form, with examples of it.
+pub fn regex_error(message: &str, format: &str, examples: &[&str]) -> String {
     if examples.is_empty() {
         return format!("{message} (regex used for validation is '{format}')");
     }

@@ -11,7 +11,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, meta, selector},
+    validation::{At, Errs, conditions, meta, selector},
 };
 
 /// `validatingadmissionpolicies` and `mutatingadmissionpolicies`.
@@ -79,6 +79,15 @@ impl Strategy for AdmissionPolicy {
         }
     }
 
+    fn validate_update(&self, cx: &Context<'_>, new: &Value, _old: &Value) -> ErrorList {
+        if cx.subresource != "status" {
+            return self.validate(cx, new);
+        }
+        let mut e = Errs::new();
+        status(&mut e, &At::field(new, "status"));
+        e.0
+    }
+
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
         let at = At::field(obj, "spec");
@@ -133,6 +142,17 @@ impl Strategy for AdmissionPolicy {
         let count = table::count(&spec[if self.mutating { "mutations" } else { "validations" }]);
         vec![table::name(obj), json!(count), json!(param), table::age(obj, now)]
     }
+}
+
+fn status(e: &mut Errs, at: &At<'_>) {
+    for warning in at.get("typeChecking.expressionWarnings").items() {
+        for field in ["warning", "fieldRef"] {
+            if warning.get(field).s().trim().is_empty() {
+                e.required(&warning.get(field), "");
+            }
+        }
+    }
+    conditions::conditions(e, &at.get("conditions"));
 }
 
 /// How many annotations of the audit event a policy may have, and how long the expression of one may be.

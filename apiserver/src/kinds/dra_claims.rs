@@ -420,6 +420,7 @@ fn device_status(e: &mut Errs, at: &At<'_>, allocated: &[String]) {
     if conditions.len() > 8 {
         e.too_many(&conditions, conditions.len(), 8);
     }
+    crate::validation::conditions::conditions(e, &conditions);
     if at.get("data").is_set() {
         raw(e, &at.get("data"));
     }

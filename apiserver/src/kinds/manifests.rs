@@ -84,7 +84,7 @@ fn changed(kind: &str, patch: &Value) -> Value {
 }
 
 /// What the server would answer to a create, or to an update of `old`.
-fn errors(mut new: Value, old: Option<Value>) -> Vec<String> {
+pub(super) fn errors(mut new: Value, old: Option<Value>) -> Vec<String> {
     let gvk = Gvk::of(&new);
     let gvr = resources::by_gvk(&gvk).unwrap().gvr();
     let strategy = strategy_for(&gvr);
@@ -258,7 +258,8 @@ fn new_objects() {
         (
             "VolumeAttachment",
             json!({"spec": {"source": {"persistentVolumeName": ""}}}),
-            "spec.source.persistentVolumeName: Required value: must specify non empty persistentVolumeName",
+            "spec.source.persistentVolumeName: Required value: must specify non empty persistentVolumeName; \
+             spec.source.persistentVolumeName: Invalid value: \"\": a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')",
         ),
         (
             "RuntimeClass",

@@ -24,6 +24,15 @@ use crate::{
 /// `persistentvolumeclaims`.
 pub(crate) struct PersistentVolumeClaim;
 
+/// Data of other namespaces is a feature that is off; who has a reference keeps it.
+fn local_data(spec: &mut Value, old: Option<&Value>) {
+    let elsewhere = spec["dataSourceRef"]["namespace"].as_str().is_some_and(|namespace| !namespace.is_empty());
+    let kept = old.is_some_and(|old| !old["dataSourceRef"].is_null());
+    if elsewhere && !kept {
+        spec["dataSourceRef"] = Value::Null;
+    }
+}
+
 /// Unknown data sources are dropped; the two fields say the same when one is missing.
 fn data_sources(spec: &mut Value) {
     let known = |source: &Value| {
@@ -57,12 +66,14 @@ fn data_sources(spec: &mut Value) {
 impl Strategy for PersistentVolumeClaim {
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({"phase": "Pending"});
+        local_data(&mut obj["spec"], None);
         data_sources(&mut obj["spec"]);
     }
 
     fn prepare_for_update(&self, cx: &Context<'_>, new: &mut Value, old: &Value) {
         if cx.subresource.is_empty() {
             new["status"] = old["status"].clone();
+            local_data(&mut new["spec"], Some(&old["spec"]));
         }
     }
 
@@ -221,6 +232,18 @@ mod tests {
 
     fn fields(e: &Errs) -> String {
         e.0.iter().map(|x| x.field.as_str()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn data_of_other_namespaces_goes() {
+        let other = json!({"dataSourceRef": {"kind": "PersistentVolumeClaim", "name": "a", "namespace": "n"}});
+        let kept = |old: Option<Value>| {
+            let mut spec = other.clone();
+            local_data(&mut spec, old.as_ref());
+            spec["dataSourceRef"].is_object()
+        };
+        assert!(!kept(None) && !kept(Some(json!({}))));
+        assert!(kept(Some(json!({"dataSourceRef": {"kind": "X"}}))));
     }
 
     #[test]

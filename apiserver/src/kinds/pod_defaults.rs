@@ -11,7 +11,12 @@ pub(crate) fn features_off(spec: &mut Value) {
     };
     for list in ["initContainers", "containers", "ephemeralContainers"] {
         for container in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+            let signals = container.pointer("/lifecycle/stopSignal").is_some_and(|signal| !signal.is_null());
             remove(container.get_mut("lifecycle"), "stopSignal");
+            let empty = |lifecycle: &Value| lifecycle.as_object().is_some_and(serde_json::Map::is_empty);
+            if signals && container.get("lifecycle").is_some_and(empty) {
+                remove(Some(container), "lifecycle");
+            }
         }
     }
     for volume in spec.get_mut("volumes").and_then(Value::as_array_mut).into_iter().flatten() {
@@ -47,10 +52,10 @@ mod tests {
 
     #[test]
     fn features_that_are_off() {
-        let mut spec = json!({"schedulingGroup": {}, "containers": [{"name": "c", "lifecycle": {"stopSignal": "SIGINT"}}],
-            "volumes": [{"name": "v", "projected": {"sources": [{"podCertificate": {}}, {"secret": {}}]}}]});
+        let mut spec = json!({"schedulingGroup": {}, "containers": [{"name": "c", "lifecycle": {"stopSignal": "SIGINT"}}, {"lifecycle": {}},
+            {"lifecycle": {"stopSignal": "SIGINT", "preStop": {}}}], "volumes": [{"name": "v", "projected": {"sources": [{"podCertificate": {}}, {"secret": {}}]}}]});
         features_off(&mut spec);
-        let left = json!({"containers": [{"name": "c", "lifecycle": {}}],
+        let left = json!({"containers": [{"name": "c"}, {"lifecycle": {}}, {"lifecycle": {"preStop": {}}}],
             "volumes": [{"name": "v", "projected": {"sources": [{}, {"secret": {}}]}}]});
         assert_eq!(spec, left);
     }

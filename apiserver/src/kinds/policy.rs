@@ -9,7 +9,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, at_most_100_percent, positive_int_or_percent, selector},
+    validation::{At, Errs, at_most_100_percent, conditions, positive_int_or_percent, selector},
 };
 
 /// `poddisruptionbudgets`.
@@ -44,6 +44,7 @@ impl Strategy for PodDisruptionBudget {
         }
         let mut e = Errs::new();
         let status = At::field(new, "status");
+        conditions::conditions(&mut e, &status.get("conditions"));
         for field in ["disruptionsAllowed", "currentHealthy", "desiredHealthy", "expectedPods"] {
             e.non_negative(&status.get(field));
         }

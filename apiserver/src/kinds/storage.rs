@@ -62,7 +62,8 @@ fn provisioner(e: &mut Errs, at: &At<'_>) {
 
 /// `allowedTopologies`: no term twice, no key twice in a term, no value twice for a key.
 fn topologies(e: &mut Errs, list: &At<'_>) {
-    let mut terms: Vec<BTreeMap<&str, BTreeSet<&str>>> = Vec::new();
+    // Upstream begins with as many empty terms as there are, so an empty one is there already.
+    let mut terms: Vec<BTreeMap<&str, BTreeSet<&str>>> = vec![BTreeMap::new(); list.len()];
     for at in list.items() {
         let mut term = BTreeMap::new();
         for expression in at.get("matchLabelExpressions").items() {
@@ -81,7 +82,7 @@ fn topologies(e: &mut Errs, list: &At<'_>) {
                 e.duplicate(&key, key.s());
             }
         }
-        if terms.contains(&term) {
+        for _ in terms.iter().filter(|known| **known == term) {
             e.duplicate(&at.get("matchLabelExpressions"), "");
         }
         terms.push(term);
@@ -93,7 +94,10 @@ impl Strategy for StorageClass {
         let mut e = Errs::new();
         provisioner(&mut e, &At::field(obj, "provisioner"));
         parameters(&mut e, &At::field(obj, "parameters"), false);
-        e.one_of_if_set(&At::field(obj, "reclaimPolicy"), &["Delete", "Retain"]);
+        let policy = At::field(obj, "reclaimPolicy");
+        if !policy.s().is_empty() {
+            e.one_of(&policy, &["Delete", "Retain"]);
+        }
         let mode = At::field(obj, "volumeBindingMode");
         if !mode.is_set() {
             e.required(&mode, "");
@@ -179,6 +183,10 @@ impl Strategy for CsiDriver {
         let period = spec.get("nodeAllocatableUpdatePeriodSeconds");
         if period.int().is_some_and(|n| n < 10) {
             e.invalid(&period, "must be greater than or equal to 10 seconds");
+        }
+        let secrets = spec.get("serviceAccountTokenInSecrets");
+        if secrets.is_set() && spec.get("tokenRequests").len() == 0 {
+            e.invalid(&secrets, "serviceAccountTokenInSecrets is set but no tokenRequests are specified");
         }
         e.0
     }
@@ -287,6 +295,45 @@ impl Strategy for CsiNode {
     }
 }
 
+/// Largest metadata and longest message of an attachment.
+const ATTACHMENT_METADATA_MAX: usize = 256 * 1024;
+const ATTACHMENT_MESSAGE_MAX: usize = 1024;
+
+/// What is asked of every attachment; a new one needs more.
+fn attachment(e: &mut Errs, obj: &Value) {
+    let (spec, status) = (At::field(obj, "spec"), At::field(obj, "status"));
+    let attacher = spec.get("attacher");
+    if attacher.s().is_empty() {
+        e.required(&attacher, "");
+    }
+    let source = spec.get("source");
+    let (name, inline) = (source.get("persistentVolumeName"), source.get("inlineVolumeSpec"));
+    match (name.is_set(), inline.is_set()) {
+        (false, false) => e.required(&source, "must specify exactly one of inlineVolumeSpec and persistentVolumeName"),
+        (true, true) => e.forbidden(&source, "must specify exactly one of inlineVolumeSpec and persistentVolumeName"),
+        (true, false) if name.s().is_empty() => e.required(&name, "must specify non empty persistentVolumeName"),
+        (false, true) => super::persistentvolume::volume_spec(e, &inline, None),
+        _ => {}
+    }
+    e.dns_subdomain(&spec.get("nodeName"));
+    let metadata = status.get("attachmentMetadata");
+    if metadata.entries().iter().map(|(key, value)| key.len() + value.s().len()).sum::<usize>()
+        > ATTACHMENT_METADATA_MAX
+    {
+        e.too_long(&metadata, ATTACHMENT_METADATA_MAX);
+    }
+    for error in [status.get("attachError"), status.get("detachError")] {
+        let (message, code) = (error.get("message"), error.get("errorCode"));
+        if message.s().len() > ATTACHMENT_MESSAGE_MAX {
+            // Upstream names the other limit.
+            e.too_long(&message, ATTACHMENT_METADATA_MAX);
+        }
+        if code.int().is_some_and(|code| code < 0) {
+            e.invalid(&code, "must be between 0 and 2147483647, inclusive");
+        }
+    }
+}
+
 impl Strategy for VolumeAttachment {
     fn prepare_for_create(&self, _cx: &Context<'_>, obj: &mut Value) {
         obj["status"] = json!({"attached": false});
@@ -294,28 +341,19 @@ impl Strategy for VolumeAttachment {
 
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
+        attachment(&mut e, obj);
         let spec = At::field(obj, "spec");
         volume_source::csi_driver_name(&mut e, &spec.get("attacher"));
-        let source = spec.get("source");
-        let (name, inline) = (source.get("persistentVolumeName"), source.get("inlineVolumeSpec"));
-        match (name.is_set(), inline.is_set()) {
-            (false, false) => {
-                e.required(&source, "must specify exactly one of inlineVolumeSpec and persistentVolumeName")
-            }
-            (true, true) => {
-                e.forbidden(&source, "must specify exactly one of inlineVolumeSpec and persistentVolumeName")
-            }
-            (true, false) if name.s().is_empty() => e.required(&name, "must specify non empty persistentVolumeName"),
-            (false, true) => super::persistentvolume::volume_spec(&mut e, &inline, None),
-            _ => {}
+        let volume = spec.get("source.persistentVolumeName");
+        if volume.is_set() {
+            e.dns_subdomain(&volume);
         }
-        let node = spec.get("nodeName");
-        e.dns_subdomain(&node);
         e.0
     }
 
-    fn validate_update(&self, cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
-        let mut e = Errs(self.validate(cx, new));
+    fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
+        let mut e = Errs::new();
+        attachment(&mut e, new);
         if !same(&new["spec"], &old["spec"]) {
             let spec = At::field(new, "spec");
             e.invalid_as(&spec, internal::named("Attachment", spec.v), IMMUTABLE);
@@ -366,9 +404,8 @@ impl Strategy for VolumeAttributesClass {
 impl Strategy for CsiStorageCapacity {
     fn validate(&self, _cx: &Context<'_>, obj: &Value) -> ErrorList {
         let mut e = Errs::new();
-        let class = At::field(obj, "storageClassName");
-        e.dns_subdomain(&class);
         selector::label_selector(&mut e, &At::field(obj, "nodeTopology"));
+        e.dns_subdomain(&At::field(obj, "storageClassName"));
         resources::non_negative_quantity(&mut e, &At::field(obj, "capacity"));
         e.0
     }
@@ -393,5 +430,69 @@ impl Strategy for CsiStorageCapacity {
             }
         }
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kinds::manifests::errors;
+
+    /// The errors of an object, in short: fields, and messages where they are short.
+    fn faults(kind: &str, content: Value, old: Option<Value>) -> String {
+        let object = |mut content: Value| {
+            content["apiVersion"] = "storage.k8s.io/v1".into();
+            content["kind"] = kind.into();
+            content["metadata"] = json!({"name": "a", "namespace": "n"});
+            content
+        };
+        let short = |text: String| match text.split_once(": a lowercase") {
+            Some((start, _)) => start.to_owned(),
+            None => text,
+        };
+        errors(object(content), old.map(object)).into_iter().map(short).collect::<Vec<_>>().join("; ")
+    }
+
+    #[test]
+    fn what_is_wrong_with_storage() {
+        let long = "x".repeat(1025);
+        let table = [
+            (
+                "VolumeAttachment",
+                json!({"spec": {"attacher": "", "nodeName": "n", "source": {}}}),
+                "spec.attacher: Required value; spec.source: Required value: must specify exactly one of inlineVolumeSpec and persistentVolumeName; \
+                 spec.attacher: Required value; spec.attacher: Invalid value: \"\"",
+            ),
+            (
+                "VolumeAttachment",
+                json!({"spec": {"attacher": "d", "nodeName": "n", "source": {"persistentVolumeName": "A"}},
+                    "status": {"attached": true, "attachError": {"message": long, "errorCode": -1}}}),
+                "status.attachError.message: Too long: may not be more than 262144 bytes; \
+                 status.attachError.errorCode: Invalid value: -1: must be between 0 and 2147483647, inclusive; \
+                 spec.source.persistentVolumeName: Invalid value: \"A\"",
+            ),
+            (
+                "CSIStorageCapacity",
+                json!({"storageClassName": "", "nodeTopology": {"matchExpressions": [{"key": "a", "operator": "In"}]}}),
+                "nodeTopology.matchExpressions[0].values: Required value: must be specified when `operator` is 'In' or 'NotIn'; \
+                 storageClassName: Invalid value: \"\"",
+            ),
+            (
+                "CSIDriver",
+                json!({"spec": {"serviceAccountTokenInSecrets": false}}),
+                "spec.serviceAccountTokenInSecrets: Invalid value: false: serviceAccountTokenInSecrets is set but no tokenRequests are specified",
+            ),
+            (
+                "StorageClass",
+                json!({"provisioner": "p", "reclaimPolicy": "", "allowedTopologies": [{}]}),
+                "allowedTopologies[0].matchLabelExpressions: Duplicate value: \"\"",
+            ),
+        ];
+        for (kind, content, want) in table {
+            assert_eq!(faults(kind, content.clone(), None), want, "{kind} {content}");
+        }
+        // What only new attachments need is not asked of old ones.
+        let old = json!({"spec": {"attacher": "A_", "nodeName": "n", "source": {"persistentVolumeName": "v"}}});
+        assert_eq!(faults("VolumeAttachment", old.clone(), Some(old)), "");
     }
 }

@@ -62,7 +62,7 @@ pub(super) fn place(resource: &Resource, namespace: &str, obj: &mut Value) -> Re
 }
 
 /// Refuses an object that says another name than the URL.
-pub(super) fn check_name(obj: &Value, name: &str) -> Result<(), Status> {
+pub(crate) fn check_name(obj: &Value, name: &str) -> Result<(), Status> {
     match meta::name(obj) {
         "" => Err(Status::bad_request(format!(
             "the name of the object ({name} based on URL) was undeterminable: name must be provided"

@@ -38,6 +38,7 @@ use serde_json::Value;
 
 pub(crate) use decode::object as decode_object;
 pub(crate) use list::list;
+pub(crate) use metadata::check_name;
 pub(crate) use options::{WriteOptions, delete_options};
 pub(crate) use patch::{PatchKind, PatchRequest};
 pub(crate) use reads::{object_bytes, object_value};

@@ -123,6 +123,11 @@ pub(crate) fn negotiate(header: Option<&str>, watchable: bool, binary: Binary) -
     })
 }
 
+/// There is nothing to stream a watch in the form that was asked for.
+pub(crate) fn no_stream() -> Status {
+    Status::not_acceptable(format!("only the following media types are accepted: {}", WATCH_ROUTES.join(", ")))
+}
+
 fn accept(clause: &Clause<'_>, binary: Binary) -> Option<Accepted> {
     let media = match (clause.kind, clause.subkind) {
         ("*", "*") | ("application", "*" | "json") => Media::Json,

@@ -15,7 +15,7 @@ use super::{
     App,
     handle::{Call, header_text},
     limits,
-    negotiate::{Binary, Media, negotiate},
+    negotiate::{Binary, Media, negotiate, no_stream},
     query::Query,
     request::RequestInfo,
     respond::{self, Style},
@@ -30,7 +30,7 @@ use crate::{
     objects::Objects,
     registry::{
         Missing, PatchKind, PatchRequest, Resource, Rules, Selection, Target, WatchRequest, WriteOptions, Writer,
-        decode_object, delete_options, list, scale, watch,
+        check_name, decode_object, delete_options, list, scale, watch,
     },
     render::{self, Rendering},
 };
@@ -264,6 +264,9 @@ async fn watch_objects(app: &App, resource: &Arc<Resource>, mut call: Call<'_>) 
     let info = &call.info;
     let selection = Selection::parse(resource, &info.namespace, &info.name, &call.query)?;
     let media = call.style.accepted.media;
+    if media == Media::Yaml {
+        return Err(no_stream());
+    }
     let request = WatchRequest { selection, rendering, binary: media == Media::Protobuf, stop: app.stop.clone() };
     let framing = if request.binary { Framing::Prefixed } else { Framing::Lines };
     let socket = socket::for_watch(&mut call.parts.headers, &mut call.parts.extensions, framing)?;
@@ -366,6 +369,10 @@ async fn update(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Result<R
     let gvk = body_kind(resource, target.subresource);
     let validation = writer.options.validation;
     let object = decode_object(resource, &gvk, &body, content_type.as_deref(), validation, &mut writer.warnings)?;
+    // What does not fit the path is refused whether there is an object or not.
+    if let Err(status) = check_name(&object, target.name) {
+        return Ok(failed(call.style, &status, &writer.warnings));
+    }
     let creates = target.subresource.is_empty() && resource.strategy.allow_create_on_update();
     let rules = Rules { missing: if creates { Missing::Create } else { Missing::Fail }, ..Rules::PUT };
     let outcome = if target.subresource == "scale" {

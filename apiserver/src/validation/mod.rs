@@ -7,6 +7,7 @@
 use isopod_api::field::{Error, ErrorList, Path};
 use serde_json::Value;
 
+pub(crate) mod conditions;
 pub(crate) mod container;
 pub(crate) mod env;
 pub(crate) mod internal;

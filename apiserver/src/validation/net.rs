@@ -32,10 +32,11 @@ pub(crate) fn ip_messages(s: &str) -> Vec<String> {
 
 /// Messages for the name of an IPAddress object.
 pub(crate) fn canonical_ip_messages(s: &str) -> Vec<String> {
-    match parse_ip(s) {
-        Err(_) => vec![NOT_AN_IP.to_owned()],
+    let messages = ip_messages(s);
+    match s.parse::<IpAddr>() {
+        _ if !messages.is_empty() => messages,
         Ok(ip) if ip.to_string() != s => vec![format!("must be in canonical form (\"{ip}\")")],
-        Ok(_) => Vec::new(),
+        _ => Vec::new(),
     }
 }
 

@@ -34,6 +34,27 @@ async fn who_is_refused_early_can_ask_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_the_path_is_refused_first() {
+    let server = Server::start().await;
+    let path = "/api/v1/namespaces/default/configmaps";
+    for (name, want) in [
+        (json!("b"), "the name of the object (b) does not match the name on the URL (a)"),
+        (Value::Null, "the name of the object (a based on URL) was undeterminable: name must be provided"),
+    ] {
+        let (code, answer) =
+            server.answer(Method::PUT, &format!("{path}/a"), &json!({"metadata": {"name": name}})).await;
+        assert_eq!((code, answer["message"].as_str().unwrap()), (400, want));
+    }
+    let request = server.client.get(server.url(&format!("{path}?watch=1"))).header("accept", "application/yaml");
+    let answer = request.send().await.unwrap();
+    assert_eq!(answer.status().as_u16(), 406);
+    let want = "only the following media types are accepted: application/json;stream=watch, application/vnd.kubernetes.protobuf;stream=watch";
+    // The error comes in the form that was asked for: only there is no stream of it.
+    let text = answer.text().await.unwrap();
+    assert!(text.contains("kind: Status\n") && text.replace("\n  ", " ").contains(want), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn depth_is_refused_before_it_hurts() {
     let server = Server::start().await;
     let open = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
