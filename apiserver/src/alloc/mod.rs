@@ -4,6 +4,7 @@
 //! nothing can leak: a failed write drops its hold, a deleted Service stops counting, a restart starts from the cache. The
 //! stored part is kept up to date by comparing the cache's objects by revision and parsing only what changed.
 
+pub(crate) mod objects;
 mod ranges;
 
 use std::{
@@ -130,7 +131,7 @@ impl ServiceAllocator {
             return;
         }
         let ours = |object: &crate::objects::Object| {
-            object.labels.iter().any(|(key, value)| (&**key, &**value) == crate::bootstrap::MANAGED_ADDRESS)
+            object.labels.iter().any(|(key, value)| (&**key, &**value) == objects::MANAGED)
         };
         let list = objects.list(&gvr, "");
         let claimed =
@@ -396,7 +397,7 @@ mod tests {
     fn addresses_others_claim_count() {
         let (allocator, objects) = (allocator(), FakeObjects::default());
         objects.put_as("ipaddresses", json!({"metadata": {"name": "10.96.0.2"}}));
-        let (key, value) = crate::bootstrap::MANAGED_ADDRESS;
+        let (key, value) = objects::MANAGED;
         objects.put_as("ipaddresses", json!({"metadata": {"name": "10.96.0.3", "labels": {key: value}}}));
         let mut session = allocator.begin(&objects, None);
         assert_eq!(session.address("10.96.0.2".parse().expect("ip")), Err(Error::AddressTaken));

@@ -1,7 +1,8 @@
 //! IPAddress objects of the cluster IPs that Services hold.
 //!
 //! The allocator counts what Services say; these objects show it to others and keep addresses that somebody else has
-//! claimed by making one. What is ours carries the allocator's label and follows the Services; the rest is left alone.
+//! claimed by making one. What is ours carries the allocator's label and follows the Services: each with the write of its
+//! Service, and all of them here, so that what a crash has left behind is found. The rest is left alone.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,18 +12,14 @@ use std::{
 use isopod_api::{gvk::Gvr, status::Status};
 use serde_json::{Value, json};
 
-use crate::{authn::UserInfo, objects::Objects};
-
-/// The label of the objects that mirror Services.
-pub(crate) const MANAGED: (&str, &str) = ("ipaddress.kubernetes.io/managed-by", "ipallocator.k8s.io");
+use crate::{
+    alloc::objects::{MANAGED, address, gvr},
+    authn::UserInfo,
+    objects::Objects,
+};
 
 fn services() -> Gvr {
     Gvr::new("", "v1", "services")
-}
-
-/// `ipaddresses`.
-fn gvr() -> Gvr {
-    Gvr::new("networking.k8s.io", "v1", "ipaddresses")
 }
 
 type Key = (Box<str>, Box<str>);
@@ -41,6 +38,8 @@ impl Addresses {
 
     /// One look.
     pub(super) async fn follow(&mut self, objects: &dyn Objects) -> Result<(), Status> {
+        // Addresses come after their Services: whoever holds one of these is among the Services read now.
+        let addresses = objects.list(&gvr(), "");
         self.read(objects);
         let wanted: BTreeMap<String, &Key> = self
             .known
@@ -49,7 +48,7 @@ impl Addresses {
             .collect();
         let mut there = BTreeSet::new();
         let user = UserInfo::system();
-        for object in objects.list(&gvr(), "") {
+        for object in addresses {
             let ours = object.labels.iter().any(|(k, v)| (&**k, &**v) == MANAGED);
             if ours && !wanted.contains_key(&*object.name) {
                 match objects.delete(&gvr(), "", &object.name, json!({}), &user).await {
@@ -82,15 +81,6 @@ impl Addresses {
         }
         self.known.retain(|key, _| !gone.contains(key));
     }
-}
-
-fn address(ip: &str, namespace: &str, name: &str) -> Value {
-    let family = if ip.contains(':') { "IPv6" } else { "IPv4" };
-    json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "IPAddress",
-        "metadata": {"name": ip, "labels": {"ipaddress.kubernetes.io/ip-family": family, MANAGED.0: MANAGED.1}},
-        "spec": {"parentRef": {"group": "", "resource": "services", "namespace": namespace, "name": name}},
-    })
 }
 
 #[cfg(test)]

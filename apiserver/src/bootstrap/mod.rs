@@ -10,8 +10,6 @@ mod apiservices;
 mod objects;
 mod rbac;
 
-pub(crate) use addresses::MANAGED as MANAGED_ADDRESS;
-
 use std::{sync::Arc, time::Duration};
 
 use isopod_api::{

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     admission::Operation,
+    alloc::objects::follow,
     cache::{Object, Write, key},
     objects::Objects,
     validation,
@@ -145,7 +146,9 @@ impl Registry {
             match self.cache.commit_with(store, &key, Expect::Absent, Write::Put(draft), allocation).await {
                 Ok(revision) => {
                     drop(reservation);
-                    return self.committed(resource, &key, revision);
+                    let object = self.committed(resource, &key, revision)?;
+                    self.follow_addresses(resource, &Value::Null, Some(&object)).await;
+                    return Ok(object);
                 }
                 // Another server has allocated meanwhile.
                 Err(isopod_store::Error::Conflict { index: 1, .. }) => attempt -= 1,
@@ -160,6 +163,13 @@ impl Registry {
             }
         }
         Err(Status::internal("no free generated name"))
+    }
+
+    /// What shows the addresses of a Service follows it.
+    pub(super) async fn follow_addresses(&self, resource: &Resource, old: &Value, new: Option<&Object>) {
+        if resource.gvr.group.is_empty() && resource.gvr.resource == "services" {
+            follow(self, old, &new.map(Object::value).unwrap_or_default()).await;
+        }
     }
 
     /// The default account of a new namespace is made by a controller: a pod that uses it waits for it a little.

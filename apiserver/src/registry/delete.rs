@@ -160,7 +160,10 @@ impl Registry {
                 return Ok(Deleted { object: last, gone: true });
             }
             match self.cache.commit(store, &key, expect, Write::Delete).await {
-                Ok(_) => return Ok(Deleted { object: last, gone: true }),
+                Ok(_) => {
+                    self.follow_addresses(resource, &old, None).await;
+                    return Ok(Deleted { object: last, gone: true });
+                }
                 Err(isopod_store::Error::Conflict { .. }) => {}
                 Err(error) => return Err(Status::internal(error)),
             }

@@ -219,7 +219,10 @@ impl Registry {
         if gone {
             // The last finalizer is gone: the object goes with this write and is shown as it last was.
             return match self.cache.commit(store, key, expect, Write::Delete).await {
-                Ok(_) => Ok(Step::Done(Outcome { object: Arc::new(draft.finish(current.revision)), created: false })),
+                Ok(_) => {
+                    self.follow_addresses(resource, &old, None).await;
+                    Ok(Step::Done(Outcome { object: Arc::new(draft.finish(current.revision)), created: false }))
+                }
                 Err(isopod_store::Error::Conflict { .. }) => Ok(Step::Again),
                 Err(error) => Err(Status::internal(error)),
             };
@@ -228,6 +231,7 @@ impl Registry {
             Ok(revision) => {
                 drop(reservation);
                 let object = self.committed(resource, key, revision)?;
+                self.follow_addresses(resource, &old, Some(&object)).await;
                 Ok(Step::Done(Outcome { object, created: false }))
             }
             Err(isopod_store::Error::Conflict { .. }) => Ok(Step::Again),

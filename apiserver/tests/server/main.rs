@@ -4,6 +4,7 @@
 #[path = "../../examples/serve/setup.rs"]
 mod setup;
 
+mod addresses;
 mod binary;
 mod every_type;
 mod facts;
