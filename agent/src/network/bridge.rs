@@ -31,6 +31,7 @@ use super::{
     addresses::Addresses,
     firewall,
     gone::Gone,
+    leaving::Leaving,
     links, namespace,
     records::{Record, Records},
     rules, shape, watchman,
@@ -121,6 +122,7 @@ pub(super) struct Inner {
     handle: Handle,
     bridge: u32,
     mtu: u32,
+    leaving: Leaving,
     records: Records,
     state: Mutex<State>,
     /// Held while nft runs, so that the last writer is the latest.
@@ -211,6 +213,7 @@ impl BridgeNetwork {
             handle,
             bridge,
             mtu,
+            leaving: Leaving::default(),
             records,
             state: Mutex::new(state),
             rules: Mutex::new(()),

@@ -122,6 +122,27 @@ pub(crate) async fn delete(handle: &Handle, name: &str) -> Result<(), Error> {
     ignore(nix::libc::ENODEV)(handle.link().del(index).execute().await).map_err(failed(format!("delete link {name}")))
 }
 
+/// Deletes many links at once; those that are not there are no error.
+pub(crate) async fn delete_all(handle: &Handle, names: &[String]) -> Result<(), Error> {
+    // The kernel deletes a whole group in one go; nobody else has this one.
+    let group = rand::random::<u32>() | 1 << 31;
+    let mut any = false;
+    for name in names {
+        let Some(index) = index(handle, name).await? else { continue };
+        let message = LinkMessageBuilder::<LinkUnspec>::default().index(index).link_group(group).build();
+        ignore(nix::libc::ENODEV)(handle.link().change(message).execute().await)
+            .map_err(failed(format!("put link {name} into a group")))?;
+        any = true;
+    }
+    if !any {
+        return Ok(());
+    }
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::Group(group));
+    ignore(nix::libc::ENODEV)(handle.link().del_with_message(message).execute().await)
+        .map_err(failed(format!("delete {} links", names.len())))
+}
+
 /// Forgets whose hardware address a pod's address was: the next pod that gets it has another one.
 pub(crate) async fn forget_neighbour(handle: &Handle, bridge: u32, address: IpAddr) -> Result<(), Error> {
     let message = handle.neighbours().add(bridge, address).message_mut().clone();

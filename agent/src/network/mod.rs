@@ -8,6 +8,7 @@ mod bridge;
 pub mod cni;
 mod firewall;
 mod gone;
+mod leaving;
 mod links;
 mod namespace;
 mod records;

@@ -385,6 +385,34 @@ fn cleaning_up_leaves_nothing() {
     });
 }
 
+/// Together the links of pods that end, and no other.
+#[test]
+fn many_leave_at_once() {
+    alone(|root| async move {
+        let network = started(&root).await;
+        idle(&network).await;
+        let mut pods = Vec::new();
+        for n in 0..9 {
+            pods.push(network.setup(request(&format!("p{n}"))).await.unwrap());
+        }
+        idle(&network).await;
+        let before = links().len();
+        let kept = pods.pop().unwrap();
+        // The sixth is not there any more when its turn comes.
+        let names = (0..8).map(|n| format!("p{n}")).collect::<Vec<_>>();
+        let record = root.join("var/lib/isopod/network/pods/p5.json");
+        let record: serde_json::Value = serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
+        run(&format!("ip link delete {}", record["link"].as_str().unwrap()));
+        let all = futures::future::join_all(names.iter().map(|uid| network.teardown(uid))).await;
+        all.into_iter().for_each(Result::unwrap);
+        assert_eq!(links().len(), before - 8);
+        let server = serve(&kept, 8080, 1);
+        ask(&SocketAddr::new(kept.ips[0], 8080).to_string()).unwrap();
+        server.join().unwrap();
+        assert!(pods.iter().all(|pod| !pod.netns.exists()));
+    });
+}
+
 #[test]
 fn without_a_range_it_says_so() {
     alone(|root| async move {

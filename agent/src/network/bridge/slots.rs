@@ -79,7 +79,7 @@ impl Inner {
     }
 
     pub(super) async fn remove(&self, path: &std::path::Path, link: &str) -> Result<(), NetworkError> {
-        let deleted = links::delete(&self.handle, link).await;
+        let deleted = self.leaving.delete(&self.handle, link).await;
         namespace::unpin(path)?;
         Ok(deleted?)
     }
