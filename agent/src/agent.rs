@@ -280,11 +280,7 @@ pub async fn stop_all_pods(paths: &Paths) -> Result<(), Error> {
         }
     }
     let places = [paths.pods(), paths.plugins_root().join("pods"), paths.plugins_root().join("plugins/kubernetes.io")];
-    for mount in places.iter().flat_map(|p| mounts::below(p)) {
-        if let Err(e) = rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH) {
-            errors.push(format!("{}: {e}", mount.display()));
-        }
-    }
+    errors.extend(places.iter().flat_map(|place| mounts::unmount_below(place)));
     errors.extend(trees.iter().filter_map(|tree| tree.remove_root().err()).map(|e| e.to_string()));
     if errors.is_empty() { Ok(()) } else { Err(Error::Leftovers(errors.join("; "))) }
 }
@@ -324,11 +320,7 @@ pub fn cleanup(paths: &Paths) -> Result<(), Error> {
         paths.plugins_root().join("plugins/kubernetes.io"),
     ] {
         let Ok(dir) = dir.canonicalize() else { continue };
-        for mount in mounts::below(&dir).into_iter().filter(|m| *m != dir) {
-            if let Err(e) = rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH) {
-                errors.push(format!("{}: {e}", mount.display()));
-            }
-        }
+        errors.extend(mounts::unmount_below(&dir));
     }
     node::shutdown::forget();
     for file in topology::FILES {

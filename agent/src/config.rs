@@ -586,6 +586,7 @@ mod tests {
                 "evictionSoft: {memory.available: 1Gi}",
                 "evictionSoft \"memory.available\" has no evictionSoftGracePeriod",
             ),
+            ("imageMaximumGCAge: 1m", "imageMaximumGCAge must be greater than imageMinimumGCAge"),
             ("maxParallelImagePulls: 0", "maxParallelImagePulls must be a positive number"),
             (
                 "imagePullCredentialsVerificationPolicy: Sometimes",

@@ -151,7 +151,8 @@ pub(crate) fn pod_limits(spec: &PodSpec, cfs: Option<u64>, pids: i64) -> Limits 
 /// oom_score_adj of a container.
 pub(crate) fn oom_score_adj(pod: &Pod, container: &Container, memory_capacity: i64) -> i32 {
     let Some(spec) = &pod.spec else { return 1000 };
-    if spec.priority.unwrap_or(0) >= 2_000_001_000 {
+    // Nobody has looked up the number of a static pod's class.
+    if spec.priority_class_name.as_deref() == Some("system-node-critical") {
         return -997;
     }
     match class(spec) {

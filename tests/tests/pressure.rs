@@ -153,7 +153,9 @@ fn who_takes_all_of_disk_inodes_or_processes_goes() {
     host.must(&format!("echo {} > /proc/sys/kernel/pid_max", processes + 1100));
     let config = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nclusterDNS: [10.96.0.10]\n\
                   clusterDomain: cluster.local\nimageGCHighThresholdPercent: 100\nevictionPressureTransitionPeriod: 1s\n\
-                  evictionHard: {memory.available: 100Mi, nodefs.available: 400Mi, nodefs.inodesFree: '8000', pid.available: '600'}\n";
+                  evictionHard: {memory.available: 100Mi, nodefs.available: 400Mi, pid.available: '600'}\n\
+                  evictionSoft: {nodefs.inodesFree: '8000'}\nevictionSoftGracePeriod: {nodefs.inodesFree: 1s}\n\
+                  evictionMaxPodGracePeriod: 1\n";
     fs::write(host.path("/etc/isopod/config.yaml"), config).unwrap();
     let c = Cluster::start(&host);
     c.apply(GREEDY);
@@ -195,5 +197,10 @@ fn pods_keep_to_their_disk() {
         let images = c.get("node one")["status"]["images"].to_string();
         let stay = ["isopod.local/isopod", "busybox:1"].iter().all(|i| images.contains(i));
         if !images.contains("web:1") && stay { Ok(()) } else { Err(images) }
+    });
+    // That is not enough: a disk all of which has to be free cannot be had.
+    eventually("it is told", || {
+        let events = c.k("get events -n default --field-selector reason=FreeDiskSpaceFailed,involvedObject.kind=Node");
+        if events.contains("Failed to garbage collect required amount of images") { Ok(()) } else { Err(events) }
     });
 }

@@ -91,6 +91,9 @@ impl KubeletConfiguration {
         if !(self.memory_throttling_factor > 0.0 && self.memory_throttling_factor <= 1.0) {
             return Err("memoryThrottlingFactor must be greater than 0 and not greater than 1.0".into());
         }
+        if !self.image_maximum_gc_age.is_zero() && self.image_maximum_gc_age <= self.image_minimum_gc_age {
+            return Err("imageMaximumGCAge must be greater than imageMinimumGCAge".into());
+        }
         for taint in &self.register_with_taints {
             one_of("registerWithTaints: effect", &taint.effect, &["NoSchedule", "PreferNoSchedule", "NoExecute"])?;
             if taint.key.is_empty() {

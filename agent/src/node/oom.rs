@@ -74,7 +74,9 @@ async fn next(log: &mut AsyncFd<File>, record: &mut [u8]) -> io::Result<usize> {
 /// Name and PID of the process in a record of a machine's (not a group's) lack of memory:
 /// `3,1,2,-;oom-kill:constraint=CONSTRAINT_NONE,...,global_oom,task_memcg=/,task=stress,pid=42,uid=0`.
 fn victim(record: &str) -> Option<(&str, &str)> {
-    let (_, text) = record.split_once(";oom-kill:")?;
+    let (head, text) = record.split_once(";oom-kill:")?;
+    // The first number is priority and facility: the kernel's own words have the lowest eight.
+    head.split(',').next()?.parse::<u32>().ok().filter(|priority| *priority < 8)?;
     let line = text.lines().next()?;
     let of = |key: &str| line.split(',').find_map(|part| part.strip_prefix(key));
     line.split(',').any(|part| part == "global_oom").then(|| of("task=").zip(of("pid="))).flatten()
@@ -93,6 +95,8 @@ mod tests {
         };
         assert_eq!(victim(&record("global_oom")), Some(("hog", "4711")));
         assert_eq!(victim(&record("oom_memcg=/pods/a")), None);
+        let written_by_somebody = record("global_oom").replacen("3,", "12,", 1);
+        assert_eq!(victim(&written_by_somebody), None);
         assert_eq!(victim("6,1,2,-;eth0: link up, global_oom,task=x,pid=1"), None);
     }
 }

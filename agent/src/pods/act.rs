@@ -230,9 +230,11 @@ impl Worker {
                 self.prepare();
             }
             Err(error) => {
-                tracing::warn!(pod = sandbox::name(&self.pod), %error, "no volume");
-                self.ctx.events.pod(&self.pod, Kind::Warning, error.reason(), error.to_string());
-                self.record.blocked(&error.to_string());
+                if !self.terminating {
+                    tracing::warn!(pod = sandbox::name(&self.pod), %error, "no volume");
+                    self.ctx.events.pod(&self.pod, Kind::Warning, error.reason(), error.to_string());
+                    self.record.blocked(&error.to_string());
+                }
                 self.volumes = Making::Failed(Instant::now() + took, (took * 2).min(Duration::from_secs(122)));
                 self.watch_references();
             }

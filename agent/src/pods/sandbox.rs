@@ -327,8 +327,9 @@ pub(crate) async fn remove(
         errors.push(e.to_string());
     }
     let dirs = [ctx.config.paths.run_pod(uid), ctx.config.paths.pod(uid).join("volume-subpaths")];
-    if let Err(e) = mounts::remove_trees(&[&dirs[0], &dirs[1]]) {
-        errors.push(format!("{}: {e}", dirs[0].display()));
+    let removed = tokio::task::spawn_blocking(move || mounts::remove_trees(&[&dirs[0], &dirs[1]])).await;
+    if let Err(e) = removed.unwrap_or_else(|e| Err(io::Error::other(e))) {
+        errors.push(format!("{}: {e}", ctx.config.paths.run_pod(uid).display()));
     }
     ctx.burstable_request(uid, None);
     if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }

@@ -367,7 +367,7 @@ async fn create(job: &Job, image: &ImageHandle, prepared: &Prepared) -> Result<I
         for dir in ["upper", "work", "bundle"] {
             fs::create_dir_all(bundle.join(dir)).map_err(disk(&bundle))?;
         }
-        let mut mounts = mounts(job, &bundle, prepared, &env)?;
+        let mut mounts = mounts(job, &bundle, prepared, &env).await?;
         mounts.extend(devices.binds());
         let own_users = sandbox::own_users(pod);
         let users = own_users.then(|| ctx.users.of(sandbox::uid(pod))).transpose();
@@ -483,10 +483,16 @@ pub(crate) fn message_path(bundle: &Path) -> PathBuf {
     bundle.join("termination-log")
 }
 
-fn mounts(job: &Job, bundle: &Path, prepared: &Prepared, env: &[(String, String)]) -> Result<Vec<BindMount>, Failure> {
+async fn mounts(
+    job: &Job,
+    bundle: &Path,
+    prepared: &Prepared,
+    env: &[(String, String)],
+) -> Result<Vec<BindMount>, Failure> {
     let (ctx, pod, c) = (&job.ctx, &job.pod, &job.container);
     let pod_dir = ctx.config.paths.pod(sandbox::uid(pod));
-    let mut all = volumes::container_mounts(&pod_dir, c, &prepared.mounted, env).map_err(Failure::config)?;
+    let made = volumes::container_mounts(pod_dir, c, &prepared.mounted, env).await;
+    let mut all = made.map_err(Failure::config)?;
     bind_names(ctx, pod, &mut all);
     let message = message_path(bundle);
     fs::write(&message, b"").map_err(|e| Failure::config(e.to_string()))?;

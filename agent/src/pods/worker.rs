@@ -35,7 +35,7 @@ use crate::{
     qos::Limits,
     runtime::RuntimeEvent,
     spec::field::Addresses,
-    volumes::{Mounted, VolumeError},
+    volumes::{Mounted, VolumeError, nfs},
 };
 use isopod_runtime::supervisor::protocol::ContainerStatus;
 
@@ -474,12 +474,28 @@ impl Worker {
             self.removed = self.live.is_none();
         }
         self.ending.get_or_insert_with(Instant::now);
+        if !self.terminating {
+            self.let_go_of_servers();
+        }
         self.terminating = true;
         self.deleting |= deleting;
         for cancel in self.starting.values() {
             cancel.cancel();
         }
         probing::keep_readiness(&mut self.probes);
+    }
+
+    /// Its end does not wait for a file server that is away.
+    fn let_go_of_servers(&self) {
+        let dir = self.ctx.config.paths.pod(self.uid());
+        if !nfs::has(&dir) {
+            return;
+        }
+        let (ctx, pod) = (self.ctx.clone(), self.pod.clone());
+        let tell = move |text| {
+            ctx.events.pod(&pod, Kind::Warning, "FailedKillPod", format!("error killing pod: {text}"));
+        };
+        tokio::spawn(nfs::let_go(dir, self.deadline.subscribe(), tell));
     }
 
     /// Longest wait between restarts.

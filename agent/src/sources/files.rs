@@ -123,9 +123,11 @@ pub(crate) struct Found {
 /// The static pods of one file, and ConfigMaps and Secrets for them.
 pub(crate) fn parse(text: &str, file: &Path, node: &str) -> Result<Found, String> {
     let documents = isopod_api::yaml::parse_all(text).map_err(|e| e.to_string())?;
-    let mut found = Found::default();
+    let (mut found, mut listed) = (Found::default(), false);
     for mut value in documents.into_iter().filter(|v| !v.is_null()) {
         if value["kind"] == "PodList" || value["kind"] == "List" {
+            // A list says what there is, be it nothing.
+            listed |= value["items"].is_array();
             for item in value["items"].take().as_array_mut().into_iter().flatten() {
                 found.take(item.take(), file, node)?;
             }
@@ -134,7 +136,7 @@ pub(crate) fn parse(text: &str, file: &Path, node: &str) -> Result<Found, String
         }
     }
     let empty = found.pods.is_empty() && found.objects.is_empty();
-    if empty { Err("it holds no Pod".into()) } else { Ok(found) }
+    if empty && !listed { Err("it holds no Pod".into()) } else { Ok(found) }
 }
 
 impl Found {

@@ -8,7 +8,7 @@ pub(crate) mod atomic;
 pub(crate) mod content;
 mod image;
 pub(crate) mod mounts;
-mod nfs;
+pub(crate) mod nfs;
 pub(crate) mod plain;
 
 use std::{
@@ -51,19 +51,25 @@ impl VolumeError {
 }
 
 /// A volume ready to be shown to containers.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Ready {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
     /// A device for `volumeDevices`, not a tree for `volumeMounts`.
     block: bool,
+    /// Its server may be away.
+    remote: bool,
     /// Who looks after it while it is mounted.
     keeper: Option<tokio::task::AbortHandle>,
 }
 
 impl Ready {
     fn new(path: PathBuf, read_only: bool) -> Self {
-        Self { path, read_only, block: false, keeper: None }
+        Self { path, read_only, block: false, remote: false, keeper: None }
+    }
+
+    fn remote(path: PathBuf, read_only: bool) -> Self {
+        Self { remote: true, ..Self::new(path, read_only) }
     }
 }
 
@@ -72,6 +78,8 @@ impl Ready {
 pub(crate) struct Mounted {
     volumes: BTreeMap<String, Ready>,
     keepers: Vec<tokio::task::AbortHandle>,
+    /// Held while a server is asked for a part of a volume.
+    asking: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Drop for Mounted {
@@ -112,7 +120,7 @@ pub(crate) async fn mount(
     for v in &volumes {
         match content::sources(&namespace, v) {
             Some(sources) => contents.push(Content::new(ctx, &uid, v, sources)),
-            None => jobs.push(plain_volume(ctx, &pod, &uid, v)),
+            None => jobs.push(plain_volume(ctx, &pods, &uid, v)),
         }
     }
     let plain = join_all(jobs);
@@ -138,11 +146,12 @@ pub(crate) async fn mount(
 /// Sets up a volume that has no content to follow, and says how long that took.
 async fn plain_volume(
     ctx: &Arc<Context>,
-    pod: &Arc<Pod>,
+    pods: &watch::Receiver<Arc<Pod>>,
     uid: &str,
     v: &Volume,
 ) -> Result<(String, Ready), VolumeError> {
     let begun = Instant::now();
+    let pod = &pods.borrow().clone();
     let (mut block, mut plugin_name) = (false, plugin(v));
     let made = async {
         let claim = match (&v.persistent_volume_claim, &v.ephemeral) {
@@ -150,13 +159,13 @@ async fn plain_volume(
             (_, Some(_)) => Some((format!("{}-{}", sandbox::name(pod), v.name), false)),
             _ => None,
         };
-        let Some((name, read_only)) = claim else { return own_volume(ctx, pod, uid, v).await };
+        let Some((name, read_only)) = claim else { return own_volume(ctx, pods, uid, v).await };
         let (claim, volume) = bound(ctx, pod, &name).await?;
         if let Some(spec) = &volume.spec {
             block = spec.volume_mode.as_deref() == Some("Block");
             plugin_name = plugin(spec);
         }
-        claimed(ctx, pod, v, claim, volume, read_only).await
+        claimed(ctx, pods, v, claim, volume, read_only).await
     }
     .await;
     let operation = if block { "map_volume" } else { "volume_mount" };
@@ -172,7 +181,13 @@ fn took(ctx: &Context, operation: &str, plugin: &str, begun: Instant, good: bool
 }
 
 /// A volume that the pod's own spec describes.
-async fn own_volume(ctx: &Arc<Context>, pod: &Arc<Pod>, uid: &str, v: &Volume) -> Result<Ready, String> {
+async fn own_volume(
+    ctx: &Arc<Context>,
+    pods: &watch::Receiver<Arc<Pod>>,
+    uid: &str,
+    v: &Volume,
+) -> Result<Ready, String> {
+    let pod = &pods.borrow().clone();
     let writable = |path| Ready::new(path, false);
     Ok(if let Some(e) = &v.empty_dir {
         let target = directory(ctx, uid, "kubernetes.io~empty-dir", &v.name);
@@ -187,8 +202,8 @@ async fn own_volume(ctx: &Arc<Context>, pod: &Arc<Pod>, uid: &str, v: &Volume) -
         mounted(csi::Wanted::inline(ctx, pod, &v.name, c.clone()), c.read_only == Some(true)).await?
     } else if let Some(n) = &v.nfs {
         let target = directory(ctx, uid, "kubernetes.io~nfs", &v.name);
-        nfs::mount(&target, n, &[]).await?;
-        Ready::new(target, n.read_only == Some(true))
+        nfs::mount(&target, n, &[], pods.clone()).await?;
+        Ready::remote(target, n.read_only == Some(true))
     } else {
         return Err(format!("no volume plugin matched: isopod has no {} volumes", kind_of(v)));
     })
@@ -232,7 +247,7 @@ fn kind_of(volume: &impl serde::Serialize) -> String {
 async fn mounted(volume: csi::Wanted, read_only: bool) -> Result<Ready, String> {
     let block = volume.is_block();
     let csi::Mounted { path, keeper } = volume.mount().await?;
-    Ok(Ready { path, read_only, block, keeper })
+    Ok(Ready { block, keeper, ..Ready::new(path, read_only) })
 }
 
 /// A claim by its name and the volume it is bound to.
@@ -251,12 +266,13 @@ async fn bound(ctx: &Context, pod: &Pod, name: &str) -> Result<(PersistentVolume
 /// The volume of a bound claim: local, hostPath, NFS and CSI ones.
 async fn claimed(
     ctx: &Arc<Context>,
-    pod: &Arc<Pod>,
+    pods: &watch::Receiver<Arc<Pod>>,
     v: &Volume,
     claim: PersistentVolumeClaim,
     object: PersistentVolume,
     read_only: bool,
 ) -> Result<Ready, String> {
+    let pod = &pods.borrow().clone();
     let by = object.metadata.annotations.as_ref().and_then(|a| a.get("pv.kubernetes.io/provisioned-by"));
     let ours = by.is_some_and(|by| by == LOCAL_PROVISIONER);
     let spec = object.spec.clone().unwrap_or_default();
@@ -265,8 +281,8 @@ async fn claimed(
     }
     if let Some(n) = &spec.nfs {
         let target = directory(ctx, sandbox::uid(pod), "kubernetes.io~nfs", &v.name);
-        nfs::mount(&target, n, spec.mount_options.as_deref().unwrap_or_default()).await?;
-        return Ok(Ready::new(target, read_only || n.read_only == Some(true)));
+        nfs::mount(&target, n, spec.mount_options.as_deref().unwrap_or_default(), pods.clone()).await?;
+        return Ok(Ready::remote(target, read_only || n.read_only == Some(true)));
     }
     let name = object.metadata.name.clone().unwrap_or_default();
     if let Some(wanted) = csi::Wanted::persistent(ctx, pod, claim, object, read_only) {
@@ -386,15 +402,46 @@ pub(crate) fn container_devices(c: &Container, mounted: &Mounted) -> Result<Vec<
 }
 
 /// The bind mounts of a container's volumeMounts; an error is the message of a CreateContainerConfigError.
-pub(crate) fn container_mounts(
+pub(crate) async fn container_mounts(
+    pod_dir: PathBuf,
+    c: &Container,
+    mounted: &Arc<Mounted>,
+    env: &[(String, String)],
+) -> Result<Vec<BindMount>, String> {
+    let volumes = c.volume_mounts.iter().flatten().filter_map(|m| mounted.volumes.get_key_value(&m.name));
+    let remote: Vec<(String, PathBuf)> =
+        volumes.filter(|(_, v)| v.remote).map(|(name, v)| (name.clone(), v.path.clone())).collect();
+    if remote.is_empty() {
+        return binds(&pod_dir, c, &mounted.volumes, env);
+    }
+    // A supervisor that waits for a server is of no use to the pod's other containers either: it is asked before.
+    let text = format!("the server of volume {:?} does not answer", remote[0].0);
+    let (container, volumes, variables) = (c.clone(), mounted.volumes.clone(), env.to_vec());
+    let made = async {
+        // One after the other: threads that wait for a server must not become many.
+        let turn = mounted.asking.clone().lock_owned().await;
+        let work = move || {
+            let _turn = turn;
+            for (name, path) in &remote {
+                rustix::fs::statfs(path).map_err(|e| format!("volume {name:?}: {e}"))?;
+            }
+            binds(&pod_dir, &container, &volumes, &variables)
+        };
+        nfs::aside(work, nfs::ANSWER).await
+    };
+    let made = tokio::time::timeout(nfs::ANSWER, made).await.ok().flatten();
+    made.unwrap_or(Err(text))
+}
+
+fn binds(
     pod_dir: &Path,
     c: &Container,
-    mounted: &Mounted,
+    volumes: &BTreeMap<String, Ready>,
     env: &[(String, String)],
 ) -> Result<Vec<BindMount>, String> {
     let mut out = Vec::new();
     for (index, m) in c.volume_mounts.iter().flatten().enumerate() {
-        let ready = mounted.volumes.get(&m.name);
+        let ready = volumes.get(&m.name);
         let ready =
             ready.ok_or_else(|| format!("cannot find volume {:?} to mount into container {:?}", m.name, c.name))?;
         if ready.block {

@@ -1,6 +1,7 @@
 //! Mounts below a pod's directory: subPath binds made without a race, and their end.
 
 use std::{
+    borrow::Cow,
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Component, Path, PathBuf},
@@ -75,21 +76,36 @@ pub(crate) fn below(dir: &Path) -> Vec<PathBuf> {
     below_any(&[dir.to_path_buf()])
 }
 
-/// Mount points at or below any of these, the deepest first. A machine has some for every pod, so all are read at once.
+/// Mount points at or below any of these, the deepest first.
 fn below_any(dirs: &[PathBuf]) -> Vec<PathBuf> {
+    mounted_below(dirs).into_iter().map(|(place, _)| place).collect()
+}
+
+/// The same, and whether it is NFS. A machine has some for every pod, so all are read at once.
+fn mounted_below(dirs: &[PathBuf]) -> Vec<(PathBuf, bool)> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let places = text.lines().filter_map(|l| l.split(' ').nth(4));
     let beneath = |place: &str| dirs.iter().any(|dir| Path::new(place).starts_with(dir));
-    let mut found: Vec<PathBuf> = Vec::new();
-    for place in places {
-        match place.contains('\\') {
-            true => found.extend(Some(unescape(place)).filter(|place| beneath(place)).map(PathBuf::from)),
-            false if beneath(place) => found.push(place.into()),
-            false => {}
+    let mut found = Vec::new();
+    for line in text.lines() {
+        let Some(place) = line.split(' ').nth(4) else { continue };
+        let place = if place.contains('\\') { Cow::Owned(unescape(place)) } else { Cow::Borrowed(place) };
+        if beneath(&place) {
+            found.push((PathBuf::from(&*place), line.contains(" - nfs")));
         }
     }
     found.reverse();
     found
+}
+
+/// Unmounts everything below `dir`, not what is mounted there itself; the places that could not be, and why.
+pub(crate) fn unmount_below(dir: &Path) -> Vec<String> {
+    let failed =
+        |(place, nfs): (PathBuf, bool)| unmount(&place, nfs).err().map(|error| format!("{}: {error}", place.display()));
+    mounted_below(&[dir.to_path_buf()]).into_iter().filter(|(place, _)| place != dir).filter_map(failed).collect()
+}
+
+fn unmount(place: &Path, nfs: bool) -> io::Result<()> {
+    if nfs { super::nfs::detach(place) } else { Ok(rustix::mount::unmount(place, UnmountFlags::DETACH)?) }
 }
 
 /// Whether something is mounted exactly there.
@@ -159,9 +175,9 @@ pub(crate) fn remove_trees(dirs: &[&Path]) -> io::Result<()> {
     if real.is_empty() {
         return Ok(());
     }
-    let mounts = below_any(&real);
-    for mount in &mounts {
-        rustix::mount::unmount(mount, UnmountFlags::DETACH)?;
+    let mounts = mounted_below(&real);
+    for (place, nfs) in &mounts {
+        unmount(place, *nfs)?;
     }
     // One of several mounts at one place may be left.
     if !mounts.is_empty()
