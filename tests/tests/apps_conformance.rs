@@ -62,6 +62,8 @@ fn jobs() {
             "exit 1", never),
         job("success", "completions: 3, parallelism: 3, completionMode: Indexed, successPolicy: {rules: [{succeededCount: 1}]}",
             "test $JOB_COMPLETION_INDEX = 0 || sleep 100000", never),
+        job("success-of-all", "completions: 2, parallelism: 2, completionMode: Indexed, successPolicy: {rules: [{succeededCount: 2}]}",
+            "true", never),
         job("retries", "completions: 2", "test -e /w/f || { touch /w/f; exit 1; }",
             "restartPolicy: OnFailure, volumes: [{name: w, emptyDir: {}}],")
             .replace("command:", "volumeMounts: [{name: w, mountPath: /w}], command:"),
@@ -92,6 +94,7 @@ fn jobs() {
     condition("success", "SuccessCriteriaMet", "SuccessPolicy");
     condition("success", "Complete", "SuccessPolicy");
     field("success", ".status.completedIndexes", "0");
+    condition("success-of-all", "Complete", "SuccessPolicy");
     condition("retries", "Complete", "CompletionsReached");
     condition("late", "Failed", "DeadlineExceeded");
     condition("paused", "Suspended", "JobSuspended");

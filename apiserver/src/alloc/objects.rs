@@ -24,7 +24,7 @@ pub(crate) fn address(ip: &str, namespace: &str, name: &str) -> Value {
     json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "IPAddress",
         "metadata": {"name": ip, "labels": {"ipaddress.kubernetes.io/ip-family": family, MANAGED.0: MANAGED.1}},
-        "spec": {"parentRef": {"group": "", "resource": "services", "namespace": namespace, "name": name}},
+        "spec": {"parentRef": {"resource": "services", "namespace": namespace, "name": name}},
     })
 }
 

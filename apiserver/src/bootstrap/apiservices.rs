@@ -43,10 +43,14 @@ pub(super) fn gvr() -> Gvr {
 }
 
 fn local(group: &str, version: &str, managed: &str, priority: i64, version_priority: i64) -> Value {
+    let mut spec = json!({"version": version, "groupPriorityMinimum": priority, "versionPriority": version_priority});
+    if !group.is_empty() {
+        spec["group"] = json!(group);
+    }
     json!({
         "apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService",
         "metadata": {"name": format!("{version}.{group}"), "labels": {MANAGED: managed}},
-        "spec": {"group": group, "version": version, "groupPriorityMinimum": priority, "versionPriority": version_priority},
+        "spec": spec,
     })
 }
 

@@ -11,7 +11,7 @@ use crate::{
         strategy::{Context, Strategy},
         table,
     },
-    validation::{At, Errs, IMMUTABLE, internal, net, same, selector},
+    validation::{At, Errs, IMMUTABLE, internal, net, selector},
 };
 
 /// `networkpolicies`.
@@ -237,7 +237,10 @@ impl Strategy for IpAddress {
     fn validate_update(&self, _cx: &Context<'_>, new: &Value, old: &Value) -> ErrorList {
         let mut e = Errs::new();
         let parent = At::field(new, "spec").get("parentRef");
-        if !same(parent.v, &old["spec"]["parentRef"]) {
+        // An empty group is none: addresses of earlier versions have one.
+        let part = |v: &Value, field: &str| v[field].as_str().unwrap_or_default().to_owned();
+        let before = &old["spec"]["parentRef"];
+        if ["group", "resource", "namespace", "name"].iter().any(|f| part(parent.v, f) != part(before, f)) {
             e.invalid_as(&parent, internal::named("ParentRef", parent.v), IMMUTABLE);
         }
         e.0

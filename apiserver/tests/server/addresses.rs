@@ -24,7 +24,7 @@ async fn addresses_come_and_go_with_their_services() {
             assert_eq!(code, 201, "{made}");
             let path = format!("{ADDRESSES}/{}", made["spec"]["clusterIP"].as_str().unwrap());
             let (code, address) = server.answer(Method::GET, &path, &Value::Null).await;
-            let parent = json!({"group": "", "resource": "services", "namespace": "default", "name": name});
+            let parent = json!({"resource": "services", "namespace": "default", "name": name});
             assert_eq!((code, &address["spec"]["parentRef"]), (200, &parent), "{address}");
             let own = format!("{SERVICES}/{name}");
             let outside =

@@ -2,9 +2,12 @@
 
 use futures::StreamExt;
 use reqwest::{Method, Response};
+use serde_json::Value;
 
 use super::{
     Server,
+    every_type::{list, objects},
+    kubectl::Kubectl,
     wire::{Message, bytes, number, sealed},
 };
 
@@ -107,4 +110,81 @@ async fn a_protobuf_client_works() {
         ["ADDED v1 ConfigMap binary one", "MODIFIED v1 ConfigMap binary two", "MODIFIED v1 ConfigMap binary three"];
     assert_eq!(seen[..3], want);
     assert_eq!(seen[3], "DELETED v1 ConfigMap binary three");
+}
+
+async fn json(server: &Server, path: &str) -> Value {
+    server.client.get(server.url(path)).send().await.unwrap().json().await.unwrap()
+}
+
+/// An object without what every write changes.
+async fn content(server: &Server, path: &str) -> Value {
+    let mut object = json(server, path).await;
+    for field in ["managedFields", "resourceVersion"] {
+        object["metadata"].as_object_mut().unwrap().remove(field);
+    }
+    object
+}
+
+/// Reads an object in protobuf and writes just that; a conflict is for another try.
+async fn written_back(server: &Server, path: &str) {
+    for _ in 0..5 {
+        let read = server.client.get(server.url(path)).header("accept", BINARY).send().await.unwrap();
+        assert_eq!(
+            (read.status().as_u16(), &read.headers()["content-type"]),
+            (200, &BINARY.parse().unwrap()),
+            "{path}"
+        );
+        let body = read.bytes().await.unwrap();
+        let put = server.client.put(server.url(path)).header("content-type", BINARY).body(body).send().await.unwrap();
+        match put.status().as_u16() {
+            409 => {}
+            status => return assert_eq!(status, 200, "{path}: {}", put.text().await.unwrap()),
+        }
+    }
+    panic!("{path} changes all the time");
+}
+
+/// What typed clients of client-go do all the time.
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_survives_being_read_and_written_back() {
+    let server = Server::start().await;
+    let k = Kubectl::new(&server);
+    tokio::task::block_in_place(|| {
+        list(&k, "all.json", &objects(&k));
+        k.k("create -f all.json");
+    });
+    let mut paths = vec!["/api/v1".to_owned()];
+    for group in json(&server, "/apis").await["groups"].as_array().unwrap() {
+        // Custom resources have no protobuf.
+        let versions = group["versions"].as_array().unwrap().iter().filter(|_| group["name"] != "example.com");
+        paths.extend(versions.map(|v| format!("/apis/{}", v["groupVersion"].as_str().unwrap())));
+    }
+    let mut written = 0;
+    for group in paths {
+        for resource in json(&server, &group).await["resources"].as_array().unwrap() {
+            let can = |verb: &str| resource["verbs"].as_array().unwrap().iter().any(|v| v == verb);
+            if !can("list") || !can("update") {
+                continue;
+            }
+            let name = resource["name"].as_str().unwrap();
+            // Two of each, of which one is not built in.
+            let all = json(&server, &format!("{group}/{name}")).await;
+            let items = all["items"].as_array().unwrap();
+            for item in
+                items.iter().take(1).chain(items.iter().skip(1).filter(|i| !i["metadata"]["labels"]["every"].is_null()))
+            {
+                let metadata = &item["metadata"];
+                let place = match metadata["namespace"].as_str() {
+                    Some(namespace) => format!("namespaces/{namespace}/"),
+                    None => String::new(),
+                };
+                let path = format!("{group}/{place}{name}/{}", metadata["name"].as_str().unwrap());
+                let before = content(&server, &path).await;
+                written_back(&server, &path).await;
+                assert_eq!(content(&server, &path).await, before, "{path}");
+                written += 1;
+            }
+        }
+    }
+    assert!(written > 60, "{written}");
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{Server, kubectl::Kubectl};
 
 /// One object per type, as the file has them.
-fn objects(k: &Kubectl) -> Vec<Value> {
+pub(super) fn objects(k: &Kubectl) -> Vec<Value> {
     let script = "openssl req -new -newkey rsa:2048 -nodes -keyout u.key -subj /CN=jane 2>/dev/null | base64 -w0";
     let request = Command::new("sh").current_dir(&k.0).args(["-c", script]).output().unwrap().stdout;
     let text = include_str!("every_type.yaml").replace("REQUEST", std::str::from_utf8(&request).unwrap());
@@ -20,7 +20,7 @@ fn objects(k: &Kubectl) -> Vec<Value> {
     all
 }
 
-fn list(k: &Kubectl, name: &str, objects: &[Value]) {
+pub(super) fn list(k: &Kubectl, name: &str, objects: &[Value]) {
     k.file(name, &json!({"apiVersion": "v1", "kind": "List", "items": objects}));
 }
 

@@ -324,19 +324,21 @@ fn decide(
         None => succeeded > 0 && active == 0,
         Some(wanted) => succeeded >= wanted,
     };
-    if complete {
+    // Also when all have succeeded it is the policy that says so.
+    if let Some(rule) = success_rule(view, &plan.status) {
+        let text = format!("Matched rules at index {rule}");
+        set_condition(&mut plan.status, "SuccessCriteriaMet", "True", "SuccessPolicy", &text, view.now);
+    } else if complete {
         let text = "Reached expected number of succeeded pods";
         set_condition(&mut plan.status, "SuccessCriteriaMet", "True", "CompletionsReached", text, view.now);
-    } else if succeeds_early(view, &plan.status) {
-        let text = "Matched rules at index 0";
-        set_condition(&mut plan.status, "SuccessCriteriaMet", "True", "SuccessPolicy", text, view.now);
     }
 }
 
-fn succeeds_early(view: &View<'_>, status: &JobStatus) -> bool {
-    let Some(policy) = view.spec.success_policy.as_ref() else { return false };
+/// The first rule of the success policy that is met.
+fn success_rule(view: &View<'_>, status: &JobStatus) -> Option<usize> {
+    let policy = view.spec.success_policy.as_ref()?;
     let done = indexes::parse(status.completed_indexes.as_deref().unwrap_or_default(), view.completions);
-    policy.rules.iter().any(|rule| {
+    policy.rules.iter().position(|rule| {
         let wanted = rule.succeeded_indexes.as_ref().map(|text| indexes::parse(text, view.completions));
         let hit = wanted.as_ref().map_or(done.len(), |wanted| wanted.intersection(&done).count());
         match rule.succeeded_count {
@@ -506,6 +508,20 @@ mod tests {
         let p = plan(&job(spec, json!({"completedIndexes": "3", "succeeded": 1})), &pods, now());
         assert_eq!(p.create, [Some(1)]);
         assert_eq!((p.status.completed_indexes.as_deref(), p.status.succeeded), (Some("0,3"), Some(2)));
+    }
+
+    #[test]
+    fn the_success_policy_has_the_word_also_when_all_succeed() {
+        let rules = json!([{"succeededIndexes": "2"}, {"succeededCount": 2}]);
+        let pods = [pod("a", "Succeeded", Some(0)), pod("b", "Succeeded", Some(1)), pod("c", "Succeeded", Some(2))];
+        for (succeeded, rule) in [(2, 1), (3, 0)] {
+            let spec = json!({"completions": 3, "parallelism": 3, "completionMode": "Indexed",
+                "successPolicy": {"rules": rules}});
+            let p = plan(&job(spec, json!({})), &pods[..succeeded], now());
+            let met = holds(&p.status, "SuccessCriteriaMet").unwrap();
+            assert_eq!(met.reason.as_deref(), Some("SuccessPolicy"));
+            assert_eq!(met.message, Some(format!("Matched rules at index {rule}")));
+        }
     }
 
     #[test]
