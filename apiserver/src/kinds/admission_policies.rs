@@ -144,6 +144,24 @@ impl Strategy for AdmissionPolicy {
     }
 }
 
+/// A selector as Go prints the structure.
+fn selector_text(selector: &Value) -> String {
+    let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+    let mut labels: Vec<String> =
+        selector["matchLabels"].as_object().into_iter().flatten().map(|(k, v)| format!("{k}: {},", text(v))).collect();
+    labels.sort_unstable();
+    let expressions = selector["matchExpressions"].as_array().into_iter().flatten().map(|expression| {
+        let values: Vec<String> = expression["values"].as_array().into_iter().flatten().map(text).collect();
+        let (key, operator) = (text(&expression["key"]), text(&expression["operator"]));
+        format!("LabelSelectorRequirement{{Key:{key},Operator:{operator},Values:[{}],}},", values.join(" "))
+    });
+    format!(
+        "&LabelSelector{{MatchLabels:map[string]string{{{}}},MatchExpressions:[]LabelSelectorRequirement{{{}}},}}",
+        labels.concat(),
+        expressions.collect::<String>()
+    )
+}
+
 fn status(e: &mut Errs, at: &At<'_>) {
     for warning in at.get("typeChecking.expressionWarnings").items() {
         for field in ["warning", "fieldRef"] {
@@ -273,11 +291,11 @@ impl Strategy for AdmissionPolicyBinding {
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         let param = &obj["spec"]["paramRef"];
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-        let shown = match (param, text(&param["namespace"])) {
-            (Value::Null, _) => "<unset>".to_owned(),
-            (p, _) if !p["selector"].is_null() => table::selector(&p["selector"]),
-            (p, namespace) if namespace.is_empty() => text(&p["name"]),
-            (p, namespace) => format!("{namespace}/{}", text(&p["name"])),
+        let shown = match (text(&param["name"]), text(&param["namespace"])) {
+            (name, _) if name.is_empty() && param["selector"].is_null() => "<unset>".to_owned(),
+            (name, _) if name.is_empty() => selector_text(&param["selector"]),
+            (name, namespace) if namespace.is_empty() => format!("*/{name}"),
+            (name, namespace) => format!("{namespace}/{name}"),
         };
         vec![table::name(obj), table::or(&obj["spec"]["policyName"], ""), json!(shown), table::age(obj, now)]
     }
@@ -335,6 +353,20 @@ mod tests {
         let mut e = Errs::new();
         check(&mut e);
         e.0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    }
+
+    #[test]
+    fn parameters_in_a_row() {
+        let shown = |param: Value| {
+            let binding = json!({"metadata": {"name": "b"}, "spec": {"policyName": "p", "paramRef": param}});
+            AdmissionPolicyBinding { mutating: false }.cells(&binding, Timestamp::UNIX_EPOCH)[2].clone()
+        };
+        assert_eq!(shown(Value::Null), "<unset>");
+        assert_eq!(shown(json!({"name": "x"})), "*/x");
+        assert_eq!(shown(json!({"name": "x", "namespace": "n"})), "n/x");
+        let selector = json!({"matchLabels": {"b": "c", "a": "b"}, "matchExpressions": [{"key": "k", "operator": "In", "values": ["x", "y"]}]});
+        let want = "&LabelSelector{MatchLabels:map[string]string{a: b,b: c,},MatchExpressions:[]LabelSelectorRequirement{LabelSelectorRequirement{Key:k,Operator:In,Values:[x y],},},}";
+        assert_eq!(shown(json!({ "selector": selector })), want);
     }
 
     #[test]

@@ -88,16 +88,22 @@ fn targets(obj: &Value) -> String {
             "resource" | "containerResource" => format!("{}: ", metric[key]["name"].as_str().unwrap_or_default()),
             _ => String::new(),
         };
-        let average = if matches!(key, "pods") || target["averageValue"].is_null() { "" } else { " (avg)" };
-        let value =
-            |v: &Value| match (v["averageUtilization"].as_i64(), v["averageValue"].as_str(), v["value"].as_str()) {
-                (Some(percent), _, _) => format!("{percent}%"),
-                (_, Some(text), _) => text.to_owned(),
-                (_, _, Some(text)) => text.to_owned(),
-                _ => "<unknown>".to_owned(),
-            };
-        let average = if key == "resource" || key == "containerResource" { "" } else { average };
-        out.push(format!("{prefix}{}/{}{average}", value(current), value(target)));
+        let text = |v: &Value| v.as_str().map(str::to_owned);
+        let percent = |v: &Value| v.as_i64().map(|n| format!("{n}%"));
+        // What is shown of the current state is what the target is about.
+        let (now, goal, mark) = match (key, target["averageValue"].is_null()) {
+            ("resource" | "containerResource", true) => {
+                let goal = percent(&target["averageUtilization"]).unwrap_or_else(|| "<auto>".to_owned());
+                (percent(&current["averageUtilization"]), goal, "")
+            }
+            ("external" | "object", true) => (text(&current["value"]), text(&target["value"]).unwrap_or_default(), ""),
+            (_, _) => {
+                let mark = if matches!(key, "external" | "object") { " (avg)" } else { "" };
+                (text(&current["averageValue"]), text(&target["averageValue"]).unwrap_or_default(), mark)
+            }
+        };
+        let now = now.unwrap_or_else(|| "<unknown>".to_owned());
+        out.push(format!("{prefix}{now}/{goal}{mark}"));
     }
     let more = out.len().saturating_sub(2);
     out.truncate(2);
@@ -319,6 +325,25 @@ mod tests {
         let cells = HorizontalPodAutoscaler.cells(&v2, now);
         assert_eq!(cells[2], "cpu: 20%/50%, <unknown>/3 (avg) + 1 more...");
         assert_eq!(HorizontalPodAutoscaler.cells(&v1, now), cells);
+    }
+
+    #[test]
+    fn what_is_shown_is_what_the_target_is_about() {
+        let both = json!({"averageUtilization": 20, "averageValue": "5m"});
+        let row = |key: &str, kind: &str, target: Value, current: Value| {
+            targets(&json!({"spec": {"metrics": [{"type": kind, key: {"name": "cpu", "target": target}}]},
+                "status": {"currentMetrics": [{"type": kind, key: {"name": "cpu", "current": current}}]}}))
+        };
+        assert_eq!(row("resource", "Resource", json!({"averageUtilization": 50}), both.clone()), "cpu: 20%/50%");
+        assert_eq!(row("resource", "Resource", json!({"averageValue": "1"}), both), "cpu: 5m/1");
+        let average = json!({"averageValue": "5m"});
+        assert_eq!(
+            row("resource", "Resource", json!({"averageUtilization": 50}), average.clone()),
+            "cpu: <unknown>/50%"
+        );
+        assert_eq!(row("pods", "Pods", json!({"averageValue": "1"}), average.clone()), "5m/1");
+        assert_eq!(row("external", "External", json!({"averageValue": "1"}), average), "5m/1 (avg)");
+        assert_eq!(row("object", "Object", json!({"value": "1"}), json!({"value": "3"})), "3/1");
     }
 
     #[test]

@@ -82,7 +82,9 @@ impl Strategy for Endpoints {
                 }
             }
         }
-        vec![table::name(obj), json!(first_three(all, "<none>")), table::age(obj, now)]
+        // Subsets of which nothing is ready are shown as nothing, too, but not as none.
+        let empty = if table::count(&obj["subsets"]) == 0 { "<none>" } else { "" };
+        vec![table::name(obj), json!(first_three(all, empty)), table::age(obj, now)]
     }
 }
 
@@ -272,6 +274,20 @@ fn domain(e: &mut Errs, at: &At<'_>) {
 mod tests {
     use super::*;
     use crate::{admission::testing::FakeObjects, authn::UserInfo};
+
+    #[test]
+    fn endpoints_that_are_not_ready_are_not_shown() {
+        let cell = |subsets: Value| {
+            Endpoints.cells(&json!({"metadata": {"name": "e"}, "subsets": subsets}), Timestamp::UNIX_EPOCH)[1].clone()
+        };
+        let ports = json!([{"port": 80}]);
+        assert_eq!(cell(json!([])), "<none>");
+        assert_eq!(cell(json!([{"notReadyAddresses": [{"ip": "1.1.1.1"}], "ports": ports}])), "");
+        assert_eq!(
+            cell(json!([{"addresses": [{"ip": "1.1.1.1"}, {"ip": "fd00::1"}], "ports": ports}])),
+            "1.1.1.1:80,[fd00::1]:80"
+        );
+    }
 
     #[test]
     fn addresses_that_are_not_canonical() {

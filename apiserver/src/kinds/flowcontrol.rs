@@ -66,6 +66,10 @@ impl Strategy for FlowSchema {
         status_or(self, cx, new)
     }
 
+    fn row_rank(&self) -> Option<fn(&Value) -> i64> {
+        Some(|schema| schema["spec"]["matchingPrecedence"].as_i64().unwrap_or_default())
+    }
+
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         let spec = &obj["spec"];
         let dangling = obj["status"]["conditions"].as_array().into_iter().flatten().find(|c| c["type"] == "Dangling");
@@ -300,7 +304,7 @@ impl Strategy for PriorityLevel {
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         let spec = &obj["spec"];
-        let own = if spec["limited"].is_object() { &spec["limited"] } else { &spec["exempt"] };
+        let own = &spec["limited"];
         let number = |v: &Value| v.as_i64().map_or(json!("<none>"), |n| json!(n));
         let queuing = &own["limitResponse"]["queuing"];
         vec![

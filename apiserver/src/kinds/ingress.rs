@@ -67,11 +67,6 @@ impl Strategy for Ingress {
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         let spec = &obj["spec"];
-        let class = match (spec["ingressClassName"].as_str(), meta::annotation(obj, "kubernetes.io/ingress.class")) {
-            (Some(class), _) => class.to_owned(),
-            (None, Some(class)) => class.to_owned(),
-            (None, None) => "<none>".to_owned(),
-        };
         let mut addresses: Vec<&str> = obj["status"]["loadBalancer"]["ingress"]
             .as_array()
             .into_iter()
@@ -83,7 +78,7 @@ impl Strategy for Ingress {
         let tls = spec["tls"].as_array().is_some_and(|t| !t.is_empty());
         vec![
             table::name(obj),
-            json!(class),
+            table::or(&spec["ingressClassName"], "<none>"),
             json!(hosts(spec)),
             json!(addresses.join(",")),
             json!(if tls { "80, 443" } else { "80" }),
@@ -92,20 +87,25 @@ impl Strategy for Ingress {
     }
 }
 
+/// The first three hosts. Rules without one count once there are three.
 fn hosts(spec: &Value) -> String {
-    let all: Vec<&str> = spec["rules"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(|r| r["host"].as_str())
-        .filter(|h| !h.is_empty())
-        .collect();
-    match all.len() {
-        0 => "*".to_owned(),
-        n if n > 3 => format!("{} + {} more...", all[..3].join(","), n - 3),
-        _ => all.join(","),
+    let rules = spec["rules"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let (mut shown, mut more) = (Vec::new(), false);
+    for rule in rules {
+        more |= shown.len() == HOSTS_SHOWN;
+        if let Some(host) = rule["host"].as_str().filter(|host| !more && !host.is_empty()) {
+            shown.push(host);
+        }
+    }
+    match (shown.is_empty(), more) {
+        (true, _) => "*".to_owned(),
+        (_, true) => format!("{} + {} more...", shown.join(","), rules.len() - HOSTS_SHOWN),
+        _ => shown.join(","),
     }
 }
+
+/// Hosts in a row.
+const HOSTS_SHOWN: usize = 3;
 
 fn spec(e: &mut Errs, at: &At<'_>) {
     let (rules, backend_at) = (at.get("rules"), at.get("defaultBackend"));
@@ -209,5 +209,23 @@ fn backend(e: &mut Errs, at: &At<'_>) {
             }
         }
         _ => e.invalid_as(at, "", "resource or service backend is required"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_hosts_are_shown() {
+        let shown = |all: &[&str]| {
+            let rules: Vec<Value> = all.iter().map(|host| json!({ "host": host })).collect();
+            hosts(&json!({ "rules": rules }))
+        };
+        assert_eq!(shown(&[]), "*");
+        assert_eq!(shown(&["", "a"]), "a");
+        assert_eq!(shown(&["a", "b", "c"]), "a,b,c");
+        assert_eq!(shown(&["a", "b", "c", ""]), "a,b,c + 1 more...");
+        assert_eq!(shown(&["", "a", "b", "c", "d"]), "a,b,c + 2 more...");
     }
 }

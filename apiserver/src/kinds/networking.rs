@@ -246,7 +246,7 @@ impl Strategy for IpAddress {
         e.0
     }
 
-    fn cells(&self, obj: &Value, _now: Timestamp) -> Vec<Value> {
+    fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
         let parent = &obj["spec"]["parentRef"];
         let text = |field: &str| parent[field].as_str().unwrap_or_default();
         let resource = if text("group").is_empty() {
@@ -259,7 +259,8 @@ impl Strategy for IpAddress {
         } else {
             format!("{resource}/{}/{}", text("namespace"), text("name"))
         };
-        vec![table::name(obj), json!(shown)]
+        // Upstream fills one more cell than there are columns.
+        vec![table::name(obj), json!(shown), table::age(obj, now)]
     }
 }
 

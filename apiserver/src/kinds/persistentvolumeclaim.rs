@@ -109,7 +109,7 @@ impl Strategy for PersistentVolumeClaim {
         let spec = &obj["spec"];
         let bound = spec["volumeName"].as_str().is_some_and(|v| !v.is_empty());
         let (access, capacity) = if bound {
-            (modes(&obj["status"]["accessModes"]), table::or(&obj["status"]["capacity"]["storage"], ""))
+            (modes(&obj["status"]["accessModes"]), table::or(&obj["status"]["capacity"]["storage"], "0"))
         } else {
             (String::new(), json!(""))
         };
@@ -232,6 +232,17 @@ mod tests {
 
     fn fields(e: &Errs) -> String {
         e.0.iter().map(|x| x.field.as_str()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn a_bound_claim_has_a_capacity() {
+        let cells = |spec: Value, status: Value| {
+            let claim = json!({"metadata": {"name": "c"}, "spec": spec, "status": status});
+            PersistentVolumeClaim.cells(&claim, Timestamp::UNIX_EPOCH)[3].clone()
+        };
+        assert_eq!(cells(json!({}), json!({"capacity": {"storage": "1Gi"}})), "");
+        assert_eq!(cells(json!({"volumeName": "v"}), json!({"capacity": {"storage": "1Gi"}})), "1Gi");
+        assert_eq!(cells(json!({"volumeName": "v"}), json!({})), "0");
     }
 
     #[test]

@@ -397,7 +397,9 @@ impl Strategy for VolumeAttributesClass {
     }
 
     fn cells(&self, obj: &Value, now: Timestamp) -> Vec<Value> {
-        vec![table::name(obj), table::or(&obj["driverName"], ""), table::age(obj, now)]
+        let default = meta::annotation(obj, "volumeattributesclass.alpha.kubernetes.io/is-default-class");
+        let mark = if default == Some("true") { " (default)" } else { "" };
+        vec![json!(format!("{}{mark}", meta::name(obj))), table::or(&obj["driverName"], ""), table::age(obj, now)]
     }
 }
 

@@ -128,6 +128,11 @@ pub trait Strategy: Send + Sync {
         None
     }
 
+    /// What the rows of a table are sorted by, when it is not the name.
+    fn row_rank(&self) -> Option<fn(&Value) -> i64> {
+        None
+    }
+
     /// Whether items of a list carry their kind and apiVersion.
     fn whole_items(&self) -> bool {
         false

@@ -15,7 +15,7 @@ use super::{
     App,
     handle::{Call, header_text},
     limits,
-    negotiate::{Binary, Media, negotiate, no_stream},
+    negotiate::{Binary, Media, Transform, negotiate, no_stream},
     query::Query,
     request::RequestInfo,
     respond::{self, Style},
@@ -254,7 +254,10 @@ async fn list_objects(app: &App, resource: &Arc<Resource>, call: Call<'_>) -> Re
         objects.retain(|object| selection.matches(object));
         return Ok(render::list(resource, objects, false, json!({}), rendering, call.style).await);
     }
-    let listing = list(resource, &selection, &call.query).await?;
+    let mut listing = list(resource, &selection, &call.query).await?;
+    if let Some(rank) = resource.strategy.row_rank().filter(|_| matches!(rendering.transform, Transform::Table(_))) {
+        listing.objects.sort_by_cached_key(|object| rank(&resource.value(object)));
+    }
     let metadata = render::list_metadata(listing.revision, listing.next.as_deref(), listing.remaining);
     Ok(render::list(resource, listing.objects, true, metadata, rendering, call.style).await)
 }
