@@ -282,6 +282,9 @@ fn config(f: &Facts<'_>, c: &Value, kind: &str, message: &str) -> Cause {
         return cause
             .todo(format!("create the Secret in namespace {namespace}: the container starts as soon as it is there"));
     }
+    if let Some(todo) = file_server(&lower) {
+        return cause.todo(todo);
+    }
     if lower.contains("runasnonroot") || lower.contains("non-root") {
         return cause.todo("set runAsUser to a number other than 0, or use an image with such a user");
     }
@@ -297,7 +300,9 @@ fn blocked(f: &Facts<'_>, otherwise: &str) -> Cause {
     }
     let cause = Cause::new(said);
     let lower = said.to_lowercase();
-    if lower.contains("configmap") || lower.contains("secret") {
+    if let Some(todo) = file_server(&lower) {
+        cause.todo(todo)
+    } else if lower.contains("configmap") || lower.contains("secret") {
         cause.todo("create the object, or mark the volume's source as optional: the pod goes on as soon as it is there")
     } else if lower.contains("persistentvolumeclaim") {
         cause.todo("see why the claim is not bound: kubectl describe pvc")
@@ -310,6 +315,25 @@ fn blocked(f: &Facts<'_>, otherwise: &str) -> Cause {
     } else {
         cause.todo("it is tried again by itself, with longer pauses")
     }
+}
+
+/// What to do about an NFS volume, when it is one that is spoken of.
+fn file_server(message: &str) -> Option<&'static str> {
+    if !message.contains("mounting arguments: -t nfs ") && !message.contains("the server of volume") {
+        return None;
+    }
+    let says = |words: &[&str]| words.iter().any(|word| message.contains(word));
+    Some(match () {
+        () if says(&["unknown filesystem type", "helper program"]) => {
+            "install the NFS client on this node (nfs-common or nfs-utils)"
+        }
+        () if says(&["no such file or directory"]) => "mend the volume's path, or have the server export it",
+        () if says(&["access denied", "not permitted"]) => "have the server export it to this node",
+        () if says(&["does not answer", "timed out", "no route to host", "refused", "unreachable"]) => {
+            "see whether the server runs and port 2049 is open to this node: it goes on by itself then"
+        }
+        () => "it is tried again by itself, with longer pauses",
+    })
 }
 
 fn not_ready(f: &Facts<'_>, c: &Value) -> Cause {

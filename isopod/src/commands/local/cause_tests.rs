@@ -96,6 +96,30 @@ fn every_way_to_be_broken_has_its_words() {
             "DirectoryOrCreate",
         ),
         (
+            one(json!({"state": {"waiting": {"reason": "ContainerCreating"}}})),
+            json!({"blocked": "MountVolume.SetUp failed for volume \"v\" : mount failed: exit status 32\nMounting command: \
+                mount\nMounting arguments: -t nfs 10.0.0.1:/x /v\nOutput: mount.nfs: access denied by server while mounting 10.0.0.1:/x"}),
+            none.clone(),
+            "MountVolume.SetUp failed",
+            "have the server export it to this node",
+        ),
+        (
+            one(json!({"state": {"waiting": {"reason": "ContainerCreating"}}})),
+            json!({"blocked": "MountVolume.SetUp failed for volume \"v\" : mount failed: exit status 32\nMounting command: \
+                mount\nMounting arguments: -t nfs 10.0.0.1:/x /v\nOutput: mount: /v: unknown filesystem type 'nfs'."}),
+            none.clone(),
+            "MountVolume.SetUp failed",
+            "nfs-common",
+        ),
+        (
+            one(json!({"state": {"waiting": {"reason": "CreateContainerConfigError",
+                "message": "the server of volume \"v\" does not answer"}}})),
+            none.clone(),
+            none.clone(),
+            "container c cannot be configured: the server of volume",
+            "port 2049",
+        ),
+        (
             one(json!({"state": {"running": {}}, "started": true, "ready": false})),
             none.clone(),
             json!([{"reason": "Unhealthy", "message": "Readiness probe failed: HTTP probe failed with statuscode: 500"}]),
