@@ -338,7 +338,10 @@ fn a_new_process_takes_over_and_removes_strays() {
     alone(|root| async move {
         let (kept, gone) = {
             let network = started(&root).await;
-            (network.setup(request("kept")).await.unwrap(), network.setup(request("gone")).await.unwrap())
+            let pods = (network.setup(request("kept")).await.unwrap(), network.setup(request("gone")).await.unwrap());
+            // A process that ends makes no more namespaces; this one would go on under the same names.
+            idle(&network).await;
+            pods
         };
         let network = BridgeNetwork::start(NetworkConfig::new(Paths::new(&root))).await.unwrap();
         assert_eq!(network.not_ready(), None, "ranges are remembered");
