@@ -13,7 +13,7 @@ BENCH_PACKAGES := $(TEST_PACKAGES) crun runc time unbound dnsperf
 VM_PACKAGES    := qemu-system-x86 debootstrap busybox-static e2fsprogs jq
 ROOT_DIR ?= /
 
-.PHONY: up test test-vm check bench install uninstall build deps test-deps bench-deps vm-deps
+.PHONY: up test test-vm check bench order install uninstall build deps test-deps bench-deps vm-deps
 
 build:
 	cargo build --release --bins
@@ -52,6 +52,10 @@ check: deps
 # Everything, or some parts: `make bench ROWS="runtime"`; there are dns, proxy, start, pods, node, pull, api, services and runtime.
 bench: test-deps bench-deps build
 	cargo run --release -p isopod-tests --bin bench -- $(ROWS)
+
+# Now and then, and before a release: which functions run is looked at anew, for the linker to put them together.
+order: test-deps build
+	cargo run --release -p isopod-tests --bin order
 
 # As root, after `make build` as anybody: root need not have a Rust toolchain.
 install:
