@@ -188,11 +188,10 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
         std::thread::Builder::new().name("netproxy".into()).spawn(move || core.run(queue)).map_err(Error::Thread)?;
 
     configuration::set_conntrack(&config.conntrack);
-    let handle = links::open()?;
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(monitor::run(ears, config.table.clone(), report.clone(), inputs.clone()));
     let (chosen, announced) = announce::Chosen::new(&config.node_name);
-    tasks.spawn(announce::run(handle.clone(), config.node_ips.clone(), announced, config.lease.clone()));
+    tasks.spawn(announce::run(links::open()?, config.node_ips.clone(), announced, config.lease.clone()));
     tasks.spawn(watch::services(client.clone(), inputs.clone(), chosen));
     tasks.spawn(watch::slices(client.clone(), config.node_name.clone(), inputs.clone()));
     tasks.spawn(watch::policy::run(client.clone(), inputs.clone()));
@@ -205,7 +204,7 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
             bridge: config.bridge.clone(),
             wireguard: config.wireguard.clone(),
         };
-        tasks.spawn(links::run(handle.clone(), own, client.clone(), nodes.clone()));
+        tasks.spawn(links::run(links::open()?, own, client.clone(), nodes.clone()));
     } else if config.wireguard.is_some() {
         tracing::warn!("packets between pods are not encrypted: their ways are those of CNI plugins");
     }
@@ -214,7 +213,7 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
         health::Health { node: config.node_name.clone(), report, nodes, metrics: metrics.clone(), config: shown };
     tasks.spawn(health::run(checks, listeners, stop.clone()));
     if let Some(address) = config.cluster_dns {
-        start_dns(client, &config, address, &handle, zone, metrics, &mut tasks, &stop).await;
+        start_dns(client, &config, address, zone, metrics, &mut tasks, &stop).await;
     }
     stop.cancelled().await;
     tasks.shutdown().await;
@@ -223,18 +222,17 @@ pub async fn run(client: kube::Client, config: Config, stop: CancellationToken) 
     Ok(())
 }
 
-#[allow(clippy::too_many_arguments, reason = "what a server is made of")]
 async fn start_dns(
     client: kube::Client,
     config: &Config,
     address: IpAddr,
-    handle: &rtnetlink::Handle,
     zone: Arc<RwLock<dns::zone::Zone>>,
     metrics: Arc<metrics::Metrics>,
     tasks: &mut tokio::task::JoinSet<()>,
     stop: &CancellationToken,
 ) {
-    if let Err(error) = links::add_dns_address(handle, address).await {
+    let added = async { links::add_dns_address(&links::open()?, address).await };
+    if let Err(error) = added.await {
         tracing::error!(error = %sync::Chain(&error), "cluster DNS address not set up");
     }
     match dns::server::bind(address, DNS_PORT) {

@@ -122,7 +122,8 @@ async fn mtu_at(handle: &Handle, address: IpAddr) -> Result<u32, Error> {
     Ok(mtu.unwrap_or(MTU).max(MTU_LEAST))
 }
 
-/// Opens a handle in the current network namespace.
+/// Opens a handle in the current network namespace. Every task has its own: while one lists something, another that lists on the
+/// same socket gets EBUSY.
 pub(crate) fn open() -> Result<Handle, Error> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Open)?;
     tokio::spawn(connection);
