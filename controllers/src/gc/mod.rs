@@ -39,8 +39,11 @@ pub(crate) struct Collector {
     queue: Arc<Queue<Work>>,
     rediscover: Notify,
     /// Told the namespace in which there is an object more or less.
-    counted: OnceLock<Box<dyn Fn(&str) + Send + Sync>>,
+    counted: OnceLock<Counted>,
 }
+
+/// Is told a namespace.
+type Counted = Box<dyn Fn(&str) + Send + Sync>;
 
 struct Monitor {
     collector: Arc<Collector>,

@@ -44,7 +44,7 @@ pub(crate) fn start(ctx: &Arc<Context>) {
         if let Some(owner) = controller(&c.caches.stateful_sets, &**pod) {
             q.add(key(&*owner));
         }
-        concerned(&c.caches.stateful_sets, &change, selector).iter().for_each(|set| q.add(key(&**set)));
+        concerned(&c.caches.stateful_sets, change, selector).iter().for_each(|set| q.add(key(&**set)));
     });
     spawn_workers(NAME, &queue, 5, &ctx.stop, move |key| {
         let controller = controller_.clone();
