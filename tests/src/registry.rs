@@ -11,6 +11,8 @@ pub struct Registry {
     port: u16,
     /// How skopeo gets in.
     access: String,
+    /// How curl does.
+    curl: String,
 }
 
 /// What a registry behind TLS and its clients need: `ca.crt`, and certificates with keys for `server` and `client`.
@@ -58,14 +60,32 @@ impl Registry {
             "version: 0.1\nlog: {{level: warn}}\nstorage: {{filesystem: {{rootdirectory: /var/lib/registry{root}}}}}\n\
              http: {{addr: ':{port}'{http}}}\n{more}"
         );
-        let file = format!("{port}.yml");
-        fs::write(dir.join(&file), config).unwrap();
-        let path = format!("/var/lib/registry/{file}");
-        let child = host.spawn(&format!("registry-{port}.log"), "docker-registry", &["serve", &path]);
-        let registry = Self { host: host.clone(), child, port, access };
-        let ask = format!("curl -s -o /dev/null {curl}127.0.0.1:{port}/v2/");
-        eventually("registry answers", || registry.host.sh(&ask).ok());
+        fs::write(dir.join(format!("{port}.yml")), config).unwrap();
+        let child = Self::spawn(host, port);
+        let registry = Self { host: host.clone(), child, port, access, curl: curl.to_owned() };
+        registry.answers();
         registry
+    }
+
+    fn spawn(host: &Host, port: u16) -> Child {
+        host.spawn(
+            &format!("registry-{port}.log"),
+            "docker-registry",
+            &["serve", &format!("/var/lib/registry/{port}.yml")],
+        )
+    }
+
+    fn answers(&self) {
+        let ask = format!("curl -s -o /dev/null {}127.0.0.1:{}/v2/", self.curl, self.port);
+        eventually("registry answers", || self.host.sh(&ask).ok());
+    }
+
+    /// Kills it in the middle of what it does, and starts it again.
+    pub fn crash(&mut self) {
+        self.host.must(&format!("kill -9 $(pgrep -f '^docker-registry serve .*/{}.yml')", self.port));
+        self.child.wait().unwrap();
+        self.child = Self::spawn(&self.host, self.port);
+        self.answers();
     }
 
     /// Copies a docker archive into the registry as NAME.

@@ -1,7 +1,7 @@
 //! Where images come from, and what is refused.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{fs, io::Read, os::unix::fs::PermissionsExt};
 
 use isopod_tests::{
     Cluster, Host, Net, eventually,
@@ -115,6 +115,64 @@ fn images_come_from_a_registry_with_credentials_and_corruption_is_refused() {
         r == "ErrImagePull" || r == "ImagePullBackOff"
     });
     assert!(c.k("get events").contains("not found"));
+}
+
+/// Bytes of a layer that no compression makes smaller.
+const LARGE: u64 = 12 << 20;
+
+#[test]
+fn pulls_wait_their_turn_and_go_on_where_they_broke() {
+    let mut net = Net::new();
+    let there = net.host("registry");
+    let mut registry = Registry::open(&there, 5000);
+    let archive = there.disk().join("pulled.tar");
+    for name in ["one", "two", "three"] {
+        let mut content = Vec::new();
+        fs::File::open("/dev/urandom").unwrap().take(LARGE).read_to_end(&mut content).unwrap();
+        Image::busybox("app:1").file("marker", 0o644, &content).save(&archive);
+        registry.push(&archive, &format!("team/{name}:1"));
+    }
+    // Slow enough to be seen at work.
+    there.must("tc qdisc add dev eth0 root tbf rate 32mbit burst 32k latency 400ms");
+    let host = net.host("one");
+    fs::write(
+        host.path("/etc/isopod/config.yaml"),
+        "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nclusterDNS: [10.96.0.10]\n\
+         clusterDomain: cluster.local\nevictionHard: {memory.available: 100Mi}\nserializeImagePulls: false\n\
+         maxParallelImagePulls: 2\n",
+    )
+    .unwrap();
+    let c = Cluster::start(&host);
+    let address = registry.address();
+    let hosts = host.path(&format!("/etc/isopod/certs.d/{address}"));
+    fs::create_dir_all(&hosts).unwrap();
+    fs::write(hosts.join("hosts.toml"), format!("server = \"http://{address}\"\n")).unwrap();
+    for name in ["one", "two", "three"] {
+        c.apply(&format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nspec:\n  restartPolicy: Never\n  containers:\n  \
+             - {{name: c, image: '{address}/team/{name}:1', command: [stat, -c, '%s', /marker]}}\n"
+        ));
+    }
+    let sizes = || -> Vec<u64> {
+        let files = fs::read_dir(host.path("/var/lib/isopod/image-store/downloads")).into_iter().flatten();
+        let sizes = files.filter_map(|file| Some(file.ok()?.metadata().ok()?.len()));
+        sizes.collect()
+    };
+    let begun = eventually("two pulls are in the middle", || {
+        let sizes = sizes();
+        if sizes.iter().filter(|size| **size > LARGE / 16).count() >= 2 { Ok(sizes) } else { Err(sizes) }
+    });
+    assert_eq!(begun.len(), 2, "the third waits: {begun:?}");
+    registry.crash();
+    there.must("tc qdisc del dev eth0 root");
+    for name in ["one", "two", "three"] {
+        c.wait_field(&format!("pod {name}"), ".status.phase", |phase| phase == "Succeeded");
+        assert_eq!(c.k(&format!("logs {name}")).trim(), LARGE.to_string());
+    }
+    let log = fs::read_to_string(there.disk().join("registry-5000.log")).unwrap();
+    let parts = log.lines().filter(|line| line.contains("GET /v2/team/") && line.contains("\" 206 ")).count();
+    assert_eq!(parts, 2, "what was begun is not sent again:\n{log}");
+    assert_eq!(sizes(), Vec::<u64>::new());
 }
 
 /// What hosts.toml says of a registry that is its mirror at `secure`, behind TLS, and what comes of a pull.
