@@ -63,8 +63,8 @@ fn of_cluster(host: &Host, wanted: &dyn Fn(&str) -> bool) {
         cluster.wait_up();
         cluster.up();
         ready("start: again, with its data", host);
-        memory::all(&cluster, "idle");
         memory::cpu(&cluster, "idle", Duration::from_secs(60));
+        memory::all(&cluster, "idle for a minute");
     }
     if wanted("pods") {
         inside(&cluster, &["pods"]);
