@@ -156,6 +156,13 @@ impl List {
         Self { start: Some(start), items, left, buffers: Buffers::default() }
     }
 
+    /// The next chunk, in a buffer that comes back.
+    fn chunk(&mut self) -> Option<Chunk> {
+        let spare = self.buffers.0.lock().pop();
+        let mut bytes = spare.unwrap_or_else(|| Vec::with_capacity(CHUNK + 16 * 1024));
+        self.fill(&mut bytes).then(|| Chunk { bytes, home: self.buffers.clone() })
+    }
+
     /// Appends a chunk; false at the end.
     fn fill(&mut self, out: &mut Vec<u8>) -> bool {
         if self.left == 0 {
@@ -185,10 +192,7 @@ impl HttpBody for List {
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        let spare = self.buffers.0.lock().pop();
-        let mut bytes = spare.unwrap_or_else(|| Vec::with_capacity(CHUNK + 16 * 1024));
-        let home = self.buffers.clone();
-        Poll::Ready(self.fill(&mut bytes).then(|| Ok(Frame::data(Bytes::from_owner(Chunk { bytes, home })))))
+        Poll::Ready(self.chunk().map(|chunk| Ok(Frame::data(Bytes::from_owner(chunk)))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -212,16 +216,14 @@ impl HttpBody for Zipped {
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         loop {
-            let mut out = Vec::with_capacity(CHUNK);
-            let more = self.list.fill(&mut out);
+            let chunk = self.list.chunk();
             let Some(encoder) = &mut self.encoder else { return Poll::Ready(None) };
-            let bytes = if more {
-                encoder.write_all(&out).map(|()| std::mem::take(encoder.get_mut()))
-            } else {
-                self.encoder.take().map_or_else(|| Ok(Vec::new()), GzEncoder::finish)
+            let bytes = match &chunk {
+                Some(chunk) => encoder.write_all(chunk.as_ref()).map(|()| std::mem::take(encoder.get_mut())),
+                None => self.encoder.take().map_or_else(|| Ok(Vec::new()), GzEncoder::finish),
             };
             match bytes {
-                Ok(bytes) if bytes.is_empty() && more => {}
+                Ok(bytes) if bytes.is_empty() && chunk.is_some() => {}
                 Ok(bytes) => return Poll::Ready(Some(Ok(Frame::data(bytes.into())))),
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
@@ -231,6 +233,9 @@ impl HttpBody for Zipped {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
+    use flate2::read::GzDecoder;
     use serde_json::json;
 
     use super::*;
@@ -251,6 +256,17 @@ mod tests {
         let bytes = response.into_body().collect().await.unwrap().to_bytes();
         assert_eq!(hint, Some(bytes.len() as u64));
         bytes
+    }
+
+    #[tokio::test]
+    async fn compressed_it_is_the_same() {
+        let items = || Items::json(&json!({"kind": "ConfigMapList", "metadata": {}}), objects(2000));
+        let response = list(Style { accepted: Accepted::JSON, pretty: false, gzip: true }, items());
+        assert_eq!(response.headers()["content-encoding"], "gzip");
+        let zipped = response.into_body().collect().await.unwrap().to_bytes();
+        let mut bytes = Vec::new();
+        GzDecoder::new(&*zipped).read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, read(items()).await);
     }
 
     #[tokio::test]
