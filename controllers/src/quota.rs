@@ -35,8 +35,10 @@ pub(crate) fn start(ctx: &Arc<Context>, collector: Arc<Collector>) {
             }
         }
     };
-    let w = wake.clone();
+    let (w, c) = (wake.clone(), ctx.clone());
     ctx.caches.pods.subscribe(move |change| match change {
+        // Most namespaces have no quota, and what counts is not looked for then.
+        _ if c.caches.quotas.in_namespace(change.object().namespace()).is_empty() => {}
         Change::Updated(old, new) if counts(old) == counts(new) => {}
         _ => w(change.object().namespace()),
     });
